@@ -1,0 +1,212 @@
+"""The VGG configurations as plain data: layers by name, channels, strides, receptive fields. No torch here.
+
+Source: Simonyan & Zisserman 2015 (arXiv:1409.1556), Table 1. A layer name means one thing everywhere in vggfeat:
+`convB_I` is the convolution's own output, `bnB_I` what batch normalisation makes of it, `reluB_I` the value after
+the ReLU, `poolB` the value after the pool; `fc6 relu6 fc7 relu7 fc8` are the paper's classifier and `fc` the slim one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vggfeat.errors import InputError, nearest
+
+__all__ = ["ARCHS", "BLOCKS", "Arch", "Layer", "parse"]
+
+# convolutions in each of the five blocks, and the kernel of those that are not 3×3
+BLOCKS: dict[str, tuple[int, int, int, int, int]] = {
+    "A": (1, 1, 2, 2, 2),
+    "A-LRN": (1, 1, 2, 2, 2),
+    "B": (2, 2, 2, 2, 2),
+    "C": (2, 2, 3, 3, 3),
+    "D": (2, 2, 3, 3, 3),
+    "E": (2, 2, 4, 4, 4),
+}
+POINTWISE = {"C": frozenset({"conv3_3", "conv4_3", "conv5_3"})}
+NORMALISED = {"A-LRN": "conv1_1"}  # local response normalisation follows this convolution's ReLU
+BLOCK_CHANNELS = (64, 128, 256, 512, 512)
+HIDDEN = 4096
+
+# the names people use; the letter of the paper's table works as well, and so does "_bn" behind either
+ARCHS = {"vgg11": "A", "vgg11-lrn": "A-LRN", "vgg13": "B", "vgg16-c": "C", "vgg16": "D", "vgg19": "E"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One named layer.
+
+    Attributes:
+        name: `conv3_1`, `bn3_1`, `relu3_1`, `lrn1_1` or `pool3`.
+        kind: `conv`, `bn`, `relu`, `lrn` or `pool`.
+        index: position in the network's `features`, so that `features.{index}.weight` is its state-dict key.
+        in_channels: channels that come in.
+        channels: channels that go out.
+        kernel: side of the kernel in pixels of the layer's own input.
+        stride: distance of neighbouring outputs, in image pixels.
+        receptive_field: side of the square of image pixels that one output sees.
+    """
+
+    name: str
+    kind: str
+    index: int
+    in_channels: int
+    channels: int
+    kernel: int
+    stride: int
+    receptive_field: int
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A VGG as data.
+
+    Attributes:
+        config: column of the paper's Table 1, a key of `BLOCKS`.
+        batch_norm: batch normalisation after each convolution.
+        unit: channels of the first block; every other count is a fixed multiple of it, 64 in the paper.
+        head: `paper` (three fully connected layers on 7×7), `slim` (global average pool and one layer), or None.
+        num_classes: outputs of the head.
+
+    Raises:
+        InputError: a configuration, head or number that does not exist.
+    """
+
+    config: str = "D"
+    batch_norm: bool = False
+    unit: int = 64
+    head: str | None = "paper"
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.config not in BLOCKS:
+            raise InputError(f"unknown VGG configuration {self.config!r}: {nearest(self.config, BLOCKS)}")
+        if self.batch_norm and self.config in NORMALISED:
+            raise InputError(f"configuration {self.config} has no batch-normalised form; use A with batch_norm=True")
+        if self.head not in ("paper", "slim", None):
+            raise InputError(f"unknown head {self.head!r}: choose 'paper' or 'slim'")
+        if self.unit < 1:
+            raise InputError(f"the first block needs at least 1 channel, got {self.unit}")
+        if self.num_classes < 1:
+            raise InputError(f"num_classes must be at least 1, got {self.num_classes}")
+
+    @property
+    def name(self) -> str:
+        """`vgg16`, `vgg16_bn`, …: the name that `parse` reads back."""
+        name = next(name for name, config in ARCHS.items() if config == self.config)
+        return name + "_bn" * self.batch_norm
+
+    @property
+    def width(self) -> float:
+        """Channel counts relative to the paper's."""
+        return self.unit / 64
+
+    @property
+    def hidden(self) -> int:
+        """Width of fc6 and fc7."""
+        return HIDDEN // 64 * self.unit
+
+    @functools.cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The convolutional part, shallow to deep."""
+        layers: list[Layer] = []
+        stride = field = 1
+        channels = 3
+
+        def add(name: str, kind: str, out: int, kernel: int = 1) -> None:
+            layers.append(Layer(name, kind, len(layers), channels, out, kernel, stride, field))
+
+        for block, count in enumerate(BLOCKS[self.config], start=1):
+            out = BLOCK_CHANNELS[block - 1] // 64 * self.unit
+            for i in range(1, count + 1):
+                here = f"{block}_{i}"
+                kernel = 1 if f"conv{here}" in POINTWISE.get(self.config, ()) else 3
+                field += (kernel - 1) * stride
+                add(f"conv{here}", "conv", out, kernel)
+                channels = out
+                if self.batch_norm:
+                    add(f"bn{here}", "bn", out)
+                add(f"relu{here}", "relu", out)
+                if NORMALISED.get(self.config) == f"conv{here}":
+                    add(f"lrn{here}", "lrn", out)
+            field += stride  # a 2×2 window reaches one step further …
+            stride *= 2  # … and moves by two
+            add(f"pool{block}", "pool", out, kernel=2)
+        return tuple(layers)
+
+    @functools.cached_property
+    def convs(self) -> tuple[Layer, ...]:
+        """The convolutions, shallow to deep."""
+        return tuple(layer for layer in self.layers if layer.kind == "conv")
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Names of the head's layers."""
+        return {"paper": ("fc6", "relu6", "fc7", "relu7", "fc8"), "slim": ("fc",), None: ()}[self.head]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every layer name that can be tapped, shallow to deep."""
+        return tuple(layer.name for layer in self.layers) + self.head_names
+
+    def layer(self, name: str) -> Layer:
+        """The convolutional-part layer of that name.
+
+        Raises:
+            InputError: the network has no such layer.
+        """
+        self.check([name])
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Make sure that the network has these layers.
+
+        Raises:
+            InputError: a name that no VGG has, or one that this VGG lacks.
+        """
+        for name in names:
+            if name in self.names:
+                continue
+            if isinstance(name, str) and name in _every_name():
+                raise InputError(f"{self.name} has no layer {name!r}; it has {', '.join(self.names)}")
+            raise InputError(f"unknown layer {name!r}: {nearest(str(name), self.names)}")
+
+    def until(self, names: Iterable[str]) -> tuple[Layer, ...]:
+        """The convolutional layers that the deepest of `names` needs, itself included; all of them for the head's."""
+        last = max(self.names.index(name) for name in names)
+        return self.layers[: last + 1]
+
+
+@functools.cache
+def _every_name() -> frozenset[str]:
+    archs = [parse(name) for name in ARCHS] + [parse("vgg19_bn"), Arch(head="slim")]
+    return frozenset(name for arch in archs for name in arch.names)
+
+
+def unit_of(width: float) -> int:
+    """Channels of the first block at a relative width, at least 1.
+
+    Raises:
+        InputError: a width that is not a positive number.
+    """
+    if not 0 < width < float("inf"):
+        raise InputError(f"width must be a positive number, got {width}")
+    return max(1, round(64 * width))
+
+
+def parse(name: str | Arch) -> Arch:
+    """The architecture of that name: `vgg16`, `vgg16_bn`, or a letter of the paper's table (`D`, `D_bn`, `A-LRN`).
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if isinstance(name, Arch):
+        return name
+    if not isinstance(name, str):
+        raise InputError(f"an architecture is a name such as 'vgg16', got {type(name).__name__}")
+    plain = name[:-3] if name.lower().endswith("_bn") else name
+    config = ARCHS.get(plain.lower(), plain.upper())
+    if config not in BLOCKS:
+        raise InputError(f"unknown architecture {name!r}: {nearest(name, [*ARCHS, *BLOCKS])}; '_bn' adds batch norm")
+    return Arch(config, batch_norm=plain != name)

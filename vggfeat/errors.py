@@ -1,0 +1,62 @@
+"""Every error that vggfeat raises on purpose.
+
+    VGGFeatError
+    ├── InputError            (ValueError)   a bad argument, tensor, layer name or option
+    │   └── ImageError                       a picture that cannot be read or written
+    ├── WeightsError                         weights that are damaged, foreign or too shallow
+    │   └── WeightsUnavailableError          weights that are not here and cannot be fetched
+    ├── DependencyError       (ImportError)  an optional or broken package
+    └── RunError              (RuntimeError) a run that had good input and failed
+
+Each message says what was expected, what came, and what to try. The commands turn all of them into one line on stderr.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "DependencyError",
+    "ImageError",
+    "InputError",
+    "RunError",
+    "VGGFeatError",
+    "WeightsError",
+    "WeightsUnavailableError",
+]
+
+
+class VGGFeatError(Exception):
+    """Base of every error that vggfeat raises on purpose."""
+
+
+class InputError(VGGFeatError, ValueError):
+    """An argument, a tensor, a layer name or an option that cannot be used."""
+
+
+class ImageError(InputError):
+    """A picture that cannot be read or written."""
+
+
+class WeightsError(VGGFeatError):
+    """Weights that are damaged, tampered with, of another network, or too shallow."""
+
+
+class WeightsUnavailableError(WeightsError):
+    """Weights that are not on this machine and could not be fetched."""
+
+
+class DependencyError(VGGFeatError, ImportError):
+    """A package that is missing or does not work in this installation."""
+
+
+class RunError(VGGFeatError, RuntimeError):
+    """A run that started from good input and failed."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The end of an error message: the nearest of `choices`, or all of them where none is near."""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices)}"

@@ -1,0 +1,237 @@
+"""Images to taps: the one place that looks at what comes in and normalises it, and the module around the trunk."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vggfeat import trunk as _trunk
+from vggfeat.arch import Arch
+from vggfeat.errors import InputError, nearest
+from vggfeat.trunk import Plan, Trunk
+from vggfeat.weights import DEFAULT, Weights, WeightsLike, load
+
+__all__ = ["PRECISIONS", "VGGFeatures", "bfloat16_is_fast", "trunk_dtype"]
+
+PRECISIONS = ("float32", "bfloat16", "auto")
+
+
+class VGGFeatures(nn.Module):
+    """The values of named VGG layers for images.
+
+    The weights are frozen for good: the module has no parameters and no buffers, gradients flow to the images alone,
+    and nothing is run past the deepest layer asked for. It computes wherever the images are, so `.to()` has nothing to
+    move. Modules with the same weights share one copy of them, deep copies and pickles included. (For a network with
+    trainable weights use `vggfeat.vgg16().taps(x, names)`.)
+
+    Args:
+        layers: names such as `conv3_3` (the convolution's own output), `bn3_3`, `relu3_3`, `pool3`, `fc7`.
+        arch: the network, such as `"vgg19"`; None means the weights' own, and vgg16 where nothing implies one.
+        weights: see `vggfeat.weights.load`; the environment variable VGGFEAT_WEIGHTS changes the default.
+        pooling: `"max"` (the network's own), `"average"` (Gatys et al. 2016, section 2) or `"l2"`: the root of the
+            mean square of each 2×2 window.
+        padding: `"zeros"` (the network's own), `"reflect"` or `"replicate"`.
+        precision: `"float32"` (bfloat16 inside autocast, float64 for float64 images), `"bfloat16"`, or `"auto"`:
+            bfloat16 where the device multiplies such matrices in hardware, else float32.
+        input_range: the lowest and the highest value of an image.
+        repeat_grey: accept (N,1,H,W) and repeat the channel three times.
+        keep: what is remembered for the backward: `"bits"` takes least memory, `"values"` least time.
+
+    Raises:
+        InputError: an unknown layer, a layer that the network lacks, or an unknown choice.
+        WeightsError: weights that cannot be had, or that do not reach the deepest layer.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        arch: str | Arch | None = None,
+        weights: WeightsLike = DEFAULT,
+        pooling: str = "max",
+        padding: str = "zeros",
+        precision: str = "float32",
+        input_range: tuple[float, float] = (0.0, 1.0),
+        repeat_grey: bool = False,
+        keep: str = "bits",
+    ) -> None:
+        super().__init__()
+        if isinstance(layers, str):
+            raise InputError(f"layers is a list of names: write [{layers!r}]")
+        if not (names := tuple(dict.fromkeys(layers))):
+            raise InputError("no layer asked for: name at least one, such as 'relu3_3'")
+        if precision not in PRECISIONS:
+            raise InputError(f"unknown precision {precision!r}: {nearest(str(precision), PRECISIONS)}")
+        if keep not in ("bits", "values"):
+            raise InputError(f"keep must be 'bits' or 'values', got {keep!r}")
+        low, high = (float(value) for value in input_range)
+        if not low < high:
+            raise InputError(f"input_range must rise, got ({low:g}, {high:g})")
+        loaded = weights if isinstance(weights, Weights) else load(weights, arch)
+        if set(names) - set(loaded.arch.head_names):
+            loaded.arch.check(name for name in names if name not in loaded.arch.head_names)
+        loaded.require(names)
+        self.layers = names
+        self.weights = loaded.label
+        self.precision = precision
+        self.input_range = (low, high)
+        self.repeat_grey = repeat_grey
+        self.keep = keep
+        arch = loaded.arch
+        in_trunk = tuple(name for name in names if name not in arch.head_names)
+        self._head = tuple(name for name in names if name in arch.head_names)
+        self.plan = Plan(arch, (*in_trunk, "pool5") if self._head else in_trunk, pooling, padding)
+        held = {f"features.{layer.index}." for layer in arch.until(names)}
+        state = {
+            key: value
+            for key, value in loaded.state.items()
+            if key[: key.rindex(".") + 1] in held or (self._head and key.startswith("classifier."))
+        }
+        self.trunk = Trunk.shared(arch, state, loaded.key)
+        # (x - low) / (high - low), then (· - mean) / std, as one factor and one shift per channel
+        span = high - low
+        self._scale = tuple(1 / (span * std) for std in loaded.std)
+        self._shift = tuple(-(low / span + mean) / std for mean, std in zip(loaded.mean, loaded.std, strict=True))
+        self._looked = False
+        self._warned = False
+
+    @property
+    def arch(self) -> Arch:
+        """The network."""
+        return self.plan.arch
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The taps.
+
+        Args:
+            images: RGB (N,3,H,W), floating, in `input_range`.
+
+        Returns:
+            For each of `layers`, in that order, its value (N,C,h,w) or (N,C), in the trunk's precision; values (N,C,h,w)
+            are laid out channels_last.
+
+        Raises:
+            InputError: another shape or channel count, integers, NaN, or images too small for the deepest layer.
+        """
+        images = self._checked(images)
+        dtype = trunk_dtype(self.precision, images)
+        filters = self.trunk.filters(self.plan, images.device, dtype)
+        x = self._normalised(images, dtype)
+        if torch.compiler.is_exporting() or images.device.type not in ("cpu", "cuda"):
+            deep = _trunk.plain(x, filters, self.plan)
+            found = [deep[i] for i in self.plan.order]
+        else:
+            found = _trunk.run(x, filters, self.plan, keep=self.keep)
+        taps = dict(zip(self.plan.names, found, strict=True))
+        if self._head:
+            taps |= self._run_head(taps["pool5"])
+        return {name: taps[name] for name in self.layers}
+
+    def _normalised(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        work = torch.float64 if images.dtype == torch.float64 else torch.float32
+        images = images.to(work, memory_format=torch.channels_last)
+        scale, shift = (torch.tensor(v, dtype=work, device=images.device)[:, None, None] for v in (self._scale, self._shift))
+        return (images * scale + shift).to(dtype)
+
+    def _run_head(self, x: Tensor) -> dict[str, Tensor]:
+        taps = {}
+        slim = self.arch.head == "slim"
+        x = F.adaptive_avg_pool2d(x, 1 if slim else 7).flatten(1)
+        for name in self.arch.head_names:
+            if name.startswith("relu"):
+                x = F.relu(x)
+            else:
+                index = 1 if slim else {"fc6": 0, "fc7": 3, "fc8": 6}[name]
+                x = F.linear(x, *self.trunk.linear(index, x.device, x.dtype))
+            taps[name] = x
+        return taps
+
+    def _checked(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            raise InputError(f"expected a tensor of images (N,3,H,W), got {type(images).__name__}")
+        shape = tuple(images.shape)
+        if images.ndim != 4:
+            hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
+            raise InputError(f"expected images (N,3,H,W), got shape {shape}{hint}")
+        if not images.is_floating_point():
+            raise InputError(f"expected floating-point images, got {images.dtype}; divide 8-bit values by 255")
+        if images.shape[1] == 1 and self.repeat_grey:
+            images = images.expand(-1, 3, -1, -1)
+        if images.shape[1] != 3:
+            hint = "; repeat_grey=True accepts one channel" if images.shape[1] == 1 else ""
+            if images.shape[3] == 3:
+                hint = "; channels come second: images.permute(0, 3, 1, 2)"
+            raise InputError(f"expected 3 channels (N,3,H,W), got shape {shape}{hint}")
+        if min(images.shape[2:]) < self.plan.min_size:
+            deepest = max(self.plan.names, key=self.arch.names.index)
+            raise InputError(
+                f"images of {shape[3]}×{shape[2]} are too small for {deepest}: "
+                f"it needs at least {self.plan.min_size} pixels on each side"
+            )
+        if not torch.compiler.is_compiling() and not _inside_functorch(images):
+            self._check_values(images)
+        return images
+
+    def _check_values(self, images: Tensor) -> None:
+        if images.device.type != "cpu" and self._looked:
+            return  # reading two numbers back at every step would stall the device: the first batch speaks for the rest
+        self._looked = True
+        if not images.numel():
+            return
+        low, high = (float(value) for value in torch.aminmax(images.detach()))
+        if low != low or high != high:
+            raise InputError("the images hold NaN")
+        floor, ceiling = self.input_range
+        slack = (ceiling - floor) / 2
+        if not self._warned and (low < floor - slack or high > ceiling + slack):
+            self._warned = True
+            warnings.warn(
+                f"images reach from {low:.4g} to {high:.4g}, far outside input_range=({floor:g}, {ceiling:g}); "
+                "say what they are, e.g. input_range=(-1, 1) or (0, 255)",
+                stacklevel=2,
+            )
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{', '.join(self.layers)}; {self.arch.name}, weights {self.weights}, {self.precision}"
+
+
+def _inside_functorch(images: Tensor) -> bool:
+    """Inside vmap and grad of torch.func a tensor's values cannot be looked at."""
+    check: Any = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    return bool(check and check(images))
+
+
+@functools.cache
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware: AMX or AVX512-BF16 on a CPU, sm80 and up on CUDA."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return torch.backends.mkldnn.is_available() and any(getattr(torch.cpu, ask, bool)() for ask in asks)
+    return False
+
+
+def trunk_dtype(precision: str, images: Tensor) -> torch.dtype:
+    """What the trunk computes in, for a policy of `PRECISIONS` and the images at hand.
+
+    float16 is never used: it ends at 65504, and Gram matrices of Oxford's weights go beyond.
+    """
+    kind = images.device.type
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if images.dtype == torch.float64:
+        return torch.float64
+    if precision == "auto":
+        return torch.bfloat16 if bfloat16_is_fast(images.device) else torch.float32
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        wanted = torch.get_autocast_dtype(kind)
+        if wanted == torch.bfloat16 or (wanted == torch.float16 and bfloat16_is_fast(images.device)):
+            return torch.bfloat16
+    return torch.float32

@@ -1,0 +1,342 @@
+"""Files ↔ tensors: the only module that opens and writes pictures.
+
+Between modules an image is RGB float32 (N, 3, H, W) in [0, 1]. What else a file may hold (other colour modes, profiles,
+alpha, 16 bits, a camera's orientation) ends here, in `_to_rgb`.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from vggfeat.errors import ImageError, InputError
+
+__all__ = [
+    "FORMATS",
+    "check_output",
+    "fit",
+    "free_path",
+    "open_image",
+    "read_settings",
+    "resize",
+    "save_image",
+    "to_pil",
+    "to_tensor",
+]
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+
+_QUALITY: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95},
+    "TIFF": {"compression": "tiff_deflate"},
+}
+_NAME = "vggfeat"  # the key of the PNG text chunk, and the EXIF Software that says whose ImageDescription it is
+_DESCRIPTION, _ORIENTATION, _SOFTWARE = 0x010E, 0x0112, 0x0131  # EXIF tags
+_JPEG_SEGMENT = 65533  # bytes that one JPEG segment can hold
+
+# EXIF orientation -> what brings the stored pixels upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# The value of white in the modes that Pillow would clip to 0..255. It holds some 16-bit files as "I".
+_WHITE = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I": 65535, "F": 1}
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture as it is meant to look: upright, sRGB, 8 bit, over white; of an animation the first frame.
+
+    Raises:
+        ImageError: the file is missing, unreadable, empty, no image, damaged, or above Pillow's limit of pixels.
+    """
+    with _opened(Path(path)) as image:
+        return _to_rgb(image)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """The picture as float32 (1, 3, H, W) in [0, 1], contiguous; modes other than RGB are read as in `open_image`.
+
+    Raises:
+        ImageError: the picture has no pixels, or its values have no known range.
+    """
+    image = _to_rgb(image)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width, 3)
+    return pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
+
+
+def to_pil(images: Tensor) -> Image.Image:
+    """One image, floating (1, 3, H, W) or (3, H, W), clamped to [0, 1] and rounded to the nearest of 256 levels.
+
+    Raises:
+        InputError: another shape or dtype, no pixels, or values that are not finite.
+    """
+    shape = tuple(images.shape)
+    if not images.is_floating_point() or shape[:-2] not in ((3,), (1, 3)) or 0 in shape:
+        raise InputError(
+            f"expected one RGB image, floating (1, 3, H, W) or (3, H, W), got {images.dtype} {shape}; "
+            "pick one of a batch with images[i], bring integers to [0, 1] with images / 255"
+        )
+    values = images.detach().reshape(3, *shape[-2:]).to("cpu", torch.float32)
+    if not values.isfinite().all():
+        raise InputError(f"expected finite values, got NaN or infinity in an image {shape}; look at what computed it")
+    levels = (values.clamp(0, 1) * 255 + 0.5).to(torch.uint8)  # the cast floors, so the half makes it round
+    return Image.frombytes("RGB", (shape[-1], shape[-2]), _bytes(levels.permute(1, 2, 0)))
+
+
+def fit(width: int, height: int, size: int) -> tuple[int, int]:
+    """The (width, height) whose long side is `size` pixels and whose aspect is kept, to the nearest pixel, at least 1.
+
+    Raises:
+        InputError: a length below 1.
+    """
+    if min(width, height, size) < 1:
+        raise InputError(f"expected lengths of at least 1 pixel, got {width}x{height} and size {size}")
+    long = max(width, height)
+    return max(1, (width * size + long // 2) // long), max(1, (height * size + long // 2) // long)
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture resampled (Lanczos) to `width` x `height` pixels; the same object where it already has that size.
+
+    Raises:
+        InputError: a length below 1.
+    """
+    if min(width, height) < 1:
+        raise InputError(f"expected a size of at least 1x1 pixels, got {width}x{height}")
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """`path`, once it is clear that `save_image` can write there: to be called before any long work.
+
+    Raises:
+        ImageError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ImageError(f"cannot write {path}: expected a name that ends in {', '.join(FORMATS)}, got {path.suffix!r}")
+    if not os.path.isdir(path.parent):
+        raise ImageError(f"cannot write {path}: expected a folder at {path.parent}, found none; create it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ImageError(f"cannot write {path}: the folder {path.parent} is not writable; choose another")
+    if os.path.isdir(path):
+        raise ImageError(f"cannot write {path}: expected a file name, got a folder; name a file in it")
+    try:
+        os.lstat(path)  # unlike exists(), sees a dangling link, and reports a name that is too long
+    except FileNotFoundError:
+        return path
+    except OSError as error:
+        raise ImageError(f"cannot write {path}: {error.strerror}; choose another name") from error
+    if not overwrite:
+        raise _taken(path)
+    return path
+
+
+def free_path(path: str | os.PathLike[str]) -> Path:
+    """`path` itself where nothing is there yet, else the first free one of name-2.png, name-3.png and so on."""
+    path = Path(path)
+    names = itertools.chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def save_image(
+    image: Image.Image | Tensor,
+    path: str | os.PathLike[str],
+    *,
+    settings: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a picture, whole or not at all, at the best quality of the format that the suffix of `path` names.
+
+    Args:
+        image: a Pillow image, or a tensor as `to_pil` takes it.
+        path: where to; see `check_output`.
+        settings: stored in the file as JSON, for `read_settings`: a PNG text chunk, in other formats EXIF.
+        overwrite: replace a file that is already there. Without it, not even one that appears meanwhile is replaced.
+
+    Raises:
+        InputError: the tensor is not one finite image, or the settings are not JSON.
+        ImageError: the file cannot be written, or a JPEG cannot hold the settings.
+    """
+    path = check_output(path, overwrite=overwrite)
+    image = to_pil(image) if isinstance(image, Tensor) else _to_rgb(image)
+    kind = FORMATS[path.suffix.lower()]
+    options = _QUALITY[kind] | _metadata(kind, settings)
+    temporary = path.with_name(f".{_NAME}-{secrets.token_hex(8)}.tmp")  # a link or a rename needs the same file system
+    try:
+        with open(temporary, "x+b") as file:  # not tempfile, whose files are 0600 whatever the umask says
+            image.save(file, kind, **options)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(temporary, path, overwrite)
+    except FileExistsError as error:
+        raise _taken(path) from error
+    except (OSError, ValueError) as error:  # Pillow says ValueError for a picture too large for the format
+        reason = getattr(error, "strerror", None) or error  # an OSError's own text names the temporary file
+        raise ImageError(f"cannot write {path}: {reason}; check the free space, or try another format") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The settings that `save_image` stored in a file; None where there are none.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(Path(path)) as image:
+        if image.format == "PNG":
+            text = image.info.get(_NAME)
+        else:
+            exif = image.getexif()
+            text = exif.get(_DESCRIPTION) if exif.get(_SOFTWARE) == _NAME else None
+    try:
+        settings = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return None  # a text of someone else's
+    return settings if isinstance(settings, dict) else None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Pillow's image of a file; whatever fails in opening or using it becomes an ImageError of one line."""
+    try:
+        # Pillow warns of odd metadata and of sizes at half its own limit: nothing that a caller could act on.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            yield image
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, EOFError, struct.error, zlib.error, …
+        raise ImageError(f"{path}: {_diagnosis(error, path)}") from error
+
+
+def _diagnosis(error: Exception, path: Path) -> str:
+    if isinstance(error, ImageError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "expected an image file, found nothing of that name; check the path"
+    if os.path.isdir(path):
+        return "expected an image file, got a folder; name a file in it"
+    if isinstance(error, OSError) and error.errno:
+        return f"expected a readable file, got {error.strerror!r}; check its name and permissions"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"expected a smaller image ({error}); scale it down first"
+    if isinstance(error, UnidentifiedImageError):
+        what = "something else" if path.stat().st_size else "an empty file"
+        return f"expected an image, such as PNG or JPEG, got {what}; check the file"
+    return f"expected a whole image, got a damaged one ({type(error).__name__}: {error}); fetch it again"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A copy that is upright, sRGB, 8 bit, over white, and carries no metadata that could be applied a second time."""
+    if 0 in image.size:
+        raise ImageError(f"expected at least 1x1 pixels, got {image.width}x{image.height}")
+    image.load()  # a TIFF is turned upright by Pillow here, and only then forgets its orientation
+    turn, profile = _TURNS.get(_orientation(image)), image.info.get("icc_profile")
+    if image.mode in _WHITE:
+        image = _to_8_bit(image)
+    rgba = image.convert("RGBA") if image.has_transparency_data else None
+    if image.mode in ("1", "L", "LA"):
+        image = image.convert("L")  # a grey profile applies to grey pixels
+    elif image.mode != "CMYK":
+        image = (rgba or image).convert("RGB")
+    image = _to_srgb(image, profile)
+    if rgba is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), rgba.getchannel("A"))
+    image.info = {}
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata, which fails in as many ways, must not cost the picture
+        return 1
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (0..65535) or floating (0..1), scaled to "L"; its transparent value becomes white."""
+    white = _WHITE[image.mode]
+    pixels = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32)
+    low, high = (float(value) for value in pixels.aminmax())
+    if not (low >= 0 and high <= white):  # so written, it catches NaN too
+        raise ImageError(f"expected {image.mode} pixels in 0..{white}, got {low:g}..{high:g}; save it as 8 or 16 bit")
+    levels = (pixels / white * 255 + 0.5).to(torch.uint8)
+    if "transparency" in image.info:
+        levels[pixels == image.info["transparency"]] = 255
+    return Image.frombytes("L", image.size, _bytes(levels))
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """`image` as RGB, by its ICC profile if that is whole and of the image's kind, else by Pillow's plain formulas."""
+    if profile:
+        try:
+            source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+            assert converted is not None  # None is for inPlace=True
+            return converted
+        except (ImageCms.PyCMSError, OSError):
+            pass
+    return image.convert("RGB")
+
+
+def _bytes(levels: Tensor) -> bytes:
+    """The bytes of a uint8 tensor in row-major order, without NumPy, which torch does not depend on."""
+    buffer = bytearray(levels.numel())
+    torch.frombuffer(buffer, dtype=torch.uint8).view(levels.shape).copy_(levels)
+    return bytes(buffer)
+
+
+def _metadata(kind: str, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """The options of Pillow's save() that put `settings` into a file."""
+    if settings is None:
+        return {}
+    try:
+        text = json.dumps(settings)  # pure ASCII, which is all that EXIF allows: "ü" is written \u00fc
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected settings that JSON can hold, got {settings!r:.200}: {error}") from error
+    if kind == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text(_NAME, text)
+        return {"pnginfo": chunks}
+    exif = Image.Exif()
+    exif[_DESCRIPTION], exif[_SOFTWARE] = text, _NAME
+    if kind == "JPEG" and (length := len(exif.tobytes())) > _JPEG_SEGMENT:
+        raise ImageError(f"expected settings of at most {_JPEG_SEGMENT} bytes in a JPEG, got {length}; save a .png")
+    return {"exif": exif}
+
+
+def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give a finished file its name in one step; FileExistsError if that is taken and may not be replaced."""
+    if not overwrite:
+        try:
+            os.link(temporary, path)  # fails where the name is taken, which a rename would not
+            return
+        except FileExistsError:
+            raise
+        except (OSError, AttributeError, NotImplementedError):  # no hard links here: leave a short gap in the check
+            if os.path.lexists(path):
+                raise FileExistsError(path) from None
+    os.replace(temporary, path)
+
+
+def _taken(path: Path) -> ImageError:
+    return ImageError(f"cannot write {path}: it already exists; pass --overwrite (overwrite=True) or another name")

@@ -1,0 +1,204 @@
+"""The network: every VGG of the paper as ordinary modules, with torchvision's state-dict keys.
+
+This is the net to train and to take apart. What only looks at images through frozen weights (features, losses, style
+transfer) goes through `features.py` and its faster trunk instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vggfeat.arch import Arch, Layer, parse, unit_of
+from vggfeat.errors import InputError
+
+if TYPE_CHECKING:
+    from vggfeat.weights import WeightsLike
+
+__all__ = ["VGG", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"]
+
+INITS = ("kaiming", "paper")
+
+
+def _module(layer: Layer) -> nn.Module:
+    if layer.kind == "conv":
+        return nn.Conv2d(layer.in_channels, layer.channels, layer.kernel, padding=layer.kernel // 2)
+    if layer.kind == "bn":
+        return nn.BatchNorm2d(layer.channels)
+    if layer.kind == "relu":
+        # not in place: hooks on the layer before see the value they were promised, and nothing more is saved for
+        # backward, since the next convolution saves this same output
+        return nn.ReLU()
+    if layer.kind == "lrn":
+        # Krizhevsky et al. 2012: n = 5, alpha = 1e-4, beta = 0.75, k = 2; torch divides alpha by n, the paper does not
+        return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
+    return nn.MaxPool2d(2)
+
+
+class VGG(nn.Module):
+    """VGG (Simonyan & Zisserman 2015, Table 1): `features`, `avgpool`, `classifier`, keys as in torchvision.
+
+    `forward` takes (N,3,H,W), normalised as the weights expect, H and W at least 32, and returns (N,num_classes) logits.
+
+    Args:
+        arch: which VGG.
+        dropout: probability of the dropout before each hidden-to-hidden or last linear layer.
+        init: `kaiming` (He et al. 2015, fan-out, for convolutions, σ = 0.01 for linear layers) or `paper` (σ = 0.1
+            everywhere, the paper's section 3.1: "10⁻² variance").
+
+    Raises:
+        InputError: a dropout outside [0,1) or an unknown init.
+    """
+
+    def __init__(self, arch: Arch, dropout: float = 0.5, init: str = "kaiming") -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), got {dropout}")
+        if init not in INITS:
+            raise InputError(f"unknown init {init!r}: choose from {', '.join(INITS)}")
+        if arch.head is None:
+            raise InputError("a network needs a head: choose 'paper' or 'slim'")
+        self.arch = arch
+        self.features = nn.Sequential(*map(_module, arch.layers))
+        channels = arch.layers[-1].channels
+        if arch.head == "paper":
+            self.avgpool = nn.AdaptiveAvgPool2d(7)
+            self.classifier = nn.Sequential(
+                nn.Linear(channels * 49, arch.hidden),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+                nn.Linear(arch.hidden, arch.hidden),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+                nn.Linear(arch.hidden, arch.num_classes),
+            )
+        else:
+            self.avgpool = nn.AdaptiveAvgPool2d(1)
+            self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, arch.num_classes))
+        self.reset_parameters(init)
+
+    def reset_parameters(self, init: str = "kaiming") -> None:
+        """Draw new weights, biases zero; see the class for the choices."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+                if init == "paper":
+                    nn.init.normal_(module.weight, std=0.1)
+                elif isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                else:
+                    nn.init.normal_(module.weight, std=0.01)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,3,H,W) to logits (N,num_classes)."""
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))  # type: ignore[no-any-return]
+
+    def extract_features(self, x: Tensor, return_all: bool = False) -> Tensor | list[Tensor]:
+        """Features of (N,3,H,W): the last stage's output, or each convolution's own.
+
+        Args:
+            x: normalised images.
+            return_all: give every convolution's own output (before BN and ReLU), detached, shallow to deep.
+
+        Returns:
+            (N,C,H/32,W/32), or the list.
+        """
+        if not return_all:
+            return self.features(x)  # type: ignore[no-any-return]
+        return [tap.detach() for tap in self.taps(x, [layer.name for layer in self.arch.convs]).values()]
+
+    def taps(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Outputs of the named layers by ordinary autograd, so that weights get gradients too.
+
+        Args:
+            x: normalised images (N,3,H,W).
+            names: layer names of `arch.names`; nothing past the deepest is run.
+
+        Returns:
+            The outputs by name, in the order asked for.
+
+        Raises:
+            InputError: a layer that this network lacks, or no name at all.
+        """
+        names = list(names)
+        if not names:
+            raise InputError("no layer asked for: name at least one")
+        self.arch.check(names)
+        found = {}
+        for layer, module in zip(self.arch.until(names), self.features, strict=False):
+            found[layer.name] = x = module(x)
+        if wanted := set(names) & set(self.arch.head_names):
+            x = self.avgpool(x).flatten(1)
+            head_names = iter(self.arch.head_names)
+            for module in self.classifier:
+                x = module(x)
+                if not isinstance(module, nn.Dropout):
+                    found[name := next(head_names)] = x
+                    wanted.discard(name)
+                if not wanted:
+                    break
+        return {name: found[name] for name in names}
+
+
+def vgg(
+    config: str = "D",
+    num_classes: int = 1000,
+    batch_norm: bool = False,
+    weights: WeightsLike | None = None,
+    head: str = "paper",
+    width: float = 1.0,
+    dropout: float = 0.5,
+    init: str = "kaiming",
+) -> VGG:
+    """A VGG by its column of the paper's Table 1.
+
+    Args:
+        config: `A`, `A-LRN`, `B`, `C`, `D`, `E`, or a name such as `vgg16_bn`.
+        num_classes: outputs.
+        batch_norm: batch normalisation after each convolution.
+        weights: anything `vggfeat.weights` knows (`"imagenet"`, a path, a state dict, …), or None for a fresh draw.
+        head: `paper` (fc6, fc7, fc8) or `slim` (global average pool and one linear layer).
+        width: factor on every channel count, rounded so that the first block has whole channels.
+        dropout: dropout probability in the head.
+        init: `kaiming` or `paper`, see `VGG`.
+
+    Raises:
+        InputError: an argument that does not exist or does not fit.
+        WeightsError: weights of another network, or without this head (`load_weights(..., head=False)` loads the
+            convolutions only).
+    """
+    arch = parse(config)
+    arch = Arch(arch.config, batch_norm or arch.batch_norm, unit_of(width), head, num_classes)
+    if weights is None:
+        return VGG(arch, dropout, init)
+    from vggfeat.weights import load_weights
+
+    with torch.device("meta"):  # no time spent on numbers that are replaced at once
+        net = VGG(arch, dropout, init)
+    return load_weights(net, weights)
+
+
+def vgg11(num_classes: int = 1000, batch_norm: bool = False, **options: Any) -> VGG:
+    """VGG-11, the paper's A: 8 convolutions and 3 fully connected layers; `options` as for `vgg`."""
+    return vgg("A", num_classes, batch_norm, **options)
+
+
+def vgg13(num_classes: int = 1000, batch_norm: bool = False, **options: Any) -> VGG:
+    """VGG-13, the paper's B: 10 convolutions and 3 fully connected layers; `options` as for `vgg`."""
+    return vgg("B", num_classes, batch_norm, **options)
+
+
+def vgg16(num_classes: int = 1000, batch_norm: bool = False, **options: Any) -> VGG:
+    """VGG-16, the paper's D: 13 convolutions and 3 fully connected layers; `options` as for `vgg`."""
+    return vgg("D", num_classes, batch_norm, **options)
+
+
+def vgg19(num_classes: int = 1000, batch_norm: bool = False, **options: Any) -> VGG:
+    """VGG-19, the paper's E: 16 convolutions and 3 fully connected layers; `options` as for `vgg`."""
+    return vgg("E", num_classes, batch_norm, **options)

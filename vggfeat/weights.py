@@ -1,0 +1,668 @@
+"""Weight sets: where they come from, how they are found, fetched and verified, and how their keys are read.
+
+Whatever the source, what leaves this module has torchvision's keys, float32 values and a first convolution that takes
+RGB, together with the mean and standard deviation to normalise images in [0,1] by. Nothing here is ever unpickled that
+could run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import pickle
+import re
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vggfeat.arch import Arch, Layer, parse
+from vggfeat.errors import DependencyError, WeightsError, WeightsUnavailableError, nearest
+
+if TYPE_CHECKING:
+    from vggfeat.vgg import VGG
+
+__all__ = ["SETS", "Convention", "Published", "Weights", "fetch", "find", "load", "load_weights", "verify"]
+
+WeightsLike = str | os.PathLike[str] | Mapping[str, Tensor]
+
+CONNECT_TIMEOUT = 5.0  # seconds until a server must have answered the call
+READ_TIMEOUT = 60.0  # seconds that a running download may stand still
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What a network wants to see, for images in [0,1]: (x - mean) / std, RGB order, then BGR if `bgr`."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    bgr: bool = False
+
+
+IMAGENET = Convention((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Oxford's release: BGR, 0..255, minus the mean of the ILSVRC training set
+CAFFE = Convention((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255, 1 / 255, 1 / 255), bgr=True)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A weight file that somebody publishes. Its name ends in the first eight hex digits of its sha256."""
+
+    url: str
+    convention: Convention
+    licence: str
+
+    @property
+    def filename(self) -> str:
+        """The file's name, here as at its source."""
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def digest(self) -> str:
+        """The leading hex digits of the sha256 that the name publishes."""
+        match = re.search(r"-([0-9a-f]{8,})\.", self.filename)
+        assert match, f"{self.filename} publishes no digest"
+        return match[1]
+
+
+_TORCHVISION = "https://download.pytorch.org/models/"
+_OXFORD = "https://web.eecs.umich.edu/~justincj/models/"
+_BSD = "BSD-3-Clause (torchvision); trained on ImageNet"
+_CC_BY = "CC BY 4.0, Karen Simonyan and Andrew Zisserman, Visual Geometry Group, University of Oxford"
+
+SETS: dict[str, dict[str, Published]] = {
+    "imagenet": {
+        file.rsplit("-", 1)[0]: Published(_TORCHVISION + file, IMAGENET, _BSD)
+        for file in (
+            "vgg11-8a719046.pth",
+            "vgg11_bn-6002323d.pth",
+            "vgg13-19584684.pth",
+            "vgg13_bn-abd245e5.pth",
+            "vgg16-397923af.pth",
+            "vgg16_bn-6c64b313.pth",
+            "vgg19-dcbb9e9d.pth",
+            "vgg19_bn-c79401a0.pth",
+        )
+    },
+    "caffe": {  # Oxford's release in Justin Johnson's conversion
+        file.rsplit("-", 1)[0]: Published(_OXFORD + file, CAFFE, _CC_BY)
+        for file in ("vgg16-00b39a1b.pth", "vgg19-d01eb7cb.pth")
+    },
+}
+NAMES = (*SETS, "random")
+
+
+class _Default(str):
+    """The default of every `weights=`: what VGGFEAT_WEIGHTS says when it is used, else "imagenet"."""
+
+
+DEFAULT = _Default("imagenet")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights as loaded.
+
+    Attributes:
+        arch: the network they belong to; `head` is None where they hold no classifier.
+        state: torchvision's keys, float32, the first convolution in RGB order.
+        mean: per channel R, G, B, of images in [0,1], to subtract.
+        std: per channel, to divide by.
+        label: what a person is told that was used.
+        key: equal for two loads of the same numbers, in one process.
+    """
+
+    arch: Arch
+    state: dict[str, Tensor]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    label: str
+    key: tuple[object, ...]
+
+    def require(self, names: Iterable[str]) -> None:
+        """Make sure that everything up to the deepest of `names` is there.
+
+        Raises:
+            WeightsError: names the missing keys and the deepest layer that these weights can serve.
+        """
+        names = list(names)
+        missing: list[str] = []
+        served = "none"
+        for layer in self.arch.until(names):
+            missing += [key for key in _keys(layer) if key not in self.state]
+            if not missing:
+                served = layer.name
+        if missing or (set(names) & set(self.arch.head_names) and not _head_keys(self.arch, self.state)):
+            lacking = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "") if missing else "the classifier"
+            deepest = max(names, key=self.arch.names.index)
+            raise WeightsError(
+                f"weights {self.label} do not reach {deepest}: missing {lacking}; the deepest layer they serve is {served}"
+            )
+
+
+def _keys(layer: Layer) -> list[str]:
+    """State-dict keys of a layer, without the counter that evaluation does not need."""
+    parts = {"conv": ("weight", "bias"), "bn": ("weight", "bias", "running_mean", "running_var")}.get(layer.kind, ())
+    return [f"features.{layer.index}.{part}" for part in parts]
+
+
+def _head_keys(arch: Arch, state: Mapping[str, Tensor]) -> list[str]:
+    return [key for key in state if key.startswith("classifier.")] if arch.head else []
+
+
+# ── load ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
+    """Load a weight set.
+
+    Args:
+        weights: `"imagenet"` (torchvision's), `"caffe"` (Oxford's release), `"random"` (seeded, every convolution
+            calibrated to mean 0 and variance 1), `"auto"` (imagenet where it can be had, else random), a path to a
+            `.pth`, `.safetensors` or Keras `.h5` file, or a state dict. `"caffe:PATH"` says of a `.pth` or
+            `.safetensors` file that it takes Oxford's input convention (BGR, 0..255); files published under a known
+            name and Keras files are known to.
+        arch: the network, by name; None means the file's own, and vgg16 where nothing implies one.
+
+    Raises:
+        WeightsUnavailableError: a published set that is neither here nor can be fetched, or a path that is not there.
+        WeightsError: a damaged or tampered file, a pickle that would run code, keys of another network.
+        DependencyError: a `.h5` file without h5py.
+        InputError: an unknown architecture.
+    """
+    if isinstance(weights, _Default):
+        weights = os.environ.get("VGGFEAT_WEIGHTS") or "imagenet"
+    if isinstance(weights, Mapping):
+        digest = hashlib.sha256()
+        for key in sorted(weights):
+            if isinstance(value := weights[key], Tensor):
+                digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
+                digest.update(_bytes(value))
+        return _read_state(weights, arch, IMAGENET, "from a state dict", ("state", digest.digest()))
+    if weights == "auto":
+        try:
+            return load("imagenet", arch)
+        except WeightsUnavailableError as error:
+            loaded = load("random", arch)
+            return replace(loaded, label=f"random ({str(error).split(';')[0]})")
+    if weights == "random":
+        chosen = replace(parse(arch or "vgg16"), head=None)
+        return Weights(chosen, _random_state(chosen), IMAGENET.mean, IMAGENET.std, "random", ("random", chosen))
+    if isinstance(weights, str) and weights in SETS:
+        published = _published(weights, parse(arch or "vgg16"))
+        path = find(weights, parse(arch or "vgg16").name)
+        label = f"{weights} ({published.filename})"
+        return _read_state(read(path), arch or "vgg16", published.convention, label, _file_key(path))
+    return _load_path(os.fspath(weights), arch)
+
+
+def _bytes(value: Tensor) -> Any:
+    value = value.detach().cpu().contiguous()
+    return memoryview(value.view(torch.uint8).flatten().numpy()) if value.numel() else b""
+
+
+def _load_path(text: str, arch: str | Arch | None) -> Weights:
+    caffe = text.startswith("caffe:")
+    path = Path(text.removeprefix("caffe:")).expanduser()
+    if not path.exists():
+        hint = "" if path.suffix or len(path.parts) > 1 else f"; as a name: {nearest(text, NAMES)}"
+        raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}")
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder: give a .pth, .safetensors or .h5 file")
+    published = {p.filename: p for group in SETS.values() for p in group.values()}.get(path.name)
+    if published:
+        verify(path, published.digest)
+    keras = path.suffix.lower() in (".h5", ".hdf5", ".keras")
+    convention = CAFFE if caffe or keras else published.convention if published else IMAGENET
+    return _read_state(read(path), arch, convention, path.name, (*_file_key(path), convention))
+
+
+def _file_key(path: Path) -> tuple[object, ...]:
+    stat = path.stat()
+    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+def _read_state(
+    raw: Mapping[str, Any], arch: str | Arch | None, convention: Convention, label: str, key: tuple[object, ...]
+) -> Weights:
+    state = _map_keys(raw, label)
+    found = infer_arch(state, label)
+    if arch is not None:
+        wanted = parse(arch)
+        if (wanted.config, wanted.batch_norm) != (found.config, found.batch_norm):
+            # a shallow file fits several networks: it is good for any of them whose keys and shapes it has
+            wanted = replace(wanted, unit=found.unit, head=found.head, num_classes=found.num_classes)
+            if _misfits(wanted, state):
+                raise WeightsError(f"weights {label} belong to {found.name}, not to {wanted.name}")
+            found = wanted
+    shift = {"features.0.weight": state["features.0.weight"].flip(1)} if convention.bgr else {}
+    # a first convolution that took 0..255 keeps doing so: its own std of 1/255 travels along
+    return Weights(found, state | shift, convention.mean, convention.std, label, key)
+
+
+def _map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
+    """torchvision's keys from whatever wraps them: {"state_dict": …}, "module." and other prefixes, BN nets included."""
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(raw.get(wrapper), Mapping):
+            raw = raw[wrapper]
+    prefixes = {key[: key.index("features.")] for key in raw if isinstance(key, str) and "features." in key}
+    prefix = min(prefixes, key=len) if prefixes else ""
+    state = {
+        key.removeprefix(prefix): value.detach().to(torch.float32) if value.is_floating_point() else value
+        for key, value in raw.items()
+        if isinstance(key, str) and key.startswith(prefix) and isinstance(value, Tensor)
+    }
+    if "classifier.4.weight" in state and "classifier.0.weight" not in state:  # Oxford's conversion counts otherwise
+        moved = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
+        state = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
+    if "features.0.weight" not in state:
+        shown = ", ".join(list(raw)[:3]) or "nothing"
+        raise WeightsError(
+            f"weights {label} are not a VGG's: expected keys like features.0.weight (conv1_1), found {shown}"
+        )
+    for key, value in state.items():
+        if key.startswith("features.") and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise WeightsError(f"weights {label} are damaged: {key} holds NaN or infinite values")
+    return state
+
+
+def _misfits(arch: Arch, state: Mapping[str, Tensor]) -> list[str]:
+    """Keys of the convolutional part that `arch` does not have, or has in another shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in arch.layers:
+        if layer.kind == "conv":
+            shapes[f"features.{layer.index}.weight"] = (layer.channels, layer.in_channels, layer.kernel, layer.kernel)
+            shapes[f"features.{layer.index}.bias"] = (layer.channels,)
+        elif layer.kind == "bn":
+            shapes |= dict.fromkeys(_keys(layer), (layer.channels,))
+            shapes[f"features.{layer.index}.num_batches_tracked"] = ()
+    return [key for key, value in state.items() if key.startswith("features.") and shapes.get(key) != value.shape]
+
+
+def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:
+    """The network that a state dict belongs to, read off its keys and shapes.
+
+    A file that holds only the first layers may fit several networks: one that it fills completely is taken first, then
+    vgg16, vgg19 and the others.
+
+    Raises:
+        WeightsError: no VGG has these keys and shapes.
+    """
+    unit = state["features.0.weight"].shape[0]
+    convs = sum(value.ndim == 4 for value in state.values())
+    candidates = [Arch(config, bn, unit, None) for config in ("D", "E", "B", "A", "C") for bn in (False, True)]
+    candidates.append(Arch("A-LRN", False, unit, None))
+    fitting = [arch for arch in candidates if not _misfits(arch, state)]
+    if not fitting:
+        closest = min((_misfits(arch, state) for arch in candidates), key=len)
+        raise WeightsError(
+            f"weights {label} are not a VGG's: {closest[0]} has shape {tuple(state[closest[0]].shape)}, "
+            "which fits no configuration"
+        )
+    arch = next((arch for arch in fitting if len(arch.convs) == convs), fitting[0])
+    hidden, channels = arch.hidden, arch.layers[-1].channels
+    last = state.get("classifier.6.weight")
+    if last is not None and last.ndim == 2 and last.shape[1] == hidden:
+        return replace(arch, head="paper", num_classes=last.shape[0])
+    last = state.get("classifier.1.weight")
+    if last is not None and last.ndim == 2 and last.shape[1] == channels:
+        return replace(arch, head="slim", num_classes=last.shape[0])
+    return arch
+
+
+def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
+    """Load a weight set into a network, in place.
+
+    The network then takes images normalised by ImageNet's mean and standard deviation, whatever the set's own
+    convention: another one is folded into conv1_1. (With zero padding that is exact but for the outermost ring of
+    conv1_1, where black padding stands for a colour half a grey level away.)
+
+    Args:
+        net: any network of `vggfeat.vgg`.
+        weights: see `load`.
+        head: load the classifier too; False leaves the network's own, for a new set of classes.
+
+    Returns:
+        `net`.
+
+    Raises:
+        WeightsError: as `load`, and where the classifier or its number of classes does not fit.
+    """
+    loaded = load(weights, net.arch)
+    arch, state = loaded.arch, dict(loaded.state)
+    if arch.unit != net.arch.unit:
+        raise WeightsError(f"weights {loaded.label} have width {arch.width:g}, the network {net.arch.width:g}")
+    loaded.require([arch.layers[-1].name])
+    if weights == "random":
+        head = False
+    if head and (arch.head, arch.num_classes) != (net.arch.head, net.arch.num_classes):
+        theirs = f"a {arch.head} head for {arch.num_classes} classes" if arch.head else "no classifier"
+        raise WeightsError(
+            f"weights {loaded.label} have {theirs}, the network a {net.arch.head} head for {net.arch.num_classes}; "
+            "load_weights(net, weights, head=False) loads the convolutions and leaves the head as it is"
+        )
+    scale = torch.tensor(IMAGENET.std) / torch.tensor(loaded.std)
+    shift = (torch.tensor(IMAGENET.mean) - torch.tensor(loaded.mean)) / torch.tensor(loaded.std)
+    first = state["features.0.weight"]
+    state["features.0.bias"] = state["features.0.bias"] + (first * shift[:, None, None]).sum((1, 2, 3))
+    state["features.0.weight"] = first * scale[:, None, None]
+    own = net.state_dict()
+    for key in own:
+        if not head and key.startswith("classifier."):
+            state[key] = own[key]
+        elif key.endswith("num_batches_tracked"):
+            state.setdefault(key, torch.zeros((), dtype=torch.long))
+    meta = next(net.parameters()).is_meta
+    net.load_state_dict({key: state[key] for key in own}, assign=meta)
+    return net.requires_grad_(True) if meta else net
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """The tensors of a `.pth`, `.safetensors` or Keras `.h5` file, by the keys that it uses itself.
+
+    Raises:
+        WeightsError: a file that is truncated, of another kind, or a pickle that would run code.
+        DependencyError: a `.h5` file without h5py.
+    """
+    with path.open("rb") as file:
+        magic = file.read(8)
+    if magic == b"\x89HDF\r\n\x1a\n" or path.suffix.lower() in (".h5", ".hdf5"):
+        return _read_keras(path)
+    if path.suffix.lower() == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightsError(f"{path} is damaged or no safetensors file: {error}") from error
+    try:
+        # a file in torch's zip format is mapped: layers that nobody asks for are never read
+        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error) or "WeightsUnpickler" in str(error):
+            raise WeightsError(
+                f"{path} was not loaded: it holds more than tensors, and unpickling that could run code; "
+                "save the state dict alone: torch.save(net.state_dict(), path)"
+            ) from error
+        raise WeightsError(f"{path} is damaged or no torch file: {_short(error)}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise WeightsError(f"{path} is damaged or no torch file: {_short(error)}") from error
+    if not isinstance(raw, Mapping):
+        raise WeightsError(f"{path} holds a {type(raw).__name__}, expected a state dict")
+    return raw
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _read_keras(path: Path) -> dict[str, Tensor]:
+    """Keras' VGG files: block1_conv1 … block5_conv4, fc1, fc2, predictions; kernels as (H,W,in,out), HWC flattening."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise DependencyError(f"{path.name} is a Keras file, which needs h5py: pip install 'vggfeat[h5]'") from error
+    arrays: dict[str, dict[int, Tensor]] = {}
+
+    def visit(name: str, item: Any) -> None:
+        match = re.search(r"(block\d_conv\d|fc[12]|predictions)", name)
+        if match and isinstance(item, h5py.Dataset):
+            arrays.setdefault(match[1], {})[item.ndim] = torch.from_numpy(item[()]).to(torch.float32)
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged or no HDF5 file: {_short(error)}") from error
+    config = "E" if "block3_conv4" in arrays else "D"
+    state = {}
+    for layer in Arch(config).convs:
+        found = arrays.get(f"block{layer.name[4]}_conv{layer.name[6]}", {})
+        if 4 in found and 1 in found:
+            state[f"features.{layer.index}.weight"] = found[4].permute(3, 2, 0, 1).contiguous()
+            state[f"features.{layer.index}.bias"] = found[1]
+    for name, index in (("fc1", 0), ("fc2", 3), ("predictions", 6)):
+        if {1, 2} <= arrays.get(name, {}).keys():
+            weight = arrays[name][2]  # (in, out)
+            if name == "fc1":  # Keras flattens (7,7,C), torch (C,7,7)
+                weight = weight.reshape(7, 7, -1, weight.shape[1]).permute(2, 0, 1, 3).flatten(0, 2)
+            state[f"classifier.{index}.weight"] = weight.T.contiguous()
+            state[f"classifier.{index}.bias"] = arrays[name][1]
+    if not state:
+        raise WeightsError(f"{path} is not a Keras VGG: expected layers named block1_conv1 …")
+    return state
+
+
+# ── find, fetch, verify ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _published(name: str, arch: Arch) -> Published:
+    if arch.unit != 64 or arch.name not in SETS[name]:
+        what = arch.name if arch.unit == 64 else f"{arch.name} at width {arch.width:g}"
+        raise WeightsError(f"there are no {name!r} weights for {what}: choose from {', '.join(SETS[name])}")
+    return SETS[name][arch.name]
+
+
+def folders() -> list[Path]:
+    """Where published files are looked for: VGGFEAT_WEIGHTS_DIR, then torch.hub's cache."""
+    own = os.environ.get("VGGFEAT_WEIGHTS_DIR")
+    return [*([Path(own).expanduser()] if own else []), Path(torch.hub.get_dir()) / "checkpoints"]
+
+
+def find(name: str, arch: str = "vgg16", *, download: bool = True) -> Path:
+    """The verified file of a published set: from VGGFEAT_WEIGHTS_DIR, torch.hub's cache, or fetched into the latter.
+
+    Args:
+        name: a key of `SETS`.
+        arch: the network's name.
+        download: fetch it where it is missing.
+
+    Raises:
+        WeightsUnavailableError: it is not here and cannot be fetched; the message names the ways out.
+        WeightsError: it is here but damaged, or there is no such set.
+    """
+    if name not in SETS:
+        raise WeightsError(f"unknown weight set {name!r}: {nearest(name, SETS)}")
+    published = _published(name, parse(arch))
+    for folder in folders():
+        if (path := folder / published.filename).is_file():
+            verify(path, published.digest)
+            return path
+    looked = " and ".join(map(str, folders()))
+    reason = "not asked to download"
+    if download:
+        try:
+            return fetch(published.url, folders()[-1])
+        except WeightsUnavailableError as error:
+            reason = str(error)
+    raise WeightsUnavailableError(
+        f"{name} weights for {arch} cannot be had: {published.filename} is not in {looked}, {reason}; "
+        "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='random'"
+    )
+
+
+def verify(path: Path, digest: str = "") -> str:
+    """Check a file's sha256 against the digits that its name publishes and against what its first check recorded.
+
+    The record is the file's name with `.sha256` appended, in the format of `sha256sum`; it is written where there is
+    none and the folder allows it.
+
+    Args:
+        path: the file.
+        digest: leading hex digits that the sha256 must have.
+
+    Returns:
+        The sha256.
+
+    Raises:
+        WeightsError: they differ.
+    """
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    note = path.with_name(path.name + ".sha256")
+    recorded = ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        recorded = note.read_text().split(maxsplit=1)[0] if note.is_file() else ""
+    expected = digest if not actual.startswith(digest) else recorded
+    if expected and not actual.startswith(expected):
+        raise WeightsError(
+            f"{path} is damaged or was changed: its sha256 starts with {actual[:8]}, expected {expected[:8]}; "
+            f"delete it and it is fetched again"
+            if expected == digest
+            else f"{path} was changed since it was first checked: its sha256 is {actual}, recorded in {note.name} is "
+            f"{expected}; delete both and it is fetched again"
+        )
+    if not recorded:
+        with contextlib.suppress(OSError):
+            _write_atomically(note, f"{actual}  {path.name}\n".encode())
+    return actual
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    with _temporary(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Any:
+    """A file that becomes `path` when the block ends well and disappears when it does not."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with open(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's 0600 would lock out the other users of a shared cache
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+class _Patient:
+    """A connection that gives up calling after CONNECT_TIMEOUT and listening after READ_TIMEOUT."""
+
+    def connect(self) -> None:
+        super().connect()  # type: ignore[misc]
+        self.sock.settimeout(READ_TIMEOUT)  # type: ignore[attr-defined]
+
+
+class _HTTP(_Patient, http.client.HTTPConnection):
+    pass
+
+
+class _HTTPS(_Patient, http.client.HTTPSConnection):
+    pass
+
+
+class _HTTPHandler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HTTP, request)
+
+
+class _HTTPSHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HTTPS, request)
+
+
+def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
+    """Download a published file, verify it, and only then give it its name.
+
+    Args:
+        url: where it is; the file's name publishes the start of its sha256.
+        folder: where it goes; made if need be.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        WeightsUnavailableError: the server cannot be reached, refuses, or stops half way; or the folder is not
+            writable. No partial file is left.
+        WeightsError: what came is not what the name publishes.
+    """
+    from tqdm import tqdm
+
+    published = Published(url, IMAGENET, "")
+    path = folder / published.filename
+    opener = urllib.request.build_opener(_HTTPHandler, _HTTPSHandler)
+    request = urllib.request.Request(url, headers={"User-Agent": "vggfeat"})
+    sha = hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with opener.open(request, timeout=CONNECT_TIMEOUT) as response, _temporary(path) as file:
+            length = int(response.headers.get("Content-Length") or 0)
+            bar = tqdm(total=length or None, unit="B", unit_scale=True, desc=path.name, disable=not progress)
+            with bar:
+                _copy(response, file, sha, bar)
+            got = bar.n if progress else file.tell()
+            if length and got < length:
+                raise WeightsUnavailableError(f"download of {url} stopped after {got} of {length} bytes")
+            if not sha.hexdigest().startswith(published.digest):
+                raise WeightsError(
+                    f"{url} gave a file whose sha256 starts with {sha.hexdigest()[:8]}, expected {published.digest}"
+                )
+    except urllib.error.HTTPError as error:
+        raise WeightsUnavailableError(f"{url} answered {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise WeightsUnavailableError(f"download of {url} failed ({reason})") from error
+    with contextlib.suppress(OSError):
+        _write_atomically(path.with_name(path.name + ".sha256"), f"{sha.hexdigest()}  {path.name}\n".encode())
+    return path
+
+
+def _copy(response: IO[bytes], file: IO[bytes], sha: Any, bar: Any) -> None:
+    while chunk := response.read(1 << 20):
+        sha.update(chunk)
+        file.write(chunk)
+        bar.update(len(chunk))
+
+
+# ── random ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _random_state(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
+    """Gaussian filters, each convolution's channels calibrated to mean 0 and variance 1 on 1/f noise.
+
+    Random features with calibrated layers carry texture and colour (Ustyuzhaninov et al. 2016, arXiv:1606.00021), so
+    they serve tests and previews where nothing can be downloaded. The calibration is what batch normalisation would
+    subtract and divide by (Mishkin and Matas 2015, arXiv:1511.06422, per channel).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.zeros(8, 3, 96, 96)
+    for side in (3, 6, 12, 24, 48, 96):  # octaves of equal power make 1/f
+        noise = torch.randn(8, 3, side, side, generator=generator)
+        x += F.interpolate(noise, size=96, mode="bilinear", align_corners=False)
+    x /= x.std()
+    state: dict[str, Tensor] = {}
+    for layer in arch.layers:
+        if layer.kind == "conv":
+            weight = torch.randn(layer.channels, layer.in_channels, layer.kernel, layer.kernel, generator=generator)
+            x = F.conv2d(x, weight, padding=layer.kernel // 2)
+            std, mean = torch.std_mean(x, dim=(0, 2, 3))
+            x = (x - mean[:, None, None]) / std[:, None, None]
+            state[f"features.{layer.index}.weight"] = weight / std[:, None, None, None]
+            state[f"features.{layer.index}.bias"] = -mean / std
+        elif layer.kind == "bn":
+            ones, zeros = torch.ones(layer.channels), torch.zeros(layer.channels)
+            state |= dict(zip(_keys(layer), (ones, zeros, zeros.clone(), ones.clone()), strict=True))
+        elif layer.kind == "relu":
+            x = x.relu()
+        elif layer.kind == "lrn":
+            x = F.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0)
+        else:
+            x = F.max_pool2d(x, 2)
+    return state
