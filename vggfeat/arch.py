@@ -154,9 +154,11 @@ class Arch:
         """The convolutional-part layer of that name.
 
         Raises:
-            InputError: the network has no such layer.
+            InputError: the network has no such layer, or it is one of the head's.
         """
         self.check([name])
+        if name in self.head_names:
+            raise InputError(f"{name} is one of the head's layers, not of the convolutional part's")
         return next(layer for layer in self.layers if layer.name == name)
 
     def check(self, names: Iterable[str]) -> None:

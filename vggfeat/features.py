@@ -20,6 +20,7 @@ from vggfeat.weights import DEFAULT, Weights, WeightsLike, load
 __all__ = ["PRECISIONS", "VGGFeatures", "bfloat16_is_fast", "trunk_dtype"]
 
 PRECISIONS = ("float32", "bfloat16", "auto")
+_LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # position in the classifier
 
 
 class VGGFeatures(nn.Module):
@@ -84,8 +85,8 @@ class VGGFeatures(nn.Module):
         self.keep = keep
         arch = loaded.arch
         in_trunk = tuple(name for name in names if name not in arch.head_names)
-        self._head = tuple(name for name in names if name in arch.head_names)
-        self.plan = Plan(arch, (*in_trunk, "pool5") if self._head else in_trunk, pooling, padding)
+        self._head = tuple(name for name in arch.head_names if arch.names.index(name) <= max(map(arch.names.index, names)))
+        self.plan = Plan(arch, tuple(dict.fromkeys((*in_trunk, *["pool5"] * bool(self._head)))), pooling, padding)
         held = {f"features.{layer.index}." for layer in arch.until(names)}
         state = {
             key: value
@@ -118,11 +119,18 @@ class VGGFeatures(nn.Module):
         Raises:
             InputError: another shape or channel count, integers, NaN, or images too small for the deepest layer.
         """
-        images = self._checked(images)
+        return self.taps(self._checked(images))
+
+    def taps(self, images: Tensor) -> dict[str, Tensor]:
+        """As a call of the module, for images (N,3,H,W) known to be good: nothing is looked at."""
         dtype = trunk_dtype(self.precision, images)
-        filters = self.trunk.filters(self.plan, images.device, dtype)
-        x = self._normalised(images, dtype)
-        if torch.compiler.is_exporting() or images.device.type not in ("cpu", "cuda"):
+        linear = [_LINEAR[name] for name in self._head if name in _LINEAR]
+        filters = self.trunk.filters(self.plan, images.device, dtype, linear)
+        with _trunk.no_autocast(images.device):  # its wish is in the dtype
+            return self._run(self._normalised(images, dtype), filters)
+
+    def _run(self, x: Tensor, filters: list[Tensor]) -> dict[str, Tensor]:
+        if torch.compiler.is_exporting() or x.device.type not in ("cpu", "cuda"):
             deep = _trunk.plain(x, filters, self.plan)
             found = [deep[i] for i in self.plan.order]
         else:
@@ -134,7 +142,9 @@ class VGGFeatures(nn.Module):
 
     def _normalised(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         work = torch.float64 if images.dtype == torch.float64 else torch.float32
-        images = images.to(work, memory_format=torch.channels_last)
+        images = images.to(work)
+        if not _inside_functorch(images):  # which maps over tensors of another rank
+            images = images.contiguous(memory_format=torch.channels_last)
         scale, shift = (torch.tensor(v, dtype=work, device=images.device)[:, None, None] for v in (self._scale, self._shift))
         return (images * scale + shift).to(dtype)
 
@@ -142,12 +152,8 @@ class VGGFeatures(nn.Module):
         taps = {}
         slim = self.arch.head == "slim"
         x = F.adaptive_avg_pool2d(x, 1 if slim else 7).flatten(1)
-        for name in self.arch.head_names:
-            if name.startswith("relu"):
-                x = F.relu(x)
-            else:
-                index = 1 if slim else {"fc6": 0, "fc7": 3, "fc8": 6}[name]
-                x = F.linear(x, *self.trunk.linear(index, x.device, x.dtype))
+        for name in self._head:
+            x = F.linear(x, *self.trunk.linear(_LINEAR[name], x.device, x.dtype)) if name in _LINEAR else F.relu(x)
             taps[name] = x
         return taps
 
@@ -203,6 +209,8 @@ class VGGFeatures(nn.Module):
 
 def _inside_functorch(images: Tensor) -> bool:
     """Inside vmap and grad of torch.func a tensor's values cannot be looked at."""
+    if torch.compiler.is_compiling():
+        return False
     check: Any = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
     return bool(check and check(images))
 

@@ -15,13 +15,15 @@ import contextlib
 import functools
 import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
@@ -68,6 +70,8 @@ class Plan:
             raise InputError(f"unknown pooling {self.pooling!r}: {nearest(str(self.pooling), POOLINGS)}")
         if self.padding not in PADDINGS:
             raise InputError(f"unknown padding {self.padding!r}: {nearest(str(self.padding), PADDINGS)}")
+        # computed now, since torch.compile cannot follow a cached property's first use (it takes a lock in Python 3.11)
+        _ = self.code, self.stages, self.order, self.min_size
 
     @functools.cached_property
     def code(self) -> str:
@@ -132,8 +136,10 @@ class Trunk:
     def shared(arch: Arch, state: dict[str, Tensor], key: tuple[object, ...]) -> Trunk:
         """The live trunk of that network and key, given the layers that it lacks, or a new one."""
         trunk = Trunk._live.setdefault((arch, *key), Trunk(arch, {}, key))
-        for name, value in state.items():
-            trunk.state.setdefault(name, value)
+        with _outside():
+            for name, value in state.items():
+                if name not in trunk.state:  # a copy: its owner may go on training it
+                    trunk.state[name] = value.detach().clone()
         return trunk
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trunk:
@@ -145,26 +151,46 @@ class Trunk:
     def __reduce__(self) -> tuple[Callable[..., Trunk], tuple[Any, ...]]:
         return Trunk.shared, (self.arch, self.state, self.key)
 
-    def filters(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    def filters(
+        self, plan: Plan, device: torch.device, dtype: torch.dtype, linear: Sequence[int] = ()
+    ) -> list[Tensor]:
         """For each stage: weight, bias and the weight that carries the gradient back; twice where BN is tapped around.
 
         BN of a frozen network is a factor and a shift per channel, folded into the convolution. A tap on the
         convolution itself then comes of a second, unfolded convolution, so that the stream below it does not depend on
-        what was asked for.
+        what was asked for. `linear` are the classifier's layers that will be asked for next: a compiler that has looked
+        at what is ready does not see what comes later.
         """
-        ready = self._ready.setdefault((device, dtype), {})
-        out: list[Tensor] = []
+        names: list[str] = []
         for stage in plan.stages:
-            names = [stage.conv]
-            if "bn" in stage.steps:
-                names = ["folded " + stage.conv] + ([stage.conv] if "conv" in stage.taps else [])
-            for name in names:
-                if name not in ready:
+            names.append("folded " * ("bn" in stage.steps) + stage.conv)
+            if "bn" in stage.steps and "conv" in stage.taps:
+                names.append(stage.conv)
+        found = self._get((*names, *(f"classifier.{index}" for index in linear)), device, dtype)
+        return [value for values in found[: len(names)] for value in values]
+
+    def linear(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Weight and bias of `classifier.{index}`."""
+        return self._get((f"classifier.{index}",), device, dtype)[0]
+
+    def _get(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        self._fill(names, device, dtype)
+        ready = self._ready[device, dtype]
+        return [ready[name] for name in names]
+
+    def _fill(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
+        ready = self._ready.setdefault((device, dtype), {})
+        for name in names:
+            if name not in ready:
+                with _outside():
                     ready[name] = self._prepare(name, device, dtype)
-                out += ready[name]
-        return out
+
+    # run while a graph is traced, not traced: torch.compiler.assume_constant_result without importing the compiler
+    _fill._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _prepare(self, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        if name.startswith("classifier."):
+            return tuple(self.state[f"{name}.{part}"].to(device, dtype) for part in ("weight", "bias"))
         folded, _, conv = name.rpartition(" ")
         index = self.arch.layer(conv).index
         weight, bias = (self.state[f"features.{index}.{part}"].to(torch.float64) for part in ("weight", "bias"))
@@ -178,16 +204,14 @@ class Trunk:
         # the gradient of a convolution is a convolution with the kernel turned round and channels exchanged
         back = weight.flip(2, 3).transpose(0, 1)
         layouts = ((weight, torch.channels_last), (bias, torch.contiguous_format), (back, torch.channels_last))
-        with torch.inference_mode(False), torch.no_grad():
-            return tuple(value.to(device, dtype).contiguous(memory_format=layout).clone() for value, layout in layouts)
+        return tuple(value.to(device, dtype).contiguous(memory_format=layout).clone() for value, layout in layouts)
 
-    def linear(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Weight and bias of `classifier.{index}`."""
-        ready = self._ready.setdefault((device, dtype), {})
-        name = f"classifier.{index}"
-        if name not in ready:
-            ready[name] = tuple(self.state[f"{name}.{part}"].to(device, dtype) for part in ("weight", "bias"))
-        return ready[name]
+
+@contextlib.contextmanager
+def _outside() -> Iterator[None]:
+    """Outside of whatever the caller is inside of (inference mode, export, vmap, …): what is kept is made of real tensors."""
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 # ── plain: the reference, differentiable any number of times ──────────────────────────────────────────────────────────
@@ -280,7 +304,7 @@ def _forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list
     kept: list[Tensor] = []
     left = list(filters)
     x = x.contiguous(memory_format=torch.channels_last)
-    with _no_autocast(x.device):
+    with no_autocast(x.device):
         for stage in plan.stages:
             wants = _kept(stage, plan.pooling) if keep != "none" else ""
             # where the value before the ReLU is a tap, the ReLU is a step of its own
@@ -352,7 +376,7 @@ def _backward(
     position = len(plan.names)
     heights = _sizes(plan, shape)
     flow = _Flow()
-    with _no_autocast(grads[0].device):
+    with no_autocast(grads[0].device):
         for stage, (height, width) in zip(reversed(plan.stages), reversed(heights), strict=True):
             position -= len(stage.taps)
             at = {kind: position + i for i, kind in enumerate(stage.taps)}
@@ -462,7 +486,7 @@ def _sizes(plan: Plan, shape: Sequence[int]) -> list[tuple[int, int]]:
 # ── the operations ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _no_autocast(device: torch.device) -> Any:
+def no_autocast(device: torch.device) -> Any:
     """Autocast is answered once, by the choice of the trunk's precision; inside it must not cast again."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
@@ -704,38 +728,45 @@ def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits")
         plan: what to run.
         keep: what to remember for the backward: "bits" (a tenth of autograd's memory and less) or "values" (faster).
     """
-    grad = torch.is_grad_enabled() and x.requires_grad
-    found = _Trunk.apply(x, plan.code, keep, *filters) if grad else _forward(x, filters, plan.code, "none")
+    if forward_ad._current_level >= 0:  # forward-mode derivatives want ordinary operations
+        found: Sequence[Tensor] = plain(x, filters, plan)
+    elif torch.is_grad_enabled() and x.requires_grad:
+        again = sum(1 << i for i in reread(plan, keep))
+        found = _Trunk.apply(x, plan.code, keep, len(plan.names), again, *filters)
+    else:
+        found = _forward(x, filters, plan.code, "none")
     return [found[i] for i in plan.order]
+
+
+# Which taps is said by the bits of a number: torch.compile takes no sequences of numbers as arguments of a function.
 
 
 class _Trunk(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, code: str, keep: str, *filters: Tensor) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, code: str, keep: str, count: int, again: int, *filters: Tensor) -> tuple[Tensor, ...]:
         return tuple(_forward(x, filters, code, keep))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.code, ctx.keep, *filters = inputs
-        plan = Plan.decode(ctx.code)
-        ctx.count = len(plan.names)
+        x, ctx.code, ctx.keep, ctx.count, again, *filters = inputs
         taps, kept = output[: ctx.count], output[ctx.count :]
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        again = [taps[i] for i in reread(plan, ctx.keep)]
-        ctx.split = (len(again), len(kept))
-        ctx.save_for_backward(x, *again, *kept, *filters)
+        ctx.again, ctx.kept = again.bit_count(), len(kept)
+        ctx.save_for_backward(x, *[tap for i, tap in enumerate(taps) if again >> i & 1], *kept, *filters)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
-        present = [i for i, grad in enumerate(grads[: ctx.count]) if grad is not None]
-        if not present:
-            return (None,) * (3 + len(rest) - sum(ctx.split))
-        found = _Back.apply(x, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest)
-        return (found, *(None,) * (2 + len(rest) - sum(ctx.split)))
+        nothing = (None,) * (4 + len(rest) - ctx.again - ctx.kept)
+        arrived = [(i, grad) for i, grad in enumerate(grads[: ctx.count]) if grad is not None]
+        if not arrived:
+            return (None, *nothing)
+        present = sum(1 << i for i, _ in arrived)
+        found = _Back.apply(x, ctx.code, ctx.keep, present, ctx.again, ctx.kept, *[grad for _, grad in arrived], *rest)
+        return (found, *nothing)
 
 
 class _Back(torch.autograd.Function):
@@ -744,30 +775,31 @@ class _Back(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, code: str, keep: str, split: tuple[int, int], present: list[int], *rest: Tensor) -> Tensor:
-        n, (again, kept) = len(present), split
-        grads, rest = rest[:n], rest[n:]
-        return _backward(
-            grads, present, rest[:again], rest[again : again + kept], rest[again + kept :], list(x.shape), code, keep
-        )
+    def forward(x: Tensor, code: str, keep: str, present: int, again: int, kept: int, *rest: Tensor) -> Tensor:
+        which = [i for i in range(present.bit_length()) if present >> i & 1]
+        grads, rest = rest[: len(which)], rest[len(which) :]
+        taps, rest = rest[:again], rest[again:]
+        return _backward(grads, which, taps, rest[:kept], rest[kept:], list(x.shape), code, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.code, _, split, ctx.present, *rest = inputs
-        n = len(ctx.present)
-        ctx.inputs = len(inputs)
-        ctx.save_for_backward(x, *rest[:n], *rest[n + sum(split) :])
+        x, ctx.code, _, ctx.present, again, kept, *rest = inputs
+        n = ctx.present.bit_count()
+        ctx.nothing = again + kept + len(rest[n + again + kept :])
+        ctx.save_for_backward(x, *rest[:n], *rest[n + again + kept :])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        # second derivatives are rare: recompute with ordinary operations and let autograd do it twice
-        n = len(ctx.present)
+        # second derivatives are rare: recompute with ordinary operations, which can be differentiated without end
+        n = ctx.present.bit_count()
         x, *rest = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            grads = [value.detach().requires_grad_() for value in rest[:n]]
-            taps = plain(x, rest[n:], Plan.decode(ctx.code))
-            first = torch.autograd.grad([taps[i] for i in ctx.present], x, grads, create_graph=True)[0]
-            found = torch.autograd.grad(first, [x, *grads], grad, allow_unused=True)
-        return (found[0], None, None, None, None, *found[1:], *(None,) * (ctx.inputs - 5 - n))
+        plan = Plan.decode(ctx.code)
+
+        def taps(x: Tensor) -> list[Tensor]:
+            return [tap for i, tap in enumerate(plain(x, rest[n:], plan)) if ctx.present >> i & 1]
+
+        def first(x: Tensor, grads: list[Tensor]) -> Tensor:
+            return torch.func.vjp(taps, x)[1](grads)[0]
+
+        of_x, of_grads = torch.func.vjp(first, x, rest[:n])[1](grad)
+        return (of_x, None, None, None, None, None, *of_grads, *(None,) * ctx.nothing)

@@ -41,7 +41,7 @@ def _module(layer: Layer) -> nn.Module:
 class VGG(nn.Module):
     """VGG (Simonyan & Zisserman 2015, Table 1): `features`, `avgpool`, `classifier`, keys as in torchvision.
 
-    `forward` takes (N,3,H,W), normalised as the weights expect, H and W at least 32, and returns (N,num_classes) logits.
+    `forward` takes (N,3,H,W), normalised as the weights expect, H and W at least 32, and gives logits (N,num_classes).
 
     Args:
         arch: which VGG.
@@ -78,15 +78,16 @@ class VGG(nn.Module):
         else:
             self.avgpool = nn.AdaptiveAvgPool2d(1)
             self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, arch.num_classes))
-        self.reset_parameters(init)
+        self.init = init
+        self.reset_parameters()
 
-    def reset_parameters(self, init: str = "kaiming") -> None:
-        """Draw new weights, biases zero; see the class for the choices."""
+    def reset_parameters(self) -> None:
+        """Draw new weights as `init` says, biases zero."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-                if init == "paper":
+                if self.init == "paper":
                     nn.init.normal_(module.weight, std=0.1)
                 elif isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

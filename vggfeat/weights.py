@@ -8,6 +8,7 @@ could run code.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import http.client
 import os
@@ -17,7 +18,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.arch import Arch, Layer, parse
-from vggfeat.errors import DependencyError, WeightsError, WeightsUnavailableError, nearest
+from vggfeat.errors import DependencyError, InputError, WeightsError, WeightsUnavailableError, nearest
 
 if TYPE_CHECKING:
     from vggfeat.vgg import VGG
@@ -71,7 +72,10 @@ class Published:
     def digest(self) -> str:
         """The leading hex digits of the sha256 that the name publishes."""
         match = re.search(r"-([0-9a-f]{8,})\.", self.filename)
-        assert match, f"{self.filename} publishes no digest"
+        if not match:
+            raise InputError(
+                f"expected a file name that publishes its sha256, NAME-1a2b3c4d.pth, got {self.filename!r}"
+            )
         return match[1]
 
 
@@ -99,7 +103,8 @@ SETS: dict[str, dict[str, Published]] = {
         for file in ("vgg16-00b39a1b.pth", "vgg19-d01eb7cb.pth")
     },
 }
-NAMES = (*SETS, "random")
+NAMES = (*SETS, "random", "auto")
+LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # where the head's layers are in `classifier`
 
 
 class _Default(str):
@@ -133,20 +138,23 @@ class Weights:
         """Make sure that everything up to the deepest of `names` is there.
 
         Raises:
+            InputError: a layer that the network lacks.
             WeightsError: names the missing keys and the deepest layer that these weights can serve.
         """
-        names = list(names)
+        self.arch.check(names := list(names))
+        deepest = max(self.arch.names.index(name) for name in names)
+        keys = {layer.name: _keys(layer) for layer in self.arch.layers}
+        keys |= {name: [f"classifier.{i}.weight", f"classifier.{i}.bias"] for name, i in LINEAR.items()}
         missing: list[str] = []
         served = "none"
-        for layer in self.arch.until(names):
-            missing += [key for key in _keys(layer) if key not in self.state]
+        for name in self.arch.names[: deepest + 1]:
+            missing += [key for key in keys.get(name, ()) if key not in self.state]
             if not missing:
-                served = layer.name
-        if missing or (set(names) & set(self.arch.head_names) and not _head_keys(self.arch, self.state)):
-            lacking = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "") if missing else "the classifier"
-            deepest = max(names, key=self.arch.names.index)
+                served = name
+        if missing:
             raise WeightsError(
-                f"weights {self.label} do not reach {deepest}: missing {lacking}; the deepest layer they serve is {served}"
+                f"weights {self.label} do not reach {self.arch.names[deepest]}: "
+                f"missing {', '.join(missing[:4])}{' …' * (len(missing) > 4)}; the deepest layer they serve is {served}"
             )
 
 
@@ -154,10 +162,6 @@ def _keys(layer: Layer) -> list[str]:
     """State-dict keys of a layer, without the counter that evaluation does not need."""
     parts = {"conv": ("weight", "bias"), "bn": ("weight", "bias", "running_mean", "running_var")}.get(layer.kind, ())
     return [f"features.{layer.index}.{part}" for part in parts]
-
-
-def _head_keys(arch: Arch, state: Mapping[str, Tensor]) -> list[str]:
-    return [key for key in state if key.startswith("classifier.")] if arch.head else []
 
 
 # ── load ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -178,17 +182,16 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
         WeightsUnavailableError: a published set that is neither here nor can be fetched, or a path that is not there.
         WeightsError: a damaged or tampered file, a pickle that would run code, keys of another network.
         DependencyError: a `.h5` file without h5py.
-        InputError: an unknown architecture.
+        InputError: an unknown architecture, or `weights` of another type.
     """
     if isinstance(weights, _Default):
         weights = os.environ.get("VGGFEAT_WEIGHTS") or "imagenet"
     if isinstance(weights, Mapping):
-        digest = hashlib.sha256()
-        for key in sorted(weights):
-            if isinstance(value := weights[key], Tensor):
-                digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(_bytes(value))
-        return _read_state(weights, arch, IMAGENET, "from a state dict", ("state", digest.digest()))
+        return _read_state(weights, arch, IMAGENET, "from a state dict")
+    if not isinstance(weights, str | os.PathLike):
+        raise InputError(
+            f"weights is {', '.join(map(repr, NAMES))}, a path or a state dict, got {type(weights).__name__}"
+        )
     if weights == "auto":
         try:
             return load("imagenet", arch)
@@ -197,18 +200,24 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
             return replace(loaded, label=f"random ({str(error).split(';')[0]})")
     if weights == "random":
         chosen = replace(parse(arch or "vgg16"), head=None)
-        return Weights(chosen, _random_state(chosen), IMAGENET.mean, IMAGENET.std, "random", ("random", chosen))
+        with torch.device("cpu"):  # the same numbers, whatever the default device is
+            state = _random_state(chosen)
+        return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", ("random", chosen))
     if isinstance(weights, str) and weights in SETS:
-        published = _published(weights, parse(arch or "vgg16"))
-        path = find(weights, parse(arch or "vgg16").name)
+        arch = parse(arch or "vgg16")
+        published, path = _published(weights, arch), find(weights, arch.name)
         label = f"{weights} ({published.filename})"
-        return _read_state(read(path), arch or "vgg16", published.convention, label, _file_key(path))
+        return _read_state(read(path), arch, published.convention, label, _file_key(path))
     return _load_path(os.fspath(weights), arch)
 
 
-def _bytes(value: Tensor) -> Any:
-    value = value.detach().cpu().contiguous()
-    return memoryview(value.view(torch.uint8).flatten().numpy()) if value.numel() else b""
+def _digest(state: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for key in sorted(state):
+        sha.update(f"{key}{state[key].dtype}{tuple(state[key].shape)}".encode())
+        raw: Any = state[key].flatten().view(torch.uint8).numpy()
+        sha.update(raw)
+    return sha.hexdigest()
 
 
 def _load_path(text: str, arch: str | Arch | None) -> Weights:
@@ -222,20 +231,26 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     published = {p.filename: p for group in SETS.values() for p in group.values()}.get(path.name)
     if published:
         verify(path, published.digest)
-    keras = path.suffix.lower() in (".h5", ".hdf5", ".keras")
-    convention = CAFFE if caffe or keras else published.convention if published else IMAGENET
+    convention = CAFFE if caffe or _is_hdf5(path) else published.convention if published else IMAGENET
     return _read_state(read(path), arch, convention, path.name, (*_file_key(path), convention))
 
 
-def _file_key(path: Path) -> tuple[object, ...]:
+def _file_key(path: Path) -> tuple[str, int, int]:
     stat = path.stat()
     return (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 def _read_state(
-    raw: Mapping[str, Any], arch: str | Arch | None, convention: Convention, label: str, key: tuple[object, ...]
+    raw: Mapping[str, Any],
+    arch: str | Arch | None,
+    convention: Convention,
+    label: str,
+    key: tuple[object, ...] | None = None,
 ) -> Weights:
     state = _map_keys(raw, label)
+    if key is None:  # the caller's own tensors, which may go on training
+        state = {name: value.to("cpu", copy=True) for name, value in state.items()}
+        key = ("state", _digest(state))
     found = infer_arch(state, label)
     if arch is not None:
         wanted = parse(arch)
@@ -251,7 +266,7 @@ def _read_state(
 
 
 def _map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
-    """torchvision's keys from whatever wraps them: {"state_dict": …}, "module." and other prefixes, BN nets included."""
+    """The tensors under torchvision's keys, whatever wraps them: {"state_dict": …}, "module." and other prefixes."""
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(raw.get(wrapper), Mapping):
             raw = raw[wrapper]
@@ -266,7 +281,7 @@ def _map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
         moved = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
         state = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
     if "features.0.weight" not in state:
-        shown = ", ".join(list(raw)[:3]) or "nothing"
+        shown = ", ".join(map(str, list(raw)[:3])) or "nothing"
         raise WeightsError(
             f"weights {label} are not a VGG's: expected keys like features.0.weight (conv1_1), found {shown}"
         )
@@ -342,29 +357,32 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     arch, state = loaded.arch, dict(loaded.state)
     if arch.unit != net.arch.unit:
         raise WeightsError(f"weights {loaded.label} have width {arch.width:g}, the network {net.arch.width:g}")
-    loaded.require([arch.layers[-1].name])
-    if weights == "random":
-        head = False
+    head = head and loaded.key[0] != "random"
     if head and (arch.head, arch.num_classes) != (net.arch.head, net.arch.num_classes):
         theirs = f"a {arch.head} head for {arch.num_classes} classes" if arch.head else "no classifier"
         raise WeightsError(
             f"weights {loaded.label} have {theirs}, the network a {net.arch.head} head for {net.arch.num_classes}; "
             "load_weights(net, weights, head=False) loads the convolutions and leaves the head as it is"
         )
-    scale = torch.tensor(IMAGENET.std) / torch.tensor(loaded.std)
-    shift = (torch.tensor(IMAGENET.mean) - torch.tensor(loaded.mean)) / torch.tensor(loaded.std)
+    loaded.require([arch.names[-1] if head else arch.layers[-1].name])
+    with torch.device("cpu"):
+        mean, std, mean_here, std_here = map(torch.tensor, (loaded.mean, loaded.std, IMAGENET.mean, IMAGENET.std))
+    scale, shift = std_here / std, (mean_here - mean) / std
     first = state["features.0.weight"]
     state["features.0.bias"] = state["features.0.bias"] + (first * shift[:, None, None]).sum((1, 2, 3))
     state["features.0.weight"] = first * scale[:, None, None]
+    meta = next(net.parameters()).is_meta
+    if meta and not head:
+        net.classifier.to_empty(device="cpu")
+        net.reset_parameters()
     own = net.state_dict()
     for key in own:
         if not head and key.startswith("classifier."):
             state[key] = own[key]
         elif key.endswith("num_batches_tracked"):
             state.setdefault(key, torch.zeros((), dtype=torch.long))
-    meta = next(net.parameters()).is_meta
     net.load_state_dict({key: state[key] for key in own}, assign=meta)
-    return net.requires_grad_(True) if meta else net
+    return net
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -377,9 +395,7 @@ def read(path: Path) -> Mapping[str, Any]:
         WeightsError: a file that is truncated, of another kind, or a pickle that would run code.
         DependencyError: a `.h5` file without h5py.
     """
-    with path.open("rb") as file:
-        magic = file.read(8)
-    if magic == b"\x89HDF\r\n\x1a\n" or path.suffix.lower() in (".h5", ".hdf5"):
+    if _is_hdf5(path):
         return _read_keras(path)
     if path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
@@ -389,21 +405,34 @@ def read(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{path} is damaged or no safetensors file: {error}") from error
+    magic = _magic(path)
     try:
         # a file in torch's zip format is mapped: layers that nobody asks for are never read
         raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "weights_only" in str(error) or "WeightsUnpickler" in str(error):
+        if magic.startswith((b"\x80", b"PK")):  # a pickle, or torch's zip around one
             raise WeightsError(
                 f"{path} was not loaded: it holds more than tensors, and unpickling that could run code; "
                 "save the state dict alone: torch.save(net.state_dict(), path)"
             ) from error
-        raise WeightsError(f"{path} is damaged or no torch file: {_short(error)}") from error
+        raise WeightsError(f"{path} is damaged or no torch file: it starts with {magic!r}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise WeightsError(f"{path} is damaged or no torch file: {_short(error)}") from error
     if not isinstance(raw, Mapping):
         raise WeightsError(f"{path} holds a {type(raw).__name__}, expected a state dict")
     return raw
+
+
+def _magic(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(8)
+    except OSError as error:
+        raise WeightsUnavailableError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _is_hdf5(path: Path) -> bool:
+    return path.suffix.lower() in (".h5", ".hdf5") or _magic(path) == b"\x89HDF\r\n\x1a\n"
 
 
 def _short(error: BaseException) -> str:
@@ -420,13 +449,13 @@ def _read_keras(path: Path) -> dict[str, Tensor]:
 
     def visit(name: str, item: Any) -> None:
         match = re.search(r"(block\d_conv\d|fc[12]|predictions)", name)
-        if match and isinstance(item, h5py.Dataset):
+        if match and not name.startswith("optimizer") and isinstance(item, h5py.Dataset):
             arrays.setdefault(match[1], {})[item.ndim] = torch.from_numpy(item[()]).to(torch.float32)
 
     try:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path} is damaged or no HDF5 file: {_short(error)}") from error
     config = "E" if "block3_conv4" in arrays else "D"
     state = {}
@@ -439,6 +468,8 @@ def _read_keras(path: Path) -> dict[str, Tensor]:
         if {1, 2} <= arrays.get(name, {}).keys():
             weight = arrays[name][2]  # (in, out)
             if name == "fc1":  # Keras flattens (7,7,C), torch (C,7,7)
+                if weight.shape[0] % 49:
+                    break  # another classifier on the same convolutions
                 weight = weight.reshape(7, 7, -1, weight.shape[1]).permute(2, 0, 1, 3).flatten(0, 2)
             state[f"classifier.{index}.weight"] = weight.T.contiguous()
             state[f"classifier.{index}.bias"] = arrays[name][1]
@@ -453,7 +484,7 @@ def _read_keras(path: Path) -> dict[str, Tensor]:
 def _published(name: str, arch: Arch) -> Published:
     if arch.unit != 64 or arch.name not in SETS[name]:
         what = arch.name if arch.unit == 64 else f"{arch.name} at width {arch.width:g}"
-        raise WeightsError(f"there are no {name!r} weights for {what}: choose from {', '.join(SETS[name])}")
+        raise WeightsUnavailableError(f"there are no {name!r} weights for {what}: choose from {', '.join(SETS[name])}")
     return SETS[name][arch.name]
 
 
@@ -511,11 +542,10 @@ def verify(path: Path, digest: str = "") -> str:
     Raises:
         WeightsError: they differ.
     """
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    actual = _sha256(*_file_key(path))
     note = path.with_name(path.name + ".sha256")
     recorded = ""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
+    with contextlib.suppress(OSError, UnicodeDecodeError, IndexError):
         recorded = note.read_text().split(maxsplit=1)[0] if note.is_file() else ""
     expected = digest if not actual.startswith(digest) else recorded
     if expected and not actual.startswith(expected):
@@ -532,13 +562,20 @@ def verify(path: Path, digest: str = "") -> str:
     return actual
 
 
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    """A file's sha256; an unchanged file is read once a process, however many losses are made of it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _write_atomically(path: Path, data: bytes) -> None:
     with _temporary(path) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Any:
+def _temporary(path: Path) -> Iterator[IO[bytes]]:
     """A file that becomes `path` when the block ends well and disappears when it does not."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
@@ -554,30 +591,23 @@ def _temporary(path: Path) -> Any:
         raise
 
 
-class _Patient:
+def _patient(kind: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
     """A connection that gives up calling after CONNECT_TIMEOUT and listening after READ_TIMEOUT."""
 
-    def connect(self) -> None:
-        super().connect()  # type: ignore[misc]
-        self.sock.settimeout(READ_TIMEOUT)  # type: ignore[attr-defined]
+    class Connection(kind):  # type: ignore[misc, valid-type]
+        def connect(self) -> None:
+            super().connect()
+            self.sock.settimeout(READ_TIMEOUT)
+
+    return Connection
 
 
-class _HTTP(_Patient, http.client.HTTPConnection):
-    pass
-
-
-class _HTTPS(_Patient, http.client.HTTPSConnection):
-    pass
-
-
-class _HTTPHandler(urllib.request.HTTPHandler):
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_HTTP, request)
+        return self.do_open(_patient(http.client.HTTPConnection), request)
 
-
-class _HTTPSHandler(urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_HTTPS, request)
+        return self.do_open(_patient(http.client.HTTPSConnection), request)
 
 
 def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
@@ -592,12 +622,13 @@ def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
         WeightsUnavailableError: the server cannot be reached, refuses, or stops half way; or the folder is not
             writable. No partial file is left.
         WeightsError: what came is not what the name publishes.
+        InputError: the name publishes nothing.
     """
     from tqdm import tqdm
 
     published = Published(url, IMAGENET, "")
-    path = folder / published.filename
-    opener = urllib.request.build_opener(_HTTPHandler, _HTTPSHandler)
+    digest, path = published.digest, folder / published.filename
+    opener = urllib.request.build_opener(_Handler)
     request = urllib.request.Request(url, headers={"User-Agent": "vggfeat"})
     sha = hashlib.sha256()
     try:
@@ -606,13 +637,15 @@ def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
             length = int(response.headers.get("Content-Length") or 0)
             bar = tqdm(total=length or None, unit="B", unit_scale=True, desc=path.name, disable=not progress)
             with bar:
-                _copy(response, file, sha, bar)
-            got = bar.n if progress else file.tell()
-            if length and got < length:
-                raise WeightsUnavailableError(f"download of {url} stopped after {got} of {length} bytes")
-            if not sha.hexdigest().startswith(published.digest):
+                while chunk := response.read(1 << 20):
+                    sha.update(chunk)
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            if file.tell() < length:
+                raise WeightsUnavailableError(f"download of {url} stopped after {file.tell()} of {length} bytes")
+            if not sha.hexdigest().startswith(digest):
                 raise WeightsError(
-                    f"{url} gave a file whose sha256 starts with {sha.hexdigest()[:8]}, expected {published.digest}"
+                    f"{url} gave a file whose sha256 starts with {sha.hexdigest()[:8]}, expected {digest}"
                 )
     except urllib.error.HTTPError as error:
         raise WeightsUnavailableError(f"{url} answered {error.code} {error.reason}") from error
@@ -622,13 +655,6 @@ def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
     with contextlib.suppress(OSError):
         _write_atomically(path.with_name(path.name + ".sha256"), f"{sha.hexdigest()}  {path.name}\n".encode())
     return path
-
-
-def _copy(response: IO[bytes], file: IO[bytes], sha: Any, bar: Any) -> None:
-    while chunk := response.read(1 << 20):
-        sha.update(chunk)
-        file.write(chunk)
-        bar.update(len(chunk))
 
 
 # ── random ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,67 @@
+"""`vggfeat`: its subcommands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import vggfeat
+from vggfeat_cli.run import finish
+
+
+@click.group("vggfeat", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(vggfeat.__version__)
+def command() -> None:
+    """See what VGG is, and look after its weights."""
+
+
+@command.group()
+def weights() -> None:
+    """List, fetch and verify the published weight sets."""
+
+
+@weights.command("list")
+def list_sets() -> None:
+    """Every published file, its licence, and where it is on this machine."""
+    from vggfeat.weights import SETS, folders
+
+    for name, group in SETS.items():
+        for arch, published in group.items():
+            here = next((path for folder in folders() if (path := folder / published.filename).is_file()), None)
+            click.echo(f"{name:9} {arch:9} {published.filename:24} {here or '-'}  [{published.licence}]")
+    click.echo("random    any       made on the spot, seeded and calibrated")
+
+
+@weights.command()
+@click.argument("name")
+@click.argument("arch", default="vgg16")
+def fetch(name: str, arch: str) -> None:
+    """Fetch a set (imagenet, caffe) for an architecture, unless it is here already, and verify it."""
+    from vggfeat.weights import find
+
+    click.echo(str(find(name, arch)))
+
+
+@weights.command()
+@click.argument("files", nargs=-1, type=click.Path())
+def verify(files: tuple[str, ...]) -> None:
+    """Check FILES, or every published file on this machine, against the published and recorded sha256."""
+    from vggfeat.weights import SETS, folders
+    from vggfeat.weights import verify as check
+
+    known = {published.filename: published.digest for group in SETS.values() for published in group.values()}
+    paths = [Path(file) for file in files] or [
+        path for folder in folders() for name in known if (path := folder / name).is_file()
+    ]
+    if not paths:
+        click.echo("no published weight file on this machine")
+    for path in paths:
+        if not path.is_file():
+            raise vggfeat.InputError(f"no file at {path}")
+        click.echo(f"{check(path, known.get(path.name, ''))}  {path}")
+
+
+def main() -> None:
+    """Entry point."""
+    finish(command)

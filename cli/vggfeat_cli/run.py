@@ -1,0 +1,37 @@
+"""What both commands share: how they end."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from vggfeat.errors import RunError, VGGFeatError
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def finish(command: click.Command) -> None:
+    """Run a command and exit: 0, or one line on stderr and 2 for bad input, 1 for a failure, 130 after Ctrl-C."""
+    name = command.name or "vggfeat"
+    try:
+        code = command.main(prog_name=name, standalone_mode=False)
+    except (click.UsageError, click.BadParameter) as error:
+        fail(name, f"{error.format_message()} (see {error.ctx.command_path if error.ctx else name} --help)", BAD_INPUT)
+    except click.ClickException as error:
+        fail(name, error.format_message(), BAD_INPUT)
+    except (KeyboardInterrupt, click.Abort):
+        fail(name, "interrupted before there was a picture", INTERRUPTED)
+    except RunError as error:
+        fail(name, str(error), FAILED)
+    except VGGFeatError as error:
+        fail(name, str(error), BAD_INPUT)
+    except (MemoryError, OSError, RuntimeError) as error:  # out of memory on either kind of device is a RuntimeError
+        fail(name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", FAILED)
+    sys.exit(code or 0)
+
+
+def fail(name: str, message: str, code: int) -> None:
+    """One line on stderr, and the exit status."""
+    click.echo(f"{name}: {' '.join(message.split())}", err=True)
+    sys.exit(code)

@@ -1,0 +1,133 @@
+"""`vggstyle CONTENT STYLE...`: every field of StyleConfig is a flag, and that is where the defaults come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import vggfeat
+from vggfeat.transfer.config import CHOICES, StyleConfig
+from vggfeat_cli.run import FAILED, INTERRUPTED, finish
+
+if TYPE_CHECKING:
+    from vggfeat.transfer.stylize import StyleResult, StyleStep
+
+
+class _List(click.ParamType):
+    """Values between commas."""
+
+    def __init__(self, item: type) -> None:
+        self.item = item
+        self.name = "names" if item is str else "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(self.item(part.strip()) for part in value.split(",") if part.strip())
+        except ValueError:
+            self.fail(f"expected numbers between commas, got {value!r}", param, ctx)
+
+
+_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "str | None": str, "float | None": float, "bool": bool}
+_TYPES |= {f"tuple[{item.__name__}, ...]{none}": _List(item) for item in (str, float) for none in ("", " | None")}
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for field in reversed(dataclasses.fields(StyleConfig)):
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        command = click.option(
+            "--" + field.name.replace("_", "-"),
+            type=click.Choice(CHOICES[field.name]) if field.name in CHOICES else _TYPES[str(field.type)],
+            is_flag=field.type == "bool",
+            default=default,
+            show_default=default not in (None, False),
+            help=field.metadata["help"],
+        )(command)
+    return command
+
+
+@click.command("vggstyle", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("content", type=click.Path())
+@click.argument("style", type=click.Path(), nargs=-1, required=True)
+@click.option("-o", "--output", type=click.Path(), help="PNG, JPEG, WebP or TIFF file.  [default: CONTENT-STYLE.png]")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
+@click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@_options
+@click.version_option(vggfeat.__version__)
+def command(
+    content: str, style: tuple[str, ...], output: str | None, overwrite: bool, as_json: bool, quiet: bool, **values: Any
+) -> int:
+    """Paint CONTENT in the manner of STYLE (one image, or several to blend).
+
+    Ctrl-C stops early and saves the best picture so far.
+    """
+    config = StyleConfig(**values)
+    from vggfeat.image import check_output, free_path
+
+    name = "-".join(Path(path).stem for path in (content, *style)) + ".png"
+    target = check_output(output, overwrite=overwrite) if output else check_output(free_path(Path(name)))
+    with _Bar(disable=quiet) as bar:
+        result = vggfeat.stylize(content, list(style), config, callback=bar)
+    written, trouble = _save(result, target, overwrite)
+    if as_json:
+        summary = {"output": str(written), "content": content, "style": list(style)} | result.to_dict()
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        click.echo(str(written))
+    seconds = f"{result.elapsed:.1f} s"
+    size = f"{result.image.width}×{result.image.height}"
+    click.echo(f"weights: {result.weights}", err=True)
+    click.echo(f"{size}, {len(result.history)} steps, {seconds}, {result.arch} in {result.precision}", err=True)
+    if trouble:
+        click.echo(f"vggstyle: {trouble}; the picture is in {written}", err=True)
+        return FAILED
+    if result.interrupted:
+        click.echo("vggstyle: interrupted; this is the best picture so far", err=True)
+        return INTERRUPTED
+    return 0
+
+
+def _save(result: StyleResult, target: Path, overwrite: bool) -> tuple[Path, str]:
+    """Write the picture where it was to go, or, rather than lose it, somewhere else."""
+    from vggfeat.image import free_path
+
+    try:
+        return result.save(target, overwrite=overwrite), ""
+    except vggfeat.ImageError as error:
+        rescue = free_path(Path(tempfile.gettempdir()) / (target.stem + ".png"))
+        return result.save(rescue), str(error)
+
+
+class _Bar:
+    """The progress bar: scale, step, losses, time left."""
+
+    def __init__(self, disable: bool) -> None:
+        from tqdm import tqdm
+
+        shape = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
+        self.bar = tqdm(total=1.0, bar_format=shape, disable=disable, desc="loading", leave=False)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def __call__(self, step: StyleStep) -> None:
+        where = f"scale {step.scale}/{step.scales} {step.width}×{step.height} step {step.step}/{step.steps}"
+        self.bar.set_description_str(where, refresh=False)
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in step.losses.items() if v), refresh=False)
+        self.bar.update(step.progress - self.bar.n)
+
+
+def main() -> None:
+    """Entry point."""
+    finish(command)

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m tests.bench.NAME` from the top of the repository; results in RESULTS.md."""

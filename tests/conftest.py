@@ -1,0 +1,80 @@
+"""Fixtures for all tests: test data that may be absent, no Internet, no caches of the person who runs them."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vggfeat import weights
+
+REPO = Path(__file__).resolve().parents[1]
+OXFORD = "vgg19-oxford-conv1_1-conv3_4.safetensors"
+NOWHERE = "http://127.0.0.1:9/"  # the discard port: nothing listens there
+
+
+def pytest_configure(config):
+    torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(config, items):
+    asked = config.option.markexpr or ""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for mark in ("slow", "network"):
+            if mark in item.keywords and mark not in asked:
+                item.add_marker(pytest.mark.skip(reason=f"asked for with -m {mark}"))
+
+
+@pytest.fixture(autouse=True)
+def _sealed(request, tmp_path_factory, monkeypatch):
+    """An empty torch.hub cache, no VGGFEAT variables, and every published file at an address where nobody answers."""
+    home = tmp_path_factory.mktemp("torch_home")
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)  # set_dir() of an earlier test
+    for name in ("VGGFEAT_WEIGHTS", "VGGFEAT_WEIGHTS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    if "network" not in request.keywords:
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.setenv("no_proxy", "*")
+        sets = {
+            name: {
+                arch: weights.Published(NOWHERE + entry.filename, entry.convention, entry.licence)
+                for arch, entry in entries.items()
+            }
+            for name, entries in weights.SETS.items()
+        }
+        monkeypatch.setattr(weights, "SETS", sets)
+
+
+def _folder(variable, default, needed):
+    folder = Path(os.environ.get(variable) or default)
+    if not (folder / needed).exists():
+        pytest.skip(f"no {folder / needed}: set {variable} to the folder that has it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def test_data():
+    """The folder with photos/ and paintings/."""
+    folder = _folder("VGGFEAT_TEST_DATA", REPO.parent / "shared" / "data", "photos")
+    return _folder("VGGFEAT_TEST_DATA", folder, "paintings")
+
+
+@pytest.fixture(scope="session")
+def oxford():
+    """The file with Oxford's VGG-19 up to conv3_4."""
+    return _folder("VGGFEAT_TEST_WEIGHTS", REPO.parent / "shared" / "weights", OXFORD) / OXFORD
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """The torchvision package, where it is there and works."""
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:  # "operator torchvision::nms does not exist" is a RuntimeError
+        pytest.skip(f"torchvision does not work here: {str(error).splitlines()[0]}")
+    return torchvision

@@ -1,0 +1,182 @@
+"""The mathematics on tensors: Gram matrices, distances, total variation. No weights, no files, no state.
+
+Features are (N,C,h,w) in any floating type; sums are taken in float32, or float64 where that came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "CRITERIA",
+    "charbonnier",
+    "cosine",
+    "gram",
+    "l1",
+    "masked_mean",
+    "mse",
+    "total_variation",
+    "unit_normalize",
+]
+
+EPS = 1e-10
+
+
+def wide(x: Tensor) -> Tensor:
+    """In the type that sums are taken in: float32, or float64 where that came in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ── Gram matrices ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Gram matrix G = F Fᵀ / (C·h·w), the mean product of two channels over positions, divided by C.
+
+    Gatys et al. 2016 (CVPR), eq. 3, with the normalisation of Johnson et al. 2016 (arXiv:1603.08155), eq. 3, so that
+    neither the size of the image nor the number of channels sets its scale.
+
+    Args:
+        features: (N,C,h,w).
+        mask: (N,1,h,w) or (1,1,h,w) weights of the positions, not negative; the mean is weighted by them, and 0 where
+            they are all 0.
+
+    Returns:
+        (N,C,C), float32 (float64 for float64 features), symmetric.
+    """
+    channels = features.shape[1]
+    if mask is None:
+        return _products(features) / (channels * features.shape[2] * features.shape[3])
+    weight = wide(mask).expand(features.shape[0], 1, *features.shape[2:])
+    total = weight.sum((1, 2, 3)).clamp_min(EPS)
+    return _products(features * weight.sqrt().to(features.dtype)) / (channels * total[:, None, None])
+
+
+def _products(features: Tensor) -> Tensor:
+    """F Fᵀ (N,C,C) in float32: without a float32 copy of the features, and with one product backward where autograd
+    takes two."""
+    if torch.compiler.is_compiling() or features.device.type != "cpu" or _in_functorch(features):
+        rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
+        return rows.mT @ rows
+    return _Products.apply(features)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _in_functorch(x: Tensor) -> bool:
+    check: Any = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    return bool(check and check(x))
+
+
+class _Products(torch.autograd.Function):
+    """F Fᵀ on a CPU, where oneDNN's convolutions are the fastest matrix products there are in every precision.
+
+    With F as its input and as its output's gradient, the weight gradient of a 1×1 convolution is F Fᵀ; and F·(D + Dᵀ),
+    the gradient of F Fᵀ, is a 1×1 convolution of F. (Measured against torch.mm in tests/bench/ops.py.)
+    """
+
+    CHUNK = 1 << 20  # values converted to float32 at a time: they stay in the cache
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        features = features.contiguous(memory_format=torch.channels_last)
+        n, c, h, w = features.shape
+        out = torch.zeros(n, c, c, dtype=wide(features[:0]).dtype)
+        kernel = out.new_empty(c, c, 1, 1)
+        rows = max(1, _Products.CHUNK // (c * w))
+        for image, total in zip(features.split(1), out, strict=True):
+            for top in range(0, h, rows):
+                part = wide(image[:, :, top : top + rows])
+                total += torch.ops.aten.convolution_backward(
+                    part, part, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+                )[1][:, :, 0, 0]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (features,) = ctx.saved_tensors
+        kernel = (grad + grad.mT).to(features.dtype)
+        if torch.is_grad_enabled():  # a second derivative was asked for
+            return (features.permute(0, 2, 3, 1).flatten(1, 2) @ kernel).mT.unflatten(2, features.shape[2:])
+        parts = [
+            F.conv2d(image, weight[:, :, None, None])
+            for image, weight in zip(features.split(1), kernel, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# ── distances, value by value ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """(a - b)², same shape."""
+    return (wide(a) - wide(b)).square()
+
+
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|, same shape; the gradient at equality is 0."""
+    return (wide(a) - wide(b)).abs()
+
+
+def charbonnier(a: Tensor, b: Tensor, eps: float = 1e-3) -> Tensor:
+    """√((a - b)² + ε²) - ε, same shape, 0 at equality: l1 with a round bottom.
+
+    Charbonnier et al. 1994; ε as in Lai et al. 2017 (arXiv:1704.03915), who leave the constant -ε out.
+    """
+    return ((wide(a) - wide(b)).square() + eps * eps).sqrt() - eps
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cos of the angle between the channel vectors at each position, (N,1,…), in [0,2].
+
+    A vector of zeros has angle 90° to every other and a gradient of 0.
+    """
+    return 1 - (unit_normalize(a) * unit_normalize(b)).sum(1, keepdim=True)
+
+
+CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": mse,
+    "l1": l1,
+    "charbonnier": charbonnier,
+    "cosine": cosine,
+}
+
+
+def unit_normalize(features: Tensor) -> Tensor:
+    """Channel vectors at unit length, as in LPIPS (Zhang et al. 2018, arXiv:1801.03924, eq. 1).
+
+    The guard against zeros stands under the root, so that the gradient at a vector of zeros is finite.
+    """
+    features = wide(features)
+    return features / (features.square().sum(1, keepdim=True) + EPS).sqrt()
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of each image's values.
+
+    Args:
+        values: (N,…).
+        mask: (N,1,h,w) or (1,1,h,w) weights for values (N,C,h,w); an image whose weights are all 0 has mean 0.
+
+    Returns:
+        (N,).
+    """
+    if mask is None:
+        return values.flatten(1).mean(1) if values.ndim > 1 else values
+    weight = mask.to(values.dtype).expand(values.shape[0], 1, *values.shape[2:])
+    total = weight.sum((1, 2, 3)) * values.shape[1]
+    return (values * weight).sum((1, 2, 3)) / total.clamp_min(EPS)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean squared difference of neighbouring pixels, down and across, (N,C,H,W) to (N,).
+
+    The V² of Mahendran and Vedaldi 2015 (arXiv:1412.0035), eq. 2 with β = 2, as a mean so that size does not matter.
+    """
+    down = (images[:, :, 1:] - images[:, :, :-1]).square()
+    across = (images[..., 1:] - images[..., :-1]).square()
+    return masked_mean(wide(down)) + masked_mean(wide(across))

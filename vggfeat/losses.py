@@ -1,0 +1,272 @@
+"""Losses that people put inside their own models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vggfeat.arch import Arch
+from vggfeat.errors import InputError, nearest
+from vggfeat.features import VGGFeatures
+from vggfeat.functional import CRITERIA, gram, masked_mean, unit_normalize
+from vggfeat.weights import DEFAULT, WeightsLike
+
+__all__ = ["EncodedTarget", "PerceptualLoss", "StyleLoss"]
+
+Criterion = str | Callable[[Tensor, Tensor], Tensor]
+REDUCTIONS = ("none", "mean", "sum")
+
+
+@dataclass(frozen=True)
+class EncodedTarget:
+    """What a loss remembers of its targets; made by `encode`, given to the loss in place of the images.
+
+    Attributes:
+        values: by layer, features (N,C,h,w) or Gram matrices (N,C,C), detached.
+        size: height and width of the images.
+        made_by: which kind of loss and which weights; only its like can read it.
+    """
+
+    values: Mapping[str, Tensor]
+    size: tuple[int, int]
+    made_by: tuple[object, ...]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> EncodedTarget:
+        """Some of the images, for mini-batches: a slice or a tensor or list of positions."""
+        return EncodedTarget({name: value[index] for name, value in self.values.items()}, self.size, self.made_by)
+
+    def to(self, *args: Any, **kwargs: Any) -> EncodedTarget:
+        """The same on another device or in another type, as `torch.Tensor.to`."""
+        moved = {name: value.to(*args, **kwargs) for name, value in self.values.items()}
+        return EncodedTarget(moved, self.size, self.made_by)
+
+
+class _FeatureLoss(nn.Module):
+    """A weighted sum over layers of a distance between what two batches of images look like to a VGG."""
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        *,
+        layer_weights: Sequence[float] | Mapping[str, float] | None = None,
+        criterion: Criterion = "mse",
+        arch: str | Arch | None = None,
+        weights: WeightsLike = DEFAULT,
+        normalize_features: bool = False,
+        input_range: tuple[float, float] = (0.0, 1.0),
+        reduction: str = "mean",
+        precision: str = "float32",
+        pooling: str = "max",
+        padding: str = "zeros",
+        repeat_grey: bool = False,
+        keep: str = "bits",
+    ) -> None:
+        super().__init__()
+        if isinstance(criterion, str) and criterion not in CRITERIA:
+            raise InputError(f"unknown criterion {criterion!r}: {nearest(criterion, CRITERIA)}, or pass a function")
+        if reduction not in REDUCTIONS:
+            raise InputError(f"unknown reduction {reduction!r}: {nearest(str(reduction), REDUCTIONS)}")
+        self.features = VGGFeatures(
+            layers, arch, weights, pooling, padding, precision, input_range, repeat_grey, keep
+        )
+        self.layer_weights = _weights_by_layer(self.features.layers, layer_weights)
+        self.criterion = criterion
+        self.normalize_features = normalize_features
+        self.reduction = reduction
+
+    def encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
+        """What the loss needs of target images, computed once.
+
+        Args:
+            target: (N,3,H,W).
+            mask: as for `forward`; only a style loss can use one here.
+        """
+        with torch.no_grad():
+            values = self._represent(target.detach(), mask)
+        return EncodedTarget(values, (target.shape[2], target.shape[3]), self._signature)
+
+    def forward(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None = None) -> Tensor:
+        """The loss of `input` against `target`; see the class for both, the mask and the reduction.
+
+        Raises:
+            InputError: images that the features refuse, shapes that do not match, or a target encoded by another loss.
+        """
+        if isinstance(target, EncodedTarget):
+            if target.made_by != self._signature:
+                raise InputError("this target was encoded by a loss with other layers, weights or options")
+            count, size = len(target), target.size
+        else:
+            count, size = target.shape[0], tuple(target.shape[2:])
+        if count not in (1, input.shape[0]):
+            raise InputError(f"{input.shape[0]} images against {count} targets: expected as many, or one for all")
+        self._check_sizes(tuple(input.shape[2:]), size, mask is not None and isinstance(target, Tensor))
+        if mask is not None:
+            mask = _checked_mask(mask, input)
+        ours = self._represent(input, mask)
+        theirs = target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
+        criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
+        total: Tensor | None = None
+        with torch.autocast(input.device.type, enabled=False):
+            for name, weight in self.layer_weights.items():
+                distance = self._reduced(criterion(ours[name], theirs[name]), mask)
+                total = weight * distance if total is None else total + weight * distance
+        assert total is not None
+        if self.reduction == "none":
+            if total.ndim != 1:
+                raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
+            return total
+        return total.mean() if self.reduction == "mean" else total.sum()
+
+    @property
+    def _signature(self) -> tuple[object, ...]:
+        features = self.features
+        return (type(self).__name__, features.plan, features.trunk.key, self.normalize_features)
+
+    def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        taps = self.features(images)
+        if self.normalize_features:
+            taps = {name: unit_normalize(tap) for name, tap in taps.items()}
+        return taps  # type: ignore[no-any-return]
+
+    def _reduced(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _check_sizes(self, input: tuple[int, ...], target: tuple[int, ...], masked: bool) -> None:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        named = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "function")
+        return f"criterion={named}, reduction={self.reduction}, layer_weights={self.layer_weights}"
+
+
+class PerceptualLoss(_FeatureLoss):
+    """Distance of two images in the features of a VGG (Johnson et al. 2016, arXiv:1603.08155, eq. 2).
+
+    Σ over layers of weight · mean over channels and positions of criterion(F(input), F(target)), per image.
+
+    In another model it is as good as invisible: no parameters, nothing in `state_dict()`, the same in train and eval
+    mode, computed wherever the images are. Gradients flow to `input`, and to `target` where it requires them.
+
+        >>> import torch, vggfeat
+        >>> loss = vggfeat.PerceptualLoss(layers=["relu1_2", "relu2_2"], weights="random")
+        >>> output = torch.rand(2, 3, 64, 64, requires_grad=True)
+        >>> loss(output, torch.rand(2, 3, 64, 64)).backward()
+        >>> output.grad.shape
+        torch.Size([2, 3, 64, 64])
+
+    Args:
+        layers: names such as `conv3_3` (before the ReLU) and `relu3_3` (after it).
+        layer_weights: one for each layer, in order or by name; 1 by default.
+        criterion: `"mse"`, `"l1"`, `"charbonnier"` (ε = 1e-3), `"cosine"` (1 - cos of the channel vectors at each
+            position), or a function of two feature tensors (N,C,h,w) that gives values (N,…), value by value.
+        arch: the network; None means the weights' own, and vgg16 where nothing implies one.
+        weights: see `vggfeat.weights.load`.
+        normalize_features: bring the channel vector at each position to unit length first, as LPIPS does.
+        input_range: lowest and highest value of input and target.
+        reduction: `"mean"` or `"sum"` over the images of the batch, or `"none"`: one value per image, (N,).
+        precision: `"float32"`, `"bfloat16"` or `"auto"`, see `VGGFeatures`; distances are float32 in any case.
+        pooling: `"max"`, `"average"` or `"l2"`.
+        padding: `"zeros"`, `"reflect"` or `"replicate"`.
+        repeat_grey: accept one channel and repeat it.
+        keep: `"bits"` or `"values"`, see `VGGFeatures`.
+
+    `forward(input, target, mask=None)` takes input (N,3,H,W), target (N,3,H,W) or (1,3,H,W) or what `encode` made of
+    it, and a mask (N,1,H,W) or (1,1,H,W), in [0,1]: its area average over each feature's pixels weighs the mean.
+
+    Raises:
+        InputError: an unknown layer or choice.
+        WeightsError: weights that cannot be had or do not reach the deepest layer.
+    """
+
+    def encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
+        """The features of target images, computed once and used often.
+
+        Args:
+            target: (N,3,H,W).
+            mask: must be None: a mask belongs to the comparison, give it to `forward`.
+        """
+        if mask is not None:
+            raise InputError("a perceptual target is encoded whole; give the mask to the comparison")
+        return super().encode(target)
+
+    def _reduced(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            if values.ndim != 4:
+                raise InputError(f"a mask needs a criterion that gives (N,C,h,w), got shape {tuple(values.shape)}")
+            mask = F.adaptive_avg_pool2d(mask, values.shape[2:])  # type: ignore[arg-type]
+        return masked_mean(values, mask)
+
+    def _check_sizes(self, input: tuple[int, ...], target: tuple[int, ...], masked: bool) -> None:
+        if input != target:
+            raise InputError(f"input of {input[1]}×{input[0]} pixels against a target of {target[1]}×{target[0]}")
+
+
+class StyleLoss(_FeatureLoss):
+    """Distance of two images in the Gram matrices of a VGG's features (Gatys et al. 2016; Johnson et al. 2016, eq. 4).
+
+    Σ over layers of weight · mean of criterion(G(input), G(target)), per image, with G of `vggfeat.functional.gram`.
+    The images may differ in size. Takes the words of `PerceptualLoss`; a criterion gets Gram matrices (N,C,C).
+
+    `forward(input, target, mask=None)`: the mask (N,1,H,W) or (1,1,H,W) weighs the positions that make the Gram
+    matrices of the input and of a target of the same size; a target of its own size or mask is given through
+    `encode(target, mask)`.
+
+    Raises:
+        InputError: an unknown layer or choice.
+        WeightsError: weights that cannot be had or do not reach the deepest layer.
+    """
+
+    def encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
+        """The Gram matrices of target images, computed once and used often.
+
+        Args:
+            target: (N,3,H,W), of any size.
+            mask: (N,1,H,W) or (1,1,H,W) weights of its positions.
+        """
+        return super().encode(target, None if mask is None else _checked_mask(mask, target))
+
+    def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        taps = super()._represent(images, mask)
+        with torch.autocast(images.device.type, enabled=False):
+            return {
+                name: gram(tap, None if mask is None else F.adaptive_avg_pool2d(mask, tap.shape[2:]))  # type: ignore[arg-type]
+                for name, tap in taps.items()
+            }
+
+    def _reduced(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        return masked_mean(values)
+
+    def _check_sizes(self, input: tuple[int, ...], target: tuple[int, ...], masked: bool) -> None:
+        if masked and input != target:
+            raise InputError("a mask fits one size: encode a target of another size, loss.encode(target, its_mask)")
+
+
+def _weights_by_layer(
+    layers: Sequence[str], given: Sequence[float] | Mapping[str, float] | None
+) -> dict[str, float]:
+    if given is None:
+        return dict.fromkeys(layers, 1.0)
+    if isinstance(given, Mapping):
+        if unknown := set(given) - set(layers):
+            raise InputError(f"layer_weights for {', '.join(sorted(unknown))}, which is not among {', '.join(layers)}")
+        return {name: float(given.get(name, 1.0)) for name in layers}
+    values = [float(value) for value in given]
+    if len(values) != len(layers):
+        raise InputError(f"{len(values)} layer_weights for {len(layers)} layers ({', '.join(layers)})")
+    return dict(zip(layers, values, strict=True))
+
+
+def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
+    n, _, h, w = images.shape
+    if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
+        raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}), got shape {tuple(mask.shape)}")
+    return mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)

@@ -1,0 +1,142 @@
+"""The settings of a style transfer: every default is stated here and nowhere else. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from vggfeat.errors import InputError, nearest
+
+__all__ = ["StyleConfig"]
+
+CHOICES = {
+    "normalization": ("scale-free", "gatys"),
+    "pooling": ("max", "average", "l2"),
+    "padding": ("zeros", "reflect", "replicate"),
+    "optimizer": ("lbfgs", "adam"),
+    "precision": ("auto", "float32", "bfloat16"),
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class StyleConfig:
+    """Settings of `stylize`; each is a flag of `vggstyle` with the same name in dashes.
+
+    Attributes:
+        size: long side of the result in pixels.
+        weights: what `vggfeat.weights.load` knows; `auto` takes ImageNet's where they can be had.
+        arch: the network; None means the weights' own, and vgg19 where they imply none.
+        style_layers: layers whose Gram matrices are matched.
+        content_layers: layers whose features are matched.
+        style_layer_weights: one for each style layer; equal by default. Only their proportions matter.
+        content_layer_weights: the same for the content layers.
+        style_weight: weight of the style term; None means 1, and with `gatys` 1000.
+        content_weight: weight of the content term; None means 0.02, and with `gatys` 1.
+        tv_weight: weight of the total variation, the mean squared difference of neighbouring pixels.
+        style_blend: one for each style image; equal by default. Only their proportions matter.
+        style_scale: long side of the style images, relative to the result's.
+        normalization: `scale-free` (each layer's error relative to its target) or `gatys` (eqs. 1 and 4 of the paper).
+        pooling: `max`, `average` or `l2`.
+        padding: `zeros`, `reflect` or `replicate`.
+        init: `content`, `noise`, or an image file to start from.
+        optimizer: `lbfgs` or `adam`.
+        learning_rate: Adam's step, in units of the full range of a pixel.
+        steps: steps at the finest scale; each coarser one gets as many.
+        start_size: long side of the coarsest scale; at least `size` means a single scale.
+        seed: of the noise.
+        device: `auto` (CUDA, else the CPU), or a torch device.
+        precision: of the network: `auto`, `float32` or `bfloat16`.
+        keep_color: keep the content's colours and take only lightness from the style.
+
+    Raises:
+        InputError: a value that is out of range or not among the choices.
+    """
+
+    size: int = _option(512, "Long side of the result in pixels.")
+    weights: str = _option("auto", "imagenet, caffe, random, auto, or a .pth, .safetensors or .h5 file.")
+    arch: str | None = _option(None, "Network: vgg19 (default), vgg16, …; a file's own where it holds one.")
+    style_layers: tuple[str, ...] = _option(
+        ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "Layers that carry the style."
+    )
+    content_layers: tuple[str, ...] = _option(("relu4_2",), "Layers that carry the content.")
+    style_layer_weights: tuple[float, ...] | None = _option(None, "One number for each style layer.")
+    content_layer_weights: tuple[float, ...] | None = _option(None, "One number for each content layer.")
+    style_weight: float | None = _option(None, "Weight of the style; 1, or 1000 with --normalization gatys.")
+    content_weight: float | None = _option(None, "Weight of the content; 0.02, or 1 with --normalization gatys.")
+    tv_weight: float = _option(0.0, "Weight of the total variation: higher is smoother.")
+    style_blend: tuple[float, ...] | None = _option(None, "One number for each style image.")
+    style_scale: float = _option(1.0, "Size of the style images relative to the result: larger is coarser strokes.")
+    normalization: str = _option("scale-free", "How errors are scaled.")
+    pooling: str = _option("max", "How the network pools.")
+    padding: str = _option("zeros", "How the network sees beyond the border.")
+    init: str = _option("content", "Where to start: content, noise, or an image file.")
+    optimizer: str = _option("lbfgs", "How the picture is improved.")
+    learning_rate: float = _option(0.04, "Step of Adam.")
+    steps: int = _option(60, "Steps at each scale.")
+    start_size: int = _option(128, "Long side of the coarsest scale.")
+    seed: int = _option(0, "Seed of the noise.")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, …")
+    precision: str = _option("auto", "Precision of the network.")
+    keep_color: bool = _option(False, "Keep the content's colours.")
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(f"unknown {name} {value!r}: {nearest(str(value), choices)}")
+        for name in ("style_layers", "content_layers"):
+            if isinstance(value := getattr(self, name), str):
+                raise InputError(f"{name} is a tuple of names: write ({value!r},)")
+            object.__setattr__(self, name, tuple(value))
+        if not self.style_layers:
+            raise InputError("no style layer: name at least one, such as 'relu3_1'")
+        for name in ("size", "steps", "start_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("style_scale", "learning_rate"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise InputError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name in ("style_weight", "content_weight", "tv_weight"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"{name} must not be negative, got {value}")
+        for name in ("style_layer_weights", "content_layer_weights", "style_blend"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            object.__setattr__(self, name, tuple(float(value) for value in values))
+            if not all(value >= 0 and math.isfinite(value) for value in values) or not sum(values) > 0:
+                raise InputError(f"{name} must be numbers of at least 0, not all 0, got {values}")
+            layers = {"style_layer_weights": self.style_layers, "content_layer_weights": self.content_layers}.get(name)
+            if layers is not None and len(values) != len(layers):
+                raise InputError(f"{name} has {len(values)} numbers for {len(layers)} layers ({', '.join(layers)})")
+
+    @property
+    def term_weights(self) -> tuple[float, float]:
+        """The weights of style and content, with what None means filled in."""
+        style, content = (1.0, 0.02) if self.normalization == "scale-free" else (1000.0, 1.0)
+        return (
+            style if self.style_weight is None else self.style_weight,
+            content if self.content_weight is None else self.content_weight,
+        )
+
+    def shares(self, name: str, count: int) -> tuple[float, ...]:
+        """The weights field of that name as `count` shares that sum to 1.
+
+        Raises:
+            InputError: it holds another number of values.
+        """
+        values = getattr(self, name) or (1.0,) * count
+        if len(values) != count:
+            raise InputError(f"{name} has {len(values)} numbers for {count} images")
+        return tuple(value / sum(values) for value in values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for JSON."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,322 @@
+"""The loop: from coarse to fine, step by step, never losing the best picture so far."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+import vggfeat
+from vggfeat.errors import InputError, RunError
+from vggfeat.features import VGGFeatures, bfloat16_is_fast
+from vggfeat.image import fit, open_image, resize, save_image, to_pil, to_tensor
+from vggfeat.transfer.config import StyleConfig
+from vggfeat.transfer.objective import Objective
+from vggfeat.transfer.optimize import LBFGS, Adam, Optimizer
+from vggfeat.weights import load
+
+__all__ = ["StyleResult", "StyleStep", "stylize"]
+
+ImageLike = str | os.PathLike[str] | Image.Image | Tensor
+Callback = Callable[["StyleStep"], object]
+
+EXPLODED = 4.0  # a total this many times the best one of its scale is given up
+RESTARTS = 5  # at one scale, before it is left with its best picture
+
+
+@dataclass(frozen=True)
+class StyleStep:
+    """What the callback is told after each step.
+
+    Attributes:
+        scale: which scale, from 1.
+        scales: how many.
+        step: which step of this scale, from 1.
+        steps: how many.
+        width: of the picture at this scale, in pixels.
+        height: likewise.
+        losses: `total`, `style`, `content`, `tv`, weighted, of the image before this step.
+        elapsed: seconds since `stylize` began its first scale.
+        progress: share of all pixels times steps that is done.
+    """
+
+    scale: int
+    scales: int
+    step: int
+    steps: int
+    width: int
+    height: int
+    losses: dict[str, float]
+    elapsed: float
+    progress: float
+    _tensor: Tensor = field(repr=False, compare=False)
+
+    def image(self) -> Image.Image:
+        """The picture as it stands."""
+        return to_pil(self._tensor)
+
+
+@dataclass(frozen=True)
+class StyleResult:
+    """What `stylize` returns.
+
+    Attributes:
+        image: the picture.
+        config: the settings.
+        history: one record a step: `scale`, `step`, `width`, `height`, and the losses by name.
+        losses: `total`, `style`, `content`, `tv` of the picture as it is saved, clamped and in 8 bits.
+        weights: the weights that were used, in words.
+        arch: the network.
+        device: where it ran.
+        precision: what the network ran in.
+        elapsed: seconds.
+        interrupted: whether Ctrl-C ended it early; the picture is then the best so far.
+    """
+
+    image: Image.Image
+    config: StyleConfig
+    history: list[dict[str, float]] = field(repr=False)
+    losses: dict[str, float]
+    weights: str
+    arch: str
+    device: str
+    precision: str
+    elapsed: float
+    interrupted: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the picture and the history, as plain values for JSON."""
+        return {
+            "vggfeat": vggfeat.__version__,
+            "width": self.image.width,
+            "height": self.image.height,
+            "losses": self.losses,
+            "steps": len(self.history),
+            "weights": self.weights,
+            "arch": self.arch,
+            "device": self.device,
+            "precision": self.precision,
+            "elapsed": round(self.elapsed, 3),
+            "interrupted": self.interrupted,
+            "config": self.config.to_dict(),
+        }
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the picture with its settings in it; see `vggfeat.image.save_image` and `read_settings`."""
+        return save_image(self.image, path, settings=self.to_dict(), overwrite=overwrite)
+
+
+def stylize(
+    content: ImageLike,
+    style: ImageLike | Sequence[ImageLike],
+    config: StyleConfig | None = None,
+    *,
+    callback: Callback | None = None,
+) -> StyleResult:
+    """Paint the content in the manner of the style (Gatys, Ecker and Bethge 2016).
+
+    Ctrl-C does not raise: it ends the run with the best picture so far, and the result says `interrupted`.
+
+    Args:
+        content: a file, a PIL image, or a tensor (1,3,H,W) in [0,1].
+        style: one of these, or several, blended by `config.style_blend`.
+        config: the settings.
+        callback: called after each step.
+
+    Raises:
+        InputError: an image that cannot be read, settings that do not fit, images too small for the network.
+        WeightsError: weights that cannot be had or do not reach the deepest layer.
+        RunError: the loss was not finite from the start.
+    """
+    config = config or StyleConfig()
+    picture = _picture(content)
+    styles = [_picture(image) for image in (style if isinstance(style, list | tuple) else [style])]
+    if not styles:
+        raise InputError("no style image: give at least one")
+    config.shares("style_blend", len(styles))
+    device = _device(config.device)
+    loaded = load(config.weights, config.arch or (None if _has_own_arch(config.weights) else "vgg19"))
+    features = VGGFeatures(
+        (*config.style_layers, *config.content_layers),
+        weights=loaded,
+        pooling=config.pooling,
+        padding=config.padding,
+        precision=config.precision,
+        keep="values",
+    )
+    run = _Run(features, config, picture, styles, device, callback)
+    run.go()
+    return run.result()
+
+
+class _Run:
+    """One style transfer: the scales, the best picture so far, and the record."""
+
+    def __init__(
+        self,
+        features: VGGFeatures,
+        config: StyleConfig,
+        content: Image.Image,
+        styles: list[Image.Image],
+        device: torch.device,
+        callback: Callback | None,
+    ) -> None:
+        self.features, self.config, self.device, self.callback = features, config, device, callback
+        self.content, self.styles = content, styles
+        self.sizes = _scales(content, config, features.plan.min_size)
+        self.history: list[dict[str, float]] = []
+        self.interrupted = False
+        self.start = time.perf_counter()
+        self.work = sum(width * height for width, height in self.sizes) * config.steps
+        self.done = 0
+        self.image = self._initial(*self.sizes[0])
+        self.objective: Objective | None = None
+
+    def _tensor(self, picture: Image.Image, width: int, height: int) -> Tensor:
+        return to_tensor(resize(picture, width, height)).to(self.device)
+
+    def _initial(self, width: int, height: int) -> Tensor:
+        if self.config.init == "content":
+            return self._tensor(self.content, width, height)
+        if self.config.init == "noise":
+            generator = torch.Generator().manual_seed(self.config.seed)
+            return (0.5 + 0.2 * torch.randn(1, 3, height, width, generator=generator)).clamp(0, 1).to(self.device)
+        return self._tensor(open_image(self.config.init), width, height)
+
+    def _objective(self, width: int, height: int) -> Objective:
+        styles = []
+        for picture in self.styles:
+            side = max(1, round(max(width, height) * self.config.style_scale))
+            styles.append(self._tensor(picture, *fit(picture.width, picture.height, side)))
+        return Objective(self.features, self.config, self._tensor(self.content, width, height), styles)
+
+    def go(self) -> None:
+        """All scales, or as many as Ctrl-C leaves time for."""
+        try:
+            for number, (width, height) in enumerate(self.sizes, start=1):
+                if self.image.shape[2:] != (height, width):
+                    up = F.interpolate(self.image, size=(height, width), mode="bicubic", align_corners=False)
+                    self.image = up.clamp(0, 1)
+                self.objective = self._objective(width, height)
+                self._scale(number, width, height, self.objective)
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    def _scale(self, number: int, width: int, height: int, objective: Objective) -> None:
+        config = self.config
+        optimizer: Optimizer = LBFGS() if config.optimizer == "lbfgs" else Adam(config.learning_rate)
+        best, restarts = math.inf, 0
+        image = self.image
+        for step in range(1, config.steps + 1):
+            total, terms, grad = objective.value_and_grad(image)
+            value = float(total)
+            losses = {"total": sum(float(v) for v in terms.values())} | {k: float(v) for k, v in terms.items()}
+            if value < best:
+                best, self.image = value, image
+            if not value <= EXPLODED * best:  # NaN included
+                if best == math.inf:
+                    raise RunError(f"the loss is {value} at the start; try --precision float32 or other weights")
+                restarts += 1
+                if restarts > RESTARTS:
+                    break
+                optimizer.restart()
+                image = self.image
+            else:
+                image = optimizer.step(image, grad)
+            self.done += width * height
+            self.history.append({"scale": number, "step": step, "width": width, "height": height} | losses)
+            if self.callback is not None:
+                elapsed, progress = time.perf_counter() - self.start, self.done / self.work
+                self.callback(
+                    StyleStep(
+                        number, len(self.sizes), step, config.steps, width, height, losses, elapsed, progress, self.image
+                    )
+                )
+
+    def result(self) -> StyleResult:
+        """The picture as it is saved, and what is known of it."""
+        width, height = self.sizes[-1]
+        picture = resize(to_pil(self.image), width, height)
+        losses: dict[str, float] = {}
+        if self.objective is not None and self.objective.size == (height, width):
+            with torch.no_grad():
+                terms = self.objective.terms(to_tensor(picture).to(self.device))
+            losses = {name: float(value) for name, value in terms.items()}
+            losses = {"total": sum(losses.values())} | losses
+        if self.config.keep_color:
+            picture = _with_colors_of(resize(self.content, width, height), picture)
+        kind = self.device.type
+        return StyleResult(
+            image=picture,
+            config=self.config,
+            history=self.history,
+            losses=losses,
+            weights=self.features.weights,
+            arch=self.features.arch.name,
+            device=str(self.device) if kind == "cpu" else torch.cuda.get_device_name(self.device) if kind == "cuda" else kind,
+            precision=_precision(self.config.precision, self.device),
+            elapsed=time.perf_counter() - self.start,
+            interrupted=self.interrupted,
+        )
+
+
+def _precision(policy: str, device: torch.device) -> str:
+    return ("bfloat16" if bfloat16_is_fast(device) else "float32") if policy == "auto" else policy
+
+
+def _picture(image: ImageLike) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return to_pil(to_tensor(image))
+    if isinstance(image, Tensor):
+        return to_pil(image)
+    if isinstance(image, str | os.PathLike):
+        return open_image(image)
+    raise InputError(f"expected a file, a PIL image or a tensor (1,3,H,W), got {type(image).__name__}")
+
+
+def _has_own_arch(weights: str) -> bool:
+    return weights not in ("auto", "imagenet", "caffe", "random")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _scales(content: Image.Image, config: StyleConfig, least: int) -> list[tuple[int, int]]:
+    """Width and height of each scale, coarse to fine, a factor of about √2 apart."""
+    full = fit(content.width, content.height, config.size)
+    if min(full) < least:
+        raise InputError(
+            f"at size {config.size} the picture is {full[0]}×{full[1]}, too small for the deepest layer, which needs "
+            f"{least} pixels on each side; choose a larger --size or shallower layers"
+        )
+    count = max(0, math.ceil(2 * math.log2(config.size / config.start_size) - 0.5)) if config.start_size < config.size else 0
+    sizes = [
+        fit(content.width, content.height, round(config.start_size * (config.size / config.start_size) ** (i / count)))
+        for i in range(count)
+    ]
+    return [size for size in sizes if min(size) >= least] + [full]
+
+
+def _with_colors_of(colors: Image.Image, picture: Image.Image) -> Image.Image:
+    """The picture's lightness in the other's colours (Gatys et al. 2016, arXiv:1606.05897, luminance only)."""
+    from kornia.color import rgb_to_yuv, yuv_to_rgb
+
+    lightness = rgb_to_yuv(to_tensor(picture))[:, :1]
+    return to_pil(yuv_to_rgb(torch.cat([lightness, rgb_to_yuv(to_tensor(colors))[:, 1:]], dim=1)))
