@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
+# threads that wait must sleep: spinning on a core that somebody else uses makes small convolutions 100 times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from vggfeat import weights
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from vggfeat import weights  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 OXFORD = "vgg19-oxford-conv1_1-conv3_4.safetensors"

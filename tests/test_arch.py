@@ -5,7 +5,7 @@ import torch
 
 from vggfeat.arch import ARCHS, BLOCKS, Arch, parse, unit_of
 from vggfeat.errors import InputError
-from vggfeat.vgg import vgg
+from vggfeat.network import vgg
 
 # the paper's Table 1, typed from the paper: channels of each 3×3 convolution, "1" marks a 1×1 one, M a pool
 TABLE = {
@@ -86,7 +86,9 @@ def test_receptive_field_is_what_the_gradient_touches(name):
     y = x
     for layer in arch.until([name]):
         if layer.kind == "conv":  # all-positive filters let nothing cancel; average pools reach as far as max pools do
-            y = torch.nn.functional.conv2d(y, torch.ones(1, 1, layer.kernel, layer.kernel, dtype=torch.float64), padding=1)
+            y = torch.nn.functional.conv2d(
+                y, torch.ones(1, 1, layer.kernel, layer.kernel, dtype=torch.float64), padding=1
+            )
         elif layer.kind == "pool":
             y = torch.nn.functional.avg_pool2d(y, 2)
     y[0, 0, y.shape[2] // 2, y.shape[3] // 2].backward()

@@ -20,7 +20,7 @@ _HOMES = {
         "WeightsError",
         "WeightsUnavailableError",
     ),
-    "vggfeat.vgg": ("VGG", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"),
+    "vggfeat.network": ("VGG", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"),
     "vggfeat.weights": ("load_weights",),
     "vggfeat.features": ("VGGFeatures",),
     "vggfeat.losses": ("EncodedTarget", "PerceptualLoss", "StyleLoss"),

@@ -85,7 +85,8 @@ class VGGFeatures(nn.Module):
         self.keep = keep
         arch = loaded.arch
         in_trunk = tuple(name for name in names if name not in arch.head_names)
-        self._head = tuple(name for name in arch.head_names if arch.names.index(name) <= max(map(arch.names.index, names)))
+        deepest = max(map(arch.names.index, names))
+        self._head = tuple(name for name in arch.head_names if arch.names.index(name) <= deepest)
         self.plan = Plan(arch, tuple(dict.fromkeys((*in_trunk, *["pool5"] * bool(self._head)))), pooling, padding)
         held = {f"features.{layer.index}." for layer in arch.until(names)}
         state = {
@@ -145,7 +146,9 @@ class VGGFeatures(nn.Module):
         images = images.to(work)
         if not _inside_functorch(images):  # which maps over tensors of another rank
             images = images.contiguous(memory_format=torch.channels_last)
-        scale, shift = (torch.tensor(v, dtype=work, device=images.device)[:, None, None] for v in (self._scale, self._shift))
+        scale, shift = (
+            torch.tensor(v, dtype=work, device=images.device)[:, None, None] for v in (self._scale, self._shift)
+        )
         return (images * scale + shift).to(dtype)
 
     def _run_head(self, x: Tensor) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 EPS = 1e-10
+TINY = 1e-36  # added to what a root is taken of where its gradient at 0 would be infinite
 
 
 def wide(x: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         features: (N,C,h,w).
         mask: (N,1,h,w) or (1,1,h,w) weights of the positions, not negative; the mean is weighted by them, and 0 where
-            they are all 0.
+            they are all 0. Features (1,C,h,w) can be given N masks.
 
     Returns:
         (N,C,C), float32 (float64 for float64 features), symmetric.
@@ -52,17 +53,17 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     channels = features.shape[1]
     if mask is None:
         return _products(features) / (channels * features.shape[2] * features.shape[3])
-    weight = wide(mask).expand(features.shape[0], 1, *features.shape[2:])
-    total = weight.sum((1, 2, 3)).clamp_min(EPS)
-    return _products(features * weight.sqrt().to(features.dtype)) / (channels * total[:, None, None])
+    root = (wide(mask) + TINY).sqrt().to(features.dtype)
+    total = wide(root).square().sum((1, 2, 3)).clamp_min(EPS)  # of the rounded roots: they are what weighs
+    return _products(features * root) / (channels * total[:, None, None])
 
 
 def _products(features: Tensor) -> Tensor:
-    """F Fᵀ (N,C,C) in float32: without a float32 copy of the features, and with one product backward where autograd
-    takes two."""
+    """F Fᵀ (N,C,C) in float32, without a float32 copy of the features and with one product backward, not two."""
     if torch.compiler.is_compiling() or features.device.type != "cpu" or _in_functorch(features):
         rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
-        return rows.mT @ rows
+        with torch.autocast(features.device.type, enabled=False):
+            return rows.mT @ rows
     return _Products.apply(features)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -103,8 +104,7 @@ class _Products(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative was asked for
             return (features.permute(0, 2, 3, 1).flatten(1, 2) @ kernel).mT.unflatten(2, features.shape[2:])
         parts = [
-            F.conv2d(image, weight[:, :, None, None])
-            for image, weight in zip(features.split(1), kernel, strict=True)
+            F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(features.split(1), kernel, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -133,7 +133,7 @@ def charbonnier(a: Tensor, b: Tensor, eps: float = 1e-3) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """1 - cos of the angle between the channel vectors at each position, (N,1,…), in [0,2].
 
-    A vector of zeros has angle 90° to every other and a gradient of 0.
+    A vector of zeros is at 90° to every vector, itself included; gradients are finite there.
     """
     return 1 - (unit_normalize(a) * unit_normalize(b)).sum(1, keepdim=True)
 
@@ -177,6 +177,7 @@ def total_variation(images: Tensor) -> Tensor:
 
     The V² of Mahendran and Vedaldi 2015 (arXiv:1412.0035), eq. 2 with β = 2, as a mean so that size does not matter.
     """
+    images = wide(images)
     down = (images[:, :, 1:] - images[:, :, :-1]).square()
     across = (images[..., 1:] - images[..., :-1]).square()
-    return masked_mean(wide(down)) + masked_mean(wide(across))
+    return masked_mean(down) + masked_mean(across)

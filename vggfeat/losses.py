@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
 from vggfeat.features import VGGFeatures
-from vggfeat.functional import CRITERIA, gram, masked_mean, unit_normalize
+from vggfeat.functional import CRITERIA, gram, masked_mean, unit_normalize, wide
 from vggfeat.weights import DEFAULT, WeightsLike
 
 __all__ = ["EncodedTarget", "PerceptualLoss", "StyleLoss"]
@@ -22,7 +22,7 @@ Criterion = str | Callable[[Tensor, Tensor], Tensor]
 REDUCTIONS = ("none", "mean", "sum")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth value
 class EncodedTarget:
     """What a loss remembers of its targets; made by `encode`, given to the loss in place of the images.
 
@@ -39,8 +39,10 @@ class EncodedTarget:
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
 
-    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> EncodedTarget:
-        """Some of the images, for mini-batches: a slice or a tensor or list of positions."""
+    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> EncodedTarget:
+        """Some of the images, for mini-batches: a position, a slice, or a tensor or list of positions."""
+        if isinstance(index, int):
+            index = [index]  # a batch of one
         return EncodedTarget({name: value[index] for name, value in self.values.items()}, self.size, self.made_by)
 
     def to(self, *args: Any, **kwargs: Any) -> EncodedTarget:
@@ -70,13 +72,13 @@ class _FeatureLoss(nn.Module):
         keep: str = "bits",
     ) -> None:
         super().__init__()
-        if isinstance(criterion, str) and criterion not in CRITERIA:
-            raise InputError(f"unknown criterion {criterion!r}: {nearest(criterion, CRITERIA)}, or pass a function")
+        if not callable(criterion) and criterion not in CRITERIA:
+            raise InputError(
+                f"unknown criterion {criterion!r}: {nearest(str(criterion), CRITERIA)}, or pass a function"
+            )
         if reduction not in REDUCTIONS:
             raise InputError(f"unknown reduction {reduction!r}: {nearest(str(reduction), REDUCTIONS)}")
-        self.features = VGGFeatures(
-            layers, arch, weights, pooling, padding, precision, input_range, repeat_grey, keep
-        )
+        self.features = VGGFeatures(layers, arch, weights, pooling, padding, precision, input_range, repeat_grey, keep)
         self.layer_weights = _weights_by_layer(self.features.layers, layer_weights)
         self.criterion = criterion
         self.normalize_features = normalize_features
@@ -89,9 +91,10 @@ class _FeatureLoss(nn.Module):
             target: (N,3,H,W).
             mask: as for `forward`; only a style loss can use one here.
         """
+        _, size = _count_and_size(target)
         with torch.no_grad():
             values = self._represent(target.detach(), mask)
-        return EncodedTarget(values, (target.shape[2], target.shape[3]), self._signature)
+        return EncodedTarget(values, size, self._signature)
 
     def forward(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None = None) -> Tensor:
         """The loss of `input` against `target`; see the class for both, the mask and the reduction.
@@ -104,10 +107,11 @@ class _FeatureLoss(nn.Module):
                 raise InputError("this target was encoded by a loss with other layers, weights or options")
             count, size = len(target), target.size
         else:
-            count, size = target.shape[0], tuple(target.shape[2:])
-        if count not in (1, input.shape[0]):
-            raise InputError(f"{input.shape[0]} images against {count} targets: expected as many, or one for all")
-        self._check_sizes(tuple(input.shape[2:]), size, mask is not None and isinstance(target, Tensor))
+            count, size = _count_and_size(target)
+        images, own_size = _count_and_size(input)
+        if count not in (1, images):
+            raise InputError(f"{images} images against {count} targets: expected as many, or one for all")
+        self._check_sizes(own_size, size, mask is not None and isinstance(target, Tensor))
         if mask is not None:
             mask = _checked_mask(mask, input)
         ours = self._represent(input, mask)
@@ -116,7 +120,7 @@ class _FeatureLoss(nn.Module):
         total: Tensor | None = None
         with torch.autocast(input.device.type, enabled=False):
             for name, weight in self.layer_weights.items():
-                distance = self._reduced(criterion(ours[name], theirs[name]), mask)
+                distance = self._reduced(criterion(wide(ours[name]), wide(theirs[name])), mask)
                 total = weight * distance if total is None else total + weight * distance
         assert total is not None
         if self.reduction == "none":
@@ -139,7 +143,7 @@ class _FeatureLoss(nn.Module):
     def _reduced(self, values: Tensor, mask: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def _check_sizes(self, input: tuple[int, ...], target: tuple[int, ...], masked: bool) -> None:
+    def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -205,7 +209,7 @@ class PerceptualLoss(_FeatureLoss):
             mask = F.adaptive_avg_pool2d(mask, values.shape[2:])  # type: ignore[arg-type]
         return masked_mean(values, mask)
 
-    def _check_sizes(self, input: tuple[int, ...], target: tuple[int, ...], masked: bool) -> None:
+    def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         if input != target:
             raise InputError(f"input of {input[1]}×{input[0]} pixels against a target of {target[1]}×{target[0]}")
 
@@ -236,23 +240,20 @@ class StyleLoss(_FeatureLoss):
 
     def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         taps = super()._represent(images, mask)
-        with torch.autocast(images.device.type, enabled=False):
-            return {
-                name: gram(tap, None if mask is None else F.adaptive_avg_pool2d(mask, tap.shape[2:]))  # type: ignore[arg-type]
-                for name, tap in taps.items()
-            }
+        return {
+            name: gram(tap, None if mask is None else F.adaptive_avg_pool2d(mask, tap.shape[2:]))  # type: ignore[arg-type]
+            for name, tap in taps.items()
+        }
 
     def _reduced(self, values: Tensor, mask: Tensor | None) -> Tensor:
         return masked_mean(values)
 
-    def _check_sizes(self, input: tuple[int, ...], target: tuple[int, ...], masked: bool) -> None:
+    def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         if masked and input != target:
             raise InputError("a mask fits one size: encode a target of another size, loss.encode(target, its_mask)")
 
 
-def _weights_by_layer(
-    layers: Sequence[str], given: Sequence[float] | Mapping[str, float] | None
-) -> dict[str, float]:
+def _weights_by_layer(layers: Sequence[str], given: Sequence[float] | Mapping[str, float] | None) -> dict[str, float]:
     if given is None:
         return dict.fromkeys(layers, 1.0)
     if isinstance(given, Mapping):
@@ -265,8 +266,17 @@ def _weights_by_layer(
     return dict(zip(layers, values, strict=True))
 
 
+def _count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
+    if not isinstance(images, Tensor):
+        raise InputError(f"expected a tensor of images (N,3,H,W), got {type(images).__name__}")
+    if images.ndim != 4:
+        hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
+        raise InputError(f"expected images (N,3,H,W), got shape {tuple(images.shape)}{hint}")
+    return images.shape[0], (images.shape[2], images.shape[3])
+
+
 def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
-    n, _, h, w = images.shape
+    n, (h, w) = _count_and_size(images)
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
         raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}), got shape {tuple(mask.shape)}")
     return mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)

@@ -151,9 +151,7 @@ class Trunk:
     def __reduce__(self) -> tuple[Callable[..., Trunk], tuple[Any, ...]]:
         return Trunk.shared, (self.arch, self.state, self.key)
 
-    def filters(
-        self, plan: Plan, device: torch.device, dtype: torch.dtype, linear: Sequence[int] = ()
-    ) -> list[Tensor]:
+    def filters(self, plan: Plan, device: torch.device, dtype: torch.dtype, linear: Sequence[int] = ()) -> list[Tensor]:
         """For each stage: weight, bias and the weight that carries the gradient back; twice where BN is tapped around.
 
         BN of a frozen network is a factor and a shift per channel, folded into the convolution. A tap on the
@@ -209,7 +207,7 @@ class Trunk:
 
 @contextlib.contextmanager
 def _outside() -> Iterator[None]:
-    """Outside of whatever the caller is inside of (inference mode, export, vmap, …): what is kept is made of real tensors."""
+    """Outside of whatever the caller is inside of (inference mode, export, vmap): what is kept must be real tensors."""
     with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -403,7 +401,11 @@ def _backward(
                     if plan.pooling == "max":
                         flow.own(_max_pool_back(flow.grad, height, width, route, pooled))
                     else:
-                        before = F.local_response_norm(values, *LRN) if values is not None and "lrn" in stage.steps else values
+                        before = (
+                            F.local_response_norm(values, *LRN)
+                            if values is not None and "lrn" in stage.steps
+                            else values
+                        )
                         flow.own(_pool_back(flow.grad, height, width, plan.pooling, before))
             if "lrn" in stage.steps:
                 flow.add(arriving("lrn"))
@@ -519,7 +521,9 @@ def _conv_back(grad: Tensor, back: Tensor, pad: int, padding: str, height: int, 
         return _conv(grad, back, None, kernel - 1 - pad)
     full = _conv(grad, back, None, kernel - 1)  # with respect to the padded input
     like = full.new_empty(full.shape[0], full.shape[1], height, width)
-    fold = torch.ops.aten.reflection_pad2d_backward if padding == "reflect" else torch.ops.aten.replication_pad2d_backward
+    fold = (
+        torch.ops.aten.reflection_pad2d_backward if padding == "reflect" else torch.ops.aten.replication_pad2d_backward
+    )
     return _laid(fold(full, like, [pad] * 4))
 
 
@@ -672,9 +676,7 @@ def _(
     code: str,
     keep: str,
 ) -> Tensor:
-    return torch.empty(
-        tuple(shape), dtype=grads[0].dtype, device=grads[0].device, memory_format=torch.channels_last
-    )
+    return torch.empty(tuple(shape), dtype=grads[0].dtype, device=grads[0].device, memory_format=torch.channels_last)
 
 
 def _joined(size: int, value: Tensor, dim: int | None) -> Tensor:
@@ -731,21 +733,19 @@ def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits")
     if forward_ad._current_level >= 0:  # forward-mode derivatives want ordinary operations
         found: Sequence[Tensor] = plain(x, filters, plan)
     elif torch.is_grad_enabled() and x.requires_grad:
-        again = sum(1 << i for i in reread(plan, keep))
-        found = _Trunk.apply(x, plan.code, keep, len(plan.names), again, *filters)
+        found = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep), *filters)
     else:
         found = _forward(x, filters, plan.code, "none")
     return [found[i] for i in plan.order]
-
-
-# Which taps is said by the bits of a number: torch.compile takes no sequences of numbers as arguments of a function.
 
 
 class _Trunk(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, code: str, keep: str, count: int, again: int, *filters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        x: Tensor, code: str, keep: str, count: int, again: tuple[int, ...], *filters: Tensor
+    ) -> tuple[Tensor, ...]:
         return tuple(_forward(x, filters, code, keep))
 
     @staticmethod
@@ -754,52 +754,55 @@ class _Trunk(torch.autograd.Function):
         taps, kept = output[: ctx.count], output[ctx.count :]
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.again, ctx.kept = again.bit_count(), len(kept)
-        ctx.save_for_backward(x, *[tap for i, tap in enumerate(taps) if again >> i & 1], *kept, *filters)
+        ctx.split = (len(again), len(kept))
+        ctx.save_for_backward(x, *[taps[i] for i in again], *kept, *filters)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
-        nothing = (None,) * (4 + len(rest) - ctx.again - ctx.kept)
-        arrived = [(i, grad) for i, grad in enumerate(grads[: ctx.count]) if grad is not None]
-        if not arrived:
+        nothing = (None,) * (4 + len(rest) - sum(ctx.split))
+        present = [i for i, grad in enumerate(grads[: ctx.count]) if grad is not None]
+        if not present:
             return (None, *nothing)
-        present = sum(1 << i for i, _ in arrived)
-        found = _Back.apply(x, ctx.code, ctx.keep, present, ctx.again, ctx.kept, *[grad for _, grad in arrived], *rest)
-        return (found, *nothing)
+        # called plainly where that does: torch.compile of torch 2.13 gives `apply` in a backward one argument too many
+        back: Any = _Back.apply if torch.is_grad_enabled() else _Back.forward
+        return (back(x, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest), *nothing)
 
 
 class _Back(torch.autograd.Function):
-    """The backward as a function of its own, so that it can be differentiated once more and mapped over."""
+    """The backward as a function of its own, so that it can be differentiated in its turn."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, code: str, keep: str, present: int, again: int, kept: int, *rest: Tensor) -> Tensor:
-        which = [i for i in range(present.bit_length()) if present >> i & 1]
-        grads, rest = rest[: len(which)], rest[len(which) :]
+    def forward(x: Tensor, code: str, keep: str, split: tuple[int, int], present: list[int], *rest: Tensor) -> Tensor:
+        n, (again, kept) = len(present), split
+        grads, rest = rest[:n], rest[n:]
         taps, rest = rest[:again], rest[again:]
-        return _backward(grads, which, taps, rest[:kept], rest[kept:], list(x.shape), code, keep)
+        found: Tensor = _backward(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), code, keep)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.code, _, ctx.present, again, kept, *rest = inputs
-        n = ctx.present.bit_count()
-        ctx.nothing = again + kept + len(rest[n + again + kept :])
-        ctx.save_for_backward(x, *rest[:n], *rest[n + again + kept :])
+        x, ctx.code, _, split, ctx.present, *rest = inputs
+        n = len(ctx.present)
+        ctx.nothing = (None,) * (len(rest) - n)
+        ctx.save_for_backward(x, *rest[:n], *rest[n + sum(split) :])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # second derivatives are rare: recompute with ordinary operations, which can be differentiated without end
-        n = ctx.present.bit_count()
+        n = len(ctx.present)
         x, *rest = ctx.saved_tensors
         plan = Plan.decode(ctx.code)
 
         def taps(x: Tensor) -> list[Tensor]:
-            return [tap for i, tap in enumerate(plain(x, rest[n:], plan)) if ctx.present >> i & 1]
+            found = plain(x, rest[n:], plan)
+            return [found[i] for i in ctx.present]
 
         def first(x: Tensor, grads: list[Tensor]) -> Tensor:
-            return torch.func.vjp(taps, x)[1](grads)[0]
+            found: Tensor = torch.func.vjp(taps, x)[1](grads)[0]
+            return found
 
         of_x, of_grads = torch.func.vjp(first, x, rest[:n])[1](grad)
-        return (of_x, None, None, None, None, None, *of_grads, *(None,) * ctx.nothing)
+        return (of_x, None, None, None, None, *of_grads, *ctx.nothing)

@@ -1,1 +1,1 @@
-"""The commands `vggstyle` and `vggfeat`: options to one library call, errors to one line. No torch until it is needed."""
+"""The commands `vggstyle` and `vggfeat`: options to one library call, errors to one line. Torch comes when needed."""

@@ -10,13 +10,13 @@ import vggfeat
 from vggfeat_cli.run import finish
 
 
-@click.group("vggfeat", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("vggfeat", no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(vggfeat.__version__)
 def command() -> None:
     """See what VGG is, and look after its weights."""
 
 
-@command.group()
+@command.group(no_args_is_help=False)
 def weights() -> None:
     """List, fetch and verify the published weight sets."""
 

@@ -21,7 +21,7 @@ def finish(command: click.Command) -> None:
     except click.ClickException as error:
         fail(name, error.format_message(), BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):
-        fail(name, "interrupted before there was a picture", INTERRUPTED)
+        fail(name, "interrupted, nothing was written", INTERRUPTED)
     except RunError as error:
         fail(name, str(error), FAILED)
     except VGGFeatError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from vggfeat.transfer.stylize import StyleResult, StyleStep
 
 
-class _List(click.ParamType):
+class _List(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic in newer releases of click
     """Values between commas."""
 
     def __init__(self, item: type) -> None:
@@ -35,7 +36,14 @@ class _List(click.ParamType):
             self.fail(f"expected numbers between commas, got {value!r}", param, ctx)
 
 
-_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "str | None": str, "float | None": float, "bool": bool}
+_TYPES: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "str | None": str,
+    "float | None": float,
+    "bool": bool,
+}
 _TYPES |= {f"tuple[{item.__name__}, ...]{none}": _List(item) for item in (str, float) for none in ("", " | None")}
 
 
@@ -47,7 +55,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(CHOICES[field.name]) if field.name in CHOICES else _TYPES[str(field.type)],
             is_flag=field.type == "bool",
             default=default,
-            show_default=default not in (None, False),
+            show_default=default is not None and default is not False,
             help=field.metadata["help"],
         )(command)
     return command
@@ -73,7 +81,7 @@ def command(
     from vggfeat.image import check_output, free_path
 
     name = "-".join(Path(path).stem for path in (content, *style)) + ".png"
-    target = check_output(output, overwrite=overwrite) if output else check_output(free_path(Path(name)))
+    target = check_output(output or (name if overwrite else free_path(name)), overwrite=overwrite)
     with _Bar(disable=quiet) as bar:
         result = vggfeat.stylize(content, list(style), config, callback=bar)
     written, trouble = _save(result, target, overwrite)
@@ -112,8 +120,10 @@ class _Bar:
     def __init__(self, disable: bool) -> None:
         from tqdm import tqdm
 
-        shape = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
-        self.bar = tqdm(total=1.0, bar_format=shape, disable=disable, desc="loading", leave=False)
+        shape = "{desc} {percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}{postfix}"
+        # in a log, an error before the first step shall be a line of its own: show nothing until then
+        delay = 0 if sys.stderr.isatty() else 0.01
+        self.bar = tqdm(total=1.0, bar_format=shape, disable=disable, desc="loading", leave=False, delay=delay)
 
     def __enter__(self) -> _Bar:
         return self

@@ -1,2 +1,5 @@
-"""Style transfer: `config.py` (every default), `objective.py` (what is minimised), `optimize.py` (how), `stylize.py` (the
-loop from coarse to fine and its result). Importing this package imports no torch."""
+"""Style transfer. Importing this package imports no torch.
+
+`config.py` states every default, `objective.py` what is minimised, `optimize.py` how, and `stylize.py` holds the loop
+from coarse to fine and its result.
+"""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
+from vggfeat.arch import parse
 from vggfeat.errors import InputError, nearest
 
 __all__ = ["StyleConfig"]
@@ -30,7 +34,8 @@ class StyleConfig:
 
     Attributes:
         size: long side of the result in pixels.
-        weights: what `vggfeat.weights.load` knows; `auto` takes ImageNet's where they can be had.
+        weights: what `vggfeat.weights.load` knows; `auto` takes what the environment variable VGGFEAT_WEIGHTS says,
+            else ImageNet's where they can be had.
         arch: the network; None means the weights' own, and vgg19 where they imply none.
         style_layers: layers whose Gram matrices are matched.
         content_layers: layers whose features are matched.
@@ -86,16 +91,22 @@ class StyleConfig:
     keep_color: bool = _option(False, "Keep the content's colours.")
 
     def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            object.__setattr__(self, each.name, _typed(each.name, str(each.type), getattr(self, each.name)))
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f"unknown {name} {value!r}: {nearest(str(value), choices)}")
+        if self.arch is not None:
+            parse(self.arch)
         for name in ("style_layers", "content_layers"):
-            if isinstance(value := getattr(self, name), str):
-                raise InputError(f"{name} is a tuple of names: write ({value!r},)")
-            object.__setattr__(self, name, tuple(value))
+            layers = getattr(self, name)
+            if len(set(layers)) < len(layers):
+                raise InputError(f"{name} names a layer twice ({', '.join(layers)}): give it a larger weight instead")
         if not self.style_layers:
             raise InputError("no style layer: name at least one, such as 'relu3_1'")
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed must be from 0 to 2^64 - 1, got {self.seed}")
         for name in ("size", "steps", "start_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -105,12 +116,11 @@ class StyleConfig:
         for name in ("style_weight", "content_weight", "tv_weight"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise InputError(f"{name} must not be negative, got {value}")
+                raise InputError(f"{name} must be a number of at least 0, got {value}")
         for name in ("style_layer_weights", "content_layer_weights", "style_blend"):
             values = getattr(self, name)
             if values is None:
                 continue
-            object.__setattr__(self, name, tuple(float(value) for value in values))
             if not all(value >= 0 and math.isfinite(value) for value in values) or not sum(values) > 0:
                 raise InputError(f"{name} must be numbers of at least 0, not all 0, got {values}")
             layers = {"style_layer_weights": self.style_layers, "content_layer_weights": self.content_layers}.get(name)
@@ -140,3 +150,24 @@ class StyleConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+def _typed(name: str, kind: str, value: Any) -> Any:
+    """A field's value in the type it is declared with: a path becomes text, a whole number a float where one is due."""
+    if value is None and kind.endswith(" | None"):
+        return None
+    kind = kind.removesuffix(" | None")
+    if kind.startswith("tuple["):
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise InputError(f"{name} must be a tuple, got {value!r}: write ({value!r},)")
+        return tuple(_typed(name, kind[len("tuple[") : -len(", ...]")], item) for item in value)
+    if kind == "str" and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "int" and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind == "float" and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    expected = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number"}[kind]
+    raise InputError(f"{name} must be {expected}, got {value!r}")

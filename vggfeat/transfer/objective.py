@@ -53,8 +53,8 @@ class Objective:
                 taps = features(image)
                 for name in config.style_layers:
                     self.style[name] = self.style[name] + share * gram(taps[name])
-            self._content_norms = {name: wide(value).square().sum() for name, value in self.content.items()}
-            self._style_norms = {name: value.square().sum() for name, value in self.style.items()}
+            self._content_norms = {name: _norm(wide(value)) for name, value in self.content.items()}
+            self._style_norms = {name: _norm(value) for name, value in self.style.items()}
 
     def terms(self, image: Tensor) -> dict[str, Tensor]:
         """The weighted terms of an image (1,3,H,W), which may leave [0,1]: `style`, `content`, `tv`."""
@@ -89,3 +89,9 @@ class Objective:
         total = sum(terms.values(), RANGE_WEIGHT * outside)
         (grad,) = torch.autograd.grad(total, image)
         return total.detach(), {name: value.detach() for name, value in terms.items()}, grad
+
+
+def _norm(target: Tensor) -> Tensor:
+    """Σ t² of a target; 1 where the layer is silent on it, whose error is then absolute."""
+    norm = target.square().sum()
+    return torch.where(norm > 0, norm, 1)

@@ -73,7 +73,8 @@ class StyleResult:
         image: the picture.
         config: the settings.
         history: one record a step: `scale`, `step`, `width`, `height`, and the losses by name.
-        losses: `total`, `style`, `content`, `tv` of the picture as it is saved, clamped and in 8 bits.
+        losses: `total`, `style`, `content`, `tv` of the picture as it is saved, clamped and in 8 bits; empty where
+            Ctrl-C came before the finest scale.
         weights: the weights that were used, in words.
         arch: the network.
         device: where it ran.
@@ -139,12 +140,14 @@ def stylize(
     """
     config = config or StyleConfig()
     picture = _picture(content)
-    styles = [_picture(image) for image in (style if isinstance(style, list | tuple) else [style])]
+    several: Sequence[Any] = style if isinstance(style, list | tuple) else [style]
+    styles = [_picture(image) for image in several]
     if not styles:
         raise InputError("no style image: give at least one")
     config.shares("style_blend", len(styles))
     device = _device(config.device)
-    loaded = load(config.weights, config.arch or (None if _has_own_arch(config.weights) else "vgg19"))
+    weights = (config.weights == "auto" and os.environ.get("VGGFEAT_WEIGHTS")) or config.weights
+    loaded = load(weights, config.arch or (None if _has_own_arch(weights) else "vgg19"))
     features = VGGFeatures(
         (*config.style_layers, *config.content_layers),
         weights=loaded,
@@ -195,7 +198,9 @@ class _Run:
     def _objective(self, width: int, height: int) -> Objective:
         styles = []
         for picture in self.styles:
-            side = max(1, round(max(width, height) * self.config.style_scale))
+            # a long thin style must still reach the deepest layer at the coarsest scale
+            least = math.ceil(self.features.plan.min_size * max(picture.size) / min(picture.size))
+            side = max(least, round(max(width, height) * self.config.style_scale))
             styles.append(self._tensor(picture, *fit(picture.width, picture.height, side)))
         return Objective(self.features, self.config, self._tensor(self.content, width, height), styles)
 
@@ -223,6 +228,8 @@ class _Run:
             if value < best:
                 best, self.image = value, image
             if not value <= EXPLODED * best:  # NaN included
+                if best == math.inf and number > 1:
+                    return  # the picture of the coarser scales stands
                 if best == math.inf:
                     raise RunError(f"the loss is {value} at the start; try --precision float32 or other weights")
                 restarts += 1
@@ -236,25 +243,21 @@ class _Run:
             self.history.append({"scale": number, "step": step, "width": width, "height": height} | losses)
             if self.callback is not None:
                 elapsed, progress = time.perf_counter() - self.start, self.done / self.work
-                self.callback(
-                    StyleStep(
-                        number, len(self.sizes), step, config.steps, width, height, losses, elapsed, progress, self.image
-                    )
-                )
+                where = (number, len(self.sizes), step, config.steps, width, height)
+                self.callback(StyleStep(*where, losses, elapsed, progress, self.image))
 
     def result(self) -> StyleResult:
         """The picture as it is saved, and what is known of it."""
         width, height = self.sizes[-1]
         picture = resize(to_pil(self.image), width, height)
+        if self.config.keep_color:
+            picture = _with_colors_of(resize(self.content, width, height), picture)
         losses: dict[str, float] = {}
         if self.objective is not None and self.objective.size == (height, width):
             with torch.no_grad():
                 terms = self.objective.terms(to_tensor(picture).to(self.device))
             losses = {name: float(value) for name, value in terms.items()}
             losses = {"total": sum(losses.values())} | losses
-        if self.config.keep_color:
-            picture = _with_colors_of(resize(self.content, width, height), picture)
-        kind = self.device.type
         return StyleResult(
             image=picture,
             config=self.config,
@@ -262,7 +265,7 @@ class _Run:
             losses=losses,
             weights=self.features.weights,
             arch=self.features.arch.name,
-            device=str(self.device) if kind == "cpu" else torch.cuda.get_device_name(self.device) if kind == "cuda" else kind,
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
             precision=_precision(self.config.precision, self.device),
             elapsed=time.perf_counter() - self.start,
             interrupted=self.interrupted,
@@ -277,7 +280,11 @@ def _picture(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_pil(to_tensor(image))
     if isinstance(image, Tensor):
-        return to_pil(image)
+        picture = to_pil(image)
+        low, high = (float(value) for value in image.detach().aminmax())
+        if low < -0.5 or high > 1.5:
+            raise InputError(f"expected an image in [0,1], got values from {low:.4g} to {high:.4g}; scale them first")
+        return picture
     if isinstance(image, str | os.PathLike):
         return open_image(image)
     raise InputError(f"expected a file, a PIL image or a tensor (1,3,H,W), got {type(image).__name__}")
@@ -306,7 +313,7 @@ def _scales(content: Image.Image, config: StyleConfig, least: int) -> list[tuple
             f"at size {config.size} the picture is {full[0]}×{full[1]}, too small for the deepest layer, which needs "
             f"{least} pixels on each side; choose a larger --size or shallower layers"
         )
-    count = max(0, math.ceil(2 * math.log2(config.size / config.start_size) - 0.5)) if config.start_size < config.size else 0
+    count = max(0, math.ceil(2 * math.log2(max(1, config.size / config.start_size)) - 0.5))
     sizes = [
         fit(content.width, content.height, round(config.start_size * (config.size / config.start_size) ** (i / count)))
         for i in range(count)

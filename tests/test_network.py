@@ -1,4 +1,4 @@
-"""vggfeat.vgg against torchvision, plain loops and the papers' formulas."""
+"""vggfeat.network against torchvision, plain loops and the papers' formulas."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import nn
 import vggfeat
 from vggfeat.arch import BLOCKS
 from vggfeat.errors import InputError
-from vggfeat.vgg import vgg
+from vggfeat.network import vgg
 
 EIGHT = [name + bn for name in ("vgg11", "vgg13", "vgg16", "vgg19") for bn in ("", "_bn")]
 
@@ -27,13 +27,13 @@ def fill(net, seed=0):
             if value.dtype == torch.long:
                 value.fill_(3)
                 continue
-            values = pattern.repeat(-(-value.numel() // 997))[: value.numel()].view_as(value)
             if value.ndim > 1:  # a uniform variable of width 1 has variance 1/12
-                value.copy_(values).mul_(math.sqrt(24 / value[0].numel()))
-            elif name.endswith("running_var") or name.endswith("weight"):
-                value.copy_(values + 1)
+                values = pattern * math.sqrt(24 / value[0].numel())
             else:
-                value.copy_(values)
+                values = pattern + float(name.endswith(("weight", "running_var")))
+            flat, whole = value.view(-1), value.numel() // 997 * 997
+            flat[:whole].view(-1, 997).copy_(values)
+            flat[whole:].copy_(values[: value.numel() - whole])
     return net
 
 
@@ -163,7 +163,7 @@ def test_full_backward_hooks_on_convolutions():
     seen = {}
     for layer in net.arch.convs:
         net.features[layer.index].register_full_backward_hook(
-            lambda _m, _gin, gout, name=layer.name: seen.setdefault(name, gout[0].shape)
+            lambda _m, _gin, gout, name=layer.name: seen.update({name: gout[0].shape})
         )
     x = torch.randn(1, 3, 32, 32, requires_grad=True)
     net(x).sum().backward()

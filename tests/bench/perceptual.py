@@ -1,0 +1,52 @@
+"""PerceptualLoss, forward and backward, against piq.ContentLoss and lpips.LPIPS: VGG-16, 4×3×256×256, random weights.
+
+python -m tests.bench.perceptual        (pip install piq lpips)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lpips
+import piq
+import torch
+import torchvision
+
+from tests.bench.harness import alternate, report
+from vggfeat import PerceptualLoss
+
+LPIPS_LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3"]
+
+
+def step(loss: Callable[..., torch.Tensor], image: torch.Tensor, target: object) -> Callable[[], None]:
+    def run() -> None:
+        loss(image.detach().requires_grad_(), target).sum().backward()
+
+    return run
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    image, target = torch.rand(4, 3, 256, 256), torch.rand(4, 3, 256, 256)
+    net = torchvision.models.vgg16()
+
+    sides = {"piq.ContentLoss, relu3_3": step(piq.ContentLoss(net.features, layers=["15"]), image, target)}
+    for precision in ("float32", "bfloat16"):
+        ours = PerceptualLoss(["relu3_3"], weights=net.state_dict(), precision=precision)
+        sides[f"vggfeat, relu3_3, {precision}"] = step(ours, image, target)
+        sides[f"vggfeat, relu3_3, {precision}, encoded target"] = step(ours, image, ours.encode(target))
+    report("PerceptualLoss([relu3_3]), 4×3×256×256", alternate(sides, runs=9), "piq.ContentLoss, relu3_3")
+
+    peer = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
+    sides = {"lpips.LPIPS(net='vgg')": step(peer, image, target)}
+    for precision in ("float32", "bfloat16"):
+        ours = PerceptualLoss(
+            LPIPS_LAYERS, weights=net.state_dict(), precision=precision, normalize_features=True, input_range=(-1, 1)
+        )
+        sides[f"vggfeat, its layers, {precision}"] = step(ours, image, target)
+    report("LPIPS's five layers, unit-normalised, 4×3×256×256", alternate(sides, runs=7), "lpips.LPIPS(net='vgg')")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,501 @@
+"""The commands, as a person at a terminal meets them: exit status, what is on which stream, which files remain.
+
+Most tests call `main()` in this process, because each new one would import torch; what a process alone can show (a real
+Ctrl-C, what `--help` imports) starts one.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from vggfeat_cli import main as vggfeat_command
+from vggfeat_cli import style as vggstyle_command
+
+import vggfeat
+from vggfeat import StyleConfig, weights
+from vggfeat.image import FORMATS, read_settings, to_pil
+from vggfeat.transfer import stylize as stylize_module
+from vggfeat.transfer.config import CHOICES
+from vggfeat.transfer.objective import Objective
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A file with a VGG-19 an eighth as wide."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(vggfeat.vgg19(width=0.125, head="slim").state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with content.jpg and style.png in it."""
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for name, width in (("content.jpg", 64), ("style.png", 48)):
+        picture = to_pil(torch.rand(1, 3, 6, 8, generator=generator)).resize((width, 48), Image.Resampling.BICUBIC)
+        picture.save(folder / name)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command's `main()`: (exit status, stdout, stderr)."""
+
+    def run(module, *args):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
+        with pytest.raises(SystemExit) as info:
+            module.main()
+        return info.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def quick(tiny):
+    """Flags of a run that takes a fraction of a second."""
+    flags = {"weights": tiny, "size": 40, "start-size": 40, "steps": 4, "device": "cpu", "precision": "float32"}
+    flags |= {"style-layers": "relu1_1,relu2_1", "content-layers": "relu2_2"}
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def vggstyle(call, quick):
+    """`vggstyle` with the quick flags before the given words."""
+    return lambda *args: call(vggstyle_command, *quick, *args)
+
+
+@pytest.fixture
+def real_sigint():
+    """Ctrl-C raises KeyboardInterrupt even where the tests run in the background, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def one_line(err, name="vggstyle"):
+    assert err.startswith(f"{name}: ") and err.endswith("\n") and err.count("\n") == 1 and "\r" not in err, repr(err)
+    return err
+
+
+# ── vggstyle: what it writes ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_names_the_output_after_its_inputs_and_never_overwrites(vggstyle, folder):
+    for expected in ("content-style.png", "content-style-2.png", "content-style-3.png"):
+        code, out, err = vggstyle("content.jpg", "style.png")
+        assert (code, out) == (0, f"{expected}\n")
+        assert "tiny.safetensors" in err and "40×30, 4 steps" in err and "vgg19 in float32" in err
+        with Image.open(folder / expected) as picture:
+            assert (picture.size, picture.mode) == ((40, 30), "RGB")
+    before = (folder / "content-style.png").stat().st_mtime_ns
+    assert vggstyle("content.jpg", "style.png", "--overwrite")[:2] == (0, "content-style.png\n")
+    assert (folder / "content-style.png").stat().st_mtime_ns > before
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_names_the_output_after_all_styles_in_the_working_folder(vggstyle, folder):
+    (folder / "in").mkdir()
+    os.rename("style.png", "in/a b.ü.png")
+    assert vggstyle("content.jpg", "in/a b.ü.png", "content.jpg", "--style-blend", "2,1")[:2] == (
+        0,
+        "content-a b.ü-content.png\n",
+    )
+    assert (folder / "content-a b.ü-content.png").is_file()
+
+
+def test_an_existing_output_is_safe(vggstyle, folder):
+    Path("out.png").write_bytes(b"precious")
+    code, out, err = vggstyle("content.jpg", "style.png", "-o", "out.png")
+    assert (code, out) == (2, "") and "--overwrite" in one_line(err)
+    assert Path("out.png").read_bytes() == b"precious"
+    assert vggstyle("content.jpg", "style.png", "-o", "out.png", "--overwrite")[:2] == (0, "out.png\n")
+    with Image.open("out.png") as picture:
+        assert picture.size == (40, 30)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_settings_travel_in_every_format(vggstyle, folder, suffix):
+    with Image.open("style.png") as picture:
+        picture.convert("RGB").save(f"painting{suffix}")
+    code, out, _ = vggstyle("content.jpg", f"painting{suffix}", "--seed", "7", "-o", f"out{suffix}")
+    assert (code, out) == (0, f"out{suffix}\n")
+    settings = read_settings(f"out{suffix}")
+    assert settings["config"]["seed"] == 7 and settings["config"]["style_layers"] == ["relu1_1", "relu2_1"]
+    assert settings["losses"].keys() == {"total", "style", "content", "tv"} and settings["steps"] == 4
+    StyleConfig(**settings["config"])
+
+
+def test_json_is_all_there_is_on_stdout(vggstyle, folder, tiny):
+    code, out, err = vggstyle("content.jpg", "style.png", "--json", "--tv-weight", "0.5", "--quiet")
+    summary = json.loads(out)
+    assert code == 0 and "content-style.png" not in err
+    assert (summary["output"], summary["content"], summary["style"]) == (
+        "content-style.png",
+        "content.jpg",
+        ["style.png"],
+    )
+    assert (summary["width"], summary["height"], summary["interrupted"], summary["arch"]) == (40, 30, False, "vgg19")
+    assert summary["config"].keys() == {field.name for field in dataclasses.fields(StyleConfig)}
+    assert (summary["config"]["tv_weight"], summary["config"]["weights"]) == (0.5, tiny)
+    losses = summary["losses"]
+    assert losses["total"] == pytest.approx(losses["style"] + losses["content"] + losses["tv"])
+    assert losses.items() <= (read_settings("content-style.png") or {})["losses"].items()
+
+
+def test_quiet_shows_no_bar(vggstyle, folder):
+    assert "\r" not in vggstyle("content.jpg", "style.png", "--quiet")[2]
+
+
+# ── vggstyle: flags ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+OWN_FLAGS = {"output", "overwrite", "as_json", "quiet", "help", "version"}
+
+
+def parsed(*words):
+    context = vggstyle_command.command.make_context("vggstyle", ["content.jpg", "style.png", *words])
+    fields = {field.name for field in dataclasses.fields(StyleConfig)}
+    return StyleConfig(**{name: value for name, value in context.params.items() if name in fields})
+
+
+def test_every_setting_is_a_flag_and_no_flag_is_more():
+    command = vggstyle_command.command
+    options = {p.name: p for p in command.params if isinstance(p, click.Option) and p.name not in OWN_FLAGS}
+    assert options.keys() == {field.name for field in dataclasses.fields(StyleConfig)}
+    for name, option in options.items():
+        assert option.opts == ["--" + name.replace("_", "-")] and option.help
+    assert parsed() == StyleConfig()
+
+
+def test_every_flag_sets_its_setting():
+    words = {
+        **{"size": "300", "steps": "3", "start_size": "33", "seed": "5", "arch": "vgg16", "device": "cpu"},
+        **{"weights": "caffe", "init": "noise", "style_weight": "2.5", "content_weight": "0.25", "tv_weight": "0.125"},
+        **{"style_scale": "1.5", "learning_rate": "0.5", "style_blend": "2,1"},
+        **{"style_layers": "relu1_1, conv2_2", "content_layers": "conv4_2", "style_layer_weights": "1,0.5"},
+        **{"content_layer_weights": "3", "keep_color": None},
+        **{name: next(c for c in choices if c != getattr(StyleConfig(), name)) for name, choices in CHOICES.items()},
+    }
+    assert words.keys() == {field.name for field in dataclasses.fields(StyleConfig)}
+    flags = [[f"--{name.replace('_', '-')}", *([value] if value else [])] for name, value in words.items()]
+    config = parsed(*sum(flags, []))
+    default = StyleConfig()
+    for name, value in words.items():
+        got = getattr(config, name)
+        assert got != getattr(default, name)
+        if isinstance(got, tuple):
+            assert [str(item) for item in got] == [str(type(got[0])(part.strip())) for part in value.split(",")]
+        elif got is not True:
+            assert got == type(got)(value)
+
+
+# ── vggstyle: bad input ───────────────────────────────────────────────────────────────────────────────────────────────
+
+PAIR = ["content.jpg", "style.png"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "CONTENT"),
+        (["content.jpg"], "STYLE"),
+        (["missing.jpg", "style.png"], "missing.jpg: expected an image file"),
+        (["content.jpg", "missing.png"], "missing.png: expected an image file"),
+        (["text.jpg", "style.png"], "text.jpg: expected an image"),
+        (["empty.png", "style.png"], "an empty file"),
+        (["cut.jpg", "style.png"], "cut.jpg: expected a whole image"),
+        ([".", "style.png"], "got a folder"),
+        ([*PAIR, "--bogus", "3"], "--bogus"),
+        ([*PAIR, "--style-layers", "relu1_1,relu9_9"], "relu9_9"),
+        ([*PAIR, "--style-layers", ","], "no style layer"),
+        ([*PAIR, "--style-layers", "conv1_1,conv1_1"], "twice"),
+        ([*PAIR, "--content-layers", "rleu2_2"], "did you mean relu2_2"),
+        ([*PAIR, "--style-layer-weights", "1,2,3"], "3 numbers for 2 layers"),
+        ([*PAIR, "--style-layer-weights", "1,x"], "1,x"),
+        ([*PAIR, "--style-blend", "1,2"], "2 numbers for 1"),
+        ([*PAIR, "--weights", "missing.pth"], "missing.pth"),
+        ([*PAIR, "--weights", "imagnet"], "did you mean imagenet"),
+        ([*PAIR, "--weights", "text.jpg"], "text.jpg"),
+        ([*PAIR, "--weights", "imagenet"], "VGGFEAT_WEIGHTS_DIR"),
+        ([*PAIR, "--arch", "vgg99"], "vgg99"),
+        ([*PAIR, "--arch", "vgg11"], "vgg11"),  # the file's is vgg19
+        ([*PAIR, "--size", "0"], "size must be at least 1, got 0"),
+        ([*PAIR, "--size", "1"], "too small"),
+        ([*PAIR, "--size", "big"], "big"),
+        ([*PAIR, "--steps", "-1"], "steps"),
+        ([*PAIR, "--seed", "-1"], "seed"),
+        ([*PAIR, "--content-weight", "-1"], "content_weight"),
+        ([*PAIR, "--style-scale", "nan"], "style_scale"),
+        ([*PAIR, "--pooling", "mean"], "'max', 'average', 'l2'"),
+        ([*PAIR, "--device", "nonsense"], "nonsense"),
+        ([*PAIR, "--init", "missing.png"], "missing.png"),
+        ([*PAIR, "-o", "nowhere/out.png"], "nowhere"),
+        ([*PAIR, "-o", "out.bmp"], ".png, .jpg"),
+        ([*PAIR, "-o", "out"], ".png, .jpg"),
+        ([*PAIR, "-o", "folder.png"], "folder"),
+        ([*PAIR, "-o", "x" * 300 + ".png"], "too long"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(vggstyle, folder, args, says):
+    Path("text.jpg").write_text("no picture\n")
+    Path("empty.png").touch()
+    Path("cut.jpg").write_bytes(Path("content.jpg").read_bytes()[:600])
+    Path("folder.png").mkdir()
+    before = sorted(folder.iterdir())
+    code, out, err = vggstyle(*args)
+    assert (code, out) == (2, "") and says in one_line(err)
+    assert sorted(folder.iterdir()) == before
+
+
+# ── vggstyle: trouble on the way ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB"), "out of memory. Tried to allocate"),
+        (MemoryError(), "MemoryError"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    ],
+    ids=["cuda", "memory", "disk"],
+)
+def test_a_failure_while_running_is_one_line_and_status_1(vggstyle, folder, monkeypatch, error, says):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Objective, "value_and_grad", fail)
+    code, out, err = vggstyle(*PAIR)
+    assert (code, out) == (1, "") and says in one_line(err)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_nan_from_the_start_is_one_line_and_status_1(vggstyle, folder, monkeypatch):
+    value_and_grad = Objective.value_and_grad
+
+    def spoilt(self, image):
+        total, terms, grad = value_and_grad(self, image)
+        return total * math.nan, terms, grad
+
+    monkeypatch.setattr(Objective, "value_and_grad", spoilt)
+    code, out, err = vggstyle(*PAIR)
+    assert (code, out) == (1, "") and "nan at the start" in one_line(err)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("trouble", ["folder gone", "name taken"])
+def test_a_picture_that_cannot_be_saved_is_rescued(vggstyle, folder, tmp_path, monkeypatch, trouble):
+    Path("out").mkdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    stylize = stylize_module.stylize
+
+    def meanwhile(*args, **kwargs):
+        result = stylize(*args, **kwargs)
+        Path("out").rmdir() if trouble == "folder gone" else Path("out/new.jpg").write_bytes(b"precious")
+        return result
+
+    monkeypatch.setattr(vggfeat, "stylize", meanwhile)
+    code, out, err = vggstyle(*PAIR, "-o", "out/new.jpg", "--quiet")
+    rescued = tmp_path / "tmp" / "new.png"
+    assert code == 1 and out == f"{rescued}\n"
+    last = err.splitlines()[-1]
+    assert last.startswith("vggstyle: cannot write out/new.jpg") and last.endswith(f"the picture is in {rescued}")
+    with Image.open(rescued) as picture:
+        assert picture.size == (40, 30)
+    assert trouble == "folder gone" or Path("out/new.jpg").read_bytes() == b"precious"
+
+
+def test_ctrl_c_saves_and_says_so(vggstyle, folder, monkeypatch, real_sigint):
+    value_and_grad, calls = Objective.value_and_grad, []
+
+    def interrupted(self, image):
+        calls.append(image)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return value_and_grad(self, image)
+
+    monkeypatch.setattr(Objective, "value_and_grad", interrupted)
+    code, out, err = vggstyle(*PAIR, "--json", "--quiet")
+    summary = json.loads(out)
+    assert (code, summary["interrupted"], summary["steps"]) == (130, True, 2)
+    assert "interrupted" in err.splitlines()[-1] and "Traceback" not in err
+    assert (read_settings(summary["output"]) or {})["interrupted"]
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(vggstyle, folder, monkeypatch, real_sigint):
+    monkeypatch.setattr(stylize_module, "load", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, out, err = vggstyle(*PAIR)
+    assert (code, out) == (130, "") and "interrupted" in one_line(err.lstrip("\n"))
+    assert len(list(folder.iterdir())) == 2
+
+
+# ── processes of their own ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def environment():
+    paths = [str(REPO), str(REPO / "cli"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to another process")
+def test_a_real_ctrl_c_and_the_progress_bar(folder, quick):
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from vggfeat_cli.style import main; main()"
+    flags = [*quick, "--start-size", "20", "--steps", "100000"]  # click takes the last of a flag given twice
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *PAIR, *flags],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        seen, deadline = b"", time.monotonic() + 120
+        while b" step " not in seen:
+            seen += os.read(process.stderr.fileno(), 4096)
+            assert time.monotonic() < deadline and process.poll() is None, seen
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    text = (seen + err).decode()
+    assert process.returncode == 130 and "Traceback" not in text
+    assert out == b"content-style.png\n" and "interrupted" in text.splitlines()[-1]
+    # scale 1/3 20×15 step 5/100000   0% |          | 00:00<12:34, total 0.3 style 0.2 content 0.1
+    number = r"\d\S*"
+    assert re.search(
+        rf"scale 1/\d 20×15 step \d+/100000 +\d+% \|.*\| [\d:]+<[\d:]+, total {number} style {number} content {number}",
+        text,
+    )
+    with Image.open("content-style.png") as picture:
+        picture.load()
+        assert picture.size == (40, 30)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_help_answers_without_torch():
+    code = """
+import sys
+for module, *args in (("style", "--help"), ("style", "-h"), ("style", "--version"),
+                      ("main", "--help"), ("main", "weights", "--help"), ("style",), ("main",)):
+    sys.argv = ["command", *args]
+    try:
+        getattr(__import__(f"vggfeat_cli.{module}"), module).main()
+    except SystemExit as end:
+        print("status", end.code, *args)
+print(sorted({"torch", "torchvision", "PIL", "kornia", "numpy"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "[]", done
+    assert [line for line in lines if line.startswith("status")] == [
+        *("status 0 --help", "status 0 -h", "status 0 --version", "status 0 --help", "status 0 weights --help"),
+        *("status 2", "status 2"),
+    ]
+    for field in dataclasses.fields(StyleConfig):
+        assert f"--{field.name.replace('_', '-')}" in done.stdout
+    assert f"version {vggfeat.__version__}" in done.stdout
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["vggstyle", "vggfeat"]
+
+
+# ── vggfeat weights ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def vgg(call):
+    return lambda *args: call(vggfeat_command, *args)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A published file in VGGFEAT_WEIGHTS_DIR, under the name that `fetch imagenet vgg11` looks for."""
+    data = b"the numbers"
+    digest = hashlib.sha256(data).hexdigest()
+    entry = weights.Published(f"http://127.0.0.1:9/vgg11-{digest[:8]}.pth", weights.IMAGENET, "free")
+    monkeypatch.setattr(weights, "SETS", {"imagenet": {"vgg11": entry}})
+    monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
+    path = tmp_path / entry.filename
+    path.write_bytes(data)
+    return path, digest
+
+
+def test_weights_list(vgg, published):
+    code, out, err = vgg("weights", "list")
+    assert (code, err) == (0, "") and str(published[0]) in out and "free" in out and "random" in out
+
+
+def test_weights_list_where_there_is_nothing(vgg):
+    code, out, _ = vgg("weights", "list")
+    assert code == 0
+    for name, group in weights.SETS.items():
+        for arch, entry in group.items():
+            assert re.search(rf"^{name} +{arch} +{re.escape(entry.filename)} +- ", out, re.MULTILINE)
+
+
+def test_weights_fetch(vgg, published):
+    assert vgg("weights", "fetch", "imagenet", "vgg11")[:2] == (0, f"{published[0]}\n")
+    for args, says in (
+        (["imagenet", "vgg12"], "did you mean"),
+        (["imagenet", "vgg16"], "choose from vgg11"),
+        (["imagnet"], "did you mean imagenet"),
+        ([], "NAME"),
+    ):
+        code, out, err = vgg("weights", "fetch", *args)
+        assert (code, out) == (2, "") and says in one_line(err, "vggfeat")
+
+
+def test_weights_fetch_without_a_network(vgg, tmp_path, monkeypatch):
+    monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
+    code, out, err = vgg("weights", "fetch", "imagenet", "vgg16")
+    assert (code, out) == (2, "") and "VGGFEAT_WEIGHTS_DIR" in one_line(err, "vggfeat")
+    assert not list(tmp_path.iterdir())
+    assert not [*Path(torch.hub.get_dir()).rglob("*.p*")]
+
+
+def test_weights_verify(vgg, published, tmp_path):
+    path, digest = published
+    for args in ([], [path]):
+        assert vgg("weights", "verify", *args) == (0, f"{digest}  {path}\n", "")
+    path.write_bytes(b"other numbers")
+    for args in ([], [path]):
+        code, out, err = vgg("weights", "verify", *args)
+        assert (code, out) == (2, "") and path.name in one_line(err, "vggfeat")
+    code, out, err = vgg("weights", "verify", tmp_path / "missing.pth")
+    assert (code, out) == (2, "") and "missing.pth" in one_line(err, "vggfeat")
+    path.unlink()
+    assert vgg("weights", "verify")[0] == 0
+
+
+@pytest.mark.parametrize("args", [[], ["weights"], ["wieghts"], ["weights", "lsit"], ["weights", "list", "--bogus"]])
+def test_unknown_subcommands_are_one_line(vgg, args):
+    code, out, err = vgg(*args)
+    assert (code, out) == (2, "") and "--help" in one_line(err, "vggfeat")
+
+
+def test_ctrl_c_while_fetching(vgg, monkeypatch, real_sigint):
+    monkeypatch.setattr(weights, "find", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, out, err = vgg("weights", "fetch", "imagenet")
+    assert (code, out) == (130, "") and "interrupted" in one_line(err.lstrip("\n"), "vggfeat")

@@ -1,0 +1,782 @@
+"""The losses: against ordinary autograd through an ordinary network, and inside other people's models."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import vggfeat
+from vggfeat import functional as VF
+from vggfeat.image import open_image, to_tensor
+
+REPO = Path(__file__).resolve().parents[1]
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+CRITERIA = ("mse", "l1", "charbonnier", "cosine")
+
+
+def small_net():
+    """A VGG-16 of an eighth of the width; the losses get its state dict."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        net = vggfeat.vgg16(width=0.125, head="slim", num_classes=2)
+        for name, parameter in net.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.3)
+    return net.requires_grad_(False)
+
+
+NET = small_net()
+STATE = NET.state_dict()
+
+
+def perceptual(layers=("relu2_2",), **options):
+    return vggfeat.PerceptualLoss(layers, **{"weights": STATE, **options})
+
+
+def style(layers=("relu1_2", "relu2_2"), **options):
+    return vggfeat.StyleLoss(layers, **{"weights": STATE, **options})
+
+
+def taps(images, names):
+    """The taps by ordinary modules and ordinary autograd."""
+    net = NET if images.dtype == torch.float32 else copy.deepcopy(NET).to(images.dtype)
+    return net.taps((images - MEAN.to(images.dtype)) / STD.to(images.dtype), names)
+
+
+def gram(features):
+    return torch.einsum("nchw,ndhw->ncd", features, features) / features[0].numel()
+
+
+class Host(nn.Module):
+    """Somebody's model."""
+
+    def __init__(self, loss=None):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 3, padding=1))
+        if loss is not None:
+            self.loss = loss
+
+    def forward(self, x, target=None):
+        output = torch.sigmoid(self.body(x))
+        return output if target is None else self.loss(output, target)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def pair():
+    return torch.rand(2, 3, 24, 32), torch.rand(2, 3, 24, 32)
+
+
+def close(a, b, rtol=1e-5, atol=1e-7):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+# ── the value ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("criterion", "plain"), [("mse", F.mse_loss), ("l1", F.l1_loss)])
+@pytest.mark.parametrize("layer", ["conv1_1", "relu1_2", "pool1", "conv2_2", "relu3_3"])
+def test_one_layer_is_a_plain_distance_of_taps(pair, layer, criterion, plain):
+    x, y = pair
+    expected = plain(taps(x, [layer])[layer], taps(y, [layer])[layer])
+    close(perceptual([layer], criterion=criterion)(x, y), expected)
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 0.0], {"relu2_2": 2.0, "conv1_1": 0.0, "relu1_2": 0.5}])
+def test_layer_weights(pair, weights):
+    x, y = pair
+    layers = ["relu1_2", "relu2_2", "conv1_1"]
+    ours, theirs = taps(x, layers), taps(y, layers)
+    numbers = [1.0, 1.0, 1.0] if weights is None else [0.5, 2.0, 0.0]
+    expected = sum(n * F.mse_loss(ours[name], theirs[name]) for n, name in zip(numbers, layers, strict=True))
+    close(perceptual(layers, layer_weights=weights)(x, y), expected)
+
+
+def test_layers_that_a_mapping_leaves_out_weigh_1(pair):
+    layers = ["relu1_2", "relu2_2"]
+    close(
+        perceptual(layers, layer_weights={"relu2_2": 3.0})(*pair), perceptual(layers, layer_weights=[1.0, 3.0])(*pair)
+    )
+
+
+FORMULAS = {
+    "mse": lambda a, b: ((a - b) ** 2).mean((1, 2, 3)),
+    "l1": lambda a, b: (a - b).abs().mean((1, 2, 3)),
+    "charbonnier": lambda a, b: (((a - b) ** 2 + 1e-6).sqrt() - 1e-3).mean((1, 2, 3)),
+    "cosine": lambda a, b: 1 - F.cosine_similarity(a, b, dim=1).mean((1, 2)),
+}
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_criteria_are_their_formulas(pair, criterion, normalize):
+    x, y = pair
+    a, b = taps(x, ["conv2_2"])["conv2_2"], taps(y, ["conv2_2"])["conv2_2"]
+    if normalize:
+        a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    loss = perceptual(["conv2_2"], criterion=criterion, normalize_features=normalize, reduction="none")
+    close(loss(x, y), FORMULAS[criterion](a, b), rtol=1e-4)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_gradient_is_that_of_ordinary_autograd(pair, criterion):
+    x, y = (image.double() for image in pair)
+    x.requires_grad_(), y.requires_grad_()
+    layers = ["conv1_2", "relu2_1", "pool2", "conv3_1"]
+    value = perceptual(layers, criterion=criterion)(x, y)
+    a, b = taps(x, layers), taps(y, layers)
+    expected = sum(VF.CRITERIA[criterion](a[name], b[name]).mean() for name in layers)
+    close(value, expected, rtol=1e-10)
+    for ours, theirs in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(expected, (x, y)), strict=True):
+        close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+def test_style_loss_is_the_formula(pair):
+    x, y = (image.double().requires_grad_() for image in pair)
+    layers = ["relu1_2", "relu2_2"]
+    a, b = taps(x, layers), taps(y, layers)
+    parts = [(gram(a[name]) - gram(b[name])).square().mean((1, 2)) for name in layers]
+    expected = 0.5 * parts[0] + 2 * parts[1]
+    found = style(layers, layer_weights=[0.5, 2.0], reduction="none")(x, y)
+    close(found, expected, rtol=1e-10, atol=1e-15)
+    weights = torch.tensor([1.0, 3.0])
+    ours = torch.autograd.grad((found * weights).sum(), (x, y))
+    theirs = torch.autograd.grad((expected * weights).sum(), (x, y))
+    for one, other in zip(ours, theirs, strict=True):
+        close(one, other, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_style_criteria(pair, criterion):
+    a, b = (gram(taps(image, ["relu2_2"])["relu2_2"]) for image in pair)
+    expected = VF.CRITERIA[criterion](a, b).flatten(1).mean(1)
+    close(style(["relu2_2"], criterion=criterion, reduction="none")(*pair), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_reductions_agree(pair, make):
+    each = make(reduction="none")(*pair)
+    assert each.shape == (2,)
+    close(make(reduction="sum")(*pair), each.sum())
+    close(make(reduction="mean")(*pair), each.mean())
+    for index, (x, y) in enumerate(zip(*pair, strict=True)):  # every image alone
+        close(make()(x[None], y[None]), each[index])
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_symmetric(pair, make, criterion):
+    x, y = pair
+    loss = make(criterion=criterion)
+    close(loss(x, y), loss(y, x))
+
+
+def test_callable_criteria(pair):
+    x, y = pair
+    a, b = taps(x, ["relu2_2"])["relu2_2"], taps(y, ["relu2_2"])["relu2_2"]
+    cubed = perceptual(criterion=lambda a, b: (a - b).abs() ** 3, reduction="none")
+    close(cubed(x, y), ((a - b).abs() ** 3).mean((1, 2, 3)))
+    by_position = perceptual(criterion=lambda a, b: (a - b).norm(dim=1, keepdim=True), reduction="none")
+    close(by_position(x, y), (a - b).norm(dim=1).mean((1, 2)))
+    half = torch.ones(1, 1, 24, 32)
+    half[..., 16:] = 0
+    close(by_position(x, y, half), (a - b)[..., :8].norm(dim=1).mean((1, 2)))
+    scalar = F.smooth_l1_loss
+    close(perceptual(criterion=scalar)(x, y), scalar(a, b))
+    with pytest.raises(vggfeat.InputError, match="reduction='none' needs a criterion that keeps the batch"):
+        perceptual(criterion=scalar, reduction="none")(x, y)
+    with pytest.raises(vggfeat.InputError, match="a mask needs a criterion"):
+        perceptual(criterion=scalar)(x, y, half)
+
+
+def test_callable_criteria_get_float32(pair):
+    seen = []
+
+    def criterion(a, b):
+        seen.extend((a.dtype, b.dtype))
+        return (a - b).abs()
+
+    value = perceptual(criterion=criterion, precision="bfloat16")(*pair)
+    assert seen == [torch.float32] * 2
+    close(value, perceptual(criterion="l1", precision="bfloat16")(*pair))
+
+
+def test_input_range(pair):
+    x, y = pair
+    expected = perceptual()(x, y)
+    close(perceptual(input_range=(-1, 1))(2 * x - 1, 2 * y - 1), expected, rtol=1e-4)
+    close(perceptual(input_range=(0, 255))(255 * x, 255 * y), expected, rtol=1e-4)
+    close(style(input_range=(-1, 1))(2 * x - 1, 2 * y - 1), style()(x, y), rtol=1e-4)
+
+
+def test_grey_images(pair):
+    x, y = (image[:, :1] for image in pair)
+    expected = perceptual()(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1))
+    close(perceptual(repeat_grey=True)(x, y), expected)
+    with pytest.raises(vggfeat.InputError, match="repeat_grey=True"):
+        perceptual()(x, y)
+
+
+# ── encoded targets ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_an_encoded_target_is_as_good_as_a_fresh_one(pair, make):
+    x, y = pair
+    loss = make(["relu1_2", "relu2_2"], reduction="none")
+    fresh, kept = x.clone().requires_grad_(), x.clone().requires_grad_()
+    encoded = loss.encode(y.requires_grad_())
+    assert len(encoded) == 2
+    assert not any(value.requires_grad for value in encoded.values.values())
+    expected = loss(fresh, y.detach())
+    found = loss(kept, encoded)
+    assert torch.equal(found, expected)
+    expected.sum().backward(), found.sum().backward()
+    assert torch.equal(kept.grad, fresh.grad)
+    # pieces of it
+    for index in (slice(0, 1), [0], torch.tensor([0]), 0):
+        close(loss(x[:1], encoded[index]), expected[:1])
+    close(loss(x[[1]], encoded[-1]), expected[1:])
+    close(loss(x.flip(0), encoded[[1, 0]]), expected.flip(0))
+    # one for all
+    alone = torch.cat([loss(x[:1], y[1:].detach()), loss(x[1:], y[1:].detach())])
+    close(loss(x, encoded[1]), alone)
+    close(loss(x, y[1:].detach()), alone)
+    close(loss(x.double(), encoded.to(torch.float64)), expected.double(), rtol=1e-4)
+
+
+def test_targets_encoded_by_another_loss(pair):
+    x, y = pair
+    encoded = perceptual(["relu2_2"]).encode(y)
+    close(
+        perceptual(["relu2_2"], criterion="l1", layer_weights=[2.0])(x, encoded), 2 * perceptual(criterion="l1")(x, y)
+    )
+    others = [
+        perceptual(["relu2_1"]),
+        perceptual(["relu1_2", "relu2_2"]),
+        perceptual(normalize_features=True),
+        perceptual(pooling="average"),
+        perceptual(padding="reflect"),
+        perceptual(weights={key: 2 * value for key, value in STATE.items()}),
+        style(["relu2_2"]),
+    ]
+    for other in others:
+        with pytest.raises(vggfeat.InputError, match="encoded by a loss with other layers, weights or options"):
+            other(x, encoded)
+
+
+def test_an_encoded_target_survives_a_pickle(pair):
+    x, y = pair
+    loss = perceptual()
+    encoded = pickle.loads(pickle.dumps(loss.encode(y)))
+    close(loss(x, encoded), loss(x, y))
+
+
+# ── masks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_a_mask_of_ones_is_no_mask(pair, make):
+    loss = make(reduction="none")
+    for mask in (
+        torch.ones(2, 1, 24, 32),
+        torch.ones(1, 1, 24, 32, dtype=torch.float64),
+        torch.full((1, 1, 24, 32), 0.4),
+    ):
+        close(loss(*pair, mask), loss(*pair))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_half_a_mask_is_half_the_features(pair, criterion):
+    x, y = pair
+    mask = torch.zeros(2, 1, 24, 32)
+    mask[0, ..., :16] = 1  # the left half of one image, the lower half of the other
+    mask[1, :, 12:] = 1
+    a, b = taps(x, ["relu2_2"])["relu2_2"], taps(y, ["relu2_2"])["relu2_2"]  # of 12 by 16
+    distance = VF.CRITERIA[criterion]
+    expected = [distance(a[:1, ..., :8], b[:1, ..., :8]).mean(), distance(a[1:, :, 6:], b[1:, :, 6:]).mean()]
+    close(perceptual(criterion=criterion, reduction="none")(x, y, mask), torch.stack(expected))
+
+
+def test_half_a_mask_in_a_style_loss(pair):
+    x, y = pair
+    mask = torch.zeros(1, 1, 24, 32)
+    mask[..., :16] = 1
+    a, b = (gram(taps(image, ["relu2_2"])["relu2_2"][..., :8]) for image in pair)
+    loss = style(["relu2_2"], reduction="none")
+    expected = (a - b).square().mean((1, 2))
+    close(loss(x, y, mask), expected)
+    close(loss(x, loss.encode(y, mask), mask), expected)
+    whole = gram(taps(y, ["relu2_2"])["relu2_2"])
+    close(loss(x, loss.encode(y), mask), (a - whole).square().mean((1, 2)))
+    # one target for all, under each image's own mask
+    masks = torch.cat([mask, mask.flip(3)])
+    close(loss(x, y[:1], masks), torch.cat([loss(x[k : k + 1], y[:1], masks[k : k + 1]) for k in (0, 1)]))
+
+
+def test_a_mask_is_averaged_over_each_features_pixels(pair):
+    x, y = pair
+    mask = (torch.rand(2, 1, 24, 32) > 0.5).float()
+    a, b = taps(x, ["relu2_2"])["relu2_2"], taps(y, ["relu2_2"])["relu2_2"]
+    weight = F.avg_pool2d(mask, 2)
+    expected = ((a - b).square() * weight).sum((1, 2, 3)) / (weight.sum((1, 2, 3)) * a.shape[1])
+    close(perceptual(reduction="none")(x, y, mask), expected)
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+@pytest.mark.parametrize("criterion", ["mse", "l1", "charbonnier"])
+def test_a_mask_of_zeros_gives_0(pair, make, criterion):
+    x, y = pair
+    x.requires_grad_()
+    mask = torch.zeros(2, 1, 24, 32)
+    mask[1] = 1
+    value = make(criterion=criterion, reduction="none")(x, y, mask)
+    assert value[0] == 0 < value[1]
+    value.sum().backward()
+    assert torch.equal(x.grad[0], torch.zeros_like(x.grad[0]))
+    assert torch.isfinite(x.grad).all()
+    assert x.grad[1].abs().max() > 0
+
+
+# ── what is refused ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+@pytest.mark.parametrize("shape", [(2, 1, 24, 31), (2, 3, 24, 32), (3, 1, 24, 32), (24, 32), (1, 24, 32)])
+def test_masks_of_other_shapes(pair, make, shape):
+    with pytest.raises(vggfeat.InputError, match=r"expected a mask \(2,1,24,32\) or \(1,1,24,32\), got shape"):
+        make()(*pair, torch.ones(shape))
+
+
+def test_sizes_that_do_not_match(pair):
+    x, y = pair
+    for target in (y[..., :30], perceptual().encode(y[..., :30])):
+        with pytest.raises(vggfeat.InputError, match="32×24 pixels against a target of 30×24"):
+            perceptual()(x, target)
+    for loss in (perceptual(), style()):
+        for target in (torch.rand(3, 3, 24, 32), loss.encode(torch.rand(3, 3, 24, 32))):
+            with pytest.raises(
+                vggfeat.InputError, match="2 images against 3 targets: expected as many, or one for all"
+            ):
+                loss(x, target)
+        with pytest.raises(vggfeat.InputError, match="1 images against 2 targets"):
+            loss(x[:1], y)
+    with pytest.raises(vggfeat.InputError, match=r"loss.encode\(target, its_mask\)"):
+        style()(x, y[..., :30], torch.ones(1, 1, 24, 32))
+    with pytest.raises(vggfeat.InputError, match="give the mask to the comparison"):
+        perceptual().encode(y, torch.ones(1, 1, 24, 32))
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_what_is_no_batch_of_images(pair, make):
+    x, y = pair
+    loss = make()
+    for arguments in ((x[0], y[0]), (x, y[0]), (x[0], y), (x[0], y[0, :, :8]), (x[0], y[0], torch.ones(1, 1, 24, 32))):
+        with pytest.raises(vggfeat.InputError, match=r"got shape \(3, .*images\[None\]"):
+            loss(*arguments)
+    for wrong in ("photo.jpg", None, y.numpy()):
+        with pytest.raises(vggfeat.InputError, match="expected a tensor of images"):
+            loss(x, wrong)
+        with pytest.raises(vggfeat.InputError, match="expected a tensor of images"):
+            loss.encode(wrong)
+    with pytest.raises(vggfeat.InputError, match=r"images\[None\]"):
+        loss.encode(y[0])
+
+
+def test_a_style_target_of_another_size(pair):
+    x = pair[0]
+    y = torch.rand(1, 3, 40, 20)
+    a, b = (gram(taps(image, ["relu2_2"])["relu2_2"]) for image in (x, y))
+    loss = style(["relu2_2"])
+    close(loss(x, y), (a - b).square().mean())
+    close(loss(x, loss.encode(y)), (a - b).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"criterion": "huber"},
+            "unknown criterion 'huber': choose from mse, l1, charbonnier, cosine, or pass a function",
+        ),
+        ({"criterion": "charbonier"}, "did you mean charbonnier?"),
+        ({"criterion": 3}, "unknown criterion 3: choose from mse, l1, charbonnier, cosine"),
+        ({"reduction": "average"}, "unknown reduction 'average': choose from none, mean, sum"),
+        ({"reduction": None}, "unknown reduction None"),
+        ({"layers": ["relu9_1"]}, "relu9_1"),
+        ({"layers": ["relu3_4"]}, "relu3_4"),  # which is VGG-19's
+        ({"layers": ["rel2_2"]}, "did you mean relu2_2"),
+        ({"layers": "relu2_2"}, "write ['relu2_2']"),
+        ({"layers": []}, "name at least one"),
+        ({"layer_weights": [1.0, 2.0]}, "2 layer_weights for 1 layers (relu2_2)"),
+        ({"layer_weights": {"relu3_3": 1.0}}, "layer_weights for relu3_3, which is not among relu2_2"),
+        ({"precision": "float16"}, "unknown precision 'float16'"),
+        ({"pooling": "mean"}, "unknown pooling 'mean'"),
+        ({"input_range": (1, 0)}, "input_range must rise"),
+    ],
+)
+def test_unknown_words(options, message):
+    for make in (perceptual, style):
+        with pytest.raises(vggfeat.InputError) as caught:
+            make(**{"layers": ["relu2_2"], **options})
+        assert message in str(caught.value)
+
+
+# ── gradients ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("image", ["random", "black"])
+def test_gradient_is_finite_where_input_equals_target(make, criterion, image):
+    y = torch.rand(1, 3, 24, 24) if image == "random" else torch.zeros(1, 3, 24, 24)
+    x = y.clone().requires_grad_()
+    value = make(["conv1_1", "relu1_2", "relu2_2"], criterion=criterion)(x, y)
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(x.grad).all()
+    if criterion != "cosine":
+        assert value == 0
+        assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_gradients_flow_to_whoever_asks(pair, make):
+    x, y = pair
+    loss = make()
+    assert not loss(x, y).requires_grad
+    for wants in ((True, False), (False, True), (True, True)):
+        a, b = (image.clone().requires_grad_(want) for image, want in zip(pair, wants, strict=True))
+        loss(a, b).backward()
+        for image, want in zip((a, b), wants, strict=True):
+            assert (image.grad is not None) == want
+            assert not want or image.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_gradient_penalty(pair, make):
+    """The gradient of a gradient's norm, through the loss."""
+    x, y = (image[..., :16, :16].double() for image in pair)
+    x.requires_grad_()
+    layers = ["conv1_2", "relu2_1"]
+    loss = make(layers)
+
+    def plain(x, y):
+        a, b = taps(x, layers), taps(y, layers)
+        if make is style:
+            a, b = ({name: gram(value) for name, value in each.items()} for each in (a, b))
+        return sum((a[name] - b[name]).square().mean() for name in layers)
+
+    penalties = []
+    for each in (loss, plain):
+        first = torch.autograd.grad(each(x, y), x, create_graph=True)[0]
+        penalties.append(torch.autograd.grad(first.square().sum(), x)[0])
+    assert penalties[1].abs().max() > 0
+    close(penalties[0], penalties[1], rtol=1e-7, atol=1e-7 * float(penalties[1].abs().max()))
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_vmap_and_grad_of_torch_func(pair, make):
+    x, y = pair
+    loss = make(reduction="none")
+    alone = make()
+    expected = loss(x, y)
+    found = torch.func.vmap(lambda a, b: alone(a[None], b[None]))(x, y)
+    close(found, expected)
+    leaf = x.clone().requires_grad_()
+    loss(leaf, y).sum().backward()
+    close(torch.func.grad(lambda a: loss(a, y).sum())(x), leaf.grad, rtol=1e-4)
+    each = torch.func.vmap(torch.func.grad(lambda a, b: alone(a[None], b[None])))(x, y)
+    close(each, leaf.grad, rtol=1e-4)
+
+
+# ── precision ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_inside_autocast(pair, make):
+    x, y = pair
+    loss = make(["relu1_2", "relu3_1"])
+    expected = loss(x, y)
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(leaf, y)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert torch.isfinite(leaf.grad).all()
+    assert value != expected  # it was followed
+    close(value.detach(), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_images_of_half_precision(pair, make):
+    x, y = pair
+    expected = make()(x, y)
+    for dtype in (torch.float16, torch.bfloat16):
+        value = make()(x.to(dtype), y.to(dtype))
+        assert value.dtype == torch.float32
+        close(value, expected, rtol=1e-2)
+    assert make()(x.double(), y.double()).dtype == torch.float64
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("kind", [vggfeat.PerceptualLoss, vggfeat.StyleLoss])
+def test_bfloat16_on_photographs(oxford, test_data, kind):
+    """Real weights with their large activations: the value within 1 %, the gradient's cosine at least 0.999."""
+    crops = []
+    for name in ("tubingen", "lion", "golden_gate"):
+        image = to_tensor(open_image(test_data / "photos" / f"{name}.jpg"))
+        top, left = (image.shape[2] - 224) // 2, (image.shape[3] - 224) // 2
+        crops.append(image[..., top : top + 224, left : left + 224])
+    layers = ["relu1_2", "relu2_2", "relu3_3"]
+    exact, quick = (kind(layers, weights=f"caffe:{oxford}", precision=p) for p in ("float32", "bfloat16"))
+    blurred = F.interpolate(F.avg_pool2d(crops[0], 4), scale_factor=4, mode="bilinear")
+    for output, target in ((blurred, crops[0]), (crops[1], crops[2])):
+        values, gradients = [], []
+        for loss in (exact, quick):
+            leaf = output.clone().requires_grad_()
+            values.append(loss(leaf, target))
+            gradients.append(torch.autograd.grad(values[-1], leaf)[0].flatten())
+        close(values[1], values[0], rtol=1e-2)
+        assert F.cosine_similarity(gradients[0], gradients[1], dim=0) >= 0.999
+
+
+# ── in somebody's model ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(params=[perceptual, style], ids=["perceptual", "style"])
+def loss(request):
+    return request.param()
+
+
+def test_invisible_in_a_host(pair, loss):
+    bare, host = Host(), Host(loss)
+    assert list(loss.parameters()) == list(loss.buffers()) == []
+    assert loss.state_dict() == {}
+    assert host.state_dict().keys() == bare.state_dict().keys()
+    assert [name for name, _ in host.named_parameters()] == [name for name, _ in bare.named_parameters()]
+    checkpoint = {key: value + 1 for key, value in bare.state_dict().items()}
+    host.load_state_dict(checkpoint, strict=True)
+    assert torch.equal(host.body[0].weight, checkpoint["body.0.weight"])
+    bare.load_state_dict(host.state_dict(), strict=True)
+
+
+def test_copies_and_pickles(pair, loss):
+    host = Host(loss)
+    expected = loss(*pair)
+    copied = copy.deepcopy(host)
+    assert copied.loss is not loss
+    assert copied.loss.features.trunk is loss.features.trunk  # 80 MB of frozen weights are not copied
+    assert torch.equal(copied.loss(*pair), expected)
+    assert torch.equal(copy.copy(loss)(*pair), expected)
+    loaded = pickle.loads(pickle.dumps(host))
+    assert torch.equal(loaded.loss(*pair), expected)
+    assert loaded.loss.features.trunk is loss.features.trunk
+
+
+def test_a_pickle_in_a_fresh_process(pair, tmp_path):
+    both = nn.ModuleList([perceptual(["relu1_2", "conv2_1"], criterion="l1"), style()])
+    expected = [float(loss(*pair)) for loss in both]
+    torch.save((both, pair), tmp_path / "both.pt")
+    code = (
+        "import sys, torch; both, pair = torch.load(sys.argv[1], weights_only=False); "
+        "print(*[float(loss(*pair)) for loss in both])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", code, str(tmp_path / "both.pt")]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert [float(value) for value in found] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda host: host.to(torch.float64),
+        lambda host: host.double(),
+        lambda host: host.half(),
+        lambda host: host.bfloat16(),
+        lambda host: host.to("cpu", memory_format=torch.channels_last),
+        lambda host: host.train(),
+        lambda host: host.eval(),
+        lambda host: host.requires_grad_(True),
+        lambda host: host.apply(lambda module: [nn.init.zeros_(p) for p in module.parameters(recurse=False)]),
+        lambda host: host.zero_grad(),
+    ],
+)
+def test_what_happens_to_the_host_does_not_happen_to_the_loss(pair, loss, change):
+    expected = loss(*pair)
+    change(Host(loss))
+    assert torch.equal(loss(*pair), expected)
+    assert not loss(*pair).requires_grad
+    assert list(loss.parameters()) == []
+
+
+def test_follows_the_default_device_of_images(pair, loss):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    x, y = (image.cuda() for image in pair)
+    value = loss(x, y)
+    assert value.device == x.device
+    close(value.cpu(), loss(*pair), rtol=1e-2)
+
+
+def test_training_moves_the_host_and_nothing_else(pair, loss):
+    x, y = pair
+    host = Host(loss)
+    frozen = {name: value.clone() for name, value in loss.features.trunk.state.items()}
+    optimizer = torch.optim.Adam(host.parameters(), lr=0.02)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
+    values = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        value = host(x, y)
+        value.backward()
+        optimizer.step()
+        values.append(float(value))
+    assert values[-1] < values[0]
+    assert all(torch.equal(frozen[name], value) for name, value in loss.features.trunk.state.items())
+
+
+def test_the_weights_are_a_copy(pair):
+    state = {key: value.clone() for key, value in STATE.items()}
+    loss = perceptual(weights=state)
+    expected = loss(*pair)
+    for value in state.values():
+        value.zero_()
+    assert torch.equal(loss(*pair), expected)
+    assert torch.equal(perceptual(weights=state, layers=["conv1_1"])(*pair), torch.tensor(0.0))
+
+
+def test_losses_with_the_same_weights_share_a_trunk(pair):
+    shallow = perceptual(["relu1_1"])
+    expected = shallow(*pair)
+    deep, gatys = perceptual(["relu3_1"]), style(["relu2_1"])
+    assert shallow.features.trunk is deep.features.trunk is gatys.features.trunk
+    assert "features.10.weight" in shallow.features.trunk.state  # conv3_1, which the deeper one brought
+    assert torch.equal(shallow(*pair), expected)
+    other = perceptual(["relu1_1"], weights={key: 2 * value for key, value in STATE.items()})
+    assert other.features.trunk is not shallow.features.trunk
+
+
+def test_what_print_shows():
+    text = repr(perceptual(criterion="l1", reduction="sum"))
+    assert all(part in text for part in ("criterion=l1", "reduction=sum", "relu2_2", "vgg16"))
+    assert "criterion=smooth_l1_loss" in repr(perceptual(criterion=F.smooth_l1_loss))
+
+
+def test_the_environment_chooses_the_default_weights(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
+    with pytest.raises(vggfeat.WeightsUnavailableError, match="VGGFEAT_WEIGHTS_DIR"):
+        vggfeat.PerceptualLoss(["relu2_2"])
+    torch.save(STATE, tmp_path / "mine.pth")
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", str(tmp_path / "mine.pth"))
+    loss = vggfeat.PerceptualLoss(["relu2_2"])
+    assert loss.features.weights == "mine.pth"
+    close(loss(*pair), perceptual()(*pair))
+    with pytest.raises(vggfeat.WeightsUnavailableError):  # it changes the default, not what is asked for
+        vggfeat.PerceptualLoss(["relu2_2"], weights="imagenet")
+
+
+# ── in good company ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["of the host", "of host and loss"])
+def test_gradient_checkpointing(pair, loss, inside):
+    from torch.utils.checkpoint import checkpoint
+
+    x, y = pair
+    plain, saving = Host(loss), Host(loss)
+    plain(x, y).backward()
+    if inside:
+        checkpoint(saving, x, y, use_reentrant=False).backward()
+    else:
+        loss(checkpoint(saving, x, use_reentrant=False), y).backward()
+    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
+        close(other.grad, one.grad)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_torch_compile_of_a_training_step(pair, loss, encoded):
+    x, y = pair
+    torch._dynamo.reset()
+    eager, compiled = Host(loss), Host(loss)
+    target = loss.encode(y) if encoded else y
+    expected = eager(x, target)
+    expected.backward()
+    value = torch.compile(compiled, fullgraph=True, backend="aot_eager")(x, target)
+    value.backward()
+    close(value, expected, rtol=1e-4)
+    for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+        close(other.grad, one.grad, rtol=1e-3, atol=1e-6)
+
+
+def _ddp_worker(rank, folder):
+    """One of two processes: gradients with the loss outside and inside of the wrapped module."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x, y = torch.load(f"{folder}/pair.pt")
+    mine = slice(rank, rank + 1)
+    loss = perceptual()
+    outer = nn.parallel.DistributedDataParallel(Host())
+    loss(outer(x[mine]), y[mine]).backward()
+    inner = nn.parallel.DistributedDataParallel(Host(loss))
+    inner(x[mine], y[mine]).backward()
+    found = [[p.grad for p in wrapped.parameters()] for wrapped in (outer, inner)]
+    torch.save(found, f"{folder}/grads{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(pair, tmp_path):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    torch.save(pair, tmp_path / "pair.pt")
+    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
+    host = Host(perceptual())
+    host(*pair).backward()  # the mean over both images is the mean of the processes' means
+    for rank in (0, 1):
+        for found in torch.load(tmp_path / f"grads{rank}.pt"):
+            for one, parameter in zip(found, host.parameters(), strict=True):
+                close(one, parameter.grad, rtol=1e-4)
+
+
+# ── other people's losses ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def piq(torchvision):
+    return pytest.importorskip("piq", reason="piq, the other implementation, is not installed")
+
+
+@pytest.mark.parametrize("distance", ["mse", "mae"])
+def test_piqs_content_loss(pair, piq, distance):
+    """piq sums over channels what we average over them: theirs is ours with layer weights times channels."""
+    x, y = pair
+    layers = {"relu1_2": ("3", 8, 0.5), "conv2_2": ("7", 16, 2.0)}
+    peer = piq.ContentLoss(
+        copy.deepcopy(NET).features[:8],
+        layers=[index for index, _, _ in layers.values()],
+        weights=[weight for _, _, weight in layers.values()],
+        distance=distance,
+        reduction="none",
+    )
+    ours = perceptual(
+        layers,
+        layer_weights=[weight * channels for _, channels, weight in layers.values()],
+        criterion="mse" if distance == "mse" else "l1",
+        reduction="none",
+    )
+    close(ours(x, y), peer(x, y), rtol=1e-4)

@@ -1,0 +1,741 @@
+"""vggfeat.transfer: compared with the paper's formulas written out, torch.optim, and a plain network in float64."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import vggfeat
+from vggfeat import InputError, RunError, StyleConfig, VGGFeatures, WeightsError, stylize
+from vggfeat.image import fit, read_settings, resize, to_pil, to_tensor
+from vggfeat.transfer import objective as objective_module
+from vggfeat.transfer import stylize as stylize_module
+from vggfeat.transfer.config import CHOICES
+from vggfeat.transfer.objective import Objective
+from vggfeat.transfer.optimize import LBFGS, Adam
+
+UNIT = 8  # channels of conv1_1: a VGG-19 an eighth as wide
+STAGES = (2, 2, 4, 4, 4)
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)
+STYLE, CONTENT = ("relu1_1", "relu2_1", "relu3_1"), ("relu2_2", "conv3_1")
+KEYS = {"total", "style", "content", "tv"}
+
+
+def convs():
+    """(name, index in torchvision's features, whether a pool comes before) of VGG-19's convolutions."""
+    index = 0
+    for stage, count in enumerate(STAGES, start=1):
+        for i in range(1, count + 1):
+            yield f"{stage}_{i}", index, i == 1 and stage > 1
+            index += 2
+        index += 1
+
+
+def random_state(seed=0, until="5_4"):
+    generator = torch.Generator().manual_seed(seed)
+    state, before = {}, 3
+    for name, index, _ in convs():
+        channels = UNIT * min(8, 2 ** (int(name[0]) - 1))
+        filters = torch.randn(channels, before, 3, 3, generator=generator) * math.sqrt(2 / (9 * before))
+        state[f"features.{index}.weight"] = filters
+        state[f"features.{index}.bias"] = 0.1 * torch.randn(channels, generator=generator)
+        before = channels
+        if name == until:
+            return state
+    raise AssertionError(until)
+
+
+def plain(state, image, names):
+    """Taps of VGG-19, layer by layer, in the type of the image."""
+    x = (image - MEAN.to(image)[:, None, None]) / STD.to(image)[:, None, None]
+    taps = {}
+    for name, index, pooled in convs():
+        if f"features.{index}.weight" not in state or len(taps) == len(names):
+            break
+        x = F.max_pool2d(x, 2) if pooled else x
+        x = F.conv2d(x, state[f"features.{index}.weight"].to(x), state[f"features.{index}.bias"].to(x), padding=1)
+        taps |= {key: x for key in (f"conv{name}",) if key in names}
+        x = x.relu()
+        taps |= {key: x for key in (f"relu{name}",) if key in names}
+    return taps
+
+
+def rows(tap):
+    return tap[0].flatten(1).double()  # (N, M): N filters, M positions, as in the paper
+
+
+def by_hand(state, config, content, styles, image):
+    """The three weighted terms, summed as the paper's equations and our docstring say."""
+    names = (*config.style_layers, *config.content_layers)
+    ours, target = plain(state, image, names), plain(state, content, names)
+    painted = [plain(state, style, names) for style in styles]
+    blend = config.style_blend or [1] * len(styles)
+    style = content_term = 0.0
+    weights = config.style_layer_weights or [1] * len(config.style_layers)
+    for name, weight in zip(config.style_layers, weights, strict=True):
+        f = rows(ours[name])
+        n, m = f.shape
+        gram = torch.einsum("ik,jk->ij", f, f)
+        if config.normalization == "gatys":
+            wanted = sum(
+                b / sum(blend) * torch.einsum("ik,jk->ij", rows(p[name]), rows(p[name])) * m / rows(p[name]).shape[1]
+                for b, p in zip(blend, painted, strict=True)
+            )
+            error = ((gram - wanted) ** 2).sum() / (4 * n**2 * m**2)  # eq. 4
+        else:
+            wanted = sum(
+                b / sum(blend) * torch.einsum("ik,jk->ij", rows(p[name]), rows(p[name])) / rows(p[name]).shape[1]
+                for b, p in zip(blend, painted, strict=True)
+            )
+            error = ((gram / m - wanted) ** 2).sum() / (wanted**2).sum()
+        style += weight / sum(weights) * error
+    weights = config.content_layer_weights or [1] * len(config.content_layers)
+    for name, weight in zip(config.content_layers, weights, strict=True):
+        error = ((rows(ours[name]) - rows(target[name])) ** 2).sum()
+        error = error / 2 if config.normalization == "gatys" else error / (rows(target[name]) ** 2).sum()  # eq. 1
+        content_term += weight / sum(weights) * error
+    x = image[0].double()
+    tv = ((x[:, 1:] - x[:, :-1]) ** 2).mean() + ((x[:, :, 1:] - x[:, :, :-1]) ** 2).mean()
+    style_weight, content_weight = config.term_weights
+    return {"style": style_weight * style, "content": content_weight * content_term, "tv": config.tv_weight * tv}
+
+
+def scene(width, height, seed=0, cells=5):
+    """A smooth colourful picture, (1,3,height,width) in [0.1,0.9], on 256 levels."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, cells, cells, generator=generator)
+    image = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True) * 0.8 + 0.1
+    return (image * 255).round() / 255
+
+
+@pytest.fixture(scope="module")
+def state():
+    return random_state()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, state):
+    path = tmp_path_factory.mktemp("weights") / "tiny-vgg19.safetensors"
+    save_file(state, path)
+    return str(path)
+
+
+@pytest.fixture
+def config(weights):
+    """A run of well under a second; `config(steps=3)` changes a setting."""
+
+    def make(**changes):
+        settings = {"size": 48, "start_size": 48, "steps": 12, "weights": weights, "device": "cpu"}
+        settings |= {"style_layers": STYLE, "content_layers": CONTENT, "precision": "float32"}
+        return StyleConfig(**(settings | changes))
+
+    return make
+
+
+@pytest.fixture
+def pair():
+    """Content 48×36 and style 48×48: their size at the only scale, so that nothing is resampled."""
+    return scene(48, 36, seed=1), scene(48, 48, seed=2, cells=16)
+
+
+# ── objective ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def objective(state, config, content, styles):
+    layers = (*config.style_layers, *config.content_layers)
+    return Objective(VGGFeatures(layers, weights=state), config, content, styles)
+
+
+@pytest.mark.parametrize("normalization", CHOICES["normalization"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"style_layer_weights": (1, 0, 4), "content_layer_weights": (3, 1), "tv_weight": 2.5},
+        {"style_weight": 7, "content_weight": 0.3, "style_blend": (3, 1)},
+        {"content_layers": (), "tv_weight": 1},
+    ],
+    ids=["defaults", "layer weights", "blend", "no content"],
+)
+def test_terms_are_the_formulas(state, config, normalization, changes):
+    config = config(normalization=normalization, **changes)
+    content, image = (scene(20, 14, seed=seed).double() for seed in (1, 2))
+    styles = [scene(20, 14, seed=3).double(), scene(13, 18, seed=4).double()][: len(config.style_blend or "1")]
+    terms = objective(state, config, content, styles).terms(image)
+    expected = by_hand(state, config, content, styles, image)
+    assert terms.keys() == expected.keys()
+    for name, value in terms.items():
+        torch.testing.assert_close(value, torch.as_tensor(expected[name]).double(), rtol=1e-9, atol=1e-12)
+
+
+def test_terms_vanish_where_they_should(state, config):
+    content, style = scene(20, 14, seed=1).double(), scene(20, 14, seed=3).double()
+    both = objective(state, config(), content, [style])
+    assert float(both.terms(content)["content"]) == 0
+    assert float(both.terms(style)["style"]) < 1e-25
+    assert float(both.terms(content)["style"]) > 1e-4
+    assert float(both.terms(content)["tv"]) == 0
+
+
+@pytest.mark.parametrize("normalization", CHOICES["normalization"])
+def test_gradient_is_the_finite_difference(state, config, normalization):
+    config = config(normalization=normalization, style_blend=(1, 2), tv_weight=0.7)
+    content, image = scene(16, 12, seed=1).double(), scene(16, 12, seed=2).double()
+    generator = torch.Generator().manual_seed(0)
+    image = image + 0.3 * torch.randn(image.shape, generator=generator, dtype=image.dtype)  # some of it out of range
+    assert image.min() < -0.1 and image.max() > 1.1
+    both = objective(state, config, content, [scene(16, 12, seed=3).double(), scene(9, 12, seed=4).double()])
+    total, terms, grad = both.value_and_grad(image)
+    assert not total.requires_grad and not any(term.requires_grad for term in terms.values())
+    outside = (image - image.clamp(0, 1)).square().mean()
+    torch.testing.assert_close(total, sum(terms.values()) + objective_module.RANGE_WEIGHT * outside)
+    for _ in range(6):
+        along = torch.randn(image.shape, generator=generator, dtype=image.dtype)
+        ahead, behind = (float(both.value_and_grad(image + step * along)[0]) for step in (1e-6, -1e-6))
+        assert (ahead - behind) / 2e-6 == pytest.approx(float((grad * along).sum()), rel=1e-5)
+
+
+def test_silent_target_gives_finite_terms(config):
+    state = {key: torch.zeros_like(value) for key, value in random_state(until="1_1").items()}
+    state["features.0.weight"][:, 0, 1, 1] = -1.0  # a layer that no picture as red as this one excites
+    config = config(style_layers=("relu1_1",), content_layers=("relu1_1",))
+    red, blue = torch.zeros(2, 1, 3, 8, 8).unbind(0)
+    red[:, 0], blue[:, 2] = 1, 1
+    total, terms, grad = objective(state, config, red, [red]).value_and_grad(blue)
+    assert total.isfinite() and grad.isfinite().all() and terms["style"] > 0 and terms["content"] > 0
+
+
+# ── optimisers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def quadratic(size, condition, seed=0):
+    """Gradient of ½ (x - c)ᵀ A (x - c) with eigenvalues from 1 to `condition`, and its minimum c."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    matrix = basis @ torch.diag(torch.logspace(0, math.log10(condition), size, dtype=torch.float64)) @ basis.T
+    centre = torch.randn(size, generator=generator, dtype=torch.float64)
+    return lambda x: ((x.flatten() - centre) @ matrix).view_as(x), centre
+
+
+def test_lbfgs_walks_as_torchs():
+    size, history, count = 24, 4, 30
+    gradient, centre = quadratic(size, 50)
+    start = torch.zeros(1, 3, 2, 4, dtype=torch.float64)
+    assert gradient(start).abs().sum() > 1  # then torch's first step is g / Σ|g|: a mean change of 1 / size
+
+    theirs = start.clone().requires_grad_()
+    visited = []
+
+    def closure():
+        visited.append(theirs.detach().clone())
+        theirs.grad = gradient(theirs.detach())
+        return 0.5 * ((theirs.detach().flatten() - centre) * theirs.grad.flatten()).sum()
+
+    options = {"max_iter": count, "max_eval": 10 * count, "tolerance_grad": 0, "tolerance_change": 0}
+    torch.optim.LBFGS([theirs], lr=1, history_size=history, **options).step(closure)
+
+    optimizer, image = LBFGS(history=history, first=1 / size), start
+    for expected in visited:
+        torch.testing.assert_close(image, expected, rtol=1e-7, atol=1e-9)
+        image = optimizer.step(image, gradient(image))
+    assert len(visited) >= count
+
+
+def test_lbfgs_reaches_the_minimum_of_a_narrow_valley():
+    gradient, centre = quadratic(30, 1000)
+    image, optimizer = torch.zeros(30, dtype=torch.float64), LBFGS()
+    for _ in range(120):
+        image = optimizer.step(image, gradient(image))
+    torch.testing.assert_close(image, centre, rtol=0, atol=1e-4)
+
+
+def inverse_hessian(pairs, gamma):
+    """BFGS' matrix, dense, from pairs (s, y): Nocedal and Wright 2006, eq. 7.16, without the two loops."""
+    unit = torch.eye(len(pairs[0][0]), dtype=torch.float64) if pairs else 1.0
+    matrix = gamma * unit
+    for s, y in pairs:
+        rho = 1 / (s @ y)
+        left = unit - rho * torch.outer(s, y)
+        matrix = left @ matrix @ left.T + rho * torch.outer(s, s)
+    return matrix
+
+
+def test_lbfgs_skips_pairs_without_positive_curvature():
+    size, first = 6, 0.05
+    gradient, _ = quadratic(size, 5)
+    optimizer = LBFGS(history=10, first=first)
+    image = torch.zeros(size, dtype=torch.float64)
+    pairs, last = [], None
+    for step in range(9):
+        grad = gradient(image)
+        if step in (3, 6):
+            grad = last[1].clone() if step == 3 else last[1] - 2 * (image - last[0])  # sᵀy = 0, then sᵀy < 0
+        gamma = first / float(grad.abs().mean())
+        if last is not None:
+            s, y = image - last[0], grad - last[1]
+            if s @ y > 1e-9:
+                pairs.append((s, y))
+                gamma = float(s @ y / (y @ y))
+        expected = image - (inverse_hessian(pairs, gamma) @ grad if pairs else gamma * grad)
+        last = (image, grad)
+        image = optimizer.step(image, grad)
+        torch.testing.assert_close(image, expected, rtol=1e-9, atol=1e-12)
+    assert len(pairs) in (5, 6, 7)  # of 8, at least the two spoilt ones were left out
+
+
+def test_lbfgs_on_a_slope_and_at_rest():
+    optimizer, image = LBFGS(first=0.02), torch.zeros(1, 3, 2, 2)
+    for _ in range(4):  # the gradient never changes: each step is like the first
+        after = optimizer.step(image, torch.full_like(image, 3.0))
+        torch.testing.assert_close(after, image - 0.02)
+        image = after
+    assert torch.equal(LBFGS().step(image, torch.zeros_like(image)), image)
+
+
+def test_restart_forgets_and_takes_half_steps():
+    gradient, _ = quadratic(12, 10)
+    start = torch.zeros(12, dtype=torch.float64)
+    fresh, used = LBFGS(first=0.02), LBFGS(first=0.02)
+    image = start
+    for _ in range(5):
+        image = used.step(image, gradient(image))
+    used.restart()
+    full, half = fresh.step(start, gradient(start)) - start, used.step(start, gradient(start)) - start
+    torch.testing.assert_close(half, full / 2)
+
+    fresh, used = Adam(0.02), Adam(0.02)
+    image = start + 0.5
+    for _ in range(5):
+        image = used.step(image, gradient(image))
+    used.restart()
+    full, half = (each.step(start + 0.5, gradient(start)) - 0.5 for each in (fresh, used))
+    torch.testing.assert_close(half, full / 2)
+
+
+def test_adam_is_torchs_and_stays_in_range():
+    gradient, _ = quadratic(12, 10)
+    theirs = torch.full((12,), 0.5, dtype=torch.float64, requires_grad=True)
+    reference = torch.optim.Adam([theirs], lr=0.01, betas=(0.8, 0.95), eps=1e-12)
+    image, optimizer = theirs.detach().clone(), Adam(0.01, (0.8, 0.95))
+    for _ in range(20):
+        theirs.grad = gradient(theirs.detach())
+        reference.step()
+        before = image.clone()
+        after = optimizer.step(image, gradient(image))
+        assert torch.equal(image, before)  # the caller may keep it as the best so far
+        image = after
+        torch.testing.assert_close(image, theirs.detach(), rtol=1e-9, atol=1e-9)
+    assert 0 < image.min() and image.max() < 1
+    for _ in range(300):
+        image = optimizer.step(image, torch.linspace(-1, 1, 12, dtype=torch.float64))
+    assert image[:6].eq(1).all() and image[6:].eq(0).all()
+
+
+# ── settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+BAD = [
+    *[("size", value) for value in (0, -3, 512.5, "512", None, True, math.nan)],
+    *[("steps", value) for value in (0, 2.5, "many", None)],
+    *[("start_size", value) for value in (0, 1.5, None)],
+    *[("seed", value) for value in (-1, 2**64, 0.5, "x", None)],
+    *[(name, value) for name in ("weights", "init", "device") for value in (3, None)],
+    *[("arch", value) for value in (3, "vgg99", "resnet50")],
+    *[(name, value) for name in CHOICES for value in ("nonsense", None, 1, [])],
+    *[("style_layers", value) for value in ((), "relu1_1", 5, (1,), None, ("relu1_1", "relu1_1"))],
+    *[("content_layers", value) for value in ("relu1_1", 5, (1,), None, ("relu1_1", "relu1_1"))],
+    *[
+        (name, value)
+        for name in ("style_layer_weights", "content_layer_weights", "style_blend")
+        for value in ((), (-1.0,), (0, 0), (math.nan,), ("a",), 3, "1,2", (math.inf, 1))
+    ],
+    *[(name, (1,) * 7) for name in ("style_layer_weights", "content_layer_weights")],
+    *[(name, value) for name in ("style_weight", "content_weight") for value in (-1, math.nan, math.inf, "1", True)],
+    *[("tv_weight", value) for value in (-1, math.nan, math.inf, "1", None)],
+    *[(name, value) for name in ("style_scale", "learning_rate") for value in (0, -1, math.nan, math.inf, "1", None)],
+    *[("keep_color", value) for value in ("yes", 1, None)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=str)
+def test_bad_settings_are_input_errors(name, value):
+    with pytest.raises(InputError) as info:
+        StyleConfig(**{name: value})
+    assert "\n" not in str(info.value) and len(str(info.value)) > 20
+    assert name in str(info.value) or name.replace("_", " ").rstrip("s") in str(info.value) or name == "arch"
+
+
+def test_every_setting_has_a_bad_value_above_and_a_line_of_help():
+    fields = dataclasses.fields(StyleConfig)
+    assert {name for name, _ in BAD} == {field.name for field in fields}
+    for field in fields:
+        assert field.metadata["help"] and f"\n        {field.name}: " in (StyleConfig.__doc__ or "")
+
+
+def test_settings_are_frozen_plain_values(tmp_path):
+    config = StyleConfig(weights=tmp_path, style_layers=["relu1_1"], style_layer_weights=[2], style_weight=3)
+    assert (config.weights, config.style_layers, config.style_layer_weights) == (str(tmp_path), ("relu1_1",), (2.0,))
+    assert hash(config) == hash(dataclasses.replace(config))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.size = 3
+    read = json.loads(json.dumps(config.to_dict()))
+    assert StyleConfig(**read) == config
+
+
+# ── stylize: input and settings ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_takes_paths_pictures_and_tensors(config, pair, tmp_path):
+    names = [tmp_path / "content.png", tmp_path / "style.png"]
+    pictures = [to_pil(image) for image in pair]
+    for picture, name in zip(pictures, names, strict=True):
+        picture.save(name)
+    config = config(steps=3)
+    wanted = stylize(*pair, config).image.tobytes()
+    for content, style in (pictures, names, map(str, names), (pictures[0].convert("RGBA"), [pair[1][0]])):
+        assert stylize(content, style, config).image.tobytes() == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "style", "says"),
+    [
+        ("missing.jpg", None, "missing.jpg"),
+        (torch.zeros(3, 3, 8, 8), None, "one of a batch"),
+        (torch.full((1, 3, 48, 48), math.nan), None, "finite"),
+        (torch.full((1, 3, 48, 48), 254.0), None, "to 254"),
+        (3, None, "int"),
+        (None, [], "no style"),
+        (None, [Image.new("RGB", (0, 4))], "0x4"),
+        (None, [torch.zeros(1, 1, 48, 48)], "RGB"),
+    ],
+)
+def test_bad_images_are_input_errors(config, pair, content, style, says):
+    with pytest.raises(InputError, match=says) as info:
+        stylize(pair[0] if content is None else content, pair[1] if style is None else style, config())
+    assert "\n" not in str(info.value)
+
+
+def test_settings_that_do_not_fit_the_images(config, pair):
+    with pytest.raises(InputError, match="style_blend has 3 numbers for 2"):
+        stylize(pair[0], [pair[1], pair[1]], config(style_blend=(1, 2, 3)))
+    with pytest.raises(InputError, match=r"48×2.* 4 pixels"):
+        stylize(scene(48, 2), pair[1], config())
+    with pytest.raises(InputError, match="somewhere"):
+        stylize(*pair, config(init="somewhere.png"))
+    for device in ("nonsense", "cuda:99"):
+        with pytest.raises(InputError, match=device) as info:
+            stylize(*pair, config(device=device))
+        assert "\n" not in str(info.value)
+
+
+def test_layers_that_are_not_there(config, pair, tmp_path):
+    with pytest.raises(InputError, match="relu9_1"):
+        stylize(*pair, config(content_layers=("relu9_1",)))
+    save_file(random_state(until="2_2"), tmp_path / "shallow.safetensors")
+    shallow = config(weights=tmp_path / "shallow.safetensors", arch="vgg19")
+    with pytest.raises(WeightsError, match=r"do not reach relu3_1.*features\.10\.weight.*(relu2_2|pool2)"):
+        stylize(*pair, shallow)
+    stylize(*pair, dataclasses.replace(shallow, style_layers=("relu1_1",), content_layers=("conv2_2",), steps=1))
+
+
+def test_a_thin_style_serves_every_scale(config, pair):
+    result = stylize(pair[0], scene(400, 4), config(start_size=12, steps=2))
+    assert len(result.history) > 2
+
+
+def test_the_environment_names_the_automatic_weights(config, pair, weights, monkeypatch):
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", weights)
+    assert stylize(*pair, config(weights="auto", steps=1)).weights == Path(weights).name
+
+
+# ── stylize: scales and starts ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 60), (60, 90), (33, 100)])
+def test_scales_go_from_coarse_to_fine(config, width, height):
+    seen, config = [], config(size=72, start_size=18, steps=2)
+    result = stylize(scene(width, height), scene(40, 40, seed=3), config, callback=seen.append)
+    sizes = list(dict.fromkeys((step.width, step.height) for step in seen))
+    assert [max(size) for size in sizes] == sorted({max(size) for size in sizes}) and len(sizes) > 2
+    assert max(sizes[0]) == config.start_size
+    assert sizes[-1] == fit(width, height, config.size) == result.image.size and max(sizes[-1]) == config.size
+    for w, h in sizes:
+        assert abs(w * height / width - h) <= 1 or abs(h * width / height - w) <= 1
+    assert [step.scale for step in seen if step.step == 1] == list(range(1, len(sizes) + 1))
+    assert {step.scales for step in seen} == {len(sizes)}
+
+
+@pytest.mark.parametrize("start", [72, 500])
+def test_one_scale_where_the_coarsest_is_the_finest(config, start):
+    result = stylize(scene(90, 60), scene(40, 40, seed=3), config(size=72, start_size=start, steps=2))
+    assert [record["width"] for record in result.history] == [72, 72]
+
+
+def test_scales_that_are_too_small_for_the_network_are_left_out(config):
+    names = {"style_layers": ("relu5_1",), "content_layers": ("relu4_2",)}
+    result = stylize(scene(80, 60), scene(40, 40, seed=3), config(size=64, start_size=8, steps=1, **names))
+    assert min(record["height"] for record in result.history) >= 16 and len(result.history) > 1
+
+
+def test_noise_follows_its_seed(config, pair):
+    runs = [stylize(*pair, config(init="noise", seed=seed, steps=3)).image.tobytes() for seed in (5, 5, 6)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_starts(config, pair, tmp_path, monkeypatch):
+    def first(init):
+        starts = []
+        value_and_grad = Objective.value_and_grad
+
+        def spy(self, image):
+            starts.append(image.clone())
+            return value_and_grad(self, image)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Objective, "value_and_grad", spy)
+            stylize(*pair, config(init=init, steps=1))
+        return starts[0]
+
+    assert torch.equal(first("content"), pair[0])
+    other = scene(48, 36, seed=9)
+    to_pil(other).save(tmp_path / "start.png")
+    assert torch.equal(first(tmp_path / "start.png"), other)
+    noise = first("noise")
+    assert noise.shape == pair[0].shape and 0 <= noise.min() and noise.max() <= 1 and noise.std() > 0.1
+
+
+# ── stylize: what comes out ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+@pytest.mark.parametrize("normalization", CHOICES["normalization"])
+def test_the_objective_of_the_saved_file(state, config, pair, tmp_path, optimizer, normalization):
+    config = config(optimizer=optimizer, normalization=normalization, content_weight=1e-3, tv_weight=0.01, steps=40)
+    result = stylize(*pair, config)
+    saved = result.save(tmp_path / "out.png")
+    assert read_settings(saved) == json.loads(json.dumps(result.to_dict()))
+    with Image.open(saved) as picture:
+        image = to_tensor(picture).double()
+    expected = by_hand(state, config, pair[0].double(), [pair[1].double()], image)
+    expected["total"] = sum(expected.values())
+    assert result.losses.keys() == KEYS
+    for name, value in expected.items():
+        assert result.losses[name] == pytest.approx(float(value), rel=1e-3, abs=1e-9)
+    assert result.losses["total"] < 0.2 * result.history[0]["total"]
+
+
+def test_keeps_the_content_where_only_content_counts(config, pair):
+    result = stylize(*pair, config(style_weight=0, init="noise", steps=60))
+    assert result.losses["total"] < 0.05 * result.history[0]["total"]
+    assert result.losses["style"] == 0
+
+
+def test_total_variation_smooths(config, pair):
+    rough, smooth = (
+        to_tensor(stylize(*pair, config(tv_weight=weight, init="noise")).image).diff(dim=3).square().mean()
+        for weight in (0, 100)
+    )
+    assert smooth < 0.3 * rough
+
+
+def test_blended_styles_pull_both_ways(state, config, pair):
+    other = scene(48, 48, seed=7, cells=4)
+    errors = []
+    for blend in ((1, 0), (1, 1), (0, 1)):
+        result = stylize(pair[0], [pair[1], other], config(style_blend=blend, steps=30))
+        image = to_tensor(result.image)
+        errors.append([float(by_hand(state, config(), pair[0], [s], image)["style"]) for s in (pair[1], other)])
+    first, second = zip(*errors, strict=True)
+    assert first[0] < first[1] < first[2] and second[0] > second[1] > second[2]
+
+
+def test_keep_color(config):
+    content = scene(48, 36, seed=1) * 0.4 + 0.3  # so muted that no colour leaves [0,1]
+    style = scene(48, 48, seed=2, cells=16)
+
+    def chroma(picture):
+        return torch.stack([torch.tensor([*b.tobytes()]).float() for b in picture.convert("YCbCr").split()[1:]])
+
+    kept, free = (stylize(content, style, config(keep_color=keep)) for keep in (True, False))
+    wanted = chroma(to_pil(content))
+    assert (chroma(kept.image) - wanted).abs().mean() < 1.5
+    assert (chroma(free.image) - wanted).abs().mean() > 5
+    assert kept.image.convert("L").tobytes() != to_pil(content).convert("L").tobytes()
+
+
+def test_records_and_callback(config, pair):
+    seen = []
+    config = config(start_size=24, steps=3)
+
+    def callback(step):
+        picture = step.image()
+        assert isinstance(picture, Image.Image) and picture.size == (step.width, step.height)
+        seen.append(step)
+
+    result = stylize(*pair, config, callback=callback)
+    assert [field.name for field in dataclasses.fields(vggfeat.StyleStep)][:9] == [
+        *("scale", "scales", "step", "steps", "width", "height", "losses", "elapsed", "progress")
+    ]
+    assert seen[-1].steps == config.steps
+    steps = {step.scale: step.steps for step in seen}
+    assert [(step.scale, step.step) for step in seen] == [(k, i) for k in steps for i in range(1, steps[k] + 1)]
+    assert len(seen) == len(result.history)
+    for step, record in zip(seen, result.history, strict=True):
+        assert record.keys() == {"scale", "step", "width", "height"} | KEYS == {*record}
+        assert record == {"scale": step.scale, "step": step.step, "width": step.width, "height": step.height} | (
+            step.losses
+        )
+        assert record["total"] == pytest.approx(record["style"] + record["content"] + record["tv"])
+    assert [step.elapsed for step in seen] == sorted(step.elapsed for step in seen)
+    shares = [step.progress for step in seen]
+    assert shares == sorted(shares) and 0 < shares[0] and shares[-1] == pytest.approx(1)
+    facts = result.to_dict()
+    assert (facts["width"], facts["height"], facts["steps"]) == (48, 36, len(seen))
+    assert (facts["arch"], facts["device"], facts["precision"]) == ("vgg19", "cpu", "float32")
+    assert not facts["interrupted"] and 0 < seen[-1].elapsed <= result.elapsed and result.config is config
+
+
+def test_an_error_in_the_callback_is_the_callers(config, pair):
+    def callback(step):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stylize(*pair, config(), callback=callback)
+
+
+# ── stylize: trouble on the way ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 5, 9])
+def test_ctrl_c_gives_the_best_picture_so_far(state, config, pair, stop, monkeypatch):
+    config = config(start_size=24, steps=4)
+    calls = []
+    value_and_grad = Objective.value_and_grad
+
+    def interrupted(self, image):
+        if stop == 0:
+            raise KeyboardInterrupt
+        return value_and_grad(self, image)
+
+    def callback(step):
+        calls.append(step)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Objective, "value_and_grad", interrupted)
+    result = stylize(*pair, config, callback=callback)
+    assert result.interrupted and len(result.history) == stop and result.image.size == (48, 36)
+    assert result.to_dict()["interrupted"]
+    scale = max((step.scale for step in calls), default=1)
+    best = min((step.losses["total"] for step in calls if step.scale == scale), default=math.inf)
+    if stop and scale == calls[-1].scales:
+        assert result.losses["total"] == pytest.approx(best, rel=0.05)
+    elif stop:  # the picture of a coarser scale, brought to size
+        small = scene(48, 36, seed=1)
+        terms = by_hand(state, config, small, [pair[1]], to_tensor(result.image))
+        start = by_hand(state, config, small, [pair[1]], small)
+        assert stop < 3 or float(terms["style"]) < float(start["style"])
+    else:
+        assert (to_tensor(result.image) - pair[0]).abs().mean() < 0.03
+
+
+def spoilt(monkeypatch, at, how, width=48):
+    """Objective.value_and_grad whose calls at `width`, numbered in `at`, return what `how` makes of them."""
+    count = 0
+    value_and_grad = Objective.value_and_grad
+
+    def wrapper(self, image):
+        nonlocal count
+        count += image.shape[-1] == width
+        total, terms, grad = value_and_grad(self, image)
+        if image.shape[-1] == width and count in at:
+            total, factor, grad = how(total, grad)
+            terms = {name: value * factor for name, value in terms.items()}
+        return total, terms, grad
+
+    monkeypatch.setattr(Objective, "value_and_grad", wrapper)
+
+
+@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda total, grad: (total * 1e9, 1e9, grad * 1e9),
+        lambda total, grad: (total * math.inf, math.inf, grad),
+        lambda total, grad: (total * math.nan, math.nan, grad * math.nan),
+        lambda total, grad: (total, 1.0, grad * math.nan),
+    ],
+    ids=["exploded", "infinite", "nan", "nan gradient"],
+)
+def test_a_spoilt_step_costs_little(config, pair, optimizer, how, monkeypatch):
+    config = config(optimizer=optimizer, steps=40)
+    wanted = stylize(*pair, config).losses["total"]
+    spoilt(monkeypatch, {12}, how)
+    result = stylize(*pair, config)
+    assert len(result.history) == config.steps
+    assert result.losses["total"] < 2 * wanted and result.losses["total"] < 0.3 * result.history[0]["total"]
+
+
+@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+def test_when_nothing_helps_the_best_picture_stays(config, pair, optimizer, monkeypatch):
+    spoilt(monkeypatch, range(8, 1000), lambda total, grad: (total * math.nan, math.nan, grad * math.nan))
+    result = stylize(*pair, config(optimizer=optimizer, steps=40))
+    best = min(record["total"] for record in result.history[:7])
+    assert result.losses["total"] == pytest.approx(best, rel=0.05)
+    assert len(result.history) <= 7 + stylize_module.RESTARTS + 1
+
+
+def test_nan_at_the_start(config, pair, monkeypatch):
+    spoilt(monkeypatch, range(1, 1000), lambda total, grad: (total * math.nan, math.nan, grad * math.nan))
+    with pytest.raises(RunError, match="nan at the start") as info:
+        stylize(*pair, config())
+    assert "\n" not in str(info.value)
+
+
+def test_nan_at_the_start_of_a_finer_scale_keeps_the_coarser_picture(config, pair, monkeypatch):
+    settings = config(start_size=24, steps=5)
+    coarse = stylize(*pair, dataclasses.replace(settings, size=24)).image
+    spoilt(monkeypatch, range(1, 1000), lambda total, grad: (total * math.nan, math.nan, grad * math.nan))
+    result = stylize(*pair, settings)
+    assert result.image.size == (48, 36)
+    assert (to_tensor(resize(result.image, *coarse.size)) - to_tensor(coarse)).abs().mean() < 0.05
+
+
+# ── real weights, real pictures ───────────────────────────────────────────────────────────────────────────────────────
+
+LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu3_4")
+
+
+@pytest.mark.data
+def test_tuebingen_takes_on_the_starry_night(oxford, test_data):
+    state = load_file(oxford)
+    content, style = test_data / "photos" / "tubingen.jpg", test_data / "paintings" / "starry_night.jpg"
+
+    def gram_errors(picture):
+        grams = [
+            {name: rows(tap) @ rows(tap).T / rows(tap).shape[1] for name, tap in plain(state, image, LAYERS).items()}
+            for image in (to_tensor(picture), to_tensor(painting))
+        ]
+        return (
+            sum(float((g - a).square().sum() / a.square().sum()) for g, a in zip(*map(dict.values, grams), strict=True))
+            / 4
+        )
+
+    totals = []
+    for precision in ("float32", "bfloat16"):
+        config = StyleConfig(
+            size=144, weights=oxford, style_layers=LAYERS, content_layers=("relu3_3",), precision=precision
+        )
+        result = stylize(content, style, config)
+        with Image.open(content) as photo, Image.open(style) as painting:
+            painting = resize(painting.convert("RGB"), *fit(*painting.size, config.size))
+            photo = resize(photo.convert("RGB"), *result.image.size)
+            assert gram_errors(result.image) < gram_errors(photo) / 20
+            terms = by_hand(state, config, to_tensor(photo), [to_tensor(painting)], to_tensor(result.image))
+        totals.append(float(sum(terms.values())))
+    assert totals[1] == pytest.approx(totals[0], rel=0.05)

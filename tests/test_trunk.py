@@ -1,0 +1,759 @@
+"""The hand-written trunk against plain PyTorch, written here layer by layer from the paper's table."""
+
+import copy
+import importlib.util
+import itertools
+import random
+import shutil
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vggfeat import trunk as trunk_module
+from vggfeat import vgg16
+from vggfeat.arch import Arch
+from vggfeat.errors import InputError
+from vggfeat.features import VGGFeatures
+from vggfeat.trunk import Plan, Trunk, plain, run
+from vggfeat.weights import load
+
+# Table 1 of the paper: channels as multiples of the first block's, M for a pool; "c1" is a 1×1 convolution
+TABLE = {
+    "A": "1 M 2 M 4 4 M 8 8 M 8 8 M",
+    "A-LRN": "1 LRN M 2 M 4 4 M 8 8 M 8 8 M",
+    "C": "1 1 M 2 2 M 4 4 c4 M 8 8 c8 M 8 8 c8 M",
+    "D": "1 1 M 2 2 M 4 4 4 M 8 8 8 M 8 8 8 M",
+    "E": "1 1 M 2 2 M 4 4 4 4 M 8 8 8 8 M 8 8 8 8 M",
+}
+ARCHS = {
+    "vgg16": Arch("D", unit=8, head=None),
+    "vgg19_bn": Arch("E", True, unit=8, head=None),
+    "A-LRN": Arch("A-LRN", unit=8, head=None),
+    "C": Arch("C", unit=8, head=None),
+    "odd": Arch("D", unit=5, head=None),
+}
+POOLINGS = ("max", "average", "l2")
+PADDINGS = ("zeros", "reflect", "replicate")
+KEEPS = ("bits", "values")
+
+
+def table(arch):
+    """(name, kind, state-dict index, channels, kernel) of every layer, from TABLE."""
+    rows, block, i, index = [], 1, 0, 0
+
+    def add(name, kind, channels=0, kernel=0):
+        nonlocal index
+        rows.append((name, kind, index, channels, kernel))
+        index += 1
+
+    for word in TABLE[arch.config].split():
+        if word == "M":
+            add(f"pool{block}", "pool")
+            block, i = block + 1, 0
+        elif word == "LRN":
+            add(f"lrn{block}_{i}", "lrn")
+        else:
+            i += 1
+            add(f"conv{block}_{i}", "conv", int(word.removeprefix("c")) * arch.unit, 1 if word[0] == "c" else 3)
+            if arch.batch_norm:
+                add(f"bn{block}_{i}", "bn", int(word) * arch.unit)
+            add(f"relu{block}_{i}", "relu")
+    return rows
+
+
+def names_of(arch, blocks=3):
+    return [name for name, *_ in table(arch) if int(name.lstrip("abcdefghijklmnopqrstuvwxyz")[0]) <= blocks]
+
+
+def make_state(arch, seed=0):
+    """He-scaled weights, biases that matter, BN with every statistic away from its default, some gammas negative."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    state, below = {}, 3
+    for _, kind, index, channels, kernel in table(arch):
+        if kind == "conv":
+            scale = (2 / (below * kernel**2)) ** 0.5
+            state[f"features.{index}.weight"] = draw(channels, below, kernel, kernel) * scale
+            state[f"features.{index}.bias"] = draw(channels) * 0.2
+            below = channels
+        elif kind == "bn":
+            state[f"features.{index}.weight"] = draw(channels)
+            state[f"features.{index}.bias"] = draw(channels) * 0.3
+            state[f"features.{index}.running_mean"] = draw(channels) * 0.3
+            state[f"features.{index}.running_var"] = draw(channels).square() + 0.5
+    return {key: value.float() for key, value in state.items()}
+
+
+def reference(x, state, arch, names, pooling="max", padding="zeros"):
+    """The taps by name, one ordinary operation per layer."""
+    found = {}
+    for name, kind, index, _, kernel in table(arch):
+
+        def part(what, index=index, dtype=x.dtype):
+            return state[f"features.{index}.{what}"].to(dtype)
+
+        if kind == "conv":
+            pad = kernel // 2
+            if padding == "zeros":
+                x = F.conv2d(x, part("weight"), part("bias"), padding=pad)
+            else:
+                x = F.conv2d(F.pad(x, (pad,) * 4, mode=padding), part("weight"), part("bias"))
+        elif kind == "bn":
+            x = F.batch_norm(x, part("running_mean"), part("running_var"), part("weight"), part("bias"), eps=1e-5)
+        elif kind == "relu":
+            x = x.clamp_min(0) if pooling == "l2" else F.relu(x)
+        elif kind == "lrn":
+            # the paper's: k = 2, n = 5, alpha = 1e-4 (not divided by n), beta = 0.75
+            square = F.pad(x.square(), (0, 0, 0, 0, 2, 2))
+            x = x / (2 + 1e-4 * sum(square[:, i : i + x.shape[1]] for i in range(5))) ** 0.75
+        elif pooling == "max":
+            x = F.max_pool2d(x, 2, 2)
+        elif pooling == "average":
+            x = F.avg_pool2d(x, 2, 2)
+        else:
+            mean = F.unfold(x.flatten(0, 1)[:, None], 2, stride=2).square().mean(1)
+            mean = mean.view(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
+            x = torch.where(mean > 0, mean.clamp_min(1e-300 if x.dtype == torch.float64 else 1e-38).sqrt(), 0)
+        found[name] = x
+        if set(names) <= found.keys():
+            return [found[name] for name in names]
+    raise AssertionError(f"{names} not in {arch}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Images this small are no work for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trunks():
+    made = {}
+
+    def get(arch):
+        if arch not in made:
+            made[arch] = Trunk(arch, make_state(arch), ("test", arch))
+        return made[arch]
+
+    return get
+
+
+def images(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def compare(trunk, names, pooling="max", padding="zeros", keep="bits", shape=(2, 3, 19, 22), x=None, seed=0):
+    """Taps and gradient, ours against the reference, in float64; a random half of the taps gets a gradient."""
+    x = images(*shape, seed=seed) if x is None else x
+    plan = Plan(trunk.arch, tuple(names), pooling, padding)
+    filters = trunk.filters(plan, x.device, x.dtype)
+    a, b, c = (x.clone().requires_grad_() for _ in range(3))
+    ours = run(a, filters, plan, keep=keep)
+    theirs = reference(b, trunk.state, trunk.arch, names, pooling, padding)
+    simple = plain(c, filters, plan)
+    simple = [simple[i] for i in plan.order]
+    chosen = random.Random(seed).sample(range(len(names)), (len(names) + 1) // 2)
+    grads = [images(*theirs[i].shape, seed=seed + 1 + i) for i in chosen]
+    for tap, other, third in zip(ours, theirs, simple, strict=True):
+        torch.testing.assert_close(tap, other, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(third, other, rtol=1e-9, atol=1e-10)
+    for taps in (ours, theirs, simple):
+        torch.autograd.backward([taps[i] for i in chosen], grads)
+    assert b.grad.abs().max() > 0
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-9 * b.grad.abs().max().item())
+    torch.testing.assert_close(c.grad, b.grad, rtol=1e-8, atol=1e-9 * b.grad.abs().max().item())
+
+
+# ── equal to plain PyTorch ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_random_taps_equal_plain_pytorch(trunks, arch, pooling, padding, keep):
+    arch = ARCHS[arch]
+    seed = list(itertools.product(POOLINGS, PADDINGS, KEEPS)).index((pooling, padding, keep))
+    draw = random.Random(f"{arch.name}{arch.unit}{seed}")
+    for turn in range(2):
+        pool = names_of(arch, blocks=2 + turn)
+        names = draw.sample(pool, draw.randint(1, min(6, len(pool))))  # in any order, too
+        shape = (draw.choice((1, 2)), 3, draw.randint(9, 21), draw.randint(9, 21))
+        compare(trunks(arch), names, pooling, padding, keep, shape, seed=seed + 31 * turn)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("arch", ["vgg19_bn", "A-LRN"])
+def test_every_combination_of_taps_of_one_stage(trunks, arch, keep):
+    arch = ARCHS[arch]
+    stage = [name for name in names_of(arch, 1) if name.endswith("_1") or "pool" in name]
+    if arch.batch_norm:
+        stage = ["conv1_2", "bn1_2", "relu1_2", "pool1"]
+    for pooling in POOLINGS:
+        for count in range(len(stage) + 1):
+            for taps in itertools.combinations(stage, count):
+                compare(trunks(arch), [*taps, "relu2_1"], pooling, "zeros", keep, (1, 3, 5, 6))
+                if taps and pooling == "max":
+                    compare(trunks(arch), taps, pooling, "zeros", keep, (1, 3, 5, 6))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_to_the_deepest_layer(trunks, keep):
+    compare(trunks(ARCHS["odd"]), ["pool5", "relu5_3", "conv5_1", "conv1_1"], keep=keep, shape=(2, 3, 37, 65))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("kind", ["constant", "quantised", "dead"])
+def test_ties_go_to_the_first_of_equals(trunks, kind, keep):
+    arch = ARCHS["odd"]
+    state = {key: value.clone() for key, value in trunks(arch).state.items()}
+    x = torch.full((2, 3, 12, 14), 0.5, dtype=torch.float64)
+    if kind == "quantised":  # whole numbers all the way down, so that equals are exactly equal
+        x = torch.randint(0, 3, x.shape, generator=torch.Generator().manual_seed(0)).double()
+        state = {key: value.mul(3).round() for key, value in state.items()}
+    if kind == "dead":  # windows without a positive value
+        x = images(*x.shape)
+        state["features.2.bias"] -= 0.7
+    compare(Trunk(arch, state, ("ties", kind)), ["relu1_2", "pool1", "pool2", "relu3_1"], keep=keep, x=x)
+    compare(Trunk(arch, state, ("ties", kind)), ["relu3_1"], keep=keep, x=x)
+
+
+def test_l2_pooling_by_hand(trunks):
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)[None, None].requires_grad_()
+    y = trunk_module._pool(x, "l2", "none")[0]
+    assert y.item() == pytest.approx((30 / 4) ** 0.5)
+    back = trunk_module._pool_back(torch.ones(1, 1, 1, 1, dtype=torch.float64), 2, 2, "l2", x.detach())
+    torch.testing.assert_close(back, x.detach() / (4 * 7.5**0.5))  # d/dx of sqrt(mean x²)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 3, 5, 5), (1, 3, 4, 33), (3, 3, 31, 6), (2, 3, 16, 16)])
+def test_sizes(trunks, shape):
+    for keep in KEEPS:
+        compare(trunks(ARCHS["odd"]), ["relu1_2", "conv3_1"], keep=keep, shape=shape)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("arch", ["vgg16", "vgg19_bn", "A-LRN"])
+def test_float32_gradient_is_within_1e5_of_float64(trunks, arch, pooling):
+    arch = ARCHS[arch]
+    names, x = ["relu1_1", "pool2", "relu3_2"], images(2, 3, 33, 40, seed=3)
+    found = {}
+    for keep in KEEPS:
+        a = x.float().requires_grad_()
+        plan = Plan(arch, tuple(names), pooling)
+        taps = run(a, trunks(arch).filters(plan, x.device, torch.float32), plan, keep=keep)
+        sum(tap.square().mean() for tap in taps).backward()
+        found[keep] = a.grad
+    b = x.float().double().requires_grad_()
+    sum(tap.square().mean() for tap in reference(b, trunks(arch).state, arch, names, pooling)).backward()
+    for grad in found.values():
+        assert (grad - b.grad).norm() / b.grad.norm() < 1e-5
+    assert torch.equal(found["bits"], found["values"])
+
+
+# What bfloat16 itself costs, by any implementation: its rounding of relu1_1 moves winners of pool1, so that gradients
+# from below the first pool agree with float64's to 0.997 or so with these weights, and those from above it to 0.9999.
+@pytest.mark.parametrize(
+    ("names", "cosine"),
+    [(["relu1_2"], 0.9995), (["relu2_1"], 0.999), (["relu1_1", "relu2_1", "relu3_1", "relu3_4"], 0.997)],
+)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_bfloat16_on_a_photograph(oxford, test_data, keep, names, cosine):
+    import numpy
+    from PIL import Image
+
+    with Image.open(test_data / "photos" / "tubingen.jpg") as picture:
+        photo = numpy.asarray(picture.convert("RGB").resize((96, 72)))
+    x = torch.from_numpy(photo.copy()).permute(2, 0, 1)[None] / 255
+    loaded = load(f"caffe:{oxford}")
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (loaded.mean, loaded.std))
+
+    def taps_and_gradient(compute, dtype=torch.float32):
+        a = x.to(dtype, copy=True).requires_grad_()
+        taps = compute(a)
+        sum(tap.to(dtype).square().mean() / tap.detach().to(dtype).square().mean() for tap in taps).backward()
+        return taps, a.grad.double().flatten()
+
+    def ordinary(a, dtype):
+        x = ((a - mean.to(a.dtype)) / std.to(a.dtype)).to(dtype)
+        return reference(x, loaded.state, Arch("E", head=None), names)
+
+    f = VGGFeatures(names, weights=f"caffe:{oxford}", precision="bfloat16", keep=keep)
+    ours, gradient = taps_and_gradient(lambda a: list(f(a).values()))
+    exact, expected = taps_and_gradient(lambda a: ordinary(a, torch.float64), torch.float64)
+    _, peer = taps_and_gradient(lambda a: ordinary(a, torch.bfloat16))
+    for tap, other in zip(ours, exact, strict=True):
+        assert tap.dtype == torch.bfloat16
+        assert (tap.double() - other).norm() / other.norm() < 0.01
+    assert gradient.isfinite().all()
+    assert F.cosine_similarity(gradient, expected, dim=0) > cosine
+    assert F.cosine_similarity(gradient, expected, dim=0) > F.cosine_similarity(peer, expected, dim=0) - 2e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["vgg16", "vgg19_bn"])
+def test_a_tap_does_not_depend_on_what_else_was_asked_for(trunks, arch, dtype):
+    arch = ARCHS[arch]
+    names = names_of(arch, 2)
+    x = images(2, 3, 18, 23).to(dtype)
+
+    def taps(names, **options):
+        plan = Plan(arch, tuple(names))
+        given = x.clone().requires_grad_(bool(options))
+        return run(given, trunks(arch).filters(plan, x.device, dtype), plan, **options)
+
+    alone = {name: taps([name])[0] for name in names}
+    together = [taps(names), *(taps(names, keep=keep) for keep in KEEPS)]
+    for found in together:
+        for name, tap in zip(names, found, strict=True):
+            assert torch.equal(tap, alone[name]), name
+    for name in names:
+        assert torch.equal(taps([name, "relu3_1"], keep="bits")[0], alone[name]), name
+
+
+# ── derivatives ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradcheck(pooling, padding):
+    arch = Arch("A-LRN" if padding == "zeros" else "D", unit=2, head=None)
+    trunk = Trunk(arch, make_state(arch, seed=4), ("gradcheck", arch))
+    plan = Plan(arch, ("conv2_1", "relu1_1", "pool1"), pooling, padding)
+    filters = trunk.filters(plan, torch.device("cpu"), torch.float64)
+    x = images(1, 3, 5, 6, seed=5).requires_grad_()
+    for keep in KEEPS:
+        assert torch.autograd.gradcheck(lambda x, keep=keep: tuple(run(x, filters, plan, keep=keep)), x)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradgradcheck(pooling):
+    arch = Arch("D", unit=2, head=None)
+    trunk = Trunk(arch, make_state(arch, seed=4), ("gradgrad", arch))
+    plan = Plan(arch, ("conv2_1", "relu1_1"), pooling, "reflect")
+    filters = trunk.filters(plan, torch.device("cpu"), torch.float64)
+    x = images(1, 3, 4, 4, seed=5).requires_grad_()
+    for keep in KEEPS:
+        assert torch.autograd.gradgradcheck(lambda x, keep=keep: tuple(run(x, filters, plan, keep=keep)), x)
+
+
+def test_third_derivative_is_right(trunks):
+    """Not an error and, above all, not a wrong number."""
+    arch = ARCHS["odd"]
+    plan = Plan(arch, ("relu2_1", "conv1_2"), "l2")
+    filters = trunks(arch).filters(plan, torch.device("cpu"), torch.float64)
+
+    def third(taps):
+        x = images(1, 3, 8, 6).requires_grad_()
+        value = sum(tap.pow(3).mean() for tap in taps(x))
+        for _ in range(2):
+            value = torch.autograd.grad(value, x, create_graph=True)[0].pow(3).sum()
+        return torch.autograd.grad(value, x)[0]
+
+    expected = third(lambda x: reference(x, trunks(arch).state, arch, plan.names, "l2"))
+    for keep in KEEPS:
+        torch.testing.assert_close(
+            third(lambda x, keep=keep: run(x, filters, plan, keep=keep)), expected, rtol=1e-7, atol=0
+        )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("keep", KEEPS)
+def test_torch_func_transforms(trunks, keep):
+    arch = ARCHS["odd"]
+    plan = Plan(arch, ("relu2_1",), "l2")
+    filters = trunks(arch).filters(plan, torch.device("cpu"), torch.float64)
+    x, along = images(1, 3, 6, 5), images(1, 3, 6, 5, seed=9)
+
+    def ours(x):
+        return run(x, filters, plan, keep=keep)[0].pow(3).mean()
+
+    def theirs(x):
+        return reference(x, trunks(arch).state, arch, plan.names, "l2")[0].pow(3).mean()
+
+    func = torch.func
+    torch.testing.assert_close(func.jvp(ours, (x,), (along,))[1], func.jvp(theirs, (x,), (along,))[1])  # never zero
+    torch.testing.assert_close(func.jacrev(func.jacrev(ours))(x), func.jacrev(func.jacrev(theirs))(x))
+    expected = func.jvp(func.grad(theirs), (x,), (along,))[1]
+    torch.testing.assert_close(func.jvp(func.grad(ours), (x,), (along,))[1], expected)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_vmap_of_grad_equals_a_loop(trunks, arch, keep):
+    arch = ARCHS[arch]
+    plan = Plan(arch, ("relu1_1", "conv1_1", "pool2", "relu3_1"))
+    filters = trunks(arch).filters(plan, torch.device("cpu"), torch.float64)
+
+    def score(x):
+        return sum(tap.square().mean() for tap in run(x[None], filters, plan, keep=keep)[1:])
+
+    batch = images(3, 3, 9, 13)
+    mapped = torch.func.vmap(torch.func.grad(score))(batch)
+    for x, grad in zip(batch, mapped, strict=True):
+        x = x.clone().requires_grad_()
+        taps = reference(x[None], trunks(arch).state, arch, plan.names)
+        sum(tap.square().mean() for tap in taps[1:]).backward()
+        torch.testing.assert_close(grad, x.grad)
+    torch.testing.assert_close(torch.func.vmap(score)(batch), torch.stack([score(x) for x in batch]))
+
+
+def _layouts(grad):
+    yield "contiguous", grad.contiguous()
+    yield "channels_last", grad.contiguous(memory_format=torch.channels_last)
+    yield "expanded", grad.mean().expand_as(grad)
+    yield "transposed", grad.transpose(2, 3).contiguous().transpose(2, 3)
+    yield "strided", torch.stack([grad, grad], -1).flatten(3)[..., ::2]
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("arch", ["vgg19_bn", "A-LRN"])
+def test_tap_gradients_of_any_layout_are_used_and_left_alone(trunks, arch, pooling, keep):
+    arch = ARCHS[arch]
+    names = tuple(name for name in names_of(arch, 2) if name != "relu2_2")
+    plan = Plan(arch, names, pooling)
+    filters = trunks(arch).filters(plan, torch.device("cpu"), torch.float64)
+    x = images(2, 3, 10, 13).requires_grad_()
+    ours, theirs = run(x, filters, plan, keep=keep), reference(x, trunks(arch).state, arch, names, pooling)
+    alone = [[i] for i in range(len(names))]
+    for which in (*alone, list(range(len(names))), list(range(0, len(names), 2))):
+        makers = zip(*(_layouts(images(*ours[i].shape, seed=i)) for i in which), strict=True)
+        for grads in makers:
+            label, grads = grads[0][0], [grad for _, grad in grads]
+            before = [grad.clone() for grad in grads]
+            a = torch.autograd.grad([ours[i] for i in which], x, grads, retain_graph=True)[0]
+            b = torch.autograd.grad([theirs[i] for i in which], x, before, retain_graph=True)[0]
+            torch.testing.assert_close(a, b, msg=lambda text, label=label: f"{label}: {text}")
+            for grad, copied in zip(grads, before, strict=True):
+                assert torch.equal(grad, copied), label
+
+
+def test_backward_twice_gives_the_same(trunks):
+    arch = ARCHS["vgg16"]
+    plan = Plan(arch, ("relu1_1", "pool1", "relu2_2"))
+    for keep in KEEPS:
+        x = images(1, 3, 12, 12).requires_grad_()
+        taps = run(x, trunks(arch).filters(plan, x.device, x.dtype), plan, keep=keep)
+        total = sum(tap.square().sum() for tap in taps)
+        first = torch.autograd.grad(total, x, retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(total, x)[0])
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(total, x)
+
+
+def test_a_tap_changed_in_place_never_gives_a_wrong_gradient(trunks):
+    """Either the tap is not read again (and the gradient is right) or autograd notices."""
+    arch = ARCHS["vgg16"]
+    plan = Plan(arch, ("relu1_2", "relu2_1"))
+    for keep in KEEPS:
+        grads = []
+        for change in (False, True):
+            x = images(1, 3, 12, 12).requires_grad_()
+            first, last = run(x, trunks(arch).filters(plan, x.device, x.dtype), plan, keep=keep)
+            if change:
+                with torch.no_grad():
+                    first.zero_()
+            try:
+                last.square().sum().backward()
+            except RuntimeError as error:
+                assert "inplace" in str(error)
+                continue
+            grads.append(x.grad)
+        assert torch.equal(grads[0], grads[-1])
+
+
+# ── what is kept, what is run ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def held(compute, known):
+    """Bytes that autograd keeps for `compute()`, each storage once, but for the storages of `known`."""
+    sizes = {}
+
+    def pack(value):
+        storage = value.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        result = compute()
+    for value in known:
+        sizes.pop(value.untyped_storage().data_ptr(), None)
+    del result
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize(("keep", "factor"), [("bits", 10), ("values", 1.3)])
+def test_memory_between_forward_and_backward(keep, factor):
+    net = vgg16().requires_grad_(False)
+    x = torch.randn(1, 3, 64, 64)
+    theirs = held(lambda: net.taps(x.clone().requires_grad_(), ["relu3_3"]), net.parameters())
+    arch = Arch(head=None)
+    trunk = Trunk(arch, net.state_dict(), ("memory",))
+    plan = Plan(arch, ("relu3_3",))
+    filters = trunk.filters(plan, x.device, x.dtype)
+    ours = held(lambda: run(x.clone().requires_grad_(), filters, plan, keep=keep), filters)
+    # sign bits of conv1_1 … relu3_3, three bits of each pooled value, and the image
+    assert ours > x.nbytes
+    assert ours * factor < theirs
+
+
+def test_nothing_is_kept_without_gradient(trunks):
+    arch = ARCHS["vgg16"]
+    plan = Plan(arch, ("relu3_1",))
+    filters = trunks(arch).filters(plan, torch.device("cpu"), torch.float32)
+    assert held(lambda: run(torch.randn(1, 3, 16, 16), filters, plan), ()) == 0
+    with torch.no_grad():
+        assert held(lambda: run(torch.randn(1, 3, 16, 16).requires_grad_(), filters, plan), ()) == 0
+    assert not run(torch.randn(1, 3, 16, 16), filters, plan)[0].requires_grad
+
+
+@pytest.mark.parametrize(("names", "forward"), [(("conv1_1",), 1), (("pool1",), 2), (("relu2_1", "conv1_2"), 3)])
+@pytest.mark.parametrize("arch", ["vgg16", "vgg19_bn"])
+def test_nothing_past_the_deepest_tap_is_run(trunks, monkeypatch, arch, names, forward):
+    arch = ARCHS[arch]
+    calls = []
+    real = trunk_module._conv
+    monkeypatch.setattr(trunk_module, "_conv", lambda *args, **kw: calls.append(1) or real(*args, **kw))
+    plan = Plan(arch, names)
+    x = images(1, 3, 16, 16).requires_grad_()
+    taps = run(x, trunks(arch).filters(plan, x.device, x.dtype), plan)
+    extra = arch.batch_norm * sum("conv" in name for name in names)  # a second, unfolded convolution
+    assert len(calls) == (forward + extra if names != ("conv1_1",) else 1)
+    calls.clear()
+    taps[0].sum().backward()
+    assert len(calls) == forward
+
+
+def test_backward_runs_nothing_below_the_shallowest_gradient(trunks, monkeypatch):
+    arch = ARCHS["vgg16"]
+    plan = Plan(arch, ("relu1_1", "relu3_1"))
+    x = images(1, 3, 16, 16).requires_grad_()
+    shallow, _ = run(x, trunks(arch).filters(plan, x.device, x.dtype), plan)
+    calls = []
+    real = trunk_module._conv
+    monkeypatch.setattr(trunk_module, "_conv", lambda *args, **kw: calls.append(1) or real(*args, **kw))
+    shallow.sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (3, 8, 4, 4), (2, 5, 3, 3), (1, 64, 2, 9), (0, 5, 3, 3)])
+def test_pack_round_trip(shape):
+    x = images(*shape)
+    x.flatten()[::3] = 0
+    for laid in (x, x.contiguous(memory_format=torch.channels_last)):
+        bits = trunk_module._pack(laid)
+        assert bits.dtype == torch.uint8
+        assert bits.shape == (shape[0], -(-x[:1].numel() // 8) if shape[0] else bits.shape[1])
+        assert torch.equal(trunk_module._unpack(bits, shape), x > 0)
+        assert torch.equal(trunk_module._unpack(trunk_module._pack(laid > 0), shape), x > 0)
+
+
+# ── plans ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_plan_errors():
+    with pytest.raises(InputError, match="unknown pooling 'mx': did you mean max"):
+        Plan(Arch(), ("relu1_1",), "mx")
+    with pytest.raises(InputError, match="choose from zeros, reflect, replicate"):
+        Plan(Arch(), ("relu1_1",), "max", "same")
+    with pytest.raises(InputError, match="relu3_4"):
+        Plan(Arch(), ("relu3_4",))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_plan_code_reads_back(arch):
+    arch = ARCHS[arch]
+    plan = Plan(arch, ("relu3_1", "conv1_1"), "l2", "reflect")
+    assert Plan.decode(plan.code) == plan
+    assert plan.order == (1, 0)
+
+
+# ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_shared_trunk_grows_and_forgets():
+    arch = ARCHS["vgg16"]
+    state = make_state(arch)
+    shallow = {key: value for key, value in state.items() if key.startswith("features.0.")}
+    first = Trunk.shared(arch, shallow, ("grow",))
+    second = Trunk.shared(arch, state, ("grow",))
+    assert first is second
+    assert first.state.keys() == state.keys()
+    assert copy.copy(first) is first
+    assert copy.deepcopy({"a": first})["a"] is first
+    key = (arch, "grow")
+    assert key in Trunk._live
+    del first, second
+    assert key not in Trunk._live
+
+
+# ── operators, compilers, export ──────────────────────────────────────────────────────────────────────────────────────
+
+CASES = [
+    ("vgg16", ("relu1_2", "conv2_1", "pool2"), "max", "zeros"),
+    ("vgg19_bn", ("conv1_1", "bn1_2", "relu2_1"), "l2", "reflect"),
+    ("A-LRN", ("lrn1_1", "relu2_1"), "max", "replicate"),
+    ("odd", ("relu2_2",), "average", "zeros"),
+]
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize(("arch", "names", "pooling", "padding"), CASES)
+def test_opcheck(trunks, arch, names, pooling, padding, keep):
+    arch = ARCHS[arch]
+    plan = Plan(arch, names, pooling, padding)
+    for dtype in (torch.float32, torch.float64):
+        x = images(2, 3, 9, 14, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        filters = trunks(arch).filters(plan, x.device, dtype)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(trunk_module._forward, (x, filters, plan.code, "none"), test_utils=tests)
+        torch.library.opcheck(trunk_module._forward, (x, filters, plan.code, keep), test_utils=tests)
+        found = trunk_module._forward(x, filters, plan.code, keep)
+        taps, kept = found[: len(names)], found[len(names) :]
+        again = [taps[i] for i in trunk_module.reread(plan, keep)]
+        present = list(range(len(names)))
+        args = (taps, present, again, kept, filters, list(x.shape), plan.code, keep)
+        torch.library.opcheck(trunk_module._backward, args, test_utils=tests)
+
+
+class Host(torch.nn.Module):
+    """A small model that trains on the features of what it makes."""
+
+    def __init__(self, features):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Conv2d(3, 3, 3, padding=1)
+        self.features = features
+
+    def forward(self, x):
+        return sum(tap.float().square().mean() for tap in self.features(self.body(x).sigmoid()).values())
+
+
+def step(host, x, call=None):
+    host.zero_grad()
+    value = (host if call is None else call)(x)
+    value.backward()
+    return value.detach(), [parameter.grad.clone() for parameter in host.parameters()]
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize(("arch", "names", "pooling", "padding"), CASES[:3])
+def test_compiled_training_step(fresh_compiler, arch, names, pooling, padding, keep):
+    arch = ARCHS[arch]
+    # weights that no other test has used: the very first call must compile, too
+    state = make_state(arch, seed=hash((arch, keep)) % 2**31)
+    host = Host(VGGFeatures(names, arch=arch, weights=state, pooling=pooling, padding=padding, keep=keep))
+    x = images(2, 3, 17, 20, dtype=torch.float32)
+    compiled = torch.compile(host, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(host, x, compiled), step(host, x))
+    # other weights in the same place must not be mistaken for the old ones
+    host.features = VGGFeatures(
+        names, arch=arch, weights=make_state(arch, 77), pooling=pooling, padding=padding, keep=keep
+    )
+    torch.testing.assert_close(step(host, x, compiled), step(host, x))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")), reason="no compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_by_inductor(fresh_compiler):
+    arch = ARCHS["vgg16"]
+    host = Host(VGGFeatures(["relu1_2", "relu3_1"], weights=make_state(arch)))
+    x = images(2, 3, 33, 32, dtype=torch.float32)
+    compiled = torch.compile(host, fullgraph=True)
+    torch.testing.assert_close(step(host, x, compiled), step(host, x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("arch", ["vgg16", "vgg19_bn", "A-LRN"])
+def test_export(arch):
+    arch = ARCHS[arch]
+    state = make_state(arch, seed=1234)  # not used before: exporting first must not spoil the shared trunk
+    f = VGGFeatures(["conv1_1", "relu2_1", "pool2"], arch=arch, weights=state)
+    x = torch.rand(2, 3, 17, 20)
+    exported = torch.export.export(f, (x,)).module()(x)
+    ours = f(x)
+    assert exported.keys() == ours.keys()
+    for name, tap in ours.items():
+        assert type(tap) is torch.Tensor
+        torch.testing.assert_close(exported[name], tap)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(tmp_path):
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        pytest.skip("needs onnx, onnxscript and onnxruntime")
+    import onnxruntime
+
+    f = VGGFeatures(["relu1_1", "relu2_1"], weights=make_state(ARCHS["vgg16"]))
+    x, path = torch.rand(1, 3, 16, 20), tmp_path / "vgg.onnx"
+    torch.onnx.export(f, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for tap, value in zip(f(x).values(), found, strict=True):
+        torch.testing.assert_close(torch.from_numpy(value), tap, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_host(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    host = Host(VGGFeatures(["relu1_2", "relu2_1"], weights=make_state(ARCHS["vgg16"])))
+    x = images(1, 3, 16, 18, dtype=torch.float32).requires_grad_()
+    torch.testing.assert_close(step(host, x, lambda x: checkpoint(host, x, use_reentrant=reentrant)), step(host, x))
+
+
+@pytest.mark.parametrize("layers", [["relu1_2", "relu2_1"], ["conv1_1", "pool1"]])
+def test_autocast(layers):
+    state = make_state(ARCHS["vgg16"])
+    follows, fixed = (VGGFeatures(layers, weights=state, precision=p) for p in ("float32", "bfloat16"))
+    x = torch.rand(2, 3, 16, 18)
+    results = []
+    for f, inside in ((follows, True), (fixed, True), (fixed, False)):
+        a = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            taps = f(a)
+            value = sum(tap.float().square().mean() for tap in taps.values())
+        value.backward()
+        assert all(tap.dtype == torch.bfloat16 for tap in taps.values())
+        results.append((a.grad, *taps.values()))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    plainly = follows(x)
+    assert all(tap.dtype == torch.float32 for tap in plainly.values())
+
+
+def test_autocast_does_not_cast_again_inside():
+    """Float64 images stay float64, and a backward inside autocast is the backward outside it."""
+    f = VGGFeatures(["relu2_1"], weights=make_state(ARCHS["vgg16"]))
+    x = torch.rand(1, 3, 16, 18, dtype=torch.float64)
+    grads = []
+    for inside in (False, True):
+        a = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            tap = f(a)["relu2_1"]
+            tap.square().mean().backward()
+        assert tap.dtype == torch.float64
+        grads.append(a.grad)
+    assert torch.equal(*grads)
+    a = x.float().requires_grad_()
+    value = f(a)["relu2_1"].square().mean()
+    outside = torch.autograd.grad(value, a, retain_graph=True)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.autograd.grad(value, a)[0], outside)

@@ -1,0 +1,890 @@
+"""vggfeat.weights: every source is checked against an independent computation, every failure against what it leaves."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import socket
+import threading
+import urllib.request
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vggfeat import fetch
+from vggfeat import weights as W
+from vggfeat.arch import BLOCKS, Arch, parse
+from vggfeat.errors import DependencyError, InputError, WeightsError, WeightsUnavailableError
+from vggfeat.features import VGGFeatures
+from vggfeat.network import vgg
+
+BGR_MEAN = torch.tensor([103.939, 116.779, 123.68])[:, None, None]  # of the ILSVRC training set, as Oxford gives it
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+def small(config="D", seed=0, **options):
+    """A network of 4 to 32 channels."""
+    torch.manual_seed(seed)
+    net = vgg(config, **({"num_classes": 5, "width": 1 / 16} | options)).eval()
+    for name, value in net.state_dict().items():
+        if name.endswith(("bias", "running_mean")):
+            value.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            value.uniform_(0.5, 2)
+    return net
+
+
+def images(side=20, seed=1):
+    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def shallow(state, last):
+    """The part of a state dict up to features.{last}."""
+    return {key: value for key, value in state.items() if key[0] == "f" and int(key.split(".")[1]) <= last}
+
+
+def torch_bytes(state, **options):
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    return buffer.getvalue()
+
+
+def publish(monkeypatch, data, name="imagenet", folder="http://127.0.0.1:9", digest=None, convention=W.IMAGENET):
+    """Make `data` the published vgg16 of a set."""
+    digest = digest or hashlib.sha256(data).hexdigest()[:8]
+    entry = W.Published(f"{folder}/vgg16-{digest}.pth", convention, "a licence")
+    monkeypatch.setattr(W, "SETS", W.SETS | {name: {"vgg16": entry}})
+    return entry
+
+
+def assert_same(loaded, net):
+    expected = {key: value for key, value in net.state_dict().items()}
+    assert set(loaded.state) == set(expected)
+    assert all(torch.equal(loaded.state[key], expected[key]) for key in expected)
+    assert loaded.arch == net.arch
+
+
+@pytest.fixture(scope="module")
+def net():
+    return small()
+
+
+@pytest.fixture(scope="module")
+def state(net):
+    return net.state_dict()
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("wrap", [dict, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
+@pytest.mark.parametrize("prefix", ["", "module.", "net.vgg."])
+def test_torch_files(tmp_path, net, state, zipped, wrap, prefix):
+    path = tmp_path / "w.pth"
+    torch.save(wrap({prefix + key: value for key, value in state.items()}), path, _use_new_zipfile_serialization=zipped)
+    loaded = W.load(path)
+    assert_same(loaded, net)
+    assert loaded.label == "w.pth"
+    assert (loaded.mean, loaded.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_safetensors_file(tmp_path, net, state):
+    from safetensors.torch import save_file
+
+    save_file(dict(state), tmp_path / "w.safetensors")
+    assert_same(W.load(str(tmp_path / "w.safetensors")), net)
+
+
+def test_batch_norm_state_dict():
+    """Its counters are tensors without dimensions."""
+    net = small("B", batch_norm=True)
+    assert_same(W.load(net.state_dict()), net)
+    assert torch.equal(vgg("B", 5, True, net.state_dict(), width=1 / 16).eval()(images(32)), net(images(32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(state, dtype):
+    loaded = W.load({key: value.to(dtype) for key, value in state.items()})
+    assert torch.equal(loaded.state["features.2.weight"], state["features.2.weight"].to(dtype).float())
+
+
+def test_a_state_dict_is_copied():
+    """Frozen weights, and a network started from another's, do not move when the first goes on training."""
+    first = small()
+    second = vgg("D", 5, width=1 / 16, weights=first.state_dict())
+    loaded = W.load(first.state_dict())
+    kept = {key: value.clone() for key, value in first.state_dict().items()}
+    for value in first.state_dict().values():
+        value.add_(1)
+    assert all(torch.equal(value, kept[key]) for key, value in second.state_dict().items())
+    assert all(torch.equal(value, kept[key]) for key, value in loaded.state.items())
+    assert all(p.requires_grad and p.is_leaf for p in second.parameters())
+
+
+def test_key_tells_the_numbers_apart(state):
+    other = state | {"features.28.bias": state["features.28.bias"] + 1}
+    assert W.load(state).key == W.load(dict(reversed(state.items()))).key
+    assert W.load(state).key == W.load({"state_dict": state}).key
+    assert W.load(state).key != W.load(other).key
+    assert W.load({"state_dict": state}).key != W.load({"state_dict": other}).key
+
+
+def test_jcjohnsons_keys(tmp_path, net, state):
+    moved = {"classifier.0": "classifier.1", "classifier.3": "classifier.4"}
+    theirs = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
+    assert "classifier.4.weight" in theirs and "classifier.0.weight" not in theirs
+    torch.save(theirs, tmp_path / "w.pth")
+    assert_same(W.load(tmp_path / "w.pth"), net)
+
+
+# ── the network that a file belongs to ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("config", BLOCKS)
+@pytest.mark.parametrize("bn", [False, True])
+@pytest.mark.parametrize(("head", "unit", "classes"), [("paper", 64, 1000), ("slim", 48, 10), ("paper", 2, 3)])
+def test_infer_arch(config, bn, head, unit, classes):
+    if bn and config == "A-LRN":
+        return
+    with torch.device("meta"):
+        net = vgg(config, classes, bn, head=head, width=unit / 64)
+    state = net.state_dict()
+    assert W.infer_arch(state) == Arch(config, bn, unit, head, classes)
+    convs = {key: value for key, value in state.items() if key.startswith("features.")}
+    assert W.infer_arch(convs) == Arch(config, bn, unit, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "bn", "last", "expected"),
+    [
+        ("D", False, "conv2_1", "vgg16"),  # vgg13, vgg16-c and vgg19 begin alike
+        ("E", False, "conv3_3", "vgg16"),
+        ("E", False, "conv3_4", "vgg19"),
+        ("C", False, "conv3_2", "vgg16"),
+        ("C", False, "conv3_3", "vgg16-c"),
+        ("B", False, "conv4_2", "vgg13"),
+        ("A", False, "conv2_1", "vgg11"),
+        ("A-LRN", False, "conv2_1", "vgg11-lrn"),
+        ("E", True, "bn2_2", "vgg16_bn"),
+    ],
+)
+def test_infer_arch_of_shallow_files(config, bn, last, expected):
+    with torch.device("meta"):
+        net = vgg(config, batch_norm=bn)
+    assert W.infer_arch(shallow(net.state_dict(), net.arch.layer(last).index)).name == expected
+
+
+def test_a_shallow_file_serves_any_network_that_begins_so(state):
+    first = shallow(state, 7)  # to conv2_2
+    assert W.load(first).arch.name == "vgg16"
+    assert W.load(first, "vgg19").arch.name == "vgg19"
+    assert W.load(first, "vgg13").arch == Arch("B", unit=4, head=None)
+    with pytest.raises(WeightsError, match="belong to vgg16, not to vgg11"):
+        W.load(first, "vgg11")
+    with pytest.raises(WeightsError, match="belong to vgg16, not to vgg16_bn"):
+        W.load(first, "vgg16_bn")
+    with pytest.raises(WeightsError, match="belong to vgg16, not to vgg19"):
+        W.load(state, "vgg19")
+
+
+def test_require(state, net):
+    loaded = W.load(shallow(state, 7))
+    loaded.require(["conv1_1", "pool2"])
+    with pytest.raises(
+        WeightsError, match=r"do not reach relu3_1: missing features.10.weight, features.10.bias; .*pool2"
+    ):
+        loaded.require(["relu3_1", "conv1_1"])
+    with pytest.raises(WeightsError, match=r"missing features.10.weight, .* …; the deepest layer they serve is pool2"):
+        loaded.require(["pool5"])
+    hole = W.load({key: value for key, value in state.items() if key != "features.2.bias"})
+    with pytest.raises(WeightsError, match=r"do not reach conv1_2: missing features.2.bias; .* serve is relu1_1$"):
+        hole.require(["conv1_2"])
+    with pytest.raises(InputError, match="has no layer 'conv3_4'"):
+        loaded.require(["conv3_4"])
+    W.load(state).require(net.arch.names)
+    beheaded = W.load({key: value for key, value in state.items() if not key.startswith("classifier.0")})
+    beheaded.require(["pool5"])
+    with pytest.raises(WeightsError, match=r"reach fc7: missing classifier.0.weight, .* serve is pool5$"):
+        beheaded.require(["fc7"])
+
+
+def test_batch_norm_statistics_are_required():
+    net = small("A", batch_norm=True)
+    state = {key: value for key, value in net.state_dict().items() if key != "features.1.running_var"}
+    W.load(state).require(["conv1_1"])
+    with pytest.raises(WeightsError, match=r"missing features.1.running_var; .* serve is conv1_1$"):
+        W.load(state).require(["relu1_1"])
+    counters = {key: value for key, value in net.state_dict().items() if not key.endswith("tracked")}
+    assert torch.equal(W.load_weights(small("A", 9, batch_norm=True), counters).eval()(images(32)), net(images(32)))
+
+
+@pytest.mark.data
+def test_oxford_file(oxford):
+    loaded = W.load(oxford)
+    assert (loaded.arch.name, loaded.arch.head) == ("vgg19", None)
+    loaded.require(["relu3_4", "pool3"])
+    with pytest.raises(WeightsError, match=r"missing features.19.weight, features.19.bias; .* serve is pool3$"):
+        loaded.require(["conv4_1"])
+
+
+# ── Oxford's convention and Keras ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def oxford_conv1_1(x, weight, bias):
+    """conv1_1 in Oxford's convention on RGB in [0,1], weight (out, BGR, 3, 3)."""
+    return F.conv2d(255 * x[:, [2, 1, 0]] - BGR_MEAN, weight, bias, padding=1)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("way", ["prefix", "published name", "set"])
+def test_caffe_convention(tmp_path, monkeypatch, state, way):
+    data = torch_bytes(dict(state))
+    name = publish(monkeypatch, data, "caffe", convention=W.CAFFE).filename
+    path = tmp_path / ("own.pth" if way == "prefix" else name)
+    path.write_bytes(data)
+    monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
+    source = {"prefix": f"caffe:{path}", "published name": path, "set": "caffe"}[way]
+    x = images()
+    expected = oxford_conv1_1(x, state["features.0.weight"], state["features.0.bias"])
+    taps = VGGFeatures(["conv1_1", "conv1_2"], weights=source)(x)
+    close(taps["conv1_1"], expected)  # at the border too
+    close(taps["conv1_2"], F.conv2d(expected.relu(), state["features.2.weight"], state["features.2.bias"], padding=1))
+
+    net = W.load_weights(small(seed=5), path if way == "set" else source)  # a published set has the full width
+    with torch.no_grad():
+        folded = net.taps((x - MEAN) / STD, ["conv1_1"])["conv1_1"]
+    close(folded[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1])
+    for key in state.keys() - {"features.0.weight", "features.0.bias"}:
+        assert torch.equal(net.state_dict()[key], state[key])
+
+
+def test_the_same_file_in_two_conventions(tmp_path, state):
+    torch.save(dict(state), tmp_path / "w.pth")
+    x = images()
+    plain, caffe = (VGGFeatures(["conv1_1"], weights=p + str(tmp_path / "w.pth")) for p in ("", "caffe:"))
+    weight, bias = state["features.0.weight"], state["features.0.bias"]
+    close(caffe(x)["conv1_1"], oxford_conv1_1(x, weight, bias))
+    close(plain(x)["conv1_1"], F.conv2d((x - MEAN) / STD, weight, bias, padding=1))
+
+
+def keras_arrays(config, seed=0):
+    """Layers of a Keras VGG with 4 to 32 channels: kernels (H,W,in,out), linear (in,out)."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = {"D": (2, 2, 3, 3, 3), "E": (2, 2, 4, 4, 4)}[config]
+    arrays, before = {}, 3
+    for block, (count, channels) in enumerate(zip(blocks, (4, 8, 16, 32, 32), strict=True), start=1):
+        for i in range(1, count + 1):
+            kernel = torch.randn(3, 3, before, channels, generator=generator) * (2 / (9 * before)) ** 0.5
+            arrays[f"block{block}_conv{i}"] = (kernel, torch.randn(channels, generator=generator) * 0.1)
+            before = channels
+    for name, rows, columns in (("fc1", 7 * 7 * 32, 256), ("fc2", 256, 256), ("predictions", 256, 5)):
+        matrix = torch.randn(rows, columns, generator=generator) * (2 / rows) ** 0.5
+        arrays[name] = (matrix, torch.randn(columns, generator=generator) * 0.1)
+    return arrays
+
+
+def write_keras(path, arrays, layout):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        for layer, (kernel, bias) in arrays.items():
+            if layout == "old":
+                file[f"{layer}/{layer}_W_1:0"], file[f"{layer}/{layer}_b_1:0"] = kernel.numpy(), bias.numpy()
+                continue
+            top = "model_weights/" if layout == "whole model" else ""
+            file[f"{top}{layer}/{layer}/kernel:0"], file[f"{top}{layer}/{layer}/bias:0"] = kernel.numpy(), bias.numpy()
+            if layout == "whole model":  # an optimiser's moments have the same names and shapes
+                moments = f"optimizer_weights/Adam/{layer}"
+                file[f"{moments}/kernel/m:0"], file[f"{moments}/bias/m:0"] = 0 * kernel.numpy(), 0 * bias.numpy()
+        if layout != "old":
+            for i in range(1, 6):
+                file.create_group(f"block{i}_pool")
+
+
+def keras_forward(arrays, x):
+    """What Keras computes, in its own layout (N,H,W,C) as far as it matters."""
+    x = 255 * x[:, [2, 1, 0]] - BGR_MEAN
+    values = {}
+    for block in range(1, 6):
+        for i in range(1, 5):
+            if f"block{block}_conv{i}" in arrays:
+                kernel, bias = arrays[f"block{block}_conv{i}"]
+                values[f"conv{block}_{i}"] = x = F.conv2d(x, kernel.permute(3, 2, 0, 1), bias, padding=1)
+                x = x.relu()
+        values[f"pool{block}"] = x = F.max_pool2d(x, 2)
+    x = x.permute(0, 2, 3, 1).flatten(1)
+    for ours, name in (("fc6", "fc1"), ("fc7", "fc2"), ("fc8", "predictions")):
+        if name in arrays:
+            values[ours] = x = x @ arrays[name][0] + arrays[name][1]
+            x = x.relu()
+    return values
+
+
+@pytest.mark.parametrize("layout", ["old", "new", "whole model"])
+@pytest.mark.parametrize("config", ["D", "E"])
+def test_keras_files(tmp_path, layout, config):
+    arrays = keras_arrays(config)
+    write_keras(tmp_path / "w.h5", arrays, layout)
+    x = images(224)[:1]
+    expected = keras_forward(arrays, x)
+    names = ["conv1_1", "conv3_3", "pool5", "fc6", "fc7", "fc8"]
+    features = VGGFeatures(names, weights=tmp_path / "w.h5")
+    assert features.arch == Arch(config, unit=4, num_classes=5)
+    for name, value in features(x).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()))
+    net = W.load_weights(small(config, seed=3), tmp_path / "w.h5")
+    with torch.no_grad():
+        folded = net.taps((x - MEAN) / STD, ["conv1_1"])["conv1_1"]
+    close(folded[..., 1:-1, 1:-1], expected["conv1_1"][..., 1:-1, 1:-1])
+
+
+def test_keras_notop_and_partial_files(tmp_path):
+    arrays = keras_arrays("D")
+    top = {name: arrays[name] for name in arrays if name.startswith("block") and name < "block3_conv2"}
+    write_keras(tmp_path / "w.h5", top, "new")
+    loaded = W.load(tmp_path / "w.h5")
+    assert loaded.arch.head is None
+    with pytest.raises(WeightsError, match=r"w.h5 do not reach conv3_2: missing features.12.weight"):
+        loaded.require(["conv3_2"])
+
+
+def test_keras_convention_does_not_hang_on_the_files_name(tmp_path):
+    arrays = keras_arrays("D")
+    write_keras(tmp_path / "w.weights", arrays, "new")
+    x = images(32)
+    expected = keras_forward({name: arrays[name] for name in arrays if name.startswith("block")}, x)
+    close(VGGFeatures(["conv1_1"], weights=tmp_path / "w.weights")(x)["conv1_1"], expected["conv1_1"])
+
+
+def test_keras_file_with_another_classifier(tmp_path):
+    arrays = keras_arrays("D") | {"fc1": (torch.randn(32, 256), torch.randn(256))}  # on a global pool
+    write_keras(tmp_path / "w.h5", arrays, "new")
+    loaded = W.load(tmp_path / "w.h5")
+    loaded.require(["pool5"])
+    assert loaded.arch.head is None
+
+
+def test_keras_file_of_another_network(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file["conv1/conv1/kernel:0"] = torch.zeros(7, 7, 3, 64).numpy()
+    with pytest.raises(WeightsError, match="not a Keras VGG: expected layers named block1_conv1"):
+        W.load(tmp_path / "w.h5")
+
+
+def test_keras_file_without_h5py(tmp_path, monkeypatch):
+    (tmp_path / "w.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    with pytest.raises(DependencyError, match=r"needs h5py: pip install 'vggfeat\[h5\]'"):
+        W.load(tmp_path / "w.h5")
+
+
+# ── damage ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9999])
+@pytest.mark.parametrize("kind", ["zip.pth", "legacy.pth", "w.safetensors", "w.h5"])
+def test_truncated_files(tmp_path, state, kind, part):
+    path = tmp_path / kind
+    if kind == "w.h5":
+        write_keras(path, keras_arrays("D"), "new")
+    elif kind == "w.safetensors":
+        from safetensors.torch import save_file
+
+        save_file(dict(state), path)
+    else:
+        path.write_bytes(torch_bytes(dict(state), _use_new_zipfile_serialization=kind.startswith("zip")))
+    W.load(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(part * len(data))])
+    with pytest.raises(WeightsError, match=f"{kind} is damaged or no"):
+        W.load(path)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "h5"])
+@pytest.mark.parametrize("data", [b"<!DOCTYPE html><html>404</html>", bytes(range(7, 256)) * 40])
+def test_files_of_another_kind(tmp_path, suffix, data):
+    (tmp_path / f"w.{suffix}").write_bytes(data)
+    with pytest.raises(WeightsError, match=f"w.{suffix} is damaged or no"):
+        W.load(tmp_path / f"w.{suffix}")
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+def test_a_pickle_that_would_run_code(tmp_path, state, kind):
+    path, marker = tmp_path / "w.pth", tmp_path / "marker"
+    evil = dict(state) | {"features.0.weight": Evil(marker)}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Evil(marker)))
+        pickle.loads(path.read_bytes())
+    else:
+        torch.save(evil, path, _use_new_zipfile_serialization=kind == "zip")
+        torch.load(path, weights_only=False)
+    marker.rmdir()  # so it does run code where one lets it
+    with pytest.raises(
+        WeightsError, match="not loaded: it holds more than tensors, and unpickling that could run code"
+    ):
+        W.load(path)
+    assert not marker.exists()
+
+
+def test_a_whole_module_is_not_unpickled(tmp_path, net):
+    torch.save(net, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"save the state dict alone: torch.save\(net.state_dict\(\), path\)"):
+        W.load(tmp_path / "w.pth")
+
+
+def test_a_file_that_holds_no_state_dict(tmp_path):
+    torch.save([torch.zeros(3)], tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="holds a list, expected a state dict"):
+        W.load(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("foreign", "message"),
+    [
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64)}, "found conv1.weight, bn1.weight"),
+        ({}, "found nothing"),
+        ({0: torch.zeros(1)}, "found 0"),
+        ({"features.0.weight": torch.zeros(64, 3, 11, 11)}, r"shape \(64, 3, 11, 11\), which fits no configuration"),
+        ({"features.0.0.weight": torch.zeros(32, 3, 3, 3)}, "found features.0.0.weight"),
+    ],
+    ids=["resnet", "empty", "numbers", "alexnet", "mobilenet"],
+)
+def test_keys_of_another_network(tmp_path, foreign, message):
+    torch.save(foreign, tmp_path / "w.pth")
+    for source in (tmp_path / "w.pth", foreign):
+        with pytest.raises(WeightsError, match=f"are not a VGG's: .*{message}"):
+            W.load(source)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(state, value):
+    bad = state["features.5.weight"].clone()
+    bad[1, 2, 0, 1] = value
+    with pytest.raises(WeightsError, match="damaged: features.5.weight holds NaN or infinite"):
+        W.load(state | {"features.5.weight": bad})
+
+
+def test_what_is_no_file(tmp_path):
+    with pytest.raises(WeightsError, match="is a folder: give a .pth"):
+        W.load(tmp_path)
+    with pytest.raises(WeightsUnavailableError, match="no weights at .*missing.pth: give a .pth"):
+        W.load(tmp_path / "missing.pth")
+    with pytest.raises(WeightsUnavailableError, match="did you mean imagenet"):
+        W.load("imagnet")
+    with pytest.raises(WeightsUnavailableError, match="choose from imagenet, caffe, random, auto"):
+        W.load("xyz")
+    for wrong in (3, None, small()):
+        with pytest.raises(InputError, match=f"a path or a state dict, got {type(wrong).__name__}"):
+            W.load(wrong)
+    with pytest.raises(InputError, match="unknown architecture 'vgg61'"):
+        W.load("random", "vgg61")
+
+
+def test_a_file_that_may_not_be_read(tmp_path, state, monkeypatch):
+    path = tmp_path / "w.pth"
+    torch.save(dict(state), path)
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(W.Path, "open", refuse)  # chmod does not stop root
+    with pytest.raises(WeightsUnavailableError, match="w.pth cannot be read: Permission denied"):
+        W.load(path)
+
+
+# ── published files: find, verify ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def hub():
+    return W.folders()[-1]
+
+
+def left():
+    return sorted(path.name for path in hub().glob("*")) if hub().is_dir() else []
+
+
+def test_published_names_end_in_their_digest():
+    for entries in W.SETS.values():
+        for arch, entry in entries.items():
+            assert entry.filename.startswith(f"{arch}-{entry.digest}.")
+            assert len(entry.digest) == 8 and int(entry.digest, 16)
+            assert parse(arch).name == arch
+    with pytest.raises(InputError, match="publishes its sha256"):
+        W.fetch("http://127.0.0.1:9/vgg16.pth", hub())
+
+
+def test_own_folder_comes_before_torch_hubs(tmp_path, monkeypatch, net, state):
+    data = torch_bytes(dict(state))
+    entry = publish(monkeypatch, data)
+    assert hub() == W.Path(torch.hub.get_dir()) / "checkpoints"
+    hub().mkdir(parents=True)
+    (hub() / entry.filename).write_bytes(data)
+    assert W.find("imagenet") == hub() / entry.filename
+    monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
+    assert W.find("imagenet") == hub() / entry.filename
+    (tmp_path / entry.filename).write_bytes(data)
+    assert W.find("imagenet") == tmp_path / entry.filename
+    loaded = W.load("imagenet")
+    assert_same(loaded, net)
+    assert loaded.label == f"imagenet ({entry.filename})"
+
+
+def test_record_of_the_first_check(tmp_path):
+    path = tmp_path / "w.bin"
+    path.write_bytes(b"abc")
+    full = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2's own example
+    note = tmp_path / "w.bin.sha256"
+    assert W.verify(path, "ba7816bf") == full
+    assert note.read_text() == f"{full}  w.bin\n"
+    note.write_text("")  # a record that says nothing is written anew
+    assert W.verify(path) == full
+    assert note.read_text().split() == [full, "w.bin"]
+    note.write_text("ba7816bf" + "0" * 56 + "  w.bin\n")  # the published digits fit, the recorded ones do not
+    with pytest.raises(WeightsError, match=r"changed since it was first checked: .* recorded in w.bin.sha256"):
+        W.verify(path, "ba7816bf")
+
+
+def test_tampered_file(monkeypatch, state):
+    data = torch_bytes(dict(state))
+    entry = publish(monkeypatch, data)
+    hub().mkdir(parents=True)
+    path = hub() / entry.filename
+    path.write_bytes(data)
+    W.load("imagenet")
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    os.utime(path, ns=(1, 1))
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    for source in ("imagenet", path):
+        with pytest.raises(
+            WeightsError, match=f"damaged or was changed: .*{actual}, expected {entry.digest}; delete it"
+        ):
+            W.load(source)
+
+
+def test_an_unchanged_file_is_hashed_once(monkeypatch, state):
+    data = torch_bytes(dict(state))
+    entry = publish(monkeypatch, data)
+    hub().mkdir(parents=True)
+    path = hub() / entry.filename
+    path.write_bytes(data)
+    hashed = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, *rest: hashed.append(file.name) or digest(file, *rest))
+    W.load("imagenet")
+    W.load(path)
+    W.load("imagenet")
+    assert hashed == [str(path)]
+    os.utime(path, ns=(5, 5))
+    W.load("imagenet")
+    assert hashed == [str(path)] * 2
+
+
+def test_sets_that_do_not_exist():
+    with pytest.raises(WeightsError, match="unknown weight set 'imagnet': did you mean imagenet"):
+        W.find("imagnet")
+    with pytest.raises(WeightsUnavailableError, match="no 'caffe' weights for vgg11: choose from vgg16, vgg19"):
+        W.load("caffe", "vgg11")
+    with pytest.raises(WeightsUnavailableError, match="no 'imagenet' weights for vgg16 at width 0.5"):
+        W.load("imagenet", Arch("D", unit=32))
+    with pytest.raises(
+        WeightsUnavailableError, match=r"vgg16-397923af.pth is not in .*checkpoints, not asked to download"
+    ):
+        W.find("imagenet", download=False)
+
+
+def test_no_network():
+    with pytest.raises(WeightsUnavailableError) as caught:
+        W.load("imagenet")
+    message = str(caught.value)
+    for part in ("vgg16-397923af.pth is not in", "refused", "give a path", "VGGFEAT_WEIGHTS_DIR", "weights="):
+        assert part in message
+    assert not left()
+
+
+# ── fetch, from a real server ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def serving(data, *, status=200, promise=0):
+    """A web server that answers every request with `data`, promising `promise` bytes more than it sends."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data) + promise))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_fetch(monkeypatch, net, state, capfd):
+    data = torch_bytes(dict(state))
+    with serving(data) as (url, asked):
+        entry = publish(monkeypatch, data, folder=url)
+        assert_same(W.load("imagenet"), net)
+        assert_same(W.load("imagenet"), net)
+    assert asked == [f"/{entry.filename}"]
+    assert left() == [entry.filename, entry.filename + ".sha256"]
+    assert (hub() / entry.filename).read_bytes() == data
+    record = (hub() / f"{entry.filename}.sha256").read_text()
+    assert record == f"{hashlib.sha256(data).hexdigest()}  {entry.filename}\n"
+    out, err = capfd.readouterr()
+    assert entry.filename in err and "100%" in err and not out
+    assert_same(W.load("imagenet"), net)  # with the server gone
+
+
+def test_fetch_replaces_an_old_record(monkeypatch, state):
+    data = torch_bytes(dict(state))
+    with serving(data) as (url, _):
+        entry = publish(monkeypatch, data, folder=url)
+        hub().mkdir(parents=True)
+        (hub() / f"{entry.filename}.sha256").write_text("0" * 64 + "  of a file that was deleted\n")
+        W.load("imagenet")
+    W.load("imagenet")
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ({"promise": 1000}, WeightsUnavailableError, r"(stopped after \d+ of \d+ bytes|IncompleteRead)"),
+        ({"digest": "01234567"}, WeightsError, "gave a file whose sha256 starts with [0-9a-f]{8}, expected 01234567"),
+        ({"status": 404}, WeightsUnavailableError, "answered 404"),
+        ({"status": 503}, WeightsUnavailableError, "answered 503"),
+    ],
+    ids=["truncated", "tampered", "missing", "busy"],
+)
+def test_bad_downloads_leave_nothing(monkeypatch, state, how, kind, message):
+    data = torch_bytes(dict(state))
+    digest = how.pop("digest", None)
+    with serving(data, **how) as (url, _):
+        publish(monkeypatch, data, folder=url, digest=digest)
+        with pytest.raises(kind, match=message) as caught:
+            W.load("imagenet")
+    assert caught.type is kind
+    assert not left()
+
+
+@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nsome bytes, then none"])
+def test_a_server_that_falls_silent(monkeypatch, greeting):
+    monkeypatch.setattr("vggfeat.fetch.CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr("vggfeat.fetch.READ_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held = []
+
+        def answer():
+            with contextlib.suppress(OSError):
+                held.append(server.accept()[0])
+                held[0].sendall(greeting)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        publish(monkeypatch, b"", folder=f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(WeightsUnavailableError, match=r"download of http://.* failed \(.*timed out"):
+            W.load("imagenet")
+        thread.join()
+        held[0].close()
+    assert not left()
+
+
+def test_both_timeouts_are_used(monkeypatch):
+    """A slow call is given up after CONNECT_TIMEOUT, a running download only after READ_TIMEOUT."""
+    calls, reads = [], []
+    create = socket.create_connection
+    monkeypatch.setattr(socket, "create_connection", lambda a, t, *rest: calls.append(t) or create(a, t, *rest))
+    monkeypatch.setattr("vggfeat.fetch.READ_TIMEOUT", 7.0)
+    answer = http.client.HTTPConnection.getresponse
+    monkeypatch.setattr(
+        http.client.HTTPConnection, "getresponse", lambda c: reads.append(c.sock.gettimeout()) or answer(c)
+    )
+    with serving(b"") as (url, _), pytest.raises(WeightsError):
+        W.fetch(f"{url}/vgg16-01234567.pth", hub(), progress=False)
+    assert calls == [5.0]
+    assert reads == [7.0]
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, state):
+    data = torch_bytes(dict(state))
+    hub().parent.mkdir(parents=True)
+    hub().write_text("a file where the folder should be")
+    with serving(data) as (url, _):
+        publish(monkeypatch, data, folder=url)
+        with pytest.raises(WeightsUnavailableError, match=r"failed \(.*checkpoints"):
+            W.load("imagenet")
+    assert hub().is_file()
+
+
+def test_https_uses_the_same_handler():
+    """Its connections are verified TLS with our two timeouts, not urllib's own."""
+    opener = urllib.request.build_opener(fetch._Handler)
+    for scheme in ("http", "https"):
+        handlers = opener.handle_open[scheme]
+        assert [type(handler) for handler in handlers] == [fetch._Handler]
+    connection = fetch._patient(http.client.HTTPSConnection)("127.0.0.1", 9, timeout=1)
+    assert connection._context.check_hostname
+    with pytest.raises(OSError, match="refused"):
+        connection.connect()
+
+
+# ── defaults, auto, random ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_environment_names_the_default(tmp_path, monkeypatch, state):
+    torch.save(dict(state), tmp_path / "mine.pth")
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", str(tmp_path / "mine.pth"))
+    assert W.load(W.DEFAULT).label == "mine.pth"
+    assert VGGFeatures(["conv1_1"]).weights == "mine.pth"
+    assert VGGFeatures(["conv1_1"], weights="random").weights == "random"
+    with pytest.raises(WeightsUnavailableError):
+        W.load("imagenet")  # said outright, it is not the default
+    monkeypatch.delenv("VGGFEAT_WEIGHTS")
+    with pytest.raises(WeightsUnavailableError, match="imagenet weights for vgg16 cannot be had"):
+        W.load(W.DEFAULT)
+
+
+def test_auto(monkeypatch, net, state):
+    loaded = W.load("auto", "vgg11")
+    assert loaded.label.startswith("random (imagenet weights for vgg11 cannot be had")
+    assert torch.equal(loaded.state["features.3.weight"], W.load("random", "vgg11").state["features.3.weight"])
+    assert W.load("auto", Arch("C", unit=2)).label.startswith("random (there are no 'imagenet' weights for vgg16-c")
+    data = torch_bytes(dict(state))
+    with serving(data) as (url, _):
+        publish(monkeypatch, data, folder=url)
+        assert_same(W.load("auto"), net)
+
+
+def pink_noise(side, seed):
+    """Pictures whose spectrum falls as 1/f, mean 0 and variance 1, made by Fourier transform."""
+    generator = torch.Generator().manual_seed(seed)
+    f = torch.fft.fftfreq(side)
+    radius = (f[:, None] ** 2 + f[None, :] ** 2).sqrt()
+    radius[0, 0] = float("inf")
+    x = torch.fft.ifft2(torch.fft.fft2(torch.randn(8, 3, side, side, generator=generator)) / radius).real
+    return (x - x.mean()) / x.std()
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg19_bn", "vgg11-lrn"])
+def test_random_weights_are_calibrated(name):
+    arch = Arch(parse(name).config, parse(name).batch_norm, unit=16)
+    loaded = W.load("random", arch)
+    assert loaded.arch == Arch(arch.config, arch.batch_norm, 16, None)
+    loaded.require([arch.layers[-1].name])
+    net = W.load_weights(vgg(name, 3, width=0.25).eval(), "random")
+    with torch.no_grad():
+        taps = net.taps(pink_noise(96, 7), [layer.name for layer in arch.convs])
+    for layer, value in taps.items():
+        assert abs(float(value.mean())) < 0.15, layer
+        assert 0.7 < float(value.std()) < 1.4, layer
+        assert float(value.mean((0, 2, 3)).abs().mean()) < 0.3, layer
+
+
+def test_random_weights_are_always_the_same():
+    first = W.load("random", Arch("D", unit=4))
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    with torch.device("meta"):  # nor does a default device matter, or anyone's random numbers move
+        second = W.load("random", Arch("D", unit=4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.key == second.key
+    assert first.key != W.load("random", Arch("D", unit=8)).key
+    assert all(torch.equal(value, second.state[key]) for key, value in first.state.items())
+
+
+# ── into a network ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_load_weights(net, state):
+    other = small(seed=4)
+    assert W.load_weights(other, state) is other
+    x = images(32)
+    assert torch.equal(other(x), net(x))
+    assert all(p.requires_grad for p in other.parameters())
+
+
+def test_load_weights_without_the_head(net, state):
+    other = small(seed=4, num_classes=9)
+    head = other.classifier[6].weight.detach().clone()
+    with pytest.raises(
+        WeightsError, match=r"a paper head for 5 classes, the network a paper head for 9; load_weights\("
+    ):
+        W.load_weights(other, state)
+    W.load_weights(other, state, head=False)
+    assert torch.equal(other.classifier[6].weight, head)
+    assert torch.equal(other.features(images(32)), net.features(images(32)))
+    with pytest.raises(WeightsError, match="have no classifier, the network a paper head for 5"):
+        W.load_weights(small(), {key: value for key, value in state.items() if key.startswith("features.")})
+
+
+def test_load_weights_that_do_not_fit(state):
+    with pytest.raises(WeightsError, match="width 0.0625, the network 0.125"):
+        W.load_weights(small(width=1 / 8), state)
+    with pytest.raises(WeightsError, match="belong to vgg16, not to vgg19"):
+        W.load_weights(small("E"), state)
+    with pytest.raises(WeightsError, match="do not reach pool5: missing features.10.weight"):
+        W.load_weights(small(), shallow(state, 7), head=False)
+    with pytest.raises(WeightsError, match="missing classifier.3.weight, classifier.3.bias"):
+        W.load_weights(small(), {key: value for key, value in state.items() if "classifier.3" not in key})
+
+
+@pytest.mark.parametrize("source", ["random", "auto"])
+@pytest.mark.parametrize("init", ["kaiming", "paper"])
+def test_a_new_network_with_random_weights(source, init):
+    """Its head, which no random set holds, is drawn as `init` says."""
+    torch.manual_seed(0)
+    net = vgg("A", 5, weights=source, width=1 / 16, init=init, batch_norm=True).eval()
+    assert not any(value.is_meta for value in net.state_dict().values())
+    assert torch.isfinite(net(images(32))).all()
+    assert net.classifier[3].weight.std().item() == pytest.approx({"kaiming": 0.01, "paper": 0.1}[init], rel=0.05)
+    assert torch.equal(
+        net.features[0].weight, W.load_weights(small("A", 3, batch_norm=True), "random").features[0].weight
+    )
+
+
+def test_a_default_device_does_not_matter(net, state):
+    with torch.device("meta"):
+        other = vgg("D", 5, weights=state, width=1 / 16)
+    assert torch.equal(other.eval()(images(32)), net(images(32)))
+
+
+def test_torchvision_weights_give_torchvision_outputs(tmp_path, torchvision):
+    """A file as torchvision publishes it, normalised as it says: the same numbers, to the last bit of the state."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.vgg11(weights=None, num_classes=2).features.eval()
+    state = theirs.state_dict(prefix="features.")
+    torch.save(state, tmp_path / "vgg11.pth")
+    x = images(48)
+    with torch.no_grad():
+        expected = theirs((x - MEAN) / STD)
+    torch.testing.assert_close(
+        VGGFeatures(["pool5"], weights=tmp_path / "vgg11.pth")(x)["pool5"], expected, rtol=1e-4, atol=1e-5
+    )

@@ -1,0 +1,172 @@
+"""Published files: download them, check them, keep them whole. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import http.client
+import os
+import re
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError
+
+__all__ = ["fetch", "published_digest", "verify"]
+
+CONNECT_TIMEOUT = 5.0  # seconds until a server must have answered the call
+READ_TIMEOUT = 60.0  # seconds that a running download may stand still
+
+
+def published_digest(filename: str) -> str:
+    """The leading hex digits of the sha256 that a file name publishes: NAME-1a2b3c4d.pth.
+
+    Raises:
+        InputError: it publishes none.
+    """
+    match = re.search(r"-([0-9a-f]{8,})\.", filename)
+    if not match:
+        raise InputError(f"expected a file name that publishes its sha256, NAME-1a2b3c4d.pth, got {filename!r}")
+    return match[1]
+
+
+def verify(path: Path, digest: str = "") -> str:
+    """Check a file's sha256 against the digits that its name publishes and against what its first check recorded.
+
+    The record is the file's name with `.sha256` appended, in the format of `sha256sum`; it is written where there is
+    none and the folder allows it.
+
+    Args:
+        path: the file.
+        digest: leading hex digits that the sha256 must have.
+
+    Returns:
+        The sha256.
+
+    Raises:
+        WeightsError: they differ.
+    """
+    actual = _sha256(*file_key(path))
+    note = path.with_name(path.name + ".sha256")
+    recorded = ""
+    with contextlib.suppress(OSError, UnicodeDecodeError, IndexError):
+        recorded = note.read_text().split(maxsplit=1)[0] if note.is_file() else ""
+    expected = digest if not actual.startswith(digest) else recorded
+    if expected and not actual.startswith(expected):
+        raise WeightsError(
+            f"{path} is damaged or was changed: its sha256 starts with {actual[:8]}, expected {expected[:8]}; "
+            f"delete it and it is fetched again"
+            if expected == digest
+            else f"{path} was changed since it was first checked: its sha256 is {actual}, recorded in {note.name} is "
+            f"{expected}; delete both and it is fetched again"
+        )
+    if not recorded:
+        with contextlib.suppress(OSError):
+            _write_atomically(note, f"{actual}  {path.name}\n".encode())
+    return actual
+
+
+def file_key(path: Path) -> tuple[str, int, int]:
+    """What tells one state of a file from another: resolved path, size, time of change."""
+    stat = path.stat()
+    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    """A file's sha256; an unchanged file is read once a process, however many losses are made of it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    with _temporary(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[IO[bytes]]:
+    """A file that becomes `path` when the block ends well and disappears when it does not."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with open(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's 0600 would lock out the other users of a shared cache
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _patient(kind: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
+    """A connection that gives up calling after CONNECT_TIMEOUT and listening after READ_TIMEOUT."""
+
+    class Connection(kind):  # type: ignore[misc, valid-type]
+        def connect(self) -> None:
+            super().connect()
+            self.sock.settimeout(READ_TIMEOUT)
+
+    return Connection
+
+
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_patient(http.client.HTTPConnection), request)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_patient(http.client.HTTPSConnection), request)
+
+
+def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
+    """Download a published file, verify it, and only then give it its name.
+
+    Args:
+        url: where it is; the file's name publishes the start of its sha256.
+        folder: where it goes; made if need be.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        WeightsUnavailableError: the server cannot be reached, refuses, or stops half way; or the folder is not
+            writable. No partial file is left.
+        WeightsError: what came is not what the name publishes.
+        InputError: the name publishes nothing.
+    """
+    from tqdm import tqdm
+
+    name = url.rsplit("/", 1)[-1]
+    digest, path = published_digest(name), folder / name
+    opener = urllib.request.build_opener(_Handler)
+    request = urllib.request.Request(url, headers={"User-Agent": "vggfeat"})
+    sha = hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with opener.open(request, timeout=CONNECT_TIMEOUT) as response, _temporary(path) as file:
+            length = int(response.headers.get("Content-Length") or 0)
+            bar = tqdm(total=length or None, unit="B", unit_scale=True, desc=path.name, disable=not progress)
+            with bar:
+                while chunk := response.read(1 << 20):
+                    sha.update(chunk)
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            if file.tell() < length:
+                raise WeightsUnavailableError(f"download of {url} stopped after {file.tell()} of {length} bytes")
+            if not sha.hexdigest().startswith(digest):
+                raise WeightsError(
+                    f"{url} gave a file whose sha256 starts with {sha.hexdigest()[:8]}, expected {digest}"
+                )
+    except urllib.error.HTTPError as error:
+        raise WeightsUnavailableError(f"{url} answered {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise WeightsUnavailableError(f"download of {url} failed ({reason})") from error
+    with contextlib.suppress(OSError):
+        _write_atomically(path.with_name(path.name + ".sha256"), f"{sha.hexdigest()}  {path.name}\n".encode())
+    return path
