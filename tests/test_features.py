@@ -513,6 +513,9 @@ def test_first_use_inside_a_transform():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own
             first(f, batch())
+        kept = [value for ready in f.trunk._ready.values() for values in ready.values() for value in values]
+        assert kept
+        assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, kept))
         x = batch().requires_grad_()
         tap = f(x)["relu2_1"]
         assert type(tap) is torch.Tensor

@@ -564,7 +564,7 @@ def test_keep_color(config):
     kept, free = (stylize(content, style, config(keep_color=keep)) for keep in (True, False))
     wanted = chroma(to_pil(content))
     assert (chroma(kept.image) - wanted).abs().mean() < 1.5
-    assert (chroma(free.image) - wanted).abs().mean() > 5
+    assert (chroma(free.image) - wanted).abs().mean() > 3
     assert kept.image.convert("L").tobytes() != to_pil(content).convert("L").tobytes()
 
 

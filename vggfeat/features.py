@@ -114,8 +114,8 @@ class VGGFeatures(nn.Module):
             images: RGB (N,3,H,W), floating, in `input_range`.
 
         Returns:
-            For each of `layers`, in that order, its value (N,C,h,w) or (N,C), in the trunk's precision; values (N,C,h,w)
-            are laid out channels_last.
+            For each of `layers`, in that order, its value (N,C,h,w) or (N,C), in the trunk's precision; values
+            (N,C,h,w) are laid out channels_last.
 
         Raises:
             InputError: another shape or channel count, integers, NaN, or images too small for the deepest layer.

@@ -64,7 +64,8 @@ def _products(features: Tensor) -> Tensor:
         rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
         with torch.autocast(features.device.type, enabled=False):
             return rows.mT @ rows
-    return _Products.apply(features)  # type: ignore[no-any-return, no-untyped-call]
+    products: Tensor = _Products.apply(features)
+    return products
 
 
 def _in_functorch(x: Tensor) -> bool:
@@ -76,7 +77,7 @@ class _Products(torch.autograd.Function):
     """F Fᵀ on a CPU, where oneDNN's convolutions are the fastest matrix products there are in every precision.
 
     With F as its input and as its output's gradient, the weight gradient of a 1×1 convolution is F Fᵀ; and F·(D + Dᵀ),
-    the gradient of F Fᵀ, is a 1×1 convolution of F. (Measured against torch.mm in tests/bench/ops.py.)
+    the gradient of F Fᵀ, is a 1×1 convolution of F.
     """
 
     CHUNK = 1 << 20  # values converted to float32 at a time: they stay in the cache
@@ -89,7 +90,7 @@ class _Products(torch.autograd.Function):
         out = torch.zeros(n, c, c, dtype=wide(features[:0]).dtype)
         kernel = out.new_empty(c, c, 1, 1)
         rows = max(1, _Products.CHUNK // (c * w))
-        for image, total in zip(features.split(1), out, strict=True):
+        for image, total in zip(torch.split(features, 1), out, strict=True):
             for top in range(0, h, rows):
                 part = wide(image[:, :, top : top + rows])
                 total += torch.ops.aten.convolution_backward(
@@ -99,12 +100,13 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (features,) = ctx.saved_tensors
+        features: Tensor = ctx.saved_tensors[0]
         kernel = (grad + grad.mT).to(features.dtype)
         if torch.is_grad_enabled():  # a second derivative was asked for
-            return (features.permute(0, 2, 3, 1).flatten(1, 2) @ kernel).mT.unflatten(2, features.shape[2:])
+            return (features.permute(0, 2, 3, 1).flatten(1, 2) @ kernel).mT.reshape(features.shape)
         parts = [
-            F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(features.split(1), kernel, strict=True)
+            F.conv2d(image, weight[:, :, None, None])
+            for image, weight in zip(torch.split(features, 1), kernel, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

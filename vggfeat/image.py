@@ -12,10 +12,10 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
@@ -28,6 +28,7 @@ __all__ = [
     "check_output",
     "fit",
     "free_path",
+    "new_file",
     "open_image",
     "read_settings",
     "resize",
@@ -125,15 +126,22 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """`path`, once it is clear that `save_image` can write there: to be called before any long work.
+def check_output(
+    path: str | os.PathLike[str], *, overwrite: bool = False, formats: Collection[str] = tuple(FORMATS)
+) -> Path:
+    """`path`, once it is clear that a file can be written there: to be called before any long work.
+
+    Args:
+        path: where to.
+        overwrite: replace a file that is already there.
+        formats: suffixes that will do; those of `save_image` unless said otherwise.
 
     Raises:
         ImageError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
     """
     path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ImageError(f"cannot write {path}: expected a name that ends in {', '.join(FORMATS)}, got {path.suffix!r}")
+    if path.suffix.lower() not in formats:
+        raise ImageError(f"cannot write {path}: expected a name that ends in {', '.join(formats)}, got {path.suffix!r}")
     if not os.path.isdir(path.parent):
         raise ImageError(f"cannot write {path}: expected a folder at {path.parent}, found none; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -181,10 +189,22 @@ def save_image(
     image = to_pil(image) if isinstance(image, Tensor) else _to_rgb(image)
     kind = FORMATS[path.suffix.lower()]
     options = _QUALITY[kind] | _metadata(kind, settings)
+    with new_file(path, overwrite=overwrite) as file:
+        image.save(file, kind, **options)
+    return path
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write to, which gets its name whole or not at all; `check_output` has seen the name.
+
+    Raises:
+        ImageError: it cannot be written, or the name is taken by now and must not be.
+    """
     temporary = path.with_name(f".{_NAME}-{secrets.token_hex(8)}.tmp")  # a link or a rename needs the same file system
     try:
         with open(temporary, "x+b") as file:  # not tempfile, whose files are 0600 whatever the umask says
-            image.save(file, kind, **options)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         _publish(temporary, path, overwrite)
@@ -195,7 +215,6 @@ def save_image(
         raise ImageError(f"cannot write {path}: {reason}; check the free space, or try another format") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -1,0 +1,269 @@
+"""The public surface, what an import pulls in, and who may import whom."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import vggfeat
+
+REPO = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "torchvision", "kornia", "PIL", "numpy", "safetensors", "h5py", "scipy")
+
+# Who may import whom: for each module of ours, the modules of ours that it uses, in functions too, but not for types
+# alone (under TYPE_CHECKING). It points one way: plain data and errors at the bottom, the trunk and the features on
+# them, losses and style transfer side by side on top, and the commands outside. Weights and network are of one level:
+# `network.vgg(weights=...)` asks for weights when it is called, weights know the network as a type only.
+ROOMS = {
+    "vggfeat": set(),  # names its modules as text and imports them when they are asked for
+    "vggfeat.errors": set(),
+    "vggfeat.arch": {"errors"},
+    "vggfeat.image": {"errors"},
+    "vggfeat.functional": set(),
+    "vggfeat.fetch": {"errors"},
+    "vggfeat.weights": {"arch", "errors", "fetch"},
+    "vggfeat.network": {"arch", "errors", "weights"},
+    "vggfeat.trunk": {"arch", "errors"},
+    "vggfeat.features": {"arch", "errors", "trunk", "weights"},
+    "vggfeat.losses": {"arch", "errors", "features", "functional", "weights"},
+    "vggfeat.transfer": set(),
+    "vggfeat.transfer.config": {"arch", "errors"},
+    "vggfeat.transfer.optimize": set(),
+    "vggfeat.transfer.objective": {"features", "functional", "transfer.config"},
+    "vggfeat.transfer.stylize": {
+        "",  # the package itself, for its version
+        "errors",
+        "features",
+        "image",
+        "transfer.config",
+        "transfer.objective",
+        "transfer.optimize",
+        "weights",
+    },
+    "vggfeat_cli": set(),
+    "vggfeat_cli.run": {"errors"},
+    "vggfeat_cli.style": {"", "image", "transfer.config"},
+    "vggfeat_cli.main": {"", "weights"},
+}
+# modules that must not need more than this to be imported
+LIGHT = {"vggfeat", "vggfeat.errors", "vggfeat.arch", "vggfeat.transfer", "vggfeat.transfer.config", "vggfeat_cli"}
+LIGHT |= {"vggfeat_cli.run", "vggfeat_cli.style", "vggfeat_cli.main"}
+
+
+def sources():
+    for root in (REPO / "vggfeat", REPO / "cli" / "vggfeat_cli"):
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root.parent).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+SOURCES = dict(sources())
+
+
+def imports(module, *, top_level_only=False):
+    """The dotted names that a module imports; what is under TYPE_CHECKING does not count."""
+
+    def walk(node):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{module} has a relative import: write its full name"
+                for (
+                    alias
+                ) in child.names:  # `from vggfeat import trunk` names a module, `from vggfeat.arch import Arch` not
+                    name = f"{child.module}.{alias.name}"
+                    yield name if name in SOURCES else child.module
+            elif not (top_level_only and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
+                yield from walk(child)
+
+    return set(walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))))
+
+
+def python(code, *paths, **environment):
+    """Run code in a fresh interpreter that finds this checkout, and return what it printed."""
+    path = os.pathsep.join(map(str, (*paths, REPO, REPO / "cli")))
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ── the public names ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", vggfeat.__all__)
+def test_public_names_exist_and_are_documented(name):
+    value = getattr(vggfeat, name)
+    assert name in dir(vggfeat)
+    if name != "__version__":
+        assert (inspect.getdoc(value) or "").strip()
+    if inspect.isclass(value) or inspect.isfunction(value):
+        assert value.__doc__.strip()  # its own, not one that is inherited
+        assert value.__module__.startswith("vggfeat.")
+
+
+def test_modules_list_what_they_share():
+    for module in SOURCES:
+        if module.startswith("vggfeat."):
+            found = importlib.import_module(module)
+            for name in getattr(found, "__all__", ()):
+                assert getattr(found, name) is not None
+
+
+def test_contract():
+    """The names that other code is written against."""
+    needed = "vgg vgg11 vgg13 vgg16 vgg19 VGGFeatures PerceptualLoss StyleLoss stylize StyleConfig VGGFeatError"
+    assert set(needed.split()) <= set(vggfeat.__all__)
+    assert callable(vggfeat.vgg)
+    importlib.import_module("vggfeat.network")
+    assert callable(vggfeat.vgg)  # no module of that name may take the function's place
+    with pytest.raises(AttributeError, match="'vggfeat' has no attribute 'vgg20'"):
+        _ = vggfeat.vgg20
+
+
+def test_version_is_that_of_pyproject():
+    import tomllib
+
+    with (REPO / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    assert "version" in project.get("dynamic", ()) or project["version"] == vggfeat.__version__
+
+
+def test_typed():
+    assert resources.files("vggfeat").joinpath("py.typed").is_file()
+
+
+MODULES = [info.name for info in pkgutil.walk_packages(vggfeat.__path__, "vggfeat.")]
+
+
+def test_examples_in_docstrings():
+    attempted = 0
+    for name in MODULES:
+        failed, tried = doctest.testmod(importlib.import_module(name))
+        assert not failed
+        attempted += tried
+    assert attempted > 0
+
+
+# ── what an import pulls in ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import vggfeat; vggfeat.StyleConfig; vggfeat.InputError; vggfeat.errors; dir(vggfeat)",
+        "import vggfeat.arch, vggfeat.transfer, vggfeat_cli.run",
+        "import vggfeat_cli.style as c; c.command.main(['--help'], standalone_mode=False)",
+        "import vggfeat_cli.style as c; c.command.main(['--version'], standalone_mode=False)",
+        "import vggfeat_cli.main as c; c.command.main(['--help'], standalone_mode=False)",
+    ],
+)
+def test_no_torch_until_it_is_needed(code):
+    last = python(f"{code}; import sys; print(); print(*sys.modules)").splitlines()[-1]
+    assert not {module.split(".")[0] for module in last.split()} & set(HEAVY)
+
+
+def test_help_names_every_setting():
+    import dataclasses
+
+    text = python("import vggfeat_cli.style as c; c.command.main(['--help'], standalone_mode=False)")
+    for field in dataclasses.fields(vggfeat.StyleConfig):
+        assert "--" + field.name.replace("_", "-") in text
+
+
+# ── who imports whom ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_import_directions(module):
+    assert module in ROOMS, f"{module} is new: give it a line in ROOMS and in ARCHITECTURE.md"
+    ours = {name for name in imports(module) if name.split(".")[0] in ("vggfeat", "vggfeat_cli")}
+    found = {name.removeprefix("vggfeat").removeprefix(".") for name in ours if name.split(".")[0] == "vggfeat"}
+    assert found <= ROOMS[module]
+    if not module.startswith("vggfeat_cli"):
+        assert ours == {name for name in ours if name.split(".")[0] == "vggfeat"}, "the library imports no command"
+
+
+def test_no_line_of_the_table_is_stale():
+    assert ROOMS.keys() == SOURCES.keys()
+    for module, allowed in ROOMS.items():
+        used = {name.removeprefix("vggfeat").removeprefix(".") for name in imports(module) if "_cli" not in name}
+        assert allowed <= used, f"{module} no longer imports {allowed - used}"
+
+
+def test_the_directions_have_no_circle():
+    done = set()
+
+    def follow(module, path):
+        assert module not in path, f"a circle: {' → '.join((*path, module))}"
+        if module not in done:
+            for name in ROOMS[module] - {""}:
+                follow(f"vggfeat.{name}", (*path, module))
+            done.add(module)
+
+    for module in ROOMS:
+        follow(module, ())
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_at_the_top(module):
+    top = {name.split(".")[0] for name in imports(module, top_level_only=True)}
+    assert not top & {"torchvision", "kornia", "h5py"}
+    if module in LIGHT:
+        assert not top & set(HEAVY)
+    if module == "vggfeat.functional":
+        assert top - set(sys.stdlib_module_names) == {"torch"}
+    if module == "vggfeat.errors":
+        assert top <= set(sys.stdlib_module_names)
+    everywhere = {name.split(".")[0] for name in imports(module)}
+    if not module.startswith("vggfeat_cli"):
+        assert "click" not in everywhere  # only the commands speak to a terminal
+
+
+# ── broken installations ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_broken_torchvision_does_not_stop_us(tmp_path):
+    """The commonest broken installation: a torchvision built for another torch."""
+    broken = tmp_path / "torchvision"
+    broken.mkdir()
+    broken.joinpath("__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    code = """
+import json
+import torch
+from PIL import Image
+import vggfeat
+
+torch.set_num_threads(1)
+try:
+    import torchvision
+except RuntimeError as error:
+    trouble = str(error)
+layers = ["relu1_1", "relu2_1"]
+options = {"weights": "random", "arch": "vgg11"}
+x = torch.rand(1, 3, 32, 32, requires_grad=True)
+for kind in (vggfeat.PerceptualLoss, vggfeat.StyleLoss):
+    kind(layers, **options)(x, torch.rand(1, 3, 32, 32)).backward()
+content = Image.linear_gradient("L").convert("RGB")
+style = Image.radial_gradient("L").convert("RGB")
+config = vggfeat.StyleConfig(size=48, steps=2, style_layers=layers, content_layers=("relu2_1",), **options)
+result = vggfeat.stylize(content, style, config)
+vggfeat.vgg11(width=0.125, head="slim", num_classes=2)(x.detach())
+print(json.dumps([trouble, float(x.grad.abs().max()), result.image.size]))
+"""
+    trouble, gradient, size = json.loads(python(code, tmp_path).splitlines()[-1])
+    assert trouble == "operator torchvision::nms does not exist"
+    assert gradient > 0
+    assert size == [48, 48]

@@ -1,0 +1,224 @@
+"""Pictures side by side: colours, labels, and files. Every function of `vggfeat.visualize` ends in a `Sheet`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from vggfeat.errors import DependencyError, InputError, nearest
+from vggfeat.image import FORMATS, check_output, fit, new_file, open_image, resize, save_image, to_pil, to_tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ImageLike", "Sheet", "check_sheet", "colored", "load_image", "overlay"]
+
+ImageLike = str | os.PathLike[str] | Image.Image | Tensor
+
+VECTOR = (".pdf", ".svg")
+MARGIN, GAP, SMALL, LARGE = 12, 6, 13, 18  # pixels; the last two are heights of letters
+DPI = 100
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures in rows, with labels above them and a title.
+
+    Attributes:
+        tiles: the pictures; a single one without label and title is the whole sheet.
+        labels: one for each tile, or none at all.
+        title: a line above everything.
+        columns: how many stand side by side; None makes the sheet about square.
+        settings: what is stored in a file, as JSON.
+    """
+
+    tiles: Sequence[Image.Image]
+    labels: Sequence[str] = ()
+    title: str = ""
+    columns: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def image(self) -> Image.Image:
+        """The sheet as one picture."""
+        picture, texts = self._layout()
+        draw = ImageDraw.Draw(picture)
+        for x, y, text, height, anchor in texts:
+            draw.text((x, y), text, "black", ImageFont.load_default(height), anchor)
+        return picture
+
+    def figure(self) -> Figure:
+        """The sheet as a matplotlib figure, its letters as text; nothing global is touched, nothing is to be closed.
+
+        Raises:
+            DependencyError: matplotlib is missing.
+        """
+        figure_class = _figure_class()
+        picture, texts = self._layout()
+        width, height = picture.size
+        figure = figure_class(figsize=(width / DPI, height / DPI), dpi=DPI)
+        axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        axes.set_axis_off()
+        axes.imshow(picture, interpolation="none", extent=(0, width, height, 0), aspect="auto")
+        for x, y, text, size, anchor in texts:
+            where = "left" if anchor[0] == "l" else "center"
+            axes.text(x, y, text, fontsize=size * 72 / DPI * 0.85, ha=where, va="center", parse_math=False)
+        return figure
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write a PNG, JPEG, WebP, TIFF, PDF or SVG file by the suffix, whole or not at all.
+
+        Raises:
+            ImageError: the file cannot be written.
+            DependencyError: PDF and SVG need matplotlib.
+        """
+        path = check_sheet(path, overwrite=overwrite)
+        if path.suffix.lower() not in VECTOR:
+            return save_image(self.image, path, settings=self.settings or None, overwrite=overwrite)
+        figure = self.figure()
+        with new_file(path, overwrite=overwrite) as file:
+            figure.savefig(file, format=path.suffix.lower()[1:])
+        return path
+
+    def _layout(self) -> tuple[Image.Image, list[tuple[int, int, str, int, str]]]:
+        """The tiles on their ground, and the texts: x, y of the anchor, the words, height, Pillow's anchor."""
+        if len(self.tiles) == 1 and not self.title and not any(self.labels):
+            return self.tiles[0].copy(), []
+        font = ImageFont.load_default(SMALL)
+        labels = list(self.labels) or [""] * len(self.tiles)
+        head = SMALL + GAP if any(labels) else 0
+        wide = max(max(t.width, math.ceil(font.getlength(l))) for t, l in zip(self.tiles, labels, strict=True))
+        high = max(tile.height for tile in self.tiles) + head
+        columns = self.columns or max(1, math.ceil(math.sqrt(len(self.tiles) * high / wide)))
+        columns = min(columns, len(self.tiles))
+        rows = math.ceil(len(self.tiles) / columns)
+        top = MARGIN + (LARGE + 2 * GAP if self.title else 0)
+        width = 2 * MARGIN + columns * (wide + GAP) - GAP
+        width = max(width, math.ceil(ImageFont.load_default(LARGE).getlength(self.title)) + 2 * MARGIN)
+        picture = Image.new("RGB", (width, top + rows * (high + GAP) - GAP + MARGIN), "white")
+        texts = [(MARGIN, MARGIN + LARGE // 2, self.title, LARGE, "lm")] if self.title else []
+        for i, (tile, label) in enumerate(zip(self.tiles, labels, strict=True)):
+            x, y = MARGIN + i % columns * (wide + GAP), top + i // columns * (high + GAP)
+            picture.paste(tile, (x + (wide - tile.width) // 2, y + head))
+            if label:
+                texts.append((x + wide // 2, y + SMALL // 2, label, SMALL, "mm"))
+        return picture, texts
+
+
+def check_sheet(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """`path`, once it is clear that a `Sheet` can be written there: to be called before any long work.
+
+    Raises:
+        ImageError: unknown suffix, no writable folder, or a file that must not be replaced.
+        DependencyError: PDF and SVG need matplotlib.
+    """
+    path = check_output(path, overwrite=overwrite, formats=(*FORMATS, *VECTOR))
+    if path.suffix.lower() in VECTOR:
+        _figure_class()
+    return path
+
+
+def _figure_class() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DependencyError("PDF and SVG need matplotlib: pip install 'vggfeat[plot]', or write a .png") from error
+    return Figure
+
+
+# ── images in ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_image(image: ImageLike, size: int | None = None) -> Tensor:
+    """A file, PIL image or tensor (1,3,H,W) or (3,H,W) in [0,1], as (1,3,H,W), its long side at `size` pixels.
+
+    Raises:
+        ImageError: a file that cannot be read.
+        InputError: something else, or a tensor that is no image.
+    """
+    if isinstance(image, Tensor):
+        picture = to_pil(image)  # also checks it
+        if size is None:
+            return image.detach().reshape(1, *image.shape[-3:]).to("cpu", torch.float32)
+    elif isinstance(image, Image.Image):
+        picture = image
+    elif isinstance(image, str | os.PathLike):
+        picture = open_image(image)
+    else:
+        raise InputError(f"expected a file, a PIL image or a tensor (1,3,H,W), got {type(image).__name__}")
+    return to_tensor(resize(picture, *fit(picture.width, picture.height, size)) if size else picture)
+
+
+def chosen(channels: Sequence[int] | None, count: int, total: int, strength: Tensor, order: str, what: str) -> list[int]:
+    """Which of `total` channels are shown: those named, else up to `count` in `order`, `first` or `strongest`.
+
+    Raises:
+        InputError: a channel that is not there, an unknown order, a count below 1.
+    """
+    if channels is not None:
+        if not channels:
+            raise InputError("no channel asked for: name at least one")
+        if bad := [c for c in channels if not 0 <= c < total]:
+            raise InputError(f"{what} has channels 0 to {total - 1}, got {', '.join(map(str, bad))}")
+        return list(channels)
+    if count < 1:
+        raise InputError(f"count must be at least 1, got {count}")
+    if order not in ("strongest", "first"):
+        raise InputError(f"unknown order {order!r}: {nearest(order, ('strongest', 'first'))}")
+    if order == "first":
+        return list(range(min(count, total)))
+    return strength.argsort(descending=True, stable=True)[:count].tolist()
+
+
+# ── colours ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def palette(name: str) -> Tensor:
+    """256 colours (256,3) in [0,1] by name: `grey`, or one of kornia's, such as `viridis`, `turbo`, `plasma`.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name == "grey":
+        return torch.linspace(0, 1, 256)[:, None].expand(-1, 3)
+    from kornia.color import ColorMap, ColorMapType
+
+    names = [str(each) for each in ColorMapType.list()]
+    if name not in names:
+        raise InputError(f"unknown colours {name!r}: {nearest(name, ['grey', *names])}")
+    return ColorMap(name, num_colors=256).colors.T.clone()  # type: ignore[no-any-return]
+
+
+def colored(values: Tensor, colors: str) -> Tensor:
+    """Values (N,h,w) in [0,1] as RGB (N,3,h,w)."""
+    return palette(colors)[(values.clamp(0, 1) * 255).round().long()].movedim(-1, 1)
+
+
+def overlay(image: Tensor, heat: Tensor, colors: str = "turbo") -> Tensor:
+    """Heat (H,W) in [0,1] over the greyed image (1,3,H,W), the stronger the more opaque: (1,3,H,W)."""
+    grey = image.mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.7 + 0.15
+    opacity = 0.25 + 0.45 * heat.clamp(0, 1)
+    return torch.lerp(grey, colored(heat[None], colors), opacity)
+
+
+def spread(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (h,w) at the size of the image (H,W), bilinear; where that is a whole multiple, the mean stays."""
+    return F.interpolate(values[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def enlarged(picture: Image.Image, side: int) -> Image.Image:
+    """A small picture with each pixel as a square, a large one reduced: its long side near `side`, at least 1 pixel."""
+    long = max(picture.size)
+    if long >= side:
+        return picture.resize(fit(*picture.size, side), Image.Resampling.BOX)
+    times = max(1, round(side / long))
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)

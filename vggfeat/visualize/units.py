@@ -1,0 +1,199 @@
+"""What single channels look for: first-layer filters in colour, the patches that drive deeper ones, feature maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from vggfeat.arch import Arch, Layer
+from vggfeat.errors import InputError
+from vggfeat.features import VGGFeatures
+from vggfeat.functional import wide
+from vggfeat.image import to_pil
+from vggfeat.visualize.sheet import ImageLike, Sheet, chosen, colored, enlarged, load_image
+from vggfeat.weights import DEFAULT, WeightsLike, load
+
+__all__ = ["filters", "maps"]
+
+
+def filters(
+    layer: str = "conv1_1",
+    images: ImageLike | Sequence[ImageLike] = (),
+    *,
+    channels: Sequence[int] | None = None,
+    count: int = 64,
+    order: str = "first",
+    patches: int = 9,
+    size: int | None = 512,
+    tile: int = 0,
+    arch: str | Arch | None = None,
+    weights: WeightsLike = DEFAULT,
+) -> Sheet:
+    """What a layer's filters look for.
+
+    Without images, the weights of conv1_1 as colours (Zeiler and Fergus 2014, arXiv:1311.2901, fig. 6): 0.5 + w / (2 m)
+    with m the largest |w| of the filter, so that no change is mid-grey in every filter, and a filter of zeros is grey.
+    The weights of a deeper layer, over hundreds of inputs, say nothing to the eye. What drives its channels does: with
+    images, each channel of any convolutional layer is shown by the patches that its strongest units see, each as large
+    as the layer's receptive field, strongest first. What lies beyond the border of an image is grey.
+
+    Args:
+        layer: any layer before the classifier.
+        images: files, PIL images or tensors (1,3,H,W) in [0,1], of any sizes.
+        channels: which to show; None takes `count` of them.
+        count: how many, at most as many as there are.
+        order: `first`, or `strongest`: by ‖w‖, or by the largest activation.
+        patches: of each channel; neighbours overlap by half a side at most.
+        size: long side that the images are brought to, in pixels; None leaves them.
+        tile: side of a filter or patch on the sheet in pixels, roughly; 0 chooses.
+        arch: the network, see `VGGFeatures`.
+        weights: see `vggfeat.weights.load`.
+
+    Returns:
+        A sheet with a tile for each channel, labelled by its number.
+
+    Raises:
+        InputError: a layer or channel that is not there, a deeper layer without images, no or unreadable images.
+        WeightsError: weights that cannot be had or do not reach the layer.
+    """
+    several = list(images) if isinstance(images, list | tuple) else [images]
+    loaded = load(weights, arch)
+    found = loaded.arch.layer(layer)
+    loaded.require([layer])
+    what = f"{layer} of {loaded.arch.name}"
+    settings = {"picture": "filters", "layer": layer, "arch": loaded.arch.name, "weights": loaded.label}
+    if not several:
+        if layer != "conv1_1":
+            raise InputError(
+                f"{layer} takes {found.in_channels} channels, which have no colour: give images, and its filters are "
+                "shown by the patches that drive them (or see `dream`); conv1_1 needs none"
+            )
+        kernels = loaded.state["features.0.weight"]
+        shown = chosen(channels, count, len(kernels), kernels.flatten(1).norm(dim=1), order, what)
+        peak = kernels[shown].abs().amax((1, 2, 3), keepdim=True)
+        pictures = 0.5 + 0.5 * kernels[shown] / torch.where(peak > 0, peak, 1)
+        tiles = [enlarged(to_pil(picture), tile or 48) for picture in pictures]
+        title = f"Filters {what}"
+    else:
+        if patches < 1:
+            raise InputError(f"patches must be at least 1, got {patches}")
+        features = VGGFeatures([layer], weights=loaded)
+        tensors = [load_image(image, size) for image in several]
+        best = [_peaks(_tap(features, layer, tensor), found, patches) for tensor in tensors]
+        values = torch.cat([value for value, _ in best], dim=1)  # (C, images·patches)
+        peaks = torch.cat([F.pad(where, (1, 0), value=i) for i, (_, where) in enumerate(best)], dim=1)
+        shown = chosen(channels, count, found.channels, values.amax(1), order, what)
+        top = values.topk(min(patches, values.shape[1])).indices
+        side = tile or min(96, max(36, found.receptive_field))
+        tiles = []
+        for channel in shown:
+            places = peaks[channel, top[channel]][values[channel, top[channel]] > -math.inf]
+            crops = [_crop(tensors[int(i)], found, int(y), int(x)) for i, y, x in places]
+            tiles.append(_mosaic([enlarged(to_pil(crop), side) for crop in crops], patches))
+        title = f"What drives {what}: patches of {found.receptive_field}×{found.receptive_field} pixels"
+    return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
+
+
+def maps(
+    image: ImageLike,
+    layer: str = "relu3_1",
+    *,
+    channels: Sequence[int] | None = None,
+    count: int = 64,
+    order: str = "strongest",
+    scale: str = "each",
+    colors: str = "viridis",
+    size: int | None = 512,
+    tile: int = 128,
+    arch: str | Arch | None = None,
+    weights: WeightsLike = DEFAULT,
+) -> Sheet:
+    """A layer's feature maps of an image.
+
+    Args:
+        image: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
+        layer: any layer before the classifier.
+        channels: which to show; None takes `count` of them.
+        count: how many, at most as many as there are.
+        order: `strongest` (by the mean of what is above 0) or `first`.
+        scale: `each` spans the colours from its own lowest to its own highest value, `shared` from the lowest to the
+            highest of all that are shown. A constant map has the lowest colour.
+        colors: `grey` or a colour map of kornia's.
+        size: long side that the image is brought to, in pixels; None leaves it.
+        tile: long side of a map on the sheet, in pixels, roughly.
+        arch: the network, see `VGGFeatures`.
+        weights: see `vggfeat.weights.load`.
+
+    Returns:
+        A sheet with a tile for each channel, labelled by its number.
+
+    Raises:
+        InputError: a layer, channel or choice that is not there, or an image that cannot be read or is too small.
+        WeightsError: weights that cannot be had or do not reach the layer.
+    """
+    if scale not in ("each", "shared"):
+        raise InputError(f"unknown scale {scale!r}: choose 'each' or 'shared'")
+    features = VGGFeatures([layer], arch, weights)
+    features.arch.layer(layer)
+    tap = _tap(features, layer, load_image(image, size))
+    what = f"{layer} of {features.arch.name}"
+    shown = chosen(channels, count, len(tap), tap.clamp_min(0).mean((1, 2)), order, what)
+    values = tap[shown]
+    axes = (1, 2) if scale == "each" else (0, 1, 2)
+    low, high = values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
+    pictures = colored((values - low) / torch.where(high > low, high - low, 1), colors)
+    tiles = [enlarged(to_pil(picture), tile) for picture in pictures]
+    settings = {"picture": "maps", "layer": layer, "arch": features.arch.name, "weights": features.weights}
+    which = f", {len(shown)} of {len(tap)}"
+    if channels is None and len(shown) < len(tap):
+        which = f", the {order} {len(shown)} of {len(tap)}"
+    title = f"Feature maps {what}{which}, {tap.shape[2]}×{tap.shape[1]}"
+    return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
+
+
+def _tap(features: VGGFeatures, layer: str, image: Tensor) -> Tensor:
+    """The layer's value (C,h,w) of an image (1,3,H,W)."""
+    with torch.no_grad():
+        return wide(features(image)[layer])[0].contiguous()
+
+
+def _peaks(tap: Tensor, layer: Layer, count: int) -> tuple[Tensor, Tensor]:
+    """The highest local maxima of each channel: values (C,k), -inf where there are fewer, and rows and columns (C,k,2).
+
+    A maximum is local where nothing within half a receptive field is higher; of equal ones, the first counts.
+    """
+    reach = max(1, math.ceil(layer.receptive_field / layer.stride / 2))
+    flat = tap.flatten(1)
+    best, where = F.max_pool2d(tap[None], 2 * reach + 1, 1, reach, return_indices=True)
+    own = torch.arange(flat.shape[1], device=tap.device)
+    flat = flat.masked_fill(where[0].flatten(1) != own, -math.inf)
+    values, places = flat.topk(min(count, flat.shape[1]))
+    return values, torch.stack([places // tap.shape[2], places % tap.shape[2]], dim=-1)
+
+
+def _crop(image: Tensor, layer: Layer, row: int, column: int) -> Tensor:
+    """What the unit at that place sees of the image (1,3,H,W): (1,3,r,r), grey beyond the border.
+
+    The first pixel it sees is at row·stride + (stride - r) / 2: a unit lies over the middle of its stride's cell.
+    """
+    r, s = layer.receptive_field, layer.stride
+    top, left = row * s + (s - r) // 2, column * s + (s - r) // 2
+    height, width = image.shape[2:]
+    # negative padding crops
+    return F.pad(image, (-left, left + r - width, -top, top + r - height), value=0.5)
+
+
+def _mosaic(crops: list[Image.Image], count: int) -> Image.Image:
+    """Up to `count` pictures of one size in a square, one pixel apart, empty places white."""
+    side = crops[0].width
+    across = math.ceil(math.sqrt(count))
+    down = math.ceil(count / across)
+    picture = Image.new("RGB", (across * (side + 1) - 1, down * (side + 1) - 1), "white")
+    for i, crop in enumerate(crops):
+        picture.paste(crop, (i % across * (side + 1), i // across * (side + 1)))
+    return picture
