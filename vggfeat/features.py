@@ -15,7 +15,7 @@ from vggfeat import trunk as _trunk
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
 from vggfeat.trunk import Plan, Trunk
-from vggfeat.weights import DEFAULT, Weights, WeightsLike, load
+from vggfeat.weights import DEFAULT, WeightsLike, load
 
 __all__ = ["PRECISIONS", "VGGFeatures", "bfloat16_is_fast", "trunk_dtype"]
 
@@ -73,7 +73,7 @@ class VGGFeatures(nn.Module):
         low, high = (float(value) for value in input_range)
         if not low < high:
             raise InputError(f"input_range must rise, got ({low:g}, {high:g})")
-        loaded = weights if isinstance(weights, Weights) else load(weights, arch)
+        loaded = load(weights, arch)
         if set(names) - set(loaded.arch.head_names):
             loaded.arch.check(name for name in names if name not in loaded.arch.head_names)
         loaded.require(names)
@@ -225,7 +225,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
         return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return torch.backends.mkldnn.is_available() and any(getattr(torch.cpu, ask, bool)() for ask in asks)
+        return _trunk.has_onednn() and any(getattr(torch.cpu, ask, bool)() for ask in asks)
     return False
 
 

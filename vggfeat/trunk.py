@@ -499,9 +499,14 @@ def _fused_conv_works(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
+        and has_onednn()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     )
+
+
+def has_onednn() -> bool:
+    """Whether this torch can use oneDNN's kernels."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: bool = False) -> Tensor:

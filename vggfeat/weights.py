@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SETS", "Convention", "Published", "Weights", "find", "load", "load_weights"]
 
-WeightsLike = str | os.PathLike[str] | Mapping[str, Tensor]
+WeightsLike = Union[str, os.PathLike[str], Mapping[str, Tensor], "Weights"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
             `.pth`, `.safetensors` or Keras `.h5` file, or a state dict. `"caffe:PATH"` says of a `.pth` or
             `.safetensors` file that it takes Oxford's input convention (BGR, 0..255); files published under a known
             name and Keras files are known to.
+            What was loaded already is given back.
         arch: the network, by name; None means the file's own, and vgg16 where nothing implies one.
 
     Raises:
@@ -171,6 +172,8 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
         DependencyError: a `.h5` file without h5py.
         InputError: an unknown architecture, or `weights` of another type.
     """
+    if isinstance(weights, Weights):
+        return weights
     if isinstance(weights, _Default):
         weights = os.environ.get("VGGFEAT_WEIGHTS") or "imagenet"
     if isinstance(weights, Mapping):
@@ -184,7 +187,8 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
             return load("imagenet", arch)
         except WeightsUnavailableError as error:
             loaded = load("random", arch)
-            return replace(loaded, label=f"random ({str(error).split(';')[0]})")
+            cause = error.__cause__ or error
+            return replace(loaded, label=f"random, for want of imagenet's ({cause})")
     if weights == "random":
         chosen = replace(parse(arch or "vgg16"), head=None)
         with torch.device("cpu"):  # the same numbers, whatever the default device is
@@ -497,16 +501,16 @@ def find(name: str, arch: str = "vgg16", *, download: bool = True) -> Path:
             verify(path, published.digest)
             return path
     looked = " and ".join(map(str, folders()))
-    reason = "not asked to download"
+    failure = WeightsUnavailableError("not asked to download")
     if download:
         try:
             return fetch(published.url, folders()[-1])
         except WeightsUnavailableError as error:
-            reason = str(error)
+            failure = error
     raise WeightsUnavailableError(
-        f"{name} weights for {arch} cannot be had: {published.filename} is not in {looked}, {reason}; "
+        f"{name} weights for {arch} cannot be had: {published.filename} is not in {looked}, {failure}; "
         "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='random'"
-    )
+    ) from failure
 
 
 # ── random ────────────────────────────────────────────────────────────────────────────────────────────────────────────

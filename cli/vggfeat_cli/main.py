@@ -47,8 +47,8 @@ def fetch(name: str, arch: str) -> None:
 @click.argument("files", nargs=-1, type=click.Path())
 def verify(files: tuple[str, ...]) -> None:
     """Check FILES, or every published file on this machine, against the published and recorded sha256."""
+    from vggfeat.fetch import verify as check
     from vggfeat.weights import SETS, folders
-    from vggfeat.weights import verify as check
 
     known = {published.filename: published.digest for group in SETS.values() for published in group.values()}
     paths = [Path(file) for file in files] or [

@@ -92,7 +92,6 @@ def command(
         click.echo(str(written))
     seconds = f"{result.elapsed:.1f} s"
     size = f"{result.image.width}×{result.image.height}"
-    click.echo(f"weights: {result.weights}", err=True)
     click.echo(f"{size}, {len(result.history)} steps, {seconds}, {result.arch} in {result.precision}", err=True)
     if trouble:
         click.echo(f"vggstyle: {trouble}; the picture is in {written}", err=True)
@@ -132,6 +131,8 @@ class _Bar:
         self.bar.close()
 
     def __call__(self, step: StyleStep) -> None:
+        if step.scale == step.step == 1:  # before the wait, not after it
+            self.bar.write(f"weights: {step.weights}", file=sys.stderr)
         where = f"scale {step.scale}/{step.scales} {step.width}×{step.height} step {step.step}/{step.steps}"
         self.bar.set_description_str(where, refresh=False)
         self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in step.losses.items() if v), refresh=False)

@@ -95,7 +95,9 @@ def main() -> None:
     result = stylize(*files, config, callback=watch)
     ours = [(when, step, saved(image)) for when, step, image in frames]
     final = sum(result.losses[name] for name in ("style", "content", "tv"))
-    print(f"vggfeat: default run {result.elapsed:.1f} s, saved {final:.4f}, {final / saved(kept[args.steps]):.2f} of the plain loop's")
+    print(
+        f"vggfeat: default run {result.elapsed:.1f} s, saved {final:.4f}, {final / saved(kept[args.steps]):.2f} of the plain loop's"
+    )
     for when, step, worth in ours:
         if step in (1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60, 80, 100):
             print(f"  {when:6.2f} s, last scale's step {step:3}: saved {worth:.4f}")
@@ -103,7 +105,9 @@ def main() -> None:
     goals["the plain loop's tensor after 100 steps, plus 3 %"] = (1.03 * value(kept[100]), seconds * 100 / args.steps)
     for name, (goal, there) in goals.items():
         when = next((when for when, _, worth in ours if worth <= goal), None)
-        print(f"{name} ({goal:.4f}, {there:.1f} s): " + (f"{when:.2f} s, 1/{there / when:.0f}" if when else "not reached"))
+        print(
+            f"{name} ({goal:.4f}, {there:.1f} s): " + (f"{when:.2f} s, 1/{there / when:.0f}" if when else "not reached")
+        )
     result.save("/tmp/ours.png", overwrite=True)
 
 

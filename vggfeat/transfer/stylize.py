@@ -30,6 +30,7 @@ ImageLike = str | os.PathLike[str] | Image.Image | Tensor
 Callback = Callable[["StyleStep"], object]
 
 EXPLODED = 4.0  # a total this many times the best one of its scale is given up
+FIRST = 0.03  # first step of L-BFGS at the coarsest scale, as a mean change of a value
 RESTARTS = 5  # at one scale, before it is left with its best picture
 
 
@@ -47,6 +48,7 @@ class StyleStep:
         losses: `total`, `style`, `content`, `tv`, weighted, of the image before this step.
         elapsed: seconds since `stylize` began its first scale.
         progress: share of all pixels times steps that is done.
+        weights: the weights that are used, in words.
     """
 
     scale: int
@@ -58,6 +60,7 @@ class StyleStep:
     losses: dict[str, float]
     elapsed: float
     progress: float
+    weights: str
     _tensor: Tensor = field(repr=False, compare=False)
 
     def image(self) -> Image.Image:
@@ -218,7 +221,9 @@ class _Run:
 
     def _scale(self, number: int, width: int, height: int, objective: Objective) -> None:
         config = self.config
-        optimizer: Optimizer = LBFGS() if config.optimizer == "lbfgs" else Adam(config.learning_rate)
+        optimizer: Optimizer = Adam(config.learning_rate)
+        if config.optimizer == "lbfgs":
+            optimizer = LBFGS(first=FIRST if number == 1 else FIRST / 3)  # a finer scale starts from a good picture
         best, restarts = math.inf, 0
         image = self.image
         for step in range(1, config.steps + 1):
@@ -244,7 +249,7 @@ class _Run:
             if self.callback is not None:
                 elapsed, progress = time.perf_counter() - self.start, self.done / self.work
                 where = (number, len(self.sizes), step, config.steps, width, height)
-                self.callback(StyleStep(*where, losses, elapsed, progress, self.image))
+                self.callback(StyleStep(*where, losses, elapsed, progress, self.features.weights, self.image))
 
     def result(self) -> StyleResult:
         """The picture as it is saved, and what is known of it."""
