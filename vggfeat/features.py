@@ -128,7 +128,7 @@ class VGGFeatures(nn.Module):
         linear = [_LINEAR[name] for name in self._head if name in _LINEAR]
         filters = self.trunk.filters(self.plan, images.device, dtype, linear)
         with _trunk.no_autocast(images.device):  # its wish is in the dtype
-            return self._run(self._normalised(images, dtype), filters)
+            return self._run(self._normalised(images), filters)
 
     def _run(self, x: Tensor, filters: list[Tensor]) -> dict[str, Tensor]:
         if torch.compiler.is_exporting() or x.device.type not in ("cpu", "cuda"):
@@ -141,7 +141,7 @@ class VGGFeatures(nn.Module):
             taps |= self._run_head(taps["pool5"])
         return {name: taps[name] for name in self.layers}
 
-    def _normalised(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+    def _normalised(self, images: Tensor) -> Tensor:
         work = torch.float64 if images.dtype == torch.float64 else torch.float32
         images = images.to(work)
         if not _inside_functorch(images):  # which maps over tensors of another rank
@@ -149,7 +149,7 @@ class VGGFeatures(nn.Module):
         scale, shift = (
             torch.tensor(v, dtype=work, device=images.device)[:, None, None] for v in (self._scale, self._shift)
         )
-        return (images * scale + shift).to(dtype)
+        return images * scale + shift
 
     def _run_head(self, x: Tensor) -> dict[str, Tensor]:
         taps = {}

@@ -153,8 +153,35 @@ def unit_normalize(features: Tensor) -> Tensor:
 
     The guard against zeros stands under the root, so that the gradient at a vector of zeros is finite.
     """
-    features = wide(features)
-    return features / (features.square().sum(1, keepdim=True) + EPS).sqrt()
+    found: Tensor = _UnitNormalize.apply(features)
+    return found
+
+
+class _UnitNormalize(torch.autograd.Function):
+    """y = F r with r = 1/√(‖F‖² + ε), and back r (g - y ⟨y, g⟩): a few passes over the features where autograd takes a
+    dozen, and nothing kept but the features as they came."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features: Tensor) -> Tensor:
+        return wide(features) * _UnitNormalize.factor(wide(features))
+
+    @staticmethod
+    def factor(features: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        return (norm.square() + EPS).rsqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (features,) = ctx.saved_tensors
+        r = _UnitNormalize.factor(wide(features))
+        y = wide(features) * r
+        return ((grad - y * (y * grad).sum(1, keepdim=True)) * r).to(features.dtype)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -168,7 +195,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
         (N,).
     """
     if mask is None:
-        return values.flatten(1).mean(1) if values.ndim > 1 else values
+        return values.mean(tuple(range(1, values.ndim))) if values.ndim > 1 else values
     weight = mask.to(values.dtype).expand(values.shape[0], 1, *values.shape[2:])
     total = weight.sum((1, 2, 3)) * values.shape[1]
     return (values * weight).sum((1, 2, 3)) / total.clamp_min(EPS)

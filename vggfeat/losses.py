@@ -20,6 +20,7 @@ __all__ = ["EncodedTarget", "PerceptualLoss", "StyleLoss"]
 
 Criterion = str | Callable[[Tensor, Tensor], Tensor]
 REDUCTIONS = ("none", "mean", "sum")
+VALUES_AT_A_TIME = 1 << 22  # of the first layer's output, 16 MB in float32
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no one truth value
@@ -114,6 +115,36 @@ class _FeatureLoss(nn.Module):
         self._check_sizes(own_size, size, mask is not None and isinstance(target, Tensor))
         if mask is not None:
             mask = _checked_mask(mask, input)
+        step = self._images_at_a_time(input)
+        parts = [
+            self._compare(
+                input[i : i + step],
+                target if count == 1 else target[i : i + step],
+                mask if mask is None or len(mask) == 1 else mask[i : i + step],
+            )
+            for i in range(0, images, step)
+        ]
+        total = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.reduction == "none":
+            if total.ndim != 1:
+                raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
+            return total
+        return total.mean() if self.reduction == "mean" else total.sum()
+
+    def _images_at_a_time(self, input: Tensor) -> int:
+        """How many images to run together: on a CPU so few that what passes between layers stays in its caches.
+
+        Memory of more than 32 MB is also fetched from the system and given back at every use, which takes as long as
+        computing on it. Inside a compiled graph, and for a criterion of the user's that may look at the whole batch,
+        the batch stays whole.
+        """
+        images = max(1, input.shape[0])
+        if input.device.type != "cpu" or torch.compiler.is_compiling() or not isinstance(self.criterion, str):
+            return images
+        values = input.shape[2] * input.shape[3] * self.features.arch.layers[0].channels
+        return min(images, max(1, VALUES_AT_A_TIME // max(1, values)))
+
+    def _compare(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> Tensor:
         ours = self._represent(input, mask)
         theirs = target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
         criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
@@ -123,11 +154,7 @@ class _FeatureLoss(nn.Module):
                 distance = self._reduced(criterion(wide(ours[name]), wide(theirs[name])), mask)
                 total = weight * distance if total is None else total + weight * distance
         assert total is not None
-        if self.reduction == "none":
-            if total.ndim != 1:
-                raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
-            return total
-        return total.mean() if self.reduction == "mean" else total.sum()
+        return total
 
     @property
     def _signature(self) -> tuple[object, ...]:

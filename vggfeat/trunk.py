@@ -201,6 +201,9 @@ class Trunk:
             weight, bias = weight * scale[:, None, None, None], (bias - mean) * scale + beta
         # the gradient of a convolution is a convolution with the kernel turned round and channels exchanged
         back = weight.flip(2, 3).transpose(0, 1)
+        if dtype == torch.bfloat16 and index == 0:
+            high = weight.to(dtype).to(weight.dtype)
+            weight = torch.cat([high, high, weight - high], dim=1)  # meets `_doubled`
         layouts = ((weight, torch.channels_last), (bias, torch.contiguous_format), (back, torch.channels_last))
         return tuple(value.to(device, dtype).contiguous(memory_format=layout).clone() for value, layout in layouts)
 
@@ -219,12 +222,13 @@ def plain(x: Tensor, filters: Sequence[Tensor], plan: Plan) -> list[Tensor]:
     """The taps, shallow to deep, by ordinary operations.
 
     Args:
-        x: normalised images (N,3,H,W).
+        x: normalised images (N,3,H,W), float32 for bfloat16 filters, else in the filters' type.
         filters: of `Trunk.filters` for the same plan.
         plan: what to run.
     """
     taps: list[Tensor] = []
     left = list(filters)
+    x = _doubled(x, filters[0])
 
     def conv(x: Tensor, pad: int) -> Tensor:
         weight, bias, _ = left[:3]
@@ -245,6 +249,20 @@ def plain(x: Tensor, filters: Sequence[Tensor], plan: Plan) -> list[Tensor]:
             if step in stage.taps:
                 taps.append(x)
     return taps
+
+
+def _doubled(x: Tensor, weight: Tensor) -> Tensor:
+    """What the first convolution takes: the images, or for bfloat16 their upper and lower halves, (N,9,H,W).
+
+    Eight bits of mantissa are fewer than a photograph has, and conv1_1 takes differences of neighbours. With image and
+    weight as sums of two bfloat16 numbers, x w ≈ xₕwₕ + xₗwₕ + xₕwₗ is exact to 16 bits, and 9 channels cost a
+    convolution unit no more than 3: it works on 16 or more at a time.
+    """
+    if weight.dtype != torch.bfloat16 or weight.shape[1] != 9:
+        return x
+    high = x.to(weight.dtype)
+    low = (x - high.to(x.dtype)).to(weight.dtype)
+    return torch.cat([high, low, high], dim=1)
 
 
 def _padded(x: Tensor, pad: int, padding: str) -> Tensor:
@@ -301,7 +319,7 @@ def _forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list
     taps: list[Tensor] = []
     kept: list[Tensor] = []
     left = list(filters)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = _doubled(x, filters[0]).contiguous(memory_format=torch.channels_last)
     with no_autocast(x.device):
         for stage in plan.stages:
             wants = _kept(stage, plan.pooling) if keep != "none" else ""
@@ -647,7 +665,7 @@ def _(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor
     taps: list[Tensor] = []
     kept: list[Tensor] = []
 
-    def like(c: int, h: int, w: int, dtype: torch.dtype = x.dtype) -> Tensor:
+    def like(c: int, h: int, w: int, dtype: torch.dtype = filters[0].dtype) -> Tensor:
         return torch.empty((x.shape[0], c, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
     for stage, (h, w) in zip(plan.stages, _sizes(plan, x.shape), strict=True):
@@ -730,7 +748,7 @@ def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits")
     """The taps in the order of `plan.names`; gradients flow to `x` alone.
 
     Args:
-        x: normalised images (N,3,H,W) in the filters' device and dtype.
+        x: normalised images (N,3,H,W), float32 for bfloat16 filters, else in the filters' type.
         filters: of `Trunk.filters` for the same plan.
         plan: what to run.
         keep: what to remember for the backward: "bits" (a tenth of autograd's memory and less) or "values" (faster).
@@ -785,7 +803,7 @@ class _Back(torch.autograd.Function):
         grads, rest = rest[:n], rest[n:]
         taps, rest = rest[:again], rest[again:]
         found: Tensor = _backward(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), code, keep)
-        return found
+        return found.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -98,8 +98,7 @@ class Sheet:
         head = SMALL + GAP if any(labels) else 0
         wide = max(max(t.width, math.ceil(font.getlength(l))) for t, l in zip(self.tiles, labels, strict=True))
         high = max(tile.height for tile in self.tiles) + head
-        columns = self.columns or max(1, math.ceil(math.sqrt(len(self.tiles) * high / wide)))
-        columns = min(columns, len(self.tiles))
+        columns = min(self.columns or _across(len(self.tiles), high / wide), len(self.tiles))
         rows = math.ceil(len(self.tiles) / columns)
         top = MARGIN + (LARGE + 2 * GAP if self.title else 0)
         width = 2 * MARGIN + columns * (wide + GAP) - GAP
@@ -112,6 +111,16 @@ class Sheet:
             if label:
                 texts.append((x + wide // 2, y + SMALL // 2, label, SMALL, "mm"))
         return picture, texts
+
+
+def _across(count: int, tall: float) -> int:
+    """How many of `count` tiles, each `tall` times as high as wide, to put side by side for an about square sheet.
+
+    A number up to a third larger or smaller than the best is taken where it fills every row.
+    """
+    best = max(1, round(math.sqrt(count * tall)))
+    near = [n for n in range(1, count + 1) if count % n == 0 and 0.74 <= n / best <= 1.34]
+    return min(near, key=lambda n: (abs(n - best), -n), default=best)
 
 
 def check_sheet(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -158,7 +167,9 @@ def load_image(image: ImageLike, size: int | None = None) -> Tensor:
     return to_tensor(resize(picture, *fit(picture.width, picture.height, size)) if size else picture)
 
 
-def chosen(channels: Sequence[int] | None, count: int, total: int, strength: Tensor, order: str, what: str) -> list[int]:
+def chosen(
+    channels: Sequence[int] | None, count: int, total: int, strength: Tensor, order: str, what: str
+) -> list[int]:
     """Which of `total` channels are shown: those named, else up to `count` in `order`, `first` or `strongest`.
 
     Raises:

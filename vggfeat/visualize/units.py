@@ -78,7 +78,7 @@ def filters(
         peak = kernels[shown].abs().amax((1, 2, 3), keepdim=True)
         pictures = 0.5 + 0.5 * kernels[shown] / torch.where(peak > 0, peak, 1)
         tiles = [enlarged(to_pil(picture), tile or 48) for picture in pictures]
-        title = f"Filters {what}"
+        title = f"Filters of {layer}, {loaded.arch.name}"
     else:
         if patches < 1:
             raise InputError(f"patches must be at least 1, got {patches}")
@@ -95,7 +95,7 @@ def filters(
             places = peaks[channel, top[channel]][values[channel, top[channel]] > -math.inf]
             crops = [_crop(tensors[int(i)], found, int(y), int(x)) for i, y, x in places]
             tiles.append(_mosaic([enlarged(to_pil(crop), side) for crop in crops], patches))
-        title = f"What drives {what}: patches of {found.receptive_field}×{found.receptive_field} pixels"
+        title = f"What drives {layer}, {loaded.arch.name}: patches of {found.receptive_field} x {found.receptive_field} pixels"
     return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
 
 
@@ -121,8 +121,9 @@ def maps(
         channels: which to show; None takes `count` of them.
         count: how many, at most as many as there are.
         order: `strongest` (by the mean of what is above 0) or `first`.
-        scale: `each` spans the colours from its own lowest to its own highest value, `shared` from the lowest to the
-            highest of all that are shown. A constant map has the lowest colour.
+        scale: `each` spans the colours from a map's lowest value to that which one in 200 of its values exceeds, since
+            a few peaks would leave the rest dark; `shared` does so over all maps that are shown. A constant map has the
+            lowest colour.
         colors: `grey` or a colour map of kornia's.
         size: long side that the image is brought to, in pixels; None leaves it.
         tile: long side of a map on the sheet, in pixels, roughly.
@@ -144,15 +145,13 @@ def maps(
     what = f"{layer} of {features.arch.name}"
     shown = chosen(channels, count, len(tap), tap.clamp_min(0).mean((1, 2)), order, what)
     values = tap[shown]
-    axes = (1, 2) if scale == "each" else (0, 1, 2)
-    low, high = values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
-    pictures = colored((values - low) / torch.where(high > low, high - low, 1), colors)
+    pictures = colored(_stretched(values.flatten(1) if scale == "each" else values.view(1, -1)).view_as(values), colors)
     tiles = [enlarged(to_pil(picture), tile) for picture in pictures]
     settings = {"picture": "maps", "layer": layer, "arch": features.arch.name, "weights": features.weights}
     which = f", {len(shown)} of {len(tap)}"
     if channels is None and len(shown) < len(tap):
         which = f", the {order} {len(shown)} of {len(tap)}"
-    title = f"Feature maps {what}{which}, {tap.shape[2]}×{tap.shape[1]}"
+    title = f"Feature maps of {layer}, {features.arch.name}{which}, {tap.shape[2]} x {tap.shape[1]}"
     return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
 
 
@@ -162,16 +161,29 @@ def _tap(features: VGGFeatures, layer: str, image: Tensor) -> Tensor:
         return wide(features(image)[layer])[0].contiguous()
 
 
+def _stretched(rows: Tensor) -> Tensor:
+    """Rows of values with the lowest at 0 and the 99.5th percentile at 1; a constant row is 0."""
+    count = rows.shape[1]
+    low, top = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    high = rows.kthvalue(math.ceil(0.995 * count), dim=1, keepdim=True).values
+    high = torch.where(high > low, high, top)
+    return (rows - low) / torch.where(high > low, high - low, 1)
+
+
 def _peaks(tap: Tensor, layer: Layer, count: int) -> tuple[Tensor, Tensor]:
     """The highest local maxima of each channel: values (C,k), -inf where there are fewer, and rows and columns (C,k,2).
 
-    A maximum is local where nothing within half a receptive field is higher; of equal ones, the first counts.
+    A maximum is local where nothing within half a receptive field is higher; of equal ones, the first counts. Units that
+    see beyond the image's border, which drives many by itself, only count where there are no others.
     """
     reach = max(1, math.ceil(layer.receptive_field / layer.stride / 2))
+    edge = math.ceil((layer.receptive_field / layer.stride - 1) / 2)
+    if min(tap.shape[1:]) > 2 * edge:
+        inside = tap[:, edge : tap.shape[1] - edge, edge : tap.shape[2] - edge]
+        tap = F.pad(inside, (edge, edge, edge, edge), value=-math.inf)
+    where = F.max_pool2d(tap[None], 2 * reach + 1, 1, reach, return_indices=True)[1]
     flat = tap.flatten(1)
-    best, where = F.max_pool2d(tap[None], 2 * reach + 1, 1, reach, return_indices=True)
-    own = torch.arange(flat.shape[1], device=tap.device)
-    flat = flat.masked_fill(where[0].flatten(1) != own, -math.inf)
+    flat = flat.masked_fill(where[0].flatten(1) != torch.arange(flat.shape[1]), -math.inf)
     values, places = flat.topk(min(count, flat.shape[1]))
     return values, torch.stack([places // tap.shape[2], places % tap.shape[2]], dim=-1)
 

@@ -1,0 +1,285 @@
+"""Pictures of what `vggfeat.analysis` finds, as PNG, PDF or SVG by the ending; needs matplotlib (`vggfeat[plot]`).
+
+Figures are matplotlib objects of their own: no display, no pyplot, no global setting is touched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vggfeat.analysis import Comparison, Description, Stacked, effective_field, stacked_3x3
+from vggfeat.arch import Arch, parse
+from vggfeat.errors import DependencyError, InputError
+from vggfeat.tables import check_file, written
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from vggfeat.weights import WeightsLike
+
+__all__ = ["SUFFIXES", "plot_comparison", "plot_parameters", "plot_receptive_fields", "plot_stacked"]
+
+SUFFIXES = (".png", ".pdf", ".svg")
+# colours that colour-blind people tell apart (Okabe and Ito 2008)
+BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442", "#d55e00"
+GREY = "#777777"
+
+PathLike = str | os.PathLike[str]
+
+
+def check_plot(path: PathLike, *, overwrite: bool = False) -> Path:
+    """`path`, once it is clear that a figure can be written there: to be called before any long work.
+
+    Raises:
+        InputError: not one of `SUFFIXES`, no writable folder, or a file that must stay.
+        DependencyError: matplotlib is missing.
+    """
+    path = check_file(path, SUFFIXES, overwrite=overwrite)
+    _figure_class()
+    return path
+
+
+def _figure_class() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DependencyError("plots need matplotlib: pip install 'vggfeat[plot]'") from error
+    return Figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    return _figure_class()(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with written(path) as file:
+        figure.savefig(file, format=path.suffix.lower()[1:], dpi=150)
+    return path
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# ── compare ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plot_comparison(comparison: Comparison, path: PathLike, *, overwrite: bool = False) -> Path:
+    """Accuracy against cost: MACs and, where it was measured, latency; the area of a disc is the parameters.
+
+    A ring above a disc is the same network trained by a newer recipe.
+
+    Raises:
+        InputError: fewer than two networks with a published accuracy, or a path that cannot be written.
+        DependencyError: matplotlib is missing.
+    """
+    path = check_plot(path, overwrite=overwrite)
+    nets = [net for net in comparison.nets if net.published]
+    if len(nets) < 2:
+        raise InputError("accuracy against cost needs two networks with a published accuracy at this size and classes")
+    costs: list[tuple[str, list[float]]] = [("forward of one image, G MACs", [net.macs / 1e9 for net in nets])]
+    if measured := [1e3 * net.measured.latency for net in nets if net.measured]:
+        costs.append((f"forward of one image, ms\n{comparison.machine}", measured))
+    figure = _figure(1 + 5.5 * len(costs), 5)
+    panels: Any = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    for axes, (label, values) in zip(panels, costs, strict=True):
+        labels = []
+        for net, cost in zip(nets, values, strict=True):
+            scores = [top1 for top1, _ in net.published.values()]
+            color = BLUE if net.name.startswith("vgg") else RED
+            area = net.params / 1e6 * 6
+            axes.scatter(cost, scores[0], s=area, color=color, alpha=0.45, linewidths=0, zorder=2)
+            axes.scatter(cost, scores[0], s=9, color=color, zorder=3)
+            if scores[-1] > scores[0]:
+                axes.plot([cost, cost], [scores[0], scores[-1]], color=color, lw=1, ls=":", zorder=1)
+                axes.scatter(cost, scores[-1], s=area, facecolors="none", edgecolors=color, zorder=2)
+            labels.append((cost, scores[0], net.name, (area / 3.1416) ** 0.5))
+        axes.set_xscale("log")
+        axes.set_xlim(min(values) / 1.8, max(values) * 1.8)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+        axes.set_xlabel(label)
+        axes.grid(True, color="#e6e6e6", zorder=0)
+        axes.margins(y=0.12)
+        _plain(axes)
+        for x, y, text, radius in labels:  # beside the disc, on the side that has more room
+            side = -1 if x > (min(values) * max(values)) ** 0.5 and len(nets) > 2 else 1
+            axes.annotate(
+                text, (x, y), (side * (radius + 3), 0), textcoords="offset points", va="center", fontsize=9,
+                ha="left" if side > 0 else "right",
+            )  # fmt: skip
+    panels[0].set_ylabel("ImageNet top-1, one crop, %")
+    figure.suptitle("Accuracy against cost (area: parameters; ring: newer training recipe)", fontsize=11)
+    return _save(figure, path)
+
+
+# ── describe ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, overwrite: bool = False) -> Path:
+    """Parameters and MACs of networks, convolutions and fully connected layers stacked, as horizontal bars.
+
+    Raises:
+        InputError: no network, or a path that cannot be written.
+        DependencyError: matplotlib is missing.
+    """
+    path = check_plot(path, overwrite=overwrite)
+    if not descriptions:
+        raise InputError("nothing to draw: describe at least one network")
+    figure = _figure(10, 1.4 + 0.42 * len(descriptions))
+    panels: Any = figure.subplots(1, 2, sharey=True)
+    names = [each.label for each in descriptions]
+    for axes, (key, unit, label) in zip(
+        panels, (("params", 1e6, "million parameters"), ("macs", 1e9, "G MACs of one image")), strict=True
+    ):
+        left = [0.0] * len(names)
+        for kind, color, what in (("conv", BLUE, "convolutions"), ("fc", ORANGE, "fully connected")):
+            widths = [each.split.get(kind, {}).get(key, 0) / unit for each in descriptions]
+            axes.barh(names, widths, left=left, color=color, height=0.7, label=what)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for i, total in enumerate(left):
+            axes.annotate(f"{total:,.3g}", (total, i), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.set_xlabel(label)
+        axes.margins(x=0.12)
+        _plain(axes)
+    panels[0].invert_yaxis()
+    panels[0].tick_params(axis="y", length=0)
+    panels[1].tick_params(axis="y", length=0)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    return _save(figure, path)
+
+
+# ── the 3×3 argument ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -> Path:
+    """A section through n stacked 3×3 convolutions, and what n of them cost against one large convolution.
+
+    Raises:
+        InputError: a path that cannot be written.
+        DependencyError: matplotlib is missing.
+    """
+    path = check_plot(path, overwrite=overwrite)
+    n = min(stacked.n, 6)  # more layers than that cannot be told apart in a section
+    figure = _figure(10.5, 4.6)
+    section, costs = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    colors = [SKY, GREEN, ORANGE, PINK, YELLOW, RED]
+    for depth in range(n + 1):  # depth 0 is the output, n the image
+        reach = depth
+        y = -depth
+        for x in range(-n, n + 1):
+            inside = abs(x) <= reach
+            face = ("#dddddd" if depth == n else colors[depth % 6]) if inside else "white"
+            box = _box((x - 0.45, y - 0.2), 0.9, 0.4, face, "#555555" if inside else "#dddddd")
+            section.add_patch(box)
+        if depth < n:
+            for sign in (-1, 1):
+                section.plot([sign * (reach + 0.45), sign * (reach + 1.45)], [y - 0.2, y - 0.8], color="#555555", lw=1)
+        side = 2 * reach + 1
+        text = "1 output" if not depth else f"{side}×{side}" + (" of the image" if depth == n else "")
+        section.text(n + 0.8, y, text, va="center", fontsize=10)
+        if depth < n:
+            section.text(-n - 0.8, y - 0.5, "3×3, ReLU", va="center", ha="right", fontsize=10, color=GREY)
+    section.set_xlim(-n - 3.6, n + 4.2)
+    section.set_ylim(-n - 0.6, 0.6)
+    section.set_axis_off()
+    many = "" if n == stacked.n else f" (of {stacked.n})"
+    section.set_title(f"{n}{many} stacked 3×3 convolutions see {2 * n + 1}×{2 * n + 1} pixels", fontsize=11)
+
+    stacks = [stacked_3x3(k) for k in range(1, max(stacked.n, 2) + 1)]
+    fields = [each.receptive_field for each in stacks]
+    costs.plot(fields, [each.single_params for each in stacks], "o-", color=RED, label="one large convolution")
+    costs.plot(fields, [each.stacked_params for each in stacks], "o-", color=BLUE, label="stacked 3×3")
+    last = stacks[-1]
+    costs.annotate("one (2n+1)×(2n+1): (2n+1)² C²", (fields[-1], last.single_params), (-8, 0), ha="right", va="center",
+                   textcoords="offset points", color=RED)  # fmt: skip
+    costs.annotate("n stacked 3×3: 9n C²", (fields[-1], last.stacked_params), (0, -9), ha="right", va="top",
+                   textcoords="offset points", color=BLUE)  # fmt: skip
+    for each in stacks if len(stacks) <= 8 else stacks[-1:]:
+        if each.saving:
+            x = each.receptive_field
+            costs.plot([x, x], [each.stacked_params, each.single_params], color=GREY, lw=0.8, ls=":", zorder=0)
+            middle = (each.stacked_params + each.single_params) / 2
+            costs.annotate(f"−{each.saving:.0%}", (x, middle), (-4, 0), ha="right", va="center", fontsize=9,
+                           textcoords="offset points", color=GREY)  # fmt: skip
+    if len(fields) <= 10:
+        costs.set_xticks(fields)
+    costs.set_xlabel("receptive field, pixels")
+    costs.set_ylabel("weights / C²  (and MACs a pixel)")
+    costs.set_ylim(0, None)
+    costs.set_title("what it costs; n stacked ones have n ReLUs, the large one 1", fontsize=11)
+    costs.grid(True, color="#eeeeee")
+    _plain(costs)
+    return _save(figure, path)
+
+
+def _box(corner: tuple[float, float], width: float, height: float, face: str, edge: str, **options: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, width, height, facecolor=face, edgecolor=edge, **options)
+
+
+# ── receptive fields ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plot_receptive_fields(
+    image: PathLike | Image.Image,
+    arch: str | Arch,
+    layers: Sequence[str],
+    path: PathLike,
+    *,
+    measure: bool = True,
+    weights: WeightsLike = "auto",
+    samples: int = 4,
+    overwrite: bool = False,
+) -> Path:
+    """What a unit in the middle of each layer sees, drawn over an image at the image's own size.
+
+    One panel has the squares that the architecture gives; with `measure` one more for each layer has what the unit
+    really depends on (`vggfeat.analysis.effective_field`), as light on the image.
+
+    Args:
+        image: a file or a PIL image.
+        arch: the network.
+        layers: names of the convolutional part, at most seven.
+        path: where to; `.png`, `.pdf` or `.svg`.
+        measure: add the measured fields.
+        weights: what to measure with.
+        samples: noise images to average over.
+        overwrite: replace an existing file.
+
+    Raises:
+        InputError: no layer or too many, a layer that the network lacks, or a path that cannot be written.
+        ImageError: an image that cannot be read.
+        WeightsError: weights that cannot be had or do not reach a layer.
+        DependencyError: matplotlib is missing.
+    """
+    path = check_plot(path, overwrite=overwrite)
+    arch = parse(arch)
+    colors = [YELLOW, SKY, ORANGE, GREEN, PINK, RED, BLUE]
+    if not 1 <= len(layers) <= len(colors):
+        raise InputError(f"name one to {len(colors)} layers to draw, got {len(layers)}")
+    found = sorted({arch.layer(name) for name in layers}, key=lambda layer: layer.index)
+    picture = _picture(image)
+    fields = [effective_field(layer.name, arch, weights=weights, samples=samples) for layer in found if measure]
+    wide, high = picture.size
+    across = min(4, len(fields)) or 1
+    down = -(-len(fields) // across) if fields else 0
+    figure = _figure(10.5, 10.5 * (high / wide) * 0.62 + 0.4 + down * (10.5 / across + 0.25))
+    parts = figure.subfigures(2, 1, height_ratios=(10.5 * (high / wide) * 0.62 + 0.4, down * (10.5 / across + 0.25)))
+    top: Any = parts[0] if fields else figure
+    axes = top.subplots()
+    axes.imshow(picture)
+    axes.set_axis_off()
+    return _save(figure, path)
+
+
+def _picture(image: PathLike | Image.Image) -> Image.Image:
+    from vggfeat.image import open_image
+
+    return open_image(image) if isinstance(image, str | os.PathLike) else image.convert("RGB")

@@ -1,0 +1,149 @@
+"""Tables as text, Markdown and CSV, reports made of them, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from vggfeat.errors import InputError
+
+__all__ = ["Column", "Report", "Table", "check_file", "mega", "written"]
+
+
+def mega(value: float, digits: int = 2) -> str:
+    """A count in millions (10⁶), or bytes in MB: `12.85`."""
+    return f"{value / 1e6:,.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: the key that CSV has, the title that people read, and how a value is shown."""
+
+    key: str
+    title: str
+    show: Callable[[Any], str] = str
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of raw values under columns that know how to show them; None is shown as an en dash.
+
+    >>> print(Table("Counts", [Column("n", "n"), Column("macs", "M", mega)], [(1, 2_500_000), (20, None)]).text())
+    Counts
+     n     M
+     1  2.50
+    20     –
+    """
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+
+    def cells(self) -> list[list[str]]:
+        """Every value as it is shown."""
+        shown = ((column.show(v) if v is not None else "–" for column, v in self._pairs(row)) for row in self.rows)
+        return [list(row) for row in shown]
+
+    def _pairs(self, row: Sequence[Any]) -> Iterable[tuple[Column, Any]]:
+        return zip(self.columns, row, strict=True)
+
+    def text(self) -> str:
+        """Aligned columns under the title."""
+        lines = [[column.title for column in self.columns], *self.cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = (
+            "  ".join(
+                cell.ljust(width) if column.left else cell.rjust(width)
+                for cell, width, column in zip(line, widths, self.columns, strict=True)
+            ).rstrip()
+            for line in lines
+        )
+        return "\n".join([self.title, *rows])
+
+    def markdown(self) -> str:
+        """A Markdown table under its title in bold."""
+        head = [column.title for column in self.columns]
+        rule = [":--" if column.left else "--:" for column in self.columns]
+        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in (head, rule, *self.cells()))])
+
+    def csv(self) -> str:
+        """Comma-separated raw values under the columns' keys; None is empty."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(column.key for column in self.columns)
+        writer.writerows(self.rows)
+        return out.getvalue()
+
+
+class Report:
+    """Something that prints as tables; the first of them is what CSV holds."""
+
+    def tables(self) -> list[Table]:
+        """The tables, the main one first."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, texts, lists and dicts; counts in units, sizes in bytes, times in seconds."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """Every table as Markdown."""
+        return "\n\n".join(table.markdown() for table in self.tables())
+
+    def to_csv(self) -> str:
+        """The main table as CSV, raw values."""
+        return self.tables()[0].csv()
+
+    def __str__(self) -> str:
+        return "\n\n".join(table.text() for table in self.tables())
+
+
+def check_file(path: str | os.PathLike[str], suffixes: Sequence[str] = (), *, overwrite: bool = False) -> Path:
+    """`path`, once it is clear that a file can be written there: to be called before any work.
+
+    Raises:
+        InputError: a suffix not of `suffixes`, no writable folder, a folder of that name, or a file that must stay.
+    """
+    path = Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise InputError(f"cannot write {path}: expected a name that ends in {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: expected a folder at {path.parent}, found none; create it first")
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: expected a file name, got a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: the folder {path.parent} is not writable; choose another")
+    if path.exists() and not overwrite:
+        raise InputError(f"cannot write {path}: it already exists; pass --overwrite (overwrite=True) or another name")
+    return path
+
+
+@contextmanager
+def written(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the name `path`, replacing what is there, once all went well.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    temporary = path.with_name(f".vggfeat-{secrets.token_hex(8)}.tmp")  # a rename needs the same file system
+    try:
+        with open(temporary, "x+b") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; check the free space") from error
+    finally:
+        temporary.unlink(missing_ok=True)
