@@ -163,6 +163,7 @@ def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
                     f"{url} gave a file whose sha256 starts with {sha.hexdigest()[:8]}, expected {digest}"
                 )
     except urllib.error.HTTPError as error:
+        error.close()  # it is the answer as well, and holds the connection
         raise WeightsUnavailableError(f"{url} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error

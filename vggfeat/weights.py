@@ -187,8 +187,7 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
             return load("imagenet", arch)
         except WeightsUnavailableError as error:
             loaded = load("random", arch)
-            cause = error.__cause__ or error
-            return replace(loaded, label=f"random, for want of imagenet's ({cause})")
+            return replace(loaded, label=f"random ({str(error).split(';')[0]})")
     if weights == "random":
         chosen = replace(parse(arch or "vgg16"), head=None)
         with torch.device("cpu"):  # the same numbers, whatever the default device is
@@ -501,16 +500,14 @@ def find(name: str, arch: str = "vgg16", *, download: bool = True) -> Path:
             verify(path, published.digest)
             return path
     looked = " and ".join(map(str, folders()))
-    failure = WeightsUnavailableError("not asked to download")
-    if download:
-        try:
-            return fetch(published.url, folders()[-1])
-        except WeightsUnavailableError as error:
-            failure = error
-    raise WeightsUnavailableError(
-        f"{name} weights for {arch} cannot be had: {published.filename} is not in {looked}, {failure}; "
-        "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='random'"
-    ) from failure
+    lacking = f"{name} weights for {arch} cannot be had: {published.filename} is not in {looked}"
+    ways_out = "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='random'"
+    if not download:
+        raise WeightsUnavailableError(f"{lacking}, not asked to download; {ways_out}")
+    try:
+        return fetch(published.url, folders()[-1])
+    except WeightsUnavailableError as error:
+        raise WeightsUnavailableError(f"{lacking}, {error}; {ways_out}") from None
 
 
 # ── random ────────────────────────────────────────────────────────────────────────────────────────────────────────────
