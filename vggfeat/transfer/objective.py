@@ -13,7 +13,7 @@ from vggfeat.transfer.config import StyleConfig
 
 __all__ = ["Objective"]
 
-RANGE_WEIGHT = 10.0  # of the mean squared distance of a value to [0,1]
+RANGE_WEIGHT = 10.0  # of the mean squared distance of a value to [0,1], where the terms begin at about 1
 
 
 class Objective:
@@ -55,6 +55,9 @@ class Objective:
                     self.style[name] = self.style[name] + share * gram(taps[name])
             self._content_norms = {name: _norm(wide(value)) for name, value in self.content.items()}
             self._style_norms = {name: _norm(value) for name, value in self.style.items()}
+            # the penalty has to keep up with terms that are as large as the network's activations make them
+            scale = sum(self.terms(content).values()) if config.normalization == "gatys" else 1
+            self._range_weight = RANGE_WEIGHT * scale
 
     def terms(self, image: Tensor) -> dict[str, Tensor]:
         """The weighted terms of an image (1,3,H,W), which may leave [0,1]: `style`, `content`, `tv`."""
@@ -86,7 +89,7 @@ class Objective:
         image = image.detach().requires_grad_()
         terms = self.terms(image)
         outside = (image - image.detach().clamp(0, 1)).square().mean()
-        total = sum(terms.values(), RANGE_WEIGHT * outside)
+        total = sum(terms.values(), self._range_weight * outside)
         (grad,) = torch.autograd.grad(total, image)
         return total.detach(), {name: value.detach() for name, value in terms.items()}, grad
 
