@@ -34,6 +34,9 @@ ROOMS = {
     "vggfeat.network": {"arch", "errors", "weights"},
     "vggfeat.trunk": {"arch", "errors"},
     "vggfeat.features": {"arch", "errors", "trunk", "weights"},
+    "vggfeat.tables": {"errors"},
+    "vggfeat.analysis": {"arch", "errors", "features", "network", "tables"},
+    "vggfeat.plots": {"analysis", "arch", "errors", "image", "tables", "weights"},
     "vggfeat.losses": {"arch", "errors", "features", "functional", "weights"},
     "vggfeat.transfer": set(),
     "vggfeat.transfer.config": {"arch", "errors"},
@@ -49,13 +52,54 @@ ROOMS = {
         "transfer.optimize",
         "weights",
     },
+    "vggfeat.visualize": {"visualize.dreams", "visualize.heat", "visualize.sheet", "visualize.units"},
+    "vggfeat.visualize.inputs": {"errors", "image", "weights"},
+    "vggfeat.visualize.sheet": {"errors", "image"},
+    "vggfeat.visualize.units": {
+        "arch",
+        "errors",
+        "features",
+        "functional",
+        "image",
+        "visualize.inputs",
+        "visualize.sheet",
+        "weights",
+    },
+    "vggfeat.visualize.dreams": {
+        "arch",
+        "errors",
+        "features",
+        "functional",
+        "image",
+        "transfer.config",
+        "transfer.optimize",
+        "transfer.stylize",
+        "visualize.inputs",
+        "visualize.sheet",
+        "weights",
+    },
+    "vggfeat.visualize.heat": {
+        "arch",
+        "errors",
+        "features",
+        "functional",
+        "image",
+        "network",
+        "visualize.inputs",
+        "visualize.sheet",
+        "weights",
+    },
     "vggfeat_cli": set(),
     "vggfeat_cli.run": {"errors"},
     "vggfeat_cli.style": {"", "image", "transfer.config"},
+    "vggfeat_cli.analyse": {"", "plots", "tables"},
+    "vggfeat_cli.pictures": {"", "image", "visualize", "weights"},
     "vggfeat_cli.main": {"", "weights"},
 }
 # modules that must not need more than this to be imported
 LIGHT = {"vggfeat", "vggfeat.errors", "vggfeat.arch", "vggfeat.transfer", "vggfeat.transfer.config", "vggfeat_cli"}
+LIGHT |= {"vggfeat.tables", "vggfeat.analysis", "vggfeat.plots", "vggfeat_cli.analyse"}
+LIGHT |= {"vggfeat_cli.pictures"}
 LIGHT |= {"vggfeat_cli.run", "vggfeat_cli.style", "vggfeat_cli.main"}
 
 

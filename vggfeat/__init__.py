@@ -24,10 +24,12 @@ _HOMES = {
     "vggfeat.weights": ("load_weights",),
     "vggfeat.features": ("VGGFeatures",),
     "vggfeat.losses": ("EncodedTarget", "PerceptualLoss", "StyleLoss"),
+    "vggfeat.analysis": ("compare", "describe", "effective_field", "stacked_3x3"),
+    "vggfeat.plots": ("plot_comparison", "plot_parameters", "plot_receptive_fields", "plot_stacked"),
     "vggfeat.transfer.config": ("StyleConfig",),
     "vggfeat.transfer.stylize": ("StyleResult", "StyleStep", "stylize"),
 }
-_MODULES = ("errors", "functional", "image", "weights")
+_MODULES = ("errors", "functional", "image", "visualize", "weights")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted([*_HOME, *_MODULES, "__version__"])

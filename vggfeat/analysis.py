@@ -1,22 +1,33 @@
 """What a VGG is made of and what it costs: layer tables, comparisons, the 3×3 argument, receptive fields.
 
-`describe` and `stacked_3x3` compute from plain data and need no torch. All sizes are of float32; MB are 10⁶ bytes; a MAC
-is one multiplication with its addition, and FLOPs are twice the MACs (the papers and torchvision count MACs).
+`describe` and `stacked_3x3` compute from plain data and need no torch. All sizes are of float32; MB are 10⁶ bytes; a
+MAC is one multiplication with its addition, and FLOPs are twice the MACs (the papers and torchvision count MACs).
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
+import platform
+import statistics
+import sys
+import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vggfeat.arch import Arch, parse, unit_of
-from vggfeat.errors import InputError
+from vggfeat.arch import ARCHS, Arch, parse, unit_of
+from vggfeat.errors import DependencyError, InputError, nearest
 from vggfeat.tables import Column, Report, Table, mega
 
 if TYPE_CHECKING:
-    pass
+    import torch
+    from torch import Tensor, nn
+
+    from vggfeat.weights import Weights, WeightsLike
 
 __all__ = [
     "ACCURACY",
@@ -110,6 +121,11 @@ class Description(Report):
     rows: tuple[Row, ...]
 
     @property
+    def label(self) -> str:
+        """What to call it in a table: `vgg16_bn`, `vgg16 slim`, `vgg16 ×0.5`."""
+        return _label(self.arch)
+
+    @property
     def params(self) -> int:
         """Learnt numbers."""
         return sum(row.params for row in self.rows)
@@ -126,7 +142,7 @@ class Description(Report):
 
     @property
     def training_flops(self) -> int:
-        """FLOPs of one image's forward and backward: three forwards, less the gradient of the image, which none needs."""
+        """FLOPs of one image's forward and backward: three forwards, less the gradient of the image."""
         return 3 * self.flops - next(row.flops for row in self.rows if row.macs)
 
     @property
@@ -182,8 +198,9 @@ class Description(Report):
     def memory(self) -> dict[str, int]:
         """Bytes, with the batch; workspace of the convolutions and the framework itself come on top.
 
-        `weights` (with BN's running statistics and counters), `inference` (weights and `peak_bytes`), for each optimiser
-        its fixed part (`sgd_fixed`: weights, gradients, and what it keeps) and with `saved_bytes` the whole (`sgd`).
+        `weights` (with BN's running statistics and counters), `inference` (weights and `peak_bytes`), for each
+        optimiser its fixed part (`sgd_fixed`: weights, gradients, and what it keeps), and with `saved_bytes` the whole
+        (`sgd`).
         """
         params = FLOAT * self.params
         buffers = sum(2 * FLOAT * row.shape[0] + INDEX for row in self.rows if row.kind == "bn")
@@ -220,7 +237,7 @@ class Description(Report):
         sparse: Callable[[int], str] = lambda value: count(value) if value else ""  # noqa: E731
         mb: Callable[[int], str] = lambda value: mega(value, 3) if value else ""  # noqa: E731
         layers = Table(
-            f"{_label(self.arch)}: {self.arch.num_classes if self.arch.head else 'no'} classes, one image of "
+            f"{self.label}: {self.arch.num_classes if self.arch.head else 'no'} classes, one image of "
             f"{self.width}×{self.height}, float32",
             [
                 Column("name", "layer", left=True),
@@ -319,8 +336,10 @@ def _row(name: str, kind: str, shape: tuple[int, ...], field: int, stride: int |
 
 
 def _trunk_rows(arch: Arch, height: int, width: int) -> Iterable[Row]:
-    """What autograd saves is what the backward formulas of PyTorch name: a convolution's, BN's and pool's input, a
-    ReLU's output, a pool's winners. What the trunk keeps is the rule of `trunk._kept`.
+    """The convolutional part.
+
+    What autograd saves is what the backward formulas of PyTorch name: a convolution's, BN's and pool's input, a ReLU's
+    output, a pool's winners. What the trunk keeps is the rule of `trunk._kept`.
     """
     image = FLOAT * 3 * height * width
     yield _row("input", "input", (3, height, width), 1, 1, saved_bytes=image, kept_bytes=image)
@@ -579,7 +598,7 @@ def _builder(name: str | Arch, num_classes: int, input_size: int | None) -> _Bui
     paper = arch == parse(arch.name) and size == 224  # what the published accuracies are of
     published = {"IMAGENET1K_V1": ACCURACY[arch.name]} if paper and arch.name in ACCURACY else {}
     costs = (report.params, report.macs, report.activation_bytes, report.saved_bytes)
-    return _label(arch), lambda: Net(_label(arch), size, *costs, published), build
+    return report.label, lambda: Net(report.label, size, *costs, published), build
 
 
 def _torchvision_builder(name: str, num_classes: int, input_size: int | None) -> _Builder:
@@ -629,7 +648,7 @@ def _count(name: str, build: Callable[[], nn.Module], size: int, published: dict
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    class Outputs(TorchDispatchMode):
+    class Outputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Adds up the bytes that layers with arithmetic or pooling give."""
 
         total = 0
@@ -642,10 +661,13 @@ def _count(name: str, build: Callable[[], nn.Module], size: int, published: dict
                     self.total += first.numel() * first.element_size()
             return out
 
-    with torch.device("meta"):
-        net = build().eval()
-        image = torch.empty(1, 3, size, size)
-    counter, outputs = FlopCounterMode(display=False), Outputs()
+    try:
+        with torch.device("meta"):
+            net = build().eval()
+    except NotImplementedError:  # RegNets compute their widths with tensors, whose values a meta tensor lacks
+        net = build().to("meta").eval()
+    image = torch.empty(1, 3, size, size, device="meta")
+    counter, outputs = FlopCounterMode(display=False), Outputs()  # type: ignore[no-untyped-call]
     try:
         with counter, outputs:  # with gradient: without, attention takes a way that the counter does not know
             net(image)
@@ -716,6 +738,10 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.base = 0
+        self.known = device.type == "cuda" or (device.type == "cpu" and sys.platform == "linux")
+        gc.collect()
+        if self.known and device.type == "cpu" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            trim(0)  # what was freed and not given back would hide what comes
         self.reset()
         self.base = self.read() or 0
 
@@ -725,32 +751,29 @@ class PeakMemory:
 
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            self.base = -1
+        elif self.known:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:  # a container may forbid it
+                self.known = False
 
     def read(self) -> int | None:
         """The peak, or None where it cannot be told."""
         import torch
 
+        if not self.known:
+            return None
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.base
-        if self.device.type != "cpu" or self.base < 0:
-            return None
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         kilobytes = next(line.split()[1] for line in lines if line.startswith("VmHWM"))
         return 1024 * int(kilobytes) - self.base
 
 
 def _measure(build: Callable[[], nn.Module], size: int, batch: int, device: torch.device, seconds: float) -> Measured:
-    import gc
-
     import torch
     from torch.nn import functional as F
 
-    gc.collect()
     gauge = PeakMemory(device)
     net = build().to(device)
     images = torch.rand(batch, 3, size, size, device=device)
@@ -758,7 +781,7 @@ def _measure(build: Callable[[], nn.Module], size: int, batch: int, device: torc
 
     def train() -> None:
         net.zero_grad()
-        F.cross_entropy(net(images), targets).backward()
+        F.cross_entropy(net(images), targets).backward()  # type: ignore[no-untyped-call]
 
     net.eval()
     with torch.inference_mode():
@@ -849,7 +872,8 @@ class Stacked(Report):
             Column("single_nonlinearities", "of the one"),
         ]
         rows = [
-            (s.n, s.receptive_field, s.receptive_field, s.stacked_params, s.single_params, s.saving, s.nonlinearities, 1)
+            (s.n, s.receptive_field, s.receptive_field)
+            + (s.stacked_params, s.single_params, s.saving, s.nonlinearities, 1)
             for s in self._upwards()
         ]
         return [Table("Stacked 3×3 convolutions against one that sees as much, C channels in and out", columns, rows)]
@@ -900,15 +924,15 @@ def effective_field(
     layer: str,
     arch: str | Arch | None = None,
     *,
-    weights: WeightsLike = "auto",
+    weights: WeightsLike | Weights = "auto",
     samples: int = 8,
     seed: int = 0,
 ) -> EffectiveField:
     """Measure a layer's receptive field: the gradient of a unit in the middle, averaged over random images.
 
     Luo et al. 2016, "Understanding the effective receptive field" (arXiv:1701.04128): the gradient of all channels
-    together at one place, its magnitude averaged over noise images and colours. A max pool lets one pixel of each window
-    through, so a single image shows less than the whole square.
+    together at one place, its magnitude averaged over noise images and colours. A max pool lets one pixel of each
+    window through, so a single image shows less than the whole square.
 
     Args:
         layer: a name of the convolutional part, such as `conv3_3`.

@@ -5,12 +5,14 @@ Figures are matplotlib objects of their own: no display, no pyplot, no global se
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vggfeat.analysis import Comparison, Description, Stacked, effective_field, stacked_3x3
+from vggfeat.analysis import Comparison, Description, Net, Stacked, effective_field, stacked_3x3
 from vggfeat.arch import Arch, parse
 from vggfeat.errors import DependencyError, InputError
 from vggfeat.tables import check_file, written
@@ -26,8 +28,8 @@ __all__ = ["SUFFIXES", "plot_comparison", "plot_parameters", "plot_receptive_fie
 
 SUFFIXES = (".png", ".pdf", ".svg")
 # colours that colour-blind people tell apart (Okabe and Ito 2008)
-BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442", "#d55e00"
-GREY = "#777777"
+BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
+SKY, YELLOW, RED, GREY = "#56b4e9", "#f0e442", "#d55e00", "#777777"
 
 PathLike = str | os.PathLike[str]
 
@@ -88,17 +90,14 @@ def plot_comparison(comparison: Comparison, path: PathLike, *, overwrite: bool =
     figure = _figure(1 + 5.5 * len(costs), 5)
     panels: Any = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, (label, values) in zip(panels, costs, strict=True):
-        labels = []
         for net, cost in zip(nets, values, strict=True):
             scores = [top1 for top1, _ in net.published.values()]
-            color = BLUE if net.name.startswith("vgg") else RED
-            area = net.params / 1e6 * 6
+            color, area = _color(net), _area(net)
             axes.scatter(cost, scores[0], s=area, color=color, alpha=0.45, linewidths=0, zorder=2)
             axes.scatter(cost, scores[0], s=9, color=color, zorder=3)
             if scores[-1] > scores[0]:
                 axes.plot([cost, cost], [scores[0], scores[-1]], color=color, lw=1, ls=":", zorder=1)
                 axes.scatter(cost, scores[-1], s=area, facecolors="none", edgecolors=color, zorder=2)
-            labels.append((cost, scores[0], net.name, (area / 3.1416) ** 0.5))
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 1.8, max(values) * 1.8)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -107,15 +106,46 @@ def plot_comparison(comparison: Comparison, path: PathLike, *, overwrite: bool =
         axes.grid(True, color="#e6e6e6", zorder=0)
         axes.margins(y=0.12)
         _plain(axes)
-        for x, y, text, radius in labels:  # beside the disc, on the side that has more room
-            side = -1 if x > (min(values) * max(values)) ** 0.5 and len(nets) > 2 else 1
-            axes.annotate(
-                text, (x, y), (side * (radius + 3), 0), textcoords="offset points", va="center", fontsize=9,
-                ha="left" if side > 0 else "right",
-            )  # fmt: skip
     panels[0].set_ylabel("ImageNet top-1, one crop, %")
     figure.suptitle("Accuracy against cost (area: parameters; ring: newer training recipe)", fontsize=11)
+    figure.draw_without_rendering()  # so that places in points are known
+    for axes, (_, values) in zip(panels, costs, strict=True):
+        _name(axes, nets, values, figure.dpi / 72)
     return _save(figure, path)
+
+
+def _color(net: Net) -> str:
+    return BLUE if net.name.startswith("vgg") else RED
+
+
+def _area(net: Net) -> float:
+    """Of the disc, in square points."""
+    return net.params / 1e6 * 6
+
+
+def _name(axes: Axes, nets: Sequence[Net], costs: Sequence[float], dots: float) -> None:
+    """Write each name beside its disc, where it covers the least of the other names and centres."""
+    data = [(cost, next(iter(net.published.values()))[0]) for net, cost in zip(nets, costs, strict=True)]
+    points = [tuple(float(v) / dots for v in axes.transData.transform(xy)) for xy in data]
+    inner = [max(4, 0.7 * (_area(net) / math.pi) ** 0.5) for net in nets]  # about what a square in the disc covers
+    taken = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(points, inner, strict=True)]
+    left, _, right, _ = (float(edge) / dots for edge in axes.bbox.extents)
+    for net, xy, (x, y) in sorted(zip(nets, data, points, strict=True), key=lambda each: -each[2][1]):
+        radius, width = (_area(net) / math.pi) ** 0.5 + 3, 5.6 * len(net.name)
+        best: tuple[float, tuple[float, float]] = (math.inf, (0.0, 0.0))
+        for sideways, upwards in _PLACES:
+            dx, dy = sideways * radius + (sideways - 1) * width / 2, upwards * radius
+            x0, y0, x1, y1 = x + dx, y + dy - 5, x + dx + width, y + dy + 5
+            hidden = sum(max(0, min(x1, u1) - max(x0, u0)) * max(0, min(y1, v1) - max(y0, v0))
+                         for u0, v0, u1, v1 in taken)  # fmt: skip
+            best = min(best, (hidden + 100 * (max(0, left - x0) + max(0, x1 - right)), (dx, dy)), key=lambda b: b[0])
+        dx, dy = best[1]
+        taken.append((x + dx, y + dy - 5, x + dx + width, y + dy + 5))
+        axes.annotate(net.name, xy, (dx, dy), textcoords="offset points", va="center", fontsize=9)
+
+
+# where a name can stand: to the right of its disc, to the left, above, below, and in the corners
+_PLACES = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0), (0.8, 0.7), (-0.8, 0.7), (0.8, -0.7), (-0.8, -0.7))
 
 
 # ── describe ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,8 +172,15 @@ def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, over
             widths = [each.split.get(kind, {}).get(key, 0) / unit for each in descriptions]
             axes.barh(names, widths, left=left, color=color, height=0.7, label=what)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        for i, total in enumerate(left):
-            axes.annotate(f"{total:,.3g}", (total, i), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        for i, each in enumerate(descriptions):
+            axes.annotate(
+                f"{getattr(each, key) / unit:,.3g}",
+                (left[i], i),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
         axes.set_xlabel(label)
         axes.margins(x=0.12)
         _plain(axes)
@@ -193,26 +230,25 @@ def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -
 
     stacks = [stacked_3x3(k) for k in range(1, max(stacked.n, 2) + 1)]
     fields = [each.receptive_field for each in stacks]
-    costs.plot(fields, [each.single_params for each in stacks], "o-", color=RED, label="one large convolution")
-    costs.plot(fields, [each.stacked_params for each in stacks], "o-", color=BLUE, label="stacked 3×3")
-    last = stacks[-1]
-    costs.annotate("one (2n+1)×(2n+1): (2n+1)² C²", (fields[-1], last.single_params), (-8, 0), ha="right", va="center",
-                   textcoords="offset points", color=RED)  # fmt: skip
-    costs.annotate("n stacked 3×3: 9n C²", (fields[-1], last.stacked_params), (0, -9), ha="right", va="top",
-                   textcoords="offset points", color=BLUE)  # fmt: skip
+    costs.plot(
+        fields, [each.single_params for each in stacks], "o-", color=RED, label="one large one, (2n+1)² C², 1 ReLU"
+    )
+    costs.plot(
+        fields, [each.stacked_params for each in stacks], "o-", color=BLUE, label="n stacked 3×3, 9n C², n ReLUs"
+    )
     for each in stacks if len(stacks) <= 8 else stacks[-1:]:
         if each.saving:
             x = each.receptive_field
             costs.plot([x, x], [each.stacked_params, each.single_params], color=GREY, lw=0.8, ls=":", zorder=0)
-            middle = (each.stacked_params + each.single_params) / 2
-            costs.annotate(f"−{each.saving:.0%}", (x, middle), (-4, 0), ha="right", va="center", fontsize=9,
-                           textcoords="offset points", color=GREY)  # fmt: skip
+            costs.annotate(f"−{each.saving:.0%}", (x, each.stacked_params), (0, -8), ha="center", va="top", fontsize=9,
+                           textcoords="offset points", color=BLUE)  # fmt: skip
+    costs.legend(frameon=False, loc="upper left")
     if len(fields) <= 10:
         costs.set_xticks(fields)
     costs.set_xlabel("receptive field, pixels")
     costs.set_ylabel("weights / C²  (and MACs a pixel)")
     costs.set_ylim(0, None)
-    costs.set_title("what it costs; n stacked ones have n ReLUs, the large one 1", fontsize=11)
+    costs.set_title("what they cost", fontsize=11)
     costs.grid(True, color="#eeeeee")
     _plain(costs)
     return _save(figure, path)
@@ -240,8 +276,8 @@ def plot_receptive_fields(
 ) -> Path:
     """What a unit in the middle of each layer sees, drawn over an image at the image's own size.
 
-    One panel has the squares that the architecture gives; with `measure` one more for each layer has what the unit
-    really depends on (`vggfeat.analysis.effective_field`), as light on the image.
+    The squares that the architecture gives are drawn in full; with `measure`, what the unit really depends on
+    (`vggfeat.analysis.effective_field`) is drawn dotted, and one panel for each layer has the gradient itself.
 
     Args:
         image: a file or a PIL image.
@@ -266,16 +302,54 @@ def plot_receptive_fields(
         raise InputError(f"name one to {len(colors)} layers to draw, got {len(layers)}")
     found = sorted({arch.layer(name) for name in layers}, key=lambda layer: layer.index)
     picture = _picture(image)
-    fields = [effective_field(layer.name, arch, weights=weights, samples=samples) for layer in found if measure]
+    fields = []
+    if measure:
+        from vggfeat.weights import load
+
+        loaded = load(weights, arch)
+        for layer in found:  # noise on few pixels is cheap, and shows: average over more of it
+            more = min(16.0, max(1.0, 128 / layer.receptive_field))
+            fields.append(effective_field(layer.name, arch, weights=loaded, samples=round(samples * more)))
     wide, high = picture.size
-    across = min(4, len(fields)) or 1
-    down = -(-len(fields) // across) if fields else 0
-    figure = _figure(10.5, 10.5 * (high / wide) * 0.62 + 0.4 + down * (10.5 / across + 0.25))
-    parts = figure.subfigures(2, 1, height_ratios=(10.5 * (high / wide) * 0.62 + 0.4, down * (10.5 / across + 0.25)))
-    top: Any = parts[0] if fields else figure
-    axes = top.subplots()
+    columns = 2 if len(fields) <= 4 else 3
+    rows = -(-len(fields) // columns)
+    side = 2.35
+    height = max(6.6 * high / wide + 0.7, (side + 0.2) * rows + 0.3)
+    figure = _figure(6.6 + (columns * side if fields else 0), height)
+    parts: Any = figure.subfigures(1, 2, width_ratios=(6.6, columns * side)) if fields else (figure, None)
+    left, right = parts
+    axes = left.subplots()
     axes.imshow(picture)
+    for layer, field, color in itertools.zip_longest(found, fields, colors[: len(found)]):
+        reach: float = layer.receptive_field
+        for side, style in ((reach, "-"), (field.effective if field else 0, ":")):
+            corner = ((wide - side) / 2 - 0.5, (high - side) / 2 - 0.5)
+            label = f"{layer.name}: {side} px" if side == reach else None
+            if style == "-":
+                axes.add_patch(_box(corner, side, side, "none", "black", linewidth=3.2))
+            if side and (style == "-" or reach > 30):  # of a small one, the dots would hide it
+                axes.add_patch(_box(corner, side, side, "none", color, linewidth=1.8, linestyle=style, label=label))
+    axes.set_xlim(-0.5, wide - 0.5)
+    axes.set_ylim(high - 0.5, -0.5)
     axes.set_axis_off()
+    left.suptitle(f"what one unit of {arch.name} sees in {wide}×{high} pixels", fontsize=11)
+    left.legend(
+        loc="outside lower center",
+        ncols=len(found) if len(found) <= 4 else -(-len(found) // 2),
+        frameon=False,
+        fontsize=9,
+    )
+    if right is not None:
+        right.suptitle("what it depends on: mean gradient, measured", fontsize=11)
+        panels: Any = right.subplots(rows, columns, squeeze=False).flat
+        for axes, each, color in itertools.zip_longest(panels, fields, colors[: len(fields)]):
+            axes.set_axis_off()
+            if each is not None:
+                bright = float(each.gradient.flatten().quantile(0.995))  # single pixels stand out of the noise
+                axes.imshow(each.gradient.numpy(), cmap="magma", vmin=0, vmax=bright, interpolation="nearest")
+                full = each.theoretical
+                axes.add_patch(_box((-0.5, -0.5), full, full, "none", color, linewidth=3, clip_on=False))
+                axes.set_title(f"{each.layer}: {full} px, {each.effective:.0f} effective", fontsize=9)
     return _save(figure, path)
 
 

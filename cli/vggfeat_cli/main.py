@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 import vggfeat
+from vggfeat_cli import analyse, pictures
 from vggfeat_cli.run import finish
 
 
@@ -14,6 +15,11 @@ from vggfeat_cli.run import finish
 @click.version_option(vggfeat.__version__)
 def command() -> None:
     """See what VGG is, and look after its weights."""
+
+
+for module in (analyse, pictures):
+    for each in module.COMMANDS:
+        command.add_command(each)
 
 
 @command.group(no_args_is_help=False)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -17,12 +18,13 @@ from vggfeat.arch import Arch
 from vggfeat.errors import InputError, WeightsError, nearest
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import wide
-from vggfeat.image import fit, to_pil, to_tensor
+from vggfeat.image import to_pil, to_tensor
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.optimize import Adam
 from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize
-from vggfeat.visualize.sheet import ImageLike, Sheet, chosen, load_image
-from vggfeat.weights import DEFAULT, WeightsLike, load
+from vggfeat.visualize.inputs import ImageLike, chosen, load_image, served
+from vggfeat.visualize.sheet import Sheet
+from vggfeat.weights import DEFAULT, NAMES, WeightsLike, load
 
 __all__ = ["Dream", "DreamStep", "Inversion", "dream", "invert"]
 
@@ -35,6 +37,7 @@ _BLUR = 4  # steps between two blurs
 _BLURS = (1.2, 0.4)  # σ in pixels, from the first to the last
 _TURN = 5.0  # degrees, at most
 _ZOOM = 0.1  # at most
+_LEAK = 0.1  # of what a ReLU cuts off
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Dream:
 
 
 def dream(
-    layer: str = "conv3_1",
+    layer: str = "relu3_1",
     channels: Sequence[int] | None = None,
     *,
     count: int = 9,
@@ -98,16 +101,16 @@ def dream(
     device: str | torch.device = "cpu",
     callback: Callable[[DreamStep], object] | None = None,
 ) -> Dream:
-    """Images that excite a channel, a unit or a class most (Erhan et al. 2009; Olah et al. 2017, Feature Visualization).
+    """Images that excite a channel, a unit or a class most (Erhan et al. 2009; Olah et al. 2017).
 
     Each step sees the image shifted, turned and zoomed a little at random, so that only what survives that grows. The
-    image is either `fourier` (Olah et al. 2017; Mordvintsev et al. 2018, Differentiable Image Parameterizations):
-    complex amplitudes divided by their frequency, of three colours that are uncorrelated in natural images, through a
-    sigmoid; or `pixels`, blurred every few steps, ever less (Yosinski et al. 2015, arXiv:1506.06579).
+    image is either `fourier` (Olah et al. 2017, Feature Visualization; Mordvintsev et al. 2018, Differentiable Image
+    Parameterizations): complex amplitudes divided by their frequency, of three colours that are uncorrelated in natural
+    images, through a sigmoid; or `pixels`, blurred every few steps, ever less (Yosinski et al. 2015, arXiv:1506.06579).
 
     Args:
-        layer: `conv3_1`, …; `fc8` (`fc` of a slim head) for classes. For `relu3_1` the value below is maximised: what
-            drives one drives the other, and below there is a gradient where the ReLU is silent.
+        layer: `conv3_1`, …; `fc8` (`fc` of a slim head) for classes. Of a ReLU's channel, a tenth of what it cuts off
+            counts as well, so that there is a gradient where it is silent.
         channels: numbers of the channels or classes; None takes the first `count`.
         count: how many, where no channel is named.
         unit: False maximises a channel's mean, True the unit in the middle of the map, (row, column) that one.
@@ -132,41 +135,40 @@ def dream(
     for name, value, least in (("steps", steps, 1), ("size", size, 2), ("jitter", jitter, 0)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
+    if not learning_rate > 0:
+        raise InputError(f"learning_rate must be a positive number, got {learning_rate}")
     loaded = load(weights, arch)
     if loaded.arch.head is None and layer in ("fc6", "relu6", "fc7", "relu7", "fc8", "fc"):
         raise WeightsError(f"weights {loaded.label} hold no classifier, so there is no {layer}: give some that do")
     loaded.require([layer])
-    driven = _driven(loaded.arch, layer)
-    features = VGGFeatures(dict.fromkeys([driven, layer]), weights=loaded, precision=precision, keep="values")
+    relu = layer.startswith("relu")
+    below = loaded.arch.names[loaded.arch.names.index(layer) - 1] if relu else layer
+    features = VGGFeatures([below], weights=loaded, precision=precision, keep="values")
     with torch.no_grad():
-        probe = features(torch.full((1, 3, size, size), 0.5, device=device))[layer]
+        probe = features(torch.full((1, 3, size, size), 0.5, device=device))[below]
     shown = chosen(channels, count, probe.shape[1], probe[0], "first", f"{layer} of {loaded.arch.name}")
     place = _place(unit, probe, layer)
 
-    def activation(images: Tensor, name: str) -> Tensor:
-        tap = wide(features.taps(images)[name])  # (K,C,h,w) or (K,C)
-        tap = tap[range(len(shown)), shown]
+    def activation(images: Tensor, leak: float = 0.0) -> Tensor:
+        tap = wide(features.taps(images)[below])[range(len(shown)), shown]  # (K,h,w) or (K,)
+        tap = F.leaky_relu(tap, leak) if relu else tap
         return tap if tap.ndim == 1 else tap.mean((1, 2)) if place is None else tap[:, place[0], place[1]]
 
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(shown), 3, size, size)
-    jitter = min(jitter, size // 8)
-    if parametrization == "fourier":
-        images = _fourier(shape, generator, device)
-    else:
-        images = _pixels(shape, generator, device)
-    last = next(images)
-    before = [to_pil(image) for image in last]
+    kind = _Fourier if parametrization == "fourier" else _Pixels
+    canvas: _Canvas = kind((len(shown), 3, size, size), learning_rate, generator, torch.device(device))
+    before = canvas.images()
     for step in range(1, steps + 1):
-        value = activation(_jittered(last, jitter, generator), driven)
-        last = images.send((-value.sum(), learning_rate, step / steps))
+        images = canvas.images()
+        excited = activation(_jittered(images, min(jitter, size // 8), generator), _LEAK)
+        canvas.step(-excited.sum(), step / steps)
         if callback is not None:
-            callback(DreamStep(step, steps, value.tolist(), last.detach()))
-    pictures = [to_pil(image) for image in last]
+            callback(DreamStep(step, steps, excited.tolist(), images.detach()))
+    pictures = [to_pil(image) for image in canvas.images()]
     with torch.no_grad():
         start, end = (
-            activation(torch.cat([to_tensor(each) for each in several]).to(device), layer).tolist()
-            for several in (before, pictures)
+            activation(images).tolist()
+            for images in (before, torch.cat([to_tensor(each) for each in pictures]).to(device))
         )
     settings = {
         "picture": "dream", "layer": layer, "channels": shown, "activations": end, "parametrization": parametrization,
@@ -176,3 +178,181 @@ def dream(
     title = "" if single else f"What excites {layer} of {loaded.arch.name} most"
     labels = [] if single else [str(channel) for channel in shown]
     return Dream(pictures, shown, end, start, Sheet(pictures, labels, title, settings=settings))
+
+
+def _place(unit: bool | tuple[int, int], tap: Tensor, layer: str) -> tuple[int, int] | None:
+    """Row and column of the unit; None for the mean over all."""
+    if unit is False:
+        return None
+    if tap.ndim == 2:
+        raise InputError(f"{layer} has no rows and columns: its channels are units already")
+    height, width = tap.shape[2:]
+    row, column = (height // 2, width // 2) if unit is True else unit
+    if not (0 <= row < height and 0 <= column < width):
+        raise InputError(f"{layer} has {height} rows and {width} columns at this size, got unit ({row}, {column})")
+    return row, column
+
+
+def _jittered(images: Tensor, jitter: int, generator: torch.Generator) -> Tensor:
+    """The images shifted, turned and zoomed at random, all alike."""
+    draw = (torch.rand(4, generator=generator) * 2 - 1).tolist()
+    angle, zoom = math.radians(_TURN) * draw[0], 1 + _ZOOM * draw[1]
+    cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom
+    right, down = (2 * jitter * each / images.shape[2] for each in draw[2:])
+    turn = images.new_tensor([[cos, -sin, right], [sin, cos, down]]).expand(len(images), 2, 3)
+    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+class _Canvas(Protocol):
+    """Images in [0,1], as the optimiser holds them."""
+
+    def images(self) -> Tensor:
+        """(K,3,H,W)."""
+
+    def step(self, loss: Tensor, progress: float) -> None:
+        """Improve them, at this share of the run."""
+
+
+class _Fourier:
+    """Amplitudes divided by frequency, of uncorrelated colours."""
+
+    def __init__(self, shape: tuple[int, ...], rate: float, generator: torch.Generator, device: torch.device) -> None:
+        self.size = shape[2:]
+        down, right = torch.fft.fftfreq(shape[2])[:, None], torch.fft.rfftfreq(shape[3])
+        # a frequency of f has amplitude 1/f, the mean that of the lowest; the rest makes a pixel's σ alike at any size
+        frequency = torch.sqrt(down**2 + right**2).clamp_min(1 / max(self.size))
+        self.scale = (math.sqrt(shape[2] * shape[3]) / 4 / frequency)[..., None].to(device)
+        start = 0.01 * torch.randn(*shape[:2], *frequency.shape, 2, generator=generator)
+        self.spectrum = start.to(device).requires_grad_()
+        self.colors = torch.tensor(_COLORS, device=device) / _SPREAD
+        self.optimizer = torch.optim.Adam([self.spectrum], rate)
+
+    def images(self) -> Tensor:
+        """Through the inverse transform, the colours and a sigmoid."""
+        spectrum = torch.view_as_complex(self.spectrum * self.scale)
+        plain = torch.fft.irfft2(spectrum, s=self.size, norm="backward")
+        return torch.einsum("kchw,rc->krhw", plain, self.colors).sigmoid()
+
+    def step(self, loss: Tensor, progress: float) -> None:
+        """One step of Adam."""
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+
+class _Pixels:
+    """The values themselves, blurred now and then, the less the further the run."""
+
+    def __init__(self, shape: tuple[int, ...], rate: float, generator: torch.Generator, device: torch.device) -> None:
+        self.pixels = (0.5 + 0.05 * torch.randn(shape, generator=generator)).to(device)
+        self.optimizer = Adam(rate / 3)
+        self.count = 0
+
+    def images(self) -> Tensor:
+        """The values."""
+        self.pixels = self.pixels.detach().requires_grad_()
+        return self.pixels
+
+    def step(self, loss: Tensor, progress: float) -> None:
+        """One step of Adam, and a blur every few."""
+        from kornia.filters import gaussian_blur2d
+
+        (grad,) = torch.autograd.grad(loss, self.pixels)
+        self.pixels = self.optimizer.step(self.pixels.detach(), grad)
+        self.count += 1
+        if self.count % _BLUR == 0 and progress < 1:
+            sigma = _BLURS[0] + (_BLURS[1] - _BLURS[0]) * progress
+            self.pixels = gaussian_blur2d(self.pixels, 7, (sigma, sigma))
+
+
+# ── images back ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """What `invert` returns.
+
+    Attributes:
+        image: the picture that was found.
+        original: the one whose features it should have.
+        layers: which features.
+        error: mean over the layers of ‖F - P‖² / ‖P‖², or of ‖G - A‖² / ‖A‖², of the picture as it is saved.
+        start: likewise of the noise that the run began with.
+        result: the run, with its history.
+    """
+
+    image: Image.Image
+    original: Image.Image
+    layers: tuple[str, ...]
+    error: float
+    start: float
+    result: StyleResult = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the picture, see `Sheet.save`."""
+        settings = {"picture": "invert", "error": self.error} | self.result.to_dict()
+        return Sheet([self.image], settings=settings).save(path, overwrite=overwrite)
+
+
+def invert(
+    image: ImageLike,
+    layers: Sequence[str] | None = None,
+    *,
+    gram: bool = False,
+    size: int = 256,
+    steps: int = 200,
+    tv_weight: float | None = None,
+    seed: int = 0,
+    arch: str | None = None,
+    weights: str | os.PathLike[str] = DEFAULT,
+    callback: Callable[[StyleStep], object] | None = None,
+    **options: Any,
+) -> Inversion:
+    """The image back from noise, by its features (Mahendran and Vedaldi 2015, arXiv:1412.0035) or their Gram matrices.
+
+    From features, at one size, the mean of ‖F - P‖² / ‖P‖² plus total variation is minimised, eqs. 1 to 3 of the paper
+    with β = 2.
+    From Gram matrices comes an image of the same texture, but not of the same things in the same places: texture
+    synthesis (Gatys et al. 2015, arXiv:1505.07376); it is made from coarse to fine, so that the large forms of the
+    texture come out as well, of which the Gram matrices of one size know little. Both are `stylize` with one term.
+
+    Args:
+        image: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
+        layers: whose features or Gram matrices; None means relu3_1, and with `gram` relu1_1, relu2_1 … relu5_1 as far
+            as the weights reach.
+        gram: match the Gram matrices.
+        size: long side of the picture in pixels.
+        steps: at the finest scale (and at each coarser one).
+        tv_weight: of the total variation; None means 1 from features and 0 from Gram matrices.
+        seed: of the noise.
+        arch: the network; None means the weights' own, and vgg19 where they imply none.
+        weights: a name or a path, see `vggfeat.weights.load`.
+        callback: called after each step.
+        options: further fields of `StyleConfig`, such as `pooling`, `optimizer`, `device`, `precision`.
+
+    Raises:
+        InputError: a layer or choice that is not there, or an image that cannot be read or is too small.
+        WeightsError: weights that cannot be had or do not reach the layers.
+        RunError: the loss was not finite from the start.
+    """
+    original = to_pil(load_image(image, size))
+    weights = os.fspath(weights if weights is not DEFAULT else os.environ.get("VGGFEAT_WEIGHTS") or "imagenet")
+    if layers is None:
+        layers = ["relu3_1"]
+        if gram:
+            known = load(weights, arch or ("vgg19" if weights in NAMES else None))
+            layers = served(known, [f"relu{block}_1" for block in range(1, 6)])
+    layers = tuple(layers)
+    terms: dict[str, Any] = {"style_layers": layers[:1], "style_weight": 0.0, "content_layers": layers}
+    if gram:
+        terms = {"style_layers": layers, "content_layers": layers[:1], "content_weight": 0.0, "style_weight": 1.0}
+    else:
+        terms |= {"content_weight": 1.0, "start_size": size}
+    tv_weight = (0.0 if gram else 1.0) if tv_weight is None else tv_weight
+    fixed = {"size": size, "steps": steps, "tv_weight": tv_weight, "seed": seed, "init": "noise", "arch": arch}
+    config = StyleConfig(**(terms | fixed | {"weights": weights} | options))
+    result = stylize(original, original, config, callback=callback)
+    term = "style" if gram else "content"
+    error = result.losses.get(term, math.nan)
+    return Inversion(result.image, original, layers, error, result.history[0][term], result)

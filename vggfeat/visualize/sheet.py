@@ -15,14 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.errors import DependencyError, InputError, nearest
-from vggfeat.image import FORMATS, check_output, fit, new_file, open_image, resize, save_image, to_pil, to_tensor
+from vggfeat.image import FORMATS, check_output, fit, new_file, save_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ImageLike", "Sheet", "check_sheet", "colored", "load_image", "overlay"]
-
-ImageLike = str | os.PathLike[str] | Image.Image | Tensor
+__all__ = ["Sheet", "check_sheet", "colored", "enlarged", "overlay", "palette", "spread"]
 
 VECTOR = (".pdf", ".svg")
 MARGIN, GAP, SMALL, LARGE = 12, 6, 13, 18  # pixels; the last two are heights of letters
@@ -96,7 +94,7 @@ class Sheet:
         font = ImageFont.load_default(SMALL)
         labels = list(self.labels) or [""] * len(self.tiles)
         head = SMALL + GAP if any(labels) else 0
-        wide = max(max(t.width, math.ceil(font.getlength(l))) for t, l in zip(self.tiles, labels, strict=True))
+        wide = max(max(t.width, math.ceil(font.getlength(label))) for t, label in zip(self.tiles, labels, strict=True))
         high = max(tile.height for tile in self.tiles) + head
         columns = min(self.columns or _across(len(self.tiles), high / wide), len(self.tiles))
         rows = math.ceil(len(self.tiles) / columns)
@@ -144,52 +142,6 @@ def _figure_class() -> type[Figure]:
     return Figure
 
 
-# ── images in ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def load_image(image: ImageLike, size: int | None = None) -> Tensor:
-    """A file, PIL image or tensor (1,3,H,W) or (3,H,W) in [0,1], as (1,3,H,W), its long side at `size` pixels.
-
-    Raises:
-        ImageError: a file that cannot be read.
-        InputError: something else, or a tensor that is no image.
-    """
-    if isinstance(image, Tensor):
-        picture = to_pil(image)  # also checks it
-        if size is None:
-            return image.detach().reshape(1, *image.shape[-3:]).to("cpu", torch.float32)
-    elif isinstance(image, Image.Image):
-        picture = image
-    elif isinstance(image, str | os.PathLike):
-        picture = open_image(image)
-    else:
-        raise InputError(f"expected a file, a PIL image or a tensor (1,3,H,W), got {type(image).__name__}")
-    return to_tensor(resize(picture, *fit(picture.width, picture.height, size)) if size else picture)
-
-
-def chosen(
-    channels: Sequence[int] | None, count: int, total: int, strength: Tensor, order: str, what: str
-) -> list[int]:
-    """Which of `total` channels are shown: those named, else up to `count` in `order`, `first` or `strongest`.
-
-    Raises:
-        InputError: a channel that is not there, an unknown order, a count below 1.
-    """
-    if channels is not None:
-        if not channels:
-            raise InputError("no channel asked for: name at least one")
-        if bad := [c for c in channels if not 0 <= c < total]:
-            raise InputError(f"{what} has channels 0 to {total - 1}, got {', '.join(map(str, bad))}")
-        return list(channels)
-    if count < 1:
-        raise InputError(f"count must be at least 1, got {count}")
-    if order not in ("strongest", "first"):
-        raise InputError(f"unknown order {order!r}: {nearest(order, ('strongest', 'first'))}")
-    if order == "first":
-        return list(range(min(count, total)))
-    return strength.argsort(descending=True, stable=True)[:count].tolist()
-
-
 # ── colours ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -206,7 +158,7 @@ def palette(name: str) -> Tensor:
     names = [str(each) for each in ColorMapType.list()]
     if name not in names:
         raise InputError(f"unknown colours {name!r}: {nearest(name, ['grey', *names])}")
-    return ColorMap(name, num_colors=256).colors.T.clone()  # type: ignore[no-any-return]
+    return ColorMap(name, num_colors=256).colors.T.clone()
 
 
 def colored(values: Tensor, colors: str) -> Tensor:
@@ -217,7 +169,7 @@ def colored(values: Tensor, colors: str) -> Tensor:
 def overlay(image: Tensor, heat: Tensor, colors: str = "turbo") -> Tensor:
     """Heat (H,W) in [0,1] over the greyed image (1,3,H,W), the stronger the more opaque: (1,3,H,W)."""
     grey = image.mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.7 + 0.15
-    opacity = 0.25 + 0.45 * heat.clamp(0, 1)
+    opacity = 0.75 * heat.clamp(0, 1).sqrt()
     return torch.lerp(grey, colored(heat[None], colors), opacity)
 
 

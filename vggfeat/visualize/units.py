@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,8 @@ from vggfeat.errors import InputError
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import wide
 from vggfeat.image import to_pil
-from vggfeat.visualize.sheet import ImageLike, Sheet, chosen, colored, enlarged, load_image
+from vggfeat.visualize.inputs import ImageLike, chosen, load_image
+from vggfeat.visualize.sheet import Sheet, colored, enlarged
 from vggfeat.weights import DEFAULT, WeightsLike, load
 
 __all__ = ["filters", "maps"]
@@ -61,7 +63,7 @@ def filters(
         InputError: a layer or channel that is not there, a deeper layer without images, no or unreadable images.
         WeightsError: weights that cannot be had or do not reach the layer.
     """
-    several = list(images) if isinstance(images, list | tuple) else [images]
+    several = [images] if isinstance(images, str | os.PathLike | Image.Image | Tensor) else list(images)
     loaded = load(weights, arch)
     found = loaded.arch.layer(layer)
     loaded.require([layer])
@@ -95,7 +97,8 @@ def filters(
             places = peaks[channel, top[channel]][values[channel, top[channel]] > -math.inf]
             crops = [_crop(tensors[int(i)], found, int(y), int(x)) for i, y, x in places]
             tiles.append(_mosaic([enlarged(to_pil(crop), side) for crop in crops], patches))
-        title = f"What drives {layer}, {loaded.arch.name}: patches of {found.receptive_field} x {found.receptive_field} pixels"
+        field = f"{found.receptive_field} x {found.receptive_field}"
+        title = f"What drives {layer}, {loaded.arch.name}: patches of {field} pixels"
     return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
 
 
@@ -173,8 +176,8 @@ def _stretched(rows: Tensor) -> Tensor:
 def _peaks(tap: Tensor, layer: Layer, count: int) -> tuple[Tensor, Tensor]:
     """The highest local maxima of each channel: values (C,k), -inf where there are fewer, and rows and columns (C,k,2).
 
-    A maximum is local where nothing within half a receptive field is higher; of equal ones, the first counts. Units that
-    see beyond the image's border, which drives many by itself, only count where there are no others.
+    A maximum is local where nothing within half a receptive field is higher; of equal ones, the first counts. Units
+    that see beyond the image's border, which drives many by itself, only count where there are no others.
     """
     reach = max(1, math.ceil(layer.receptive_field / layer.stride / 2))
     edge = math.ceil((layer.receptive_field / layer.stride - 1) / 2)

@@ -1,0 +1,302 @@
+"""The subcommands of `vggfeat` that make pictures: filters, maps, dream, invert, distance, cam."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import vggfeat
+from vggfeat_cli.run import INTERRUPTED
+
+Command = Callable[..., Any]
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic in newer releases of click
+    """Whole numbers and ranges between commas: `3,8,16-31`."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found: list[int] = []
+        for part in str(value).split(","):
+            if not (match := re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)):
+                self.fail(f"expected numbers such as 3,8,16-31, got {value!r}", param, ctx)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if not 0 <= last - first < 10000:
+                self.fail(f"expected a rising range of at most 10000, got {part!r}", param, ctx)
+            found += range(first, last + 1)
+        return found
+
+
+def _channels(command: Command) -> Command:
+    return click.option("--channel", "channels", type=_Numbers(), help="Which, such as 3,8,16-31.")(command)
+
+
+def _count(default: int) -> Callable[[Command], Command]:
+    return click.option("--count", default=default, show_default=True, help="How many, where no channel is named.")
+
+
+def _layer(default: str) -> Callable[[Command], Command]:
+    return click.option("--layer", default=default, show_default=True, help="Which layer.")
+
+
+def _size(default: int | None, what: str = "Long side of the image in pixels.") -> Callable[[Command], Command]:
+    return click.option("--size", type=int, default=default, show_default=default is not None, help=what)
+
+
+def _colors(default: str) -> Callable[[Command], Command]:
+    return click.option("--colors", default=default, show_default=True, help="grey, or a colour map's name.")
+
+
+def _order(default: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--order", type=click.Choice(["first", "strongest"]), default=default, show_default=True, help="Which first."
+    )
+
+
+_seed = click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
+_quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
+
+
+def _common(command: Command) -> Command:
+    """What every picture command has."""
+    for option in (
+        click.option("--overwrite", is_flag=True, help="Replace an existing output file."),
+        click.option("-o", "--output", type=click.Path(), help="PNG, JPEG, WebP, TIFF, PDF or SVG file."),
+        click.option("--arch", help="Network: vgg16, vgg19, …; a file's own where it holds one."),
+        click.option(
+            "--weights",
+            default="auto",
+            show_default=True,
+            help="imagenet, caffe, random, auto, or a .pth, .safetensors or .h5 file.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("filters")
+@click.argument("images", nargs=-1, type=click.Path())
+@_layer("conv1_1")
+@_channels
+@_count(64)
+@_order("first")
+@click.option("--patches", default=9, show_default=True, help="Patches of each channel.")
+@_size(512, "Long side of the images in pixels.")
+@_common
+def filters(images: tuple[str, ...], output: str | None, overwrite: bool, **options: Any) -> None:
+    """The first layer's filters in colour; with IMAGES, the patches that drive any layer's channels most."""
+    target = _target(output, f"filters-{options['layer']}.png", overwrite)
+    from vggfeat.visualize import filters
+
+    sheet = filters(images=list(images), **_resolved(options))
+    _done(sheet.save(target, overwrite=overwrite), sheet.settings["weights"])
+
+
+@click.command("maps")
+@click.argument("image", type=click.Path())
+@_layer("relu3_1")
+@_channels
+@_count(64)
+@_order("strongest")
+@click.option(
+    "--scale",
+    type=click.Choice(["each", "shared"]),
+    default="each",
+    show_default=True,
+    help="Whether each map has its own range of colours.",
+)
+@_colors("viridis")
+@click.option("--tile", default=128, show_default=True, help="Long side of a map on the sheet.")
+@_size(512)
+@_common
+def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> None:
+    """A layer's feature maps of IMAGE."""
+    target = _target(output, f"{Path(image).stem}-maps-{options['layer']}.png", overwrite)
+    from vggfeat.visualize import maps
+
+    sheet = maps(image, **_resolved(options))
+    _done(sheet.save(target, overwrite=overwrite), sheet.settings["weights"])
+
+
+@click.command("dream")
+@_layer("relu3_1")
+@_channels
+@click.option("--class", "classes", type=_Numbers(), help="Classes instead: numbers such as 281; needs a classifier.")
+@_count(9)
+@click.option("--unit", is_flag=True, help="The unit in the middle instead of the whole channel.")
+@click.option(
+    "--parametrization",
+    type=click.Choice(["fourier", "pixels"]),
+    default="fourier",
+    show_default=True,
+    help="How the image is held: frequencies, or blurred pixels.",
+)
+@_size(128, "Side of the pictures in pixels.")
+@click.option("--steps", default=200, show_default=True, help="Steps of the optimiser.")
+@click.option("--jitter", default=8, show_default=True, help="Largest random shift in pixels.")
+@_seed
+@_quiet
+@_common
+def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet: bool, **options: Any) -> None:
+    """Images that excite channels, units or classes most."""
+    options = _resolved(options)
+    if classes is not None:
+        if options["channels"] is not None:
+            raise vggfeat.InputError("give --channel or --class, not both")
+        options |= {"channels": classes, "layer": "fc8"}
+    target = _target(output, f"dream-{options['layer']}.png", overwrite)
+    from vggfeat.visualize import dream
+    from vggfeat.weights import load
+
+    options["weights"] = load(options["weights"], options["arch"])
+    if classes is not None and options["weights"].arch.head == "slim":
+        options["layer"] = "fc"
+    with _bar(options["steps"], quiet) as bar:
+        result = dream(**options, callback=lambda _: bar.update())
+    for channel, start, end in zip(result.channels, result.start, result.activations, strict=True):
+        click.echo(f"{options['layer']} {channel}: {start:.4g} → {end:.4g}", err=True)
+    _done(result.save(target, overwrite=overwrite), result.sheet.settings["weights"])
+
+
+@click.command("invert")
+@click.argument("image", type=click.Path())
+@click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    help="Which layer, or several between commas; given again, one more picture.  [default: relu3_1; with --gram "
+    "relu1_1 to relu5_1, as far as the weights reach]",
+)
+@click.option("--gram", is_flag=True, help="From the Gram matrices: texture synthesis.")
+@click.option("--compare", is_flag=True, help="The original beside it.")
+@_size(256, "Long side of the picture in pixels.")
+@click.option("--steps", default=200, show_default=True, help="Steps at each scale.")
+@click.option("--tv-weight", type=float, help="Weight of the total variation.  [default: 1; with --gram 0]")
+@_seed
+@_quiet
+@_common
+def invert(
+    image: str,
+    layers: tuple[str, ...],
+    output: str | None,
+    overwrite: bool,
+    compare: bool,
+    quiet: bool,
+    **options: Any,
+) -> int:
+    """IMAGE back from noise, by a layer's features or by Gram matrices."""
+    kind = "texture" if options["gram"] else "inverted"
+    target = _target(output, f"{Path(image).stem}-{kind}.png", overwrite)
+    from vggfeat.visualize import Sheet, invert
+
+    groups: list[Any] = [[name.strip() for name in group.split(",") if name.strip()] for group in layers] or [None]
+    results = []
+    for group in groups:
+        with _bar(1.0, quiet) as bar:
+            results.append(
+                invert(image, group, **_resolved(options), callback=lambda step: bar.update(step.progress - bar.n))
+            )
+        click.echo(f"{', '.join(results[-1].layers)}: error {results[-1].error:.4g}", err=True)
+        if results[-1].result.interrupted:
+            break
+    if compare or len(groups) > 1:
+        tiles, labels = [results[0].original], [Path(image).name]
+        for result in results:
+            tiles.append(result.image)
+            labels.append(f"{', '.join(result.layers)}: {result.error:.2g}")
+        settings = {"picture": "invert", "runs": [result.result.to_dict() for result in results]}
+        written = Sheet(tiles, labels, columns=min(4, len(tiles)), settings=settings).save(target, overwrite=overwrite)
+    else:
+        written = results[0].save(target, overwrite=overwrite)
+    _done(written, results[0].result.weights)
+    if results[-1].result.interrupted:
+        click.echo("vggfeat: interrupted; this is what there is so far", err=True)
+        return INTERRUPTED
+    return 0
+
+
+@click.command("distance")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    help="Which layer; give it again for more.  [default: the last ReLU of each block, as far as the weights reach]",
+)
+@_size(None, "Long side that both images are brought to, in pixels.")
+@_colors("turbo")
+@click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
+@_common
+def distance(
+    a: str, b: str, layers: tuple[str, ...], output: str | None, overwrite: bool, as_json: bool, **options: Any
+) -> None:
+    """The perceptual distance of images A and B, in total and by layer; with -o, a heat map."""
+    target = _target(output, "", overwrite) if output else None
+    from vggfeat.visualize import distance
+
+    result = distance(a, b, layers or None, **_resolved(options))
+    written = result.save(target, overwrite=overwrite) if target else None
+    if as_json:
+        summary = {key: result.sheet.settings[key] for key in ("total", "layers", "arch", "weights")}
+        click.echo(json.dumps(summary | ({"output": str(written)} if written else {}), indent=2))
+        return
+    for name, value in {"total": result.total, **result.layers}.items():
+        click.echo(f"{name:8} {value:.6g}")
+    _done(written, result.sheet.settings["weights"])
+
+
+@click.command("cam")
+@click.argument("image", type=click.Path())
+@click.option("--class", "class_index", type=int, help="Which class.  [default: the one ranked first]")
+@click.option("--layer", help="Which layer.  [default: the last ReLU before the classifier]")
+@_size(224)
+@_colors("turbo")
+@_common
+def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> None:
+    """Where the classifier sees a class in IMAGE (Grad-CAM)."""
+    target = _target(output, f"{Path(image).stem}-cam.png", overwrite)
+    from vggfeat.visualize import cam
+
+    result = cam(image, **_resolved(options))
+    click.echo(f"class {result.class_index}: {100 * result.probability:.1f} %", err=True)
+    _done(result.save(target, overwrite=overwrite), result.sheet.settings["weights"])
+
+
+def _target(output: str | None, name: str, overwrite: bool) -> Path:
+    """Where to write, known to be free and writable before any work."""
+    from vggfeat.image import free_path
+    from vggfeat.visualize import check_sheet
+
+    return check_sheet(output or (name if overwrite else free_path(name)), overwrite=overwrite)
+
+
+def _resolved(options: dict[str, Any]) -> dict[str, Any]:
+    """With what the environment says of the weights."""
+    if options["weights"] == "auto":
+        options["weights"] = os.environ.get("VGGFEAT_WEIGHTS") or "auto"
+    return options
+
+
+def _done(written: Path | None, weights: str) -> None:
+    click.echo(f"weights: {weights}", err=True)
+    if written is not None:
+        click.echo(str(written))
+
+
+def _bar(total: float, quiet: bool) -> Any:
+    from tqdm import tqdm
+
+    shape = "{percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}"
+    return tqdm(total=total, bar_format=shape, disable=quiet or not sys.stderr.isatty(), leave=False)
+
+
+COMMANDS = (filters, maps, dream, invert, distance, cam)

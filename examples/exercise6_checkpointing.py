@@ -1,0 +1,99 @@
+"""Exercise 6: gradient checkpointing. Keep each block's input alone, and compute the rest again in the backward.
+
+The second forward must not move batch normalisation's running statistics again.
+python examples/exercise6_checkpointing.py
+"""
+
+import contextlib
+import copy
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import vggfeat
+from vggfeat.analysis import PeakMemory, saved_for_backward
+
+
+@contextlib.contextmanager
+def still_statistics(net):
+    """Batch normalisation normalises as in training, but its running statistics and counters stay as they are."""
+    layers = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in layers]
+    for bn in layers:
+        bn.momentum = 0.0
+    try:
+        yield
+    finally:
+        for bn, (momentum, count) in zip(layers, before, strict=True):
+            bn.momentum = momentum
+            bn.num_batches_tracked.copy_(count)
+
+
+class Checkpointed(nn.Module):
+    """A VGG whose blocks are checkpointed; the weights are those of `net`."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.blocks, block = [], []
+        for layer, module in zip(net.arch.layers, net.features, strict=True):
+            block.append(module)
+            if layer.kind == "pool":
+                self.blocks.append(nn.Sequential(*block))
+                block = []
+
+    def forward(self, x):
+        for block in self.blocks:
+            contexts = (contextlib.nullcontext(), still_statistics(block))  # of the first and of the second forward
+            x = checkpoint(block, x, use_reentrant=False, context_fn=lambda both=contexts: both)
+        return self.net.classifier(self.net.avgpool(x).flatten(1))
+
+
+def step(net, images, targets):
+    net.zero_grad()
+    loss = F.cross_entropy(net(images), targets)
+    loss.backward()
+    return loss.item()
+
+
+def main(size=64, batch=8, width=0.5, repeats=3):
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain = vggfeat.vgg16(num_classes=10, batch_norm=True, head="slim", width=width, dropout=0.0).to(device)
+    nets = {"plain": plain, "checkpointed": Checkpointed(copy.deepcopy(plain))}
+    images = torch.rand(batch, 3, size, size, device=device)
+    targets = torch.arange(batch, device=device) % 10
+    print(f"VGG-16 with BN, width ×{width}, {batch} images of {size}×{size}, {device}")
+    print("              kept till backward  peak of a step  seconds a step     loss")
+    results = {}
+    for name, net in nets.items():
+        state = copy.deepcopy(net.state_dict())
+        kept = saved_for_backward(net, images)
+        net.load_state_dict(state)
+        gauge = PeakMemory(device)
+        losses, times = [], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            losses.append(step(net, images, targets))
+            times.append(time.perf_counter() - start)
+        peak = gauge.read()
+        shown = "unknown" if peak is None else f"{peak / 1e6:.0f} MB"
+        print(f"{name:12} {kept / 1e6:17.1f} MB {shown:>15} {min(times):15.3f} {losses[-1]:8.4f}")
+        results[name] = {"kept": kept, "loss": losses[-1], "steps": repeats}
+    layers = [bn for bn in nets["checkpointed"].modules() if isinstance(bn, nn.BatchNorm2d)]
+    same = all(
+        torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(plain.buffers(), nets["checkpointed"].net.buffers(), strict=True)
+    )
+    print(f"kept: {results['plain']['kept'] / results['checkpointed']['kept']:.1f} times less; BN counted ", end="")
+    print(
+        f"{int(layers[0].num_batches_tracked)} steps of {repeats}, running statistics {'equal' if same else 'DIFFER'}"
+    )
+    return results | {"same": same, "counted": int(layers[0].num_batches_tracked)}
+
+
+if __name__ == "__main__":
+    main()

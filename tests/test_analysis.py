@@ -1,0 +1,641 @@
+"""vggfeat.analysis and its plots, commands and exercises, against VGG_FACTS, torch's own counters and the networks."""
+
+import csv
+import importlib.util
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from vggfeat_cli import main as vggfeat_command
+
+import vggfeat
+from vggfeat import DependencyError, InputError, analysis, compare, describe, stacked_3x3
+from vggfeat.analysis import ACCURACY, effective_field, saved_for_backward
+from vggfeat.arch import BLOCKS, Arch
+from vggfeat.network import VGG
+from vggfeat.trunk import Plan
+
+REPO = Path(__file__).resolve().parents[1]
+
+# VGG_FACTS: parameters plain and with BN, G MACs, receptive field of pool5, share of the fully connected layers
+TOTALS = {
+    "A": (132_863_336, 132_868_840, 7.609, 150, 93.06),
+    "A-LRN": (132_863_336, None, 7.609, 150, 93.06),
+    "B": (133_047_848, 133_053_736, 11.308, 156, 92.93),
+    "C": (133_638_952, 133_647_400, 11.771, 156, 92.52),
+    "D": (138_357_544, 138_365_992, 15.470, 212, 89.36),
+    "E": (143_667_240, 143_678_248, 19.632, 268, 86.06),
+}
+PAPER_MILLIONS = {"A": 133, "A-LRN": 133, "B": 133, "C": 134, "D": 138, "E": 144}
+VGG16_FIELDS = {
+    "conv1_1": 3, "conv1_2": 5, "pool1": 6,
+    "conv2_1": 10, "conv2_2": 14, "pool2": 16,
+    "conv3_1": 24, "conv3_2": 32, "conv3_3": 40, "pool3": 44,
+    "conv4_1": 60, "conv4_2": 76, "conv4_3": 92, "pool4": 100,
+    "conv5_1": 132, "conv5_2": 164, "conv5_3": 196, "pool5": 212,
+    "fc6": 404,
+}  # fmt: skip
+# networks of every kind, and sizes, narrow enough to be run
+SMALL = [
+    (Arch("A", head="slim", num_classes=3, unit=4), (32, 32)),
+    (Arch("A-LRN", unit=4, num_classes=7), (48, 70)),
+    (Arch("B", batch_norm=True, unit=6, num_classes=2), (45, 33)),
+    (Arch("C", batch_norm=True, head="slim", unit=4), (64, 64)),
+    (Arch("D", unit=4, num_classes=10), (224, 224)),
+    (Arch("E", unit=3, num_classes=10), (100, 160)),
+]
+small = pytest.mark.parametrize(("arch", "size"), SMALL, ids=[f"{a.config}-{h}x{w}" for a, (h, w) in SMALL])
+
+
+def on_meta(arch):
+    with torch.device("meta"):
+        return VGG(arch)
+
+
+def rows(description):
+    return {row.name: row for row in description.rows}
+
+
+# ── describe: the facts ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("config", BLOCKS)
+def test_totals(config):
+    plain, bn, macs, field, share = TOTALS[config]
+    found = describe(config)
+    assert found.params == plain
+    assert round(plain / 1e6) == PAPER_MILLIONS[config]
+    assert found.macs / 1e9 == pytest.approx(macs, abs=5e-4)
+    assert rows(found)["pool5"].receptive_field == field
+    assert 100 * found.split["fc"]["params_share"] == pytest.approx(share, abs=5e-3)
+    if bn is None:
+        with pytest.raises(InputError, match="no batch-normalised form"):
+            describe(config + "_bn")
+    else:
+        assert describe(config + "_bn").params == bn
+
+
+def test_vgg16_split():
+    split = describe("vgg16").split
+    assert (split["conv"]["params"], split["fc"]["params"]) == (14_714_688, 123_642_856)
+    assert [round(100 * split[kind]["params_share"], 2) for kind in ("conv", "fc")] == [10.64, 89.36]
+    assert sum(row.params - row.weights for row in describe("vgg16").rows) == 13_416
+    assert describe("vgg16").flops / 1e9 == pytest.approx(30.94, abs=5e-3)
+    assert describe("vgg16").training_flops / 1e9 == pytest.approx(92.65, abs=5e-3)
+
+
+def test_vgg16_activations():
+    found = rows(describe("vgg16"))
+    for name, mb in (("conv1_1", 12.85), ("pool1", 3.21), ("conv2_1", 6.42)):
+        assert found[name].output_bytes / 1e6 == pytest.approx(mb, abs=5e-3)
+    assert describe("vgg16").activation_bytes / 1e6 == pytest.approx(60.95, abs=5e-3)
+    assert describe("vgg16").activation_bytes / 2**20 == pytest.approx(58.13, abs=5e-3)
+
+
+@pytest.mark.parametrize(("name", "mb"), [("vgg16", 73.36), ("vgg16_bn", 127.56), ("vgg11", 48.87), ("vgg19", 78.57)])
+def test_saved_for_backward(name, mb):
+    # with BN 127.56 counts one of the two numbers that each channel's statistics are; there are two: 127.58
+    assert describe(name).saved_bytes / 1e6 == pytest.approx(mb, abs=0.02 if "bn" in name else 5e-3)
+    assert describe(name).index_bytes / 1e6 == pytest.approx(12.24, abs=5e-3)
+
+
+def test_vgg16_memory():
+    memory = describe("vgg16").memory
+    assert memory["weights"] / 1e6 == pytest.approx(553.43, abs=5e-3)
+    assert memory["weights"] / 2**20 == pytest.approx(527.8, abs=0.05)
+    for name, gb in (("sgd", 1.107), ("momentum", 1.660), ("adam", 2.214)):
+        assert memory[f"{name}_fixed"] / 1e9 == pytest.approx(gb, abs=5e-4)
+    many = describe("vgg16", batch=10)
+    assert many.memory["adam"] - memory["adam"] == 9 * describe("vgg16").saved_bytes
+    assert many.memory["adam_fixed"] == memory["adam_fixed"]
+
+
+def test_vgg16_receptive_fields():
+    found = rows(describe("vgg16"))
+    assert {name: found[name].receptive_field for name in VGG16_FIELDS} == VGG16_FIELDS
+    assert found["pool5"].stride == 32
+
+
+def test_vgg16_for_cifar():
+    paper, slim = (describe("vgg16_bn", num_classes=10, input_size=32, head=head) for head in ("paper", "slim"))
+    assert (paper.params, slim.params) == (134_309_962, 14_728_266)
+    assert [round(paper.split[kind]["macs"] / 1e6, 1) for kind in ("conv", "fc")] == [313.2, 119.6]
+    assert rows(paper)["avgpool"].shape == (512, 7, 7) and rows(paper)["pool5"].shape == (512, 1, 1)
+
+
+# ── describe: the networks ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@small
+def test_rows_are_those_of_the_network(arch, size):
+    net, found = on_meta(arch), describe(arch, input_size=size)
+    shapes = {}
+    names = dict(zip([layer.name for layer in arch.layers], net.features, strict=True))
+    drops = ["drop"] if arch.head == "slim" else ["drop6", "drop7"]
+    head = list(arch.head_names)
+    for module in net.classifier:
+        names[(drops if isinstance(module, torch.nn.Dropout) else head).pop(0)] = module
+    names["avgpool"] = net.avgpool
+    for name, module in names.items():
+        module.register_forward_hook(lambda _, __, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
+    net(torch.empty(1, 3, *size, device="meta"))
+    assert {row.name: row.shape for row in found.rows[1:]} == shapes
+    for row in found.rows[1:]:
+        sizes = {name: p.numel() for name, p in names[row.name].named_parameters()}
+        assert (row.params, row.weights) == (sum(sizes.values()), sizes.get("weight", 0))
+    own = sum(v.numel() * v.element_size() for v in [*net.parameters(), *net.buffers()])
+    assert found.memory["weights"] == own
+
+
+@pytest.mark.parametrize("name", ["A", "A-LRN", "B", "C", "D", "E", "vgg16_bn"])
+def test_macs_are_those_torch_counts(name):
+    net, found = on_meta(describe(name).arch).eval(), describe(name)
+    with FlopCounterMode(display=False) as counter:
+        net(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() == found.flops == 2 * found.macs
+    with FlopCounterMode(display=False) as counter:
+        net(torch.empty(1, 3, 224, 224, device="meta")).sum().backward()
+    assert counter.get_total_flops() == found.training_flops
+
+
+@small
+def test_saved_is_what_autograd_saves(arch, size):
+    """On the meta device and for real, at three images, so that what is per image and per batch cannot be confused."""
+    expected = describe(arch, input_size=size, batch=3).saved_bytes
+    assert saved_for_backward(on_meta(arch), torch.empty(3, 3, *size, device="meta")) == expected
+    assert saved_for_backward(VGG(arch), torch.rand(3, 3, *size)) == expected
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "vgg11", "vgg19", "A-LRN"])
+def test_saved_at_full_size(name):
+    found = describe(name)
+    assert saved_for_backward(on_meta(found.arch), torch.empty(1, 3, 224, 224, device="meta")) == found.saved_bytes
+
+
+def test_in_place_relus_would_save_as_much(torchvision):
+    with torch.device("meta"):
+        net, image = torchvision.models.vgg16(), torch.empty(1, 3, 224, 224)
+    assert any(getattr(module, "inplace", False) for module in net.features)
+    assert saved_for_backward(net, image) == describe("vgg16").saved_bytes
+
+
+@small
+def test_kept_is_what_the_trunk_keeps(arch, size):
+    for tap in ("pool5", "conv3_1"):
+        plan = Plan(replace(arch, head=None), (tap,))
+        filters = []
+        for layer in (layer for layer in plan.arch.until([tap]) if layer.kind == "conv"):
+            shape = (layer.channels, layer.in_channels, layer.kernel, layer.kernel)
+            weight = torch.empty(shape, device="meta")
+            filters += [weight, torch.empty(layer.channels, device="meta"), weight.transpose(0, 1)]
+        image = torch.empty(2, 3, *size, device="meta")
+        _, *kept = torch.ops.vggfeat.trunk(image, filters, plan.code, "bits")
+        told = describe(arch, input_size=size).rows
+        above = told[: [row.name for row in told].index(tap) + (tap == "pool5")]
+        expected = image.numel() * 4 + sum(value.numel() * value.element_size() for value in kept)
+        assert expected == 2 * sum(row.kept_bytes for row in above)
+    assert describe(arch, input_size=size, batch=2).kept_bytes == 2 * sum(row.kept_bytes for row in told)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes alive at once among tensors that operations made of a network's own."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {value.untyped_storage()._cdata for value in [*net.parameters(), *net.buffers()]}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            storage = value.untyped_storage()
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@small
+def test_peak_of_a_forward(arch, size):
+    net, image = on_meta(arch).eval(), torch.empty(2, 3, *size, device="meta")
+    with torch.no_grad(), Alive(net) as alive:
+        net(image)
+    made = alive.peak + image.numel() * 4
+    assert describe(arch, input_size=size, batch=2).peak_bytes == pytest.approx(made, rel=1e-3)
+
+
+def test_without_a_head():
+    found = describe("vgg16", head=None)
+    assert found.rows[-1].name == "pool5" and found.params == 14_714_688 and "fc" not in found.split
+    assert saved_for_backward(on_meta(Arch()).features, torch.empty(1, 3, 224, 224, device="meta")) == found.saved_bytes
+
+
+# ── describe: as it is shown ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_formats():
+    found = describe("vgg16_bn", batch=2, input_size=(64, 96), num_classes=10)
+    data = json.loads(found.to_json())
+    assert data == found.to_dict()
+    assert data["totals"]["params"] == found.params and data["memory"]["saved_bytes"] == found.saved_bytes
+    assert data["input_size"] == [64, 96] and len(data["layers"]) == len(found.rows)
+    table = list(csv.DictReader(io.StringIO(found.to_csv())))
+    assert [row["name"] for row in table] == [row.name for row in found.rows]
+    assert sum(int(row["macs"]) for row in table) == found.macs
+    text = str(found)
+    assert "conv1_1  64×64×96" in text and "batch norm" in text and "training with adam, 2 images" in text
+    lines = text.split("\n\n")[0].splitlines()[1:]
+    assert len({len(line) for line in lines}) == 1, "columns are aligned"
+    for block in found.to_markdown().split("**\n\n")[1:]:
+        bars = [line.count("|") for line in block.splitlines() if line.startswith("|")]
+        assert len(bars) > 2 and len(set(bars)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"arch": "vgg15"}, "did you mean vgg1"),
+        ({"arch": "vgg16", "input_size": 31}, "at least 32 pixels"),
+        ({"arch": "vgg16", "batch": 0}, "batch must be at least 1"),
+        ({"arch": "vgg16", "num_classes": 0}, "num_classes must be at least 1"),
+        ({"arch": "vgg16", "head": "huge"}, "unknown head 'huge'"),
+        ({"arch": "vgg16", "width": 0}, "width must be a positive number"),
+    ],
+)
+def test_describe_says_what_is_wrong(words, message):
+    with pytest.raises(InputError, match=message):
+        describe(**words)
+
+
+def test_no_torch_and_no_time():
+    code = """
+import sys, time
+import vggfeat
+start = time.perf_counter()
+for name in ("A", "A-LRN", "B", "C", "D", "E", "vgg16_bn"):
+    str(vggfeat.describe(name))
+vggfeat.compare(["vgg11", "vgg16", "vgg19_bn"]).to_json()
+str(vggfeat.stacked_3x3(3))
+print(time.perf_counter() - start, "torch" in sys.modules, "matplotlib" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    seconds, *loaded = done.stdout.split()
+    assert loaded == ["False", "False"] and float(seconds) < 1
+
+
+# ── compare ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_compare_vggs():
+    slim = Arch(head="slim", num_classes=10)
+    found = compare(["vgg16", "C", slim])
+    assert [net.name for net in found.nets] == ["vgg16", "vgg16-c", "vgg16 slim"]
+    vgg16 = found.nets[0]
+    assert (vgg16.params, vgg16.macs) == (describe("D").params, describe("D").macs)
+    assert vgg16.published == {"IMAGENET1K_V1": (71.592, 90.382)}
+    assert not found.nets[1].published and not found.nets[2].published and not found.machine
+    assert not compare(["vgg16"], input_size=32).nets[0].published  # the accuracy is of 224 pixels and 1000 classes
+    assert not compare(["vgg16"], num_classes=10).nets[0].published
+    assert json.loads(found.to_json())["nets"][0]["flops"] == 2 * vgg16.macs
+    assert "71.59" in str(found) and "| vgg16-c |" in found.to_markdown()
+
+
+def test_published_accuracies(torchvision):
+    for name, score in ACCURACY.items():
+        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+        metrics = weights.meta["_metrics"]["ImageNet-1K"]
+        assert score == (metrics["acc@1"], metrics["acc@5"])
+
+
+def test_compare_torchvision(torchvision):
+    resnet, efficient, ours = compare(["resnet50", "efficientnet_b0", "vgg11_bn"]).nets
+    assert resnet.macs / 1e9 == pytest.approx(4.089, abs=5e-4)
+    assert efficient.macs / 1e9 == pytest.approx(0.386, abs=5e-4)
+    assert (resnet.params, efficient.params) == (25_557_032, 5_288_548)
+    assert {name: top1 for name, (top1, _) in resnet.published.items()} == {
+        "IMAGENET1K_V1": 76.130,
+        "IMAGENET1K_V2": 80.858,
+    }
+    assert efficient.published["IMAGENET1K_V1"][0] == 77.692
+    # the same network counted as one of torchvision's, by running it
+    name, look, _ = analysis._torchvision_builder("vgg11_bn", 1000, None)
+    assert look() == ours and name == "vgg11_bn"
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "swin_t"])  # widths computed with tensors; attention
+def test_compare_agrees_with_what_torchvision_publishes(torchvision, name):
+    (net,) = compare([name]).nets
+    meta = next(iter(torchvision.models.get_model_weights(name))).meta
+    assert net.params == meta["num_params"]
+    assert net.macs / 1e9 == pytest.approx(meta["_ops"], abs=1e-3)
+
+
+def test_auxiliary_heads_do_not_count(torchvision):
+    (net,) = compare(["googlenet"]).nets
+    meta = torchvision.models.get_model_weights("googlenet")["IMAGENET1K_V1"].meta
+    assert net.params == meta["num_params"]
+    assert net.macs / 1e9 == pytest.approx(meta["_ops"], abs=1e-3)
+
+
+def test_compare_says_what_is_wrong(torchvision):
+    with pytest.raises(InputError, match="nothing to compare"):
+        compare([])
+    with pytest.raises(InputError, match="did you mean .*resnet50"):
+        compare(["vgg16", "resnet55"])
+    with pytest.raises(InputError, match="batch must be at least 1"):
+        compare(["vgg16"], batch=0)
+    with pytest.raises(InputError, match="cannot take images of 5×5"):
+        compare(["alexnet"], input_size=5)
+    with pytest.raises(InputError, match="device 'nonsense' cannot be used"):
+        compare([Arch("A", head="slim", unit=2)], measure=True, device="nonsense")
+
+
+def test_without_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert compare(["vgg16", "vgg19_bn"]).nets[1].params == 143_678_248
+    with pytest.raises(DependencyError, match="'resnet50' is no VGG .* torchvision") as info:
+        compare(["vgg16", "resnet50"])
+    assert "\n" not in str(info.value)
+
+
+def test_measured():
+    told = []
+    arch = Arch("A", head="slim", num_classes=2, unit=8)
+    found = compare([arch], input_size=32, measure=True, batch=4, device="cpu", seconds=0.01, callback=told.append)
+    measured = found.nets[0].measured
+    assert told == ["vgg11 slim ×0.125"]
+    assert measured.latency > 0 and measured.throughput > 0 and measured.train_throughput > 0
+    if Path("/proc/self/clear_refs").exists():
+        assert measured.memory >= 0 and measured.train_memory >= 0
+    assert "torch" in found.machine and "latency ms" in str(found)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="resident memory is read on Linux")
+def test_peak_memory():
+    gauge = analysis.PeakMemory(torch.device("cpu"))
+    torch.ones(50_000_000).sum()
+    assert gauge.read() == pytest.approx(200e6, rel=0.2)
+    gauge.reset()
+    assert gauge.read() < 100e6
+
+
+@pytest.mark.gpu
+def test_measured_on_a_gpu():
+    """What the architecture says that a forward takes is what it takes there, but for the workspace."""
+    net = compare(["vgg16"], measure=True, batch=8, device="cuda", seconds=0.2).nets[0]
+    told = describe("vgg16", batch=8).memory
+    assert told["inference"] <= net.measured.memory
+    assert told["sgd"] * 0.9 <= net.measured.train_memory
+
+
+# ── the 3×3 argument ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_stacked(n):
+    found = stacked_3x3(n)
+    stack = torch.nn.Sequential(*(torch.nn.Conv2d(1, 1, 3, bias=False) for _ in range(n))).double()
+    single = torch.nn.Conv2d(1, 1, 2 * n + 1, bias=False)
+    image = torch.rand(1, 1, 2 * n + 1, 2 * n + 1, dtype=torch.double, requires_grad=True)
+    stack(image).sum().backward()
+    assert (image.grad != 0).all() and found.receptive_field == 2 * n + 1
+    assert found.stacked_params == sum(p.numel() for p in stack.parameters())
+    assert found.single_params == single.weight.numel()
+    assert found.nonlinearities == n
+    assert found.saving == 1 - found.stacked_params / found.single_params
+
+
+def test_three_against_seven():
+    found = stacked_3x3(3)
+    assert (found.stacked_params, found.single_params, round(100 * found.saving)) == (27, 49, 45)
+    assert len(json.loads(found.to_json())["stacks"]) == 3 and "7×7" in str(found)
+    for n in (0, 51):
+        with pytest.raises(InputError, match="n must be from 1 to 50"):
+            stacked_3x3(n)
+
+
+# ── receptive fields ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    torch.manual_seed(0)
+    return vggfeat.vgg16(width=0.25, head="slim", num_classes=2).state_dict()
+
+
+@pytest.mark.parametrize("layer", ["conv1_1", "relu1_2", "pool1", "conv2_2", "pool2", "conv3_3", "pool3"])
+def test_measured_field_is_the_theoretical_one(narrow, layer):
+    found = effective_field(layer, weights=narrow, samples=4)
+    assert found.theoretical == VGG16_FIELDS[layer.replace("relu", "conv")]
+    assert found.support == (found.theoretical,) * 2
+    assert found.gradient.shape == (found.theoretical,) * 2 and found.gradient.max() == 1
+    assert 1 <= found.effective <= found.theoretical
+
+
+def test_measured_field_is_the_gradient(narrow):
+    """The same by ordinary autograd through the network itself."""
+    net = vggfeat.vgg16(width=0.25, head="slim", num_classes=2, weights=narrow)
+    found = effective_field("conv2_1", weights=narrow, samples=1, seed=3)
+    side = 2 * (2 * math.ceil(10 / 4) + 1)
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    middle = side // 2 // 2
+    net.taps((image - mean) / std, ["conv2_1"])["conv2_1"][0, :, middle, middle].sum().backward()
+    expected = image.grad[0].abs().mean(0)
+    start = (side - 10) // 2
+    assert expected.sum() == pytest.approx(float(expected[start : start + 10, start : start + 10].sum()))
+    inner = (expected / expected.max())[start : start + 10, start : start + 10]
+    torch.testing.assert_close(found.gradient, inner, rtol=1e-3, atol=1e-5)
+
+
+def test_effective_field_says_what_is_wrong(narrow):
+    with pytest.raises(InputError, match="unknown layer 'conv9_1'"):
+        effective_field("conv9_1", weights=narrow)
+    with pytest.raises(InputError, match="samples must be at least 1"):
+        effective_field("conv1_1", weights=narrow, samples=0)
+
+
+# ── plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MAGIC = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
+
+
+def plots(narrow):
+    content = REPO / "examples" / "content.jpg"
+    nets = compare(["vgg11", "vgg16", "vgg19_bn"])
+    return {
+        "compare": lambda path: vggfeat.plot_comparison(nets, path),
+        "parameters": lambda path: vggfeat.plot_parameters([describe("A"), describe("D", head="slim")], path),
+        "stacked": lambda path: vggfeat.plot_stacked(stacked_3x3(3), path),
+        "fields": lambda path: vggfeat.plot_receptive_fields(
+            content, "vgg16", ["conv2_2", "conv1_2", "pool2"], path, weights="random", samples=1
+        ),
+        "squares": lambda path: vggfeat.plot_receptive_fields(content, "E", ["pool5"], path, measure=False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("compare", ".png"), ("compare", ".svg"), ("parameters", ".pdf"), ("stacked", ".png"), ("fields", ".png"),
+     ("squares", ".PDF")],
+)  # fmt: skip
+def test_plots(narrow, tmp_path, name, suffix):
+    matplotlib = pytest.importorskip("matplotlib")
+    before = dict(matplotlib.rcParams)
+    loaded = "matplotlib.pyplot" in sys.modules
+    path = plots(narrow)[name](tmp_path / f"picture{suffix}")
+    assert path.read_bytes().startswith(MAGIC[suffix.lower()])
+    assert os.listdir(tmp_path) == [path.name]
+    assert ("matplotlib.pyplot" in sys.modules) == loaded and dict(matplotlib.rcParams) == before
+    with pytest.raises(InputError, match="already exists"):
+        plots(narrow)[name](path)
+
+
+def test_plots_say_what_is_wrong(narrow, tmp_path):
+    pytest.importorskip("matplotlib")
+    content = REPO / "examples" / "content.jpg"
+    with pytest.raises(InputError, match="ends in .png, .pdf, .svg"):
+        vggfeat.plot_stacked(stacked_3x3(2), tmp_path / "a.jpg")
+    with pytest.raises(InputError, match="found none; create it first"):
+        vggfeat.plot_stacked(stacked_3x3(2), tmp_path / "no" / "a.png")
+    with pytest.raises(InputError, match="two networks with a published accuracy"):
+        vggfeat.plot_comparison(compare(["vgg16", "C"]), tmp_path / "a.png")
+    with pytest.raises(InputError, match="unknown layer 'conv9'"):
+        vggfeat.plot_receptive_fields(content, "vgg16", ["conv9"], tmp_path / "a.png")
+    with pytest.raises(vggfeat.ImageError, match="nowhere.jpg"):
+        vggfeat.plot_receptive_fields(tmp_path / "nowhere.jpg", "vgg16", ["conv1_1"], tmp_path / "a.png")
+    assert not os.listdir(tmp_path)
+
+
+def test_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(DependencyError, match=r"pip install 'vggfeat\[plot\]'"):
+        vggfeat.plot_stacked(stacked_3x3(2), tmp_path / "a.png")
+    assert not os.listdir(tmp_path)
+
+
+# ── commands ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run `vggfeat` in an empty folder: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["vggfeat", *map(str, args)])
+        with pytest.raises(SystemExit) as info:
+            vggfeat_command.main()
+        return info.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_describe_command(call, tmp_path):
+    assert call("describe", "vgg16") == (0, f"{describe('vgg16')}\n", "")
+    words = ("--size", "64x96", "--classes", 10, "--head", "slim", "--width", 0.5, "--batch", 4, "--format", "json")
+    status, out, _ = call("describe", "D_bn", *words, "-o", "report.json")
+    expected = describe("vgg16_bn", input_size=(64, 96), num_classes=10, head="slim", width=0.5, batch=4)
+    assert (status, out) == (0, "report.json\n")
+    assert json.loads((tmp_path / "report.json").read_text()) == expected.to_dict()
+    status, _, err = call("describe", "D", "-o", "report.json")
+    assert status == 2 and "already exists; pass --overwrite" in err
+    assert call("describe", "D", "--head", "none", "--format", "csv", "-o", "report.json", "--overwrite")[0] == 0
+    assert (tmp_path / "report.json").read_text().startswith("name,shape")
+    assert call("describe", "A", "--format", "markdown")[1] == describe("A").to_markdown() + "\n"
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+def test_compare_and_stacked_commands(call, tmp_path):
+    assert call("compare", "vgg11", "E_bn") == (0, f"{compare(['vgg11', 'vgg19_bn'])}\n", "")
+    assert call("stacked", 4, "--format", "csv") == (0, stacked_3x3(4).to_csv(), "")
+    pytest.importorskip("matplotlib")
+    assert call("stacked", 2, "--plot", "stack.svg")[0] == 0
+    assert call("compare", "vgg11", "vgg19", "--plot", "cost.png", "-o", "table.txt")[:2] == (0, "table.txt\n")
+    content = REPO / "examples" / "content.jpg"
+    words = ("--layers", "conv1_1,pool1", "--weights", "random", "--samples", 1)
+    assert call("fields", content, "-o", "fields.png", *words)[:2] == (0, "fields.png\n")
+    assert sorted(os.listdir(tmp_path)) == ["cost.png", "fields.png", "stack.svg", "table.txt"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("describe", "vgg17"),
+        ("describe", "vgg16", "--size", "big"),
+        ("describe", "vgg16", "--size", "8"),
+        ("describe", "vgg16", "--head", "huge"),
+        ("describe", "vgg16", "-o", "no/where.txt"),
+        ("compare", "vgg16", "resnet5000"),
+        ("compare", "vgg16", "vgg11", "--plot", "plot.jpg"),
+        ("stacked", "0"),
+        ("stacked", "many"),
+        ("fields", "nowhere.jpg", "-o", "a.png"),
+    ],
+)
+def test_bad_input_is_one_line_and_no_file(call, tmp_path, words):
+    status, out, err = call(*words)
+    assert (status, out) == (2, "") and err.count("\n") == 1 and err.startswith("vggfeat: ")
+    assert not os.listdir(tmp_path)
+
+
+# ── the chapter's exercises ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def exercise(name):
+    spec = importlib.util.spec_from_file_location(name, REPO / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def picture(tmp_path):
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return None
+    return tmp_path / "picture.png"
+
+
+def test_exercise_1(tmp_path, capsys):
+    exercise("exercise1_architectures").main(picture(tmp_path))
+    assert "vgg16 to vgg19: 3 more convolutions, 5.31 M more parameters (3.8%)" in capsys.readouterr().out
+
+
+def test_exercise_4(tmp_path, capsys, narrow):
+    content = REPO / "examples" / "content.jpg"
+    layers = ("conv1_2", "conv2_1")
+    exercise("exercise4_receptive_field").main(content, picture(tmp_path), "random", layers=layers, samples=2)
+    assert "10×10 px" in capsys.readouterr().out
+
+
+def test_exercise_6(capsys):
+    found = exercise("exercise6_checkpointing").main(size=32, batch=4, width=0.125, repeats=2)
+    assert found["same"] and found["counted"] == 2
+    assert found["checkpointed"]["loss"] == pytest.approx(found["plain"]["loss"], rel=1e-4)
+    assert found["checkpointed"]["kept"] * 5 < found["plain"]["kept"]
+    assert "running statistics equal" in capsys.readouterr().out
+
+
+def test_exercise_7(tmp_path, capsys):
+    exercise("exercise7_slim").main(picture(tmp_path))
+    out = capsys.readouterr().out
+    assert "134,309,962" in out and "14,728,266" in out

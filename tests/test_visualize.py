@@ -1,0 +1,626 @@
+"""Pictures: against numbers worked out by hand, ordinary autograd, and the network as plain modules."""
+
+import importlib
+import inspect
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from vggfeat_cli import main as command_module
+from vggfeat_cli import pictures
+
+import vggfeat
+from vggfeat import visualize
+from vggfeat.arch import Arch, parse
+from vggfeat.image import fit, open_image, read_settings, resize, to_pil, to_tensor
+from vggfeat.visualize import Sheet, cam, distance, dream, filters, invert, maps
+from vggfeat.visualize.dreams import _Fourier
+from vggfeat.visualize.sheet import overlay, palette, spread
+from vggfeat.visualize.units import _crop, _peaks
+from vggfeat.weights import load
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Random weights of a VGG-11 an eighth as wide, every layer's output at unit scale."""
+    return load("random", Arch("A", unit=8, head=None))
+
+
+@pytest.fixture(scope="module")
+def headed():
+    """The same with a classifier for 5 classes on top."""
+    torch.manual_seed(0)
+    net = vggfeat.vgg11(5, width=0.125, head="slim", weights=None).eval()
+    vggfeat.weights.load_weights(net, load("random", Arch("A", unit=8, head=None)), head=False)
+    torch.nn.init.normal_(net.classifier[1].weight)
+    return net
+
+
+def noise(*shape, seed=0):
+    """Smooth random images."""
+    low = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(low, size=shape, mode="bicubic").clamp(0, 1)
+
+
+def pixels(picture):
+    return (to_tensor(picture)[0] * 255).round().int()  # (3,H,W)
+
+
+# ── sheets ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_single_tile_is_the_sheet_and_several_stand_in_rows():
+    tile = Image.new("RGB", (20, 10), "red")
+    assert Sheet([tile]).image.tobytes() == tile.tobytes()
+    sheet = Sheet([Image.new("RGB", (20, 10), name) for name in ("red", "lime", "blue")], columns=2)
+    picture = sheet.image
+    assert picture.size == (12 + 20 + 6 + 20 + 12, 12 + 10 + 6 + 10 + 12)
+    spots = [picture.getpixel(at) for at in ((12, 12), (38, 12), (12, 28), (38, 28))]
+    assert spots == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+
+
+def test_labels_and_title_are_drawn_in_black():
+    tile = Image.new("RGB", (40, 10), "white")
+    plain, labelled = Sheet([tile, tile]).image, Sheet([tile, tile], ["12", "13"], "Title").image
+    assert min(plain.convert("L").tobytes()) == 255 and min(labelled.convert("L").tobytes()) < 50
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".svg", b"<?xml"), (".png", b"\x89PNG")])
+def test_the_ending_chooses_the_format(tmp_path, suffix, start):
+    if suffix != ".png":
+        matplotlib = pytest.importorskip("matplotlib")
+        before = dict(matplotlib.rcParams)
+    pyplot = "matplotlib.pyplot" in sys.modules
+    sheet = Sheet([Image.new("RGB", (30, 20), "red")] * 2, ["$a", "b_1"], "T", settings={"layer": "conv1_1"})
+    path = sheet.save(tmp_path / f"a{suffix}")
+    assert path.read_bytes().startswith(start)
+    with pytest.raises(vggfeat.ImageError, match="already exists"):
+        sheet.save(path)
+    assert [each.name for each in tmp_path.iterdir()] == [f"a{suffix}"]
+    if suffix == ".png":
+        assert read_settings(path) == {"layer": "conv1_1"}
+    else:
+        assert ("matplotlib.pyplot" in sys.modules) == pyplot and dict(matplotlib.rcParams) == before
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(vggfeat.DependencyError, match=r"pip install 'vggfeat\[plot\]'"):
+        Sheet([Image.new("RGB", (9, 9))]).save(tmp_path / "a.pdf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_palettes_begin_and_end_where_they_are_known_to():
+    assert (palette("viridis")[[0, -1]] * 255).round().int().tolist() == [[68, 1, 84], [253, 231, 37]]
+    assert palette("grey")[51].tolist() == pytest.approx([0.2] * 3)
+    with pytest.raises(vggfeat.InputError, match="did you mean viridis"):
+        palette("viridid")
+
+
+def test_spreading_over_whole_multiples_keeps_the_mean_and_no_heat_leaves_the_grey():
+    values = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    assert float(spread(values, (24, 40)).mean()) == pytest.approx(float(values.mean()), abs=1e-6)
+    image = noise(8, 8)
+    cold = overlay(image, torch.zeros(8, 8))
+    assert torch.allclose(cold, (0.15 + 0.7 * image.mean(1, keepdim=True)).expand_as(cold))
+
+
+# ── filters ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_first_layer_filters_are_scaled_around_mid_grey(small):
+    state = {key: value.clone() for key, value in small.state.items()}
+    kernels = state["features.0.weight"].zero_()
+    kernels[1, 0, 1, 1], kernels[1, 2, 0, 2] = -2.0, 1.0
+    kernels[2] = 0.01  # small weights look like large ones
+    sheet = filters(weights=state, arch="vgg11", count=1000)
+    assert sheet.labels == [str(i) for i in range(8)]
+    grey, colour, white = (pixels(tile)[:, ::16, ::16] for tile in sheet.tiles[:3])
+    assert grey.shape == (3, 3, 3) and (grey == 128).all()
+    expected = torch.full((3, 3, 3), 128)
+    expected[0, 1, 1], expected[2, 0, 2] = 0, 191  # 0.5 - 0.5, and 0.75 · 255 to the nearest
+    assert torch.equal(colour, expected.int()) and (white == 255).all()
+
+
+def test_filters_by_number_and_by_strength(small):
+    norms = small.state["features.0.weight"].flatten(1).norm(dim=1)
+    assert filters(weights=small, channels=[5, 2]).labels == ["5", "2"]
+    assert filters(weights=small, count=3, order="strongest").labels == [str(int(i)) for i in norms.topk(3).indices]
+    with pytest.raises(vggfeat.InputError, match="channels 0 to 7, got 8"):
+        filters(weights=small, channels=[8])
+    with pytest.raises(vggfeat.InputError, match="give images"):
+        filters("conv2_1", weights=small)
+    with pytest.raises(vggfeat.InputError, match="did you mean conv"):
+        filters("convv2_1", weights=small)
+
+
+@pytest.mark.parametrize("name", ["conv1_1", "pool1", "conv2_1", "relu3_2", "pool3", "conv4_1"])
+def test_a_crop_is_what_its_unit_sees(name):
+    """Against the gradient, in a network of positive weights: all pixels that a unit sees have one."""
+    layer = parse("vgg11").layer(name)
+    net = vggfeat.vgg11(2, width=1 / 64, head="slim")
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.constant_(module.weight, 0.1)
+        if isinstance(module, torch.nn.Sequential):
+            for i, each in enumerate(module):
+                if isinstance(each, torch.nn.MaxPool2d):
+                    module[i] = torch.nn.AvgPool2d(2)  # which sees its whole window
+    x = torch.ones(1, 3, 128, 128, requires_grad=True)
+    row, column = 64 // layer.stride, 64 // layer.stride + 1
+    net.taps(x, [name])[name][0, 0, row, column].backward()
+    rows, columns = x.grad[0, 0].nonzero().unbind(1)
+    places = torch.arange(128.0 * 128).view(1, 1, 128, 128)
+    crop = _crop(places, layer, row, column)[0, 0]
+    assert crop.shape == (layer.receptive_field,) * 2
+    assert (int(crop[0, 0]), int(crop[-1, -1])) == (
+        int(rows.min() * 128 + columns.min()),
+        int(rows.max() * 128 + columns.max()),
+    )
+
+
+def test_a_crop_at_the_border_is_grey_beyond_it():
+    crop = _crop(torch.ones(1, 3, 8, 8), parse("vgg11").layer("conv1_1"), 0, 7)
+    assert crop[0, 0].tolist() == [[0.5, 0.5, 0.5], [1, 1, 0.5], [1, 1, 0.5]]
+
+
+def test_peaks_are_local_maxima_apart_and_inside():
+    layer = parse("vgg11").layer("conv2_1")  # sees 8 pixels, stride 2
+    tap = torch.zeros(1, 20, 20)
+    tap[0, 10, 10], tap[0, 10, 11], tap[0, 4, 15], tap[0, 0, 0] = 5.0, 4.0, 3.0, 9.0
+    values, places = _peaks(tap, layer, 2)
+    assert values.tolist() == [[5, 3]] and places.tolist() == [[[10, 10], [4, 15]]]
+    values, places = _peaks(tap[:, :2, :2], layer, 2)  # every unit sees beyond the border
+    assert values.tolist() == [[9, -math.inf]] and places[0, 0].tolist() == [0, 0]
+
+
+def test_the_first_patch_drives_its_channel_most(small):
+    images = [noise(48, 64, seed=1), to_pil(noise(56, 40, seed=2))]
+    sheet = filters("conv2_1", images, channels=[3, 0], patches=4, tile=8, size=None, weights=small)
+    layer = small.arch.layer("conv2_1")
+    r, side = layer.receptive_field, sheet.tiles[0].width // 2
+    features = vggfeat.VGGFeatures(["conv2_1"], weights=small)
+    edge = 2  # units this near the border see beyond it
+    for channel, tile in zip([3, 0], sheet.tiles, strict=True):
+        best = max(
+            float(features(image)["conv2_1"][0, channel, edge:-edge, edge:-edge].max())
+            for image in (images[0], to_tensor(images[1]))
+        )
+        patch = tile.crop((0, 0, side, side)).resize((r, r), Image.Resampling.NEAREST)
+        around = F.pad(to_tensor(patch), (9, 9, 9, 9), value=0.3)  # the surroundings must not matter
+        start = (9 - (layer.stride - r) // 2) // layer.stride
+        seen = float(features(around)["conv2_1"][0, channel, start, start])
+        assert seen == pytest.approx(best, abs=0.03)  # the patch is in 8 bits
+
+
+# ── maps ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_maps_show_the_networks_own_values_strongest_first(small, headed):
+    image = noise(32, 48)
+    sheet = maps(image, "relu2_1", count=5, colors="grey", size=None, tile=24, weights=small)
+    normal = (image - torch.tensor(small.mean)[:, None, None]) / torch.tensor(small.std)[:, None, None]
+    tap = headed.taps(normal, ["relu2_1"])["relu2_1"][0].detach()
+    order = tap.mean((1, 2)).argsort(descending=True)[:5].tolist()
+    assert sheet.labels == [str(channel) for channel in order]
+    for tile, channel in zip(sheet.tiles, order, strict=True):
+        row = tap[channel].flatten()
+        low, high = row.min(), row.sort().values[math.ceil(0.995 * len(row)) - 1]
+        expected = ((tap[channel] - low) / (high - low)).clamp(0, 1) * 255
+        assert tile.size == (24, 16)  # a pixel for each unit
+        assert (pixels(tile) - expected).abs().max() <= 1.01
+
+
+def test_constant_maps_have_the_lowest_colour(small):
+    state = {key: value.clone() for key, value in small.state.items()}
+    state["features.0.weight"][4] = 0
+    sheet = maps(noise(32, 32), "conv1_1", channels=[4], size=None, weights=state, arch="vgg11")
+    assert sheet.tiles[0].getextrema() == ((68, 68), (1, 1), (84, 84))
+
+
+def test_a_shared_scale_compares_maps(small):
+    image = noise(32, 32)
+    tap = vggfeat.VGGFeatures(["relu1_1"], weights=small)(image)["relu1_1"][0]
+    sheet = maps(image, "relu1_1", order="first", scale="shared", colors="grey", size=None, weights=small)
+    means = torch.tensor([pixels(tile).float().mean() for tile in sheet.tiles])
+    assert means.argsort().tolist() == tap.mean((1, 2)).argsort().tolist()
+
+
+def test_maps_refuse_what_is_not_there(small):
+    for options, message in (
+        ({"layer": "relu9_1"}, "unknown layer"),
+        ({"layer": "relu1_2"}, "has no layer 'relu1_2'"),
+        ({"layer": "relu1_1", "order": "weakest"}, "unknown order"),
+        ({"layer": "relu1_1", "count": 0}, "count must be at least 1"),
+        ({"layer": "relu1_1", "scale": "own"}, "unknown scale"),
+        ({"layer": "relu1_1", "channels": []}, "no channel"),
+    ):
+        with pytest.raises(vggfeat.InputError, match=message):
+            maps(noise(32, 32), **options, weights=small)
+
+
+# ── dreams ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("parametrization", ["fourier", "pixels"])
+def test_a_dream_excites_its_channel_more_than_any_image_at_hand(small, parametrization):
+    steps = []
+    options = {
+        "parametrization": parametrization,
+        "size": 40,
+        "steps": 40,
+        "jitter": 2,
+        "precision": "float32",
+        "weights": small,
+    }
+    found = dream("relu2_1", [1, 6], **options, callback=steps.append)
+    features = vggfeat.VGGFeatures(["relu2_1"], weights=small)
+    here = [float(features(noise(40, 40, seed=seed))["relu2_1"][0, [1, 6]].mean((1, 2)).max()) for seed in range(4)]
+    for i, (channel, picture) in enumerate(zip([1, 6], found.images, strict=True)):
+        own = float(features(to_tensor(picture))["relu2_1"][0, channel].mean())
+        assert own == pytest.approx(found.activations[i], rel=1e-4)  # what is said of the saved picture is so
+        assert own > 2 * found.start[i] and own > 2 * max(here)
+        other = float(features(to_tensor(found.images[1 - i]))["relu2_1"][0, channel].mean())
+        assert own > other
+    assert [step.step for step in steps] == list(range(1, 41)) and steps[0].images()[0].size == (40, 40)
+    assert steps[-1].activations[0] > steps[0].activations[0]
+
+
+def test_dreams_follow_their_seed(small):
+    options = {"size": 32, "steps": 3, "weights": small}
+    a, b, c = (dream("conv1_1", [0], seed=seed, **options).images[0].tobytes() for seed in (1, 1, 2))
+    assert a == b != c
+
+
+def test_a_unit_is_driven_and_no_other_place(small):
+    found = dream("conv2_1", [2], unit=(2, 3), size=32, steps=40, jitter=0, precision="float32", weights=small)
+    tap = vggfeat.VGGFeatures(["conv2_1"], weights=small)(to_tensor(found.images[0]))["conv2_1"][0, 2]
+    assert float(tap[2, 3]) == pytest.approx(found.activations[0], rel=1e-4)
+    assert int(tap.argmax()) == 2 * tap.shape[1] + 3
+    with pytest.raises(vggfeat.InputError, match="16 rows and 16 columns"):
+        dream("conv2_1", [2], unit=(16, 0), size=32, weights=small)
+
+
+def test_a_dream_of_a_class(headed):
+    found = dream("fc", [3], size=32, steps=25, precision="float32", weights=headed.state_dict())
+    shift, scale = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    logits = headed((to_tensor(found.images[0]) - shift) / scale)[0].detach()
+    assert float(logits[3]) == pytest.approx(found.activations[0], rel=1e-3)
+    assert int(logits.argmax()) == 3 and found.activations[0] > found.start[0] + 1
+    with pytest.raises(vggfeat.InputError, match="channels 0 to 4, got 5"):
+        dream("fc", [5], size=32, weights=headed.state_dict())
+
+
+def test_a_dream_of_a_class_needs_a_classifier(small):
+    with pytest.raises(vggfeat.WeightsError, match="hold no classifier"):
+        dream("fc8", [3], weights=small)
+    for wrong in ({"steps": 0}, {"size": 1}, {"jitter": -1}, {"learning_rate": 0.0}, {"parametrization": "dct"}):
+        with pytest.raises(vggfeat.InputError, match=next(iter(wrong))):
+            dream("relu1_1", weights=small, **wrong)
+
+
+def test_amplitudes_fall_with_frequency():
+    canvas = _Fourier((8, 3, 64, 64), 0.05, torch.Generator().manual_seed(0), torch.device("cpu"))
+    grey = torch.logit(canvas.images().detach()).mean(1)
+    power = torch.fft.fft2(grey).abs().square().mean(0)
+    f = torch.hypot(*torch.meshgrid(torch.fft.fftfreq(64), torch.fft.fftfreq(64), indexing="ij"))
+    rings = [float(power[(f > at * 0.9) & (f < at * 1.1)].mean()) for at in (0.1, 0.2, 0.4)]
+    assert rings[0] / rings[1] == pytest.approx(4, rel=0.3) and rings[1] / rings[2] == pytest.approx(4, rel=0.3)
+
+
+def test_trained_channels_dream_of_what_photographs_rarely_have(oxford, test_data):
+    features = vggfeat.VGGFeatures(["relu2_2"], weights=oxford)
+    photo = open_image(test_data / "photos" / "tubingen.jpg")
+    natural = features(to_tensor(resize(photo, *fit(*photo.size, 128))))["relu2_2"][0, [4, 6]].mean((1, 2))
+    found = dream("relu2_2", [4, 6], size=48, steps=40, weights=oxford)
+    for own, start, usual in zip(found.activations, found.start, natural.tolist(), strict=True):
+        assert own > 3 * usual and own > 5 * start
+
+
+# ── inversion ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory):
+    """A file with calibrated random weights of a narrow VGG-19."""
+    path = tmp_path_factory.mktemp("weights") / "thin.safetensors"
+    save_file(load("random", Arch("E", unit=16, head=None)).state, path)
+    return str(path)
+
+
+def test_an_inversion_has_the_features_of_the_image(thin):
+    image, layers = noise(32, 48), ["relu1_1", "relu2_1"]
+    found = invert(image, layers, size=48, steps=60, tv_weight=0.001, weights=thin, precision="float32")
+    features = vggfeat.VGGFeatures(layers, weights=thin)
+    theirs, ours = (features(to_tensor(each)) for each in (found.original, found.image))
+    errors = [float((ours[name] - theirs[name]).square().sum() / theirs[name].square().sum()) for name in layers]
+    assert sum(errors) / 2 == pytest.approx(found.error, rel=1e-3)
+    assert found.error < found.start / 10
+    assert found.image.size == (48, 32) and found.layers == ("relu1_1", "relu2_1")
+    assert float(F.mse_loss(to_tensor(found.image), image)) < 0.1 * float(image.var())
+
+
+def test_a_texture_has_the_gram_matrices_of_the_image(thin):
+    image = noise(32, 32)
+    found = invert(image, ["relu1_1", "relu2_1"], gram=True, size=32, steps=60, weights=thin, precision="float32")
+    features = vggfeat.VGGFeatures(found.layers, weights=thin)
+    theirs, ours = (features(to_tensor(each)) for each in (found.original, found.image))
+    errors = []
+    for name in found.layers:
+        a, g = (torch.einsum("ncij,ndij->cd", tap[name], tap[name]) for tap in (theirs, ours))
+        errors.append(float((g - a).square().sum() / a.square().sum()))
+    assert sum(errors) / 2 == pytest.approx(found.error, rel=1e-2)
+    assert found.error < found.start / 10
+
+
+def test_texture_layers_go_as_far_as_the_weights(oxford):
+    image = noise(32, 32)
+    assert invert(image, gram=True, size=32, steps=1, weights=oxford).layers == ("relu1_1", "relu2_1", "relu3_1")
+    with pytest.raises(vggfeat.WeightsError, match="do not reach relu4_1"):
+        invert(image, ["relu4_1"], size=32, steps=1, weights=oxford)
+
+
+# ── distance ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_distance_is_a_perceptual_loss_and_the_mean_of_its_map(small):
+    a, b = noise(32, 64, seed=1), noise(32, 64, seed=2)
+    layers = ["relu1_1", "relu2_1", "relu3_2"]
+    found = distance(a, b, layers, weights=small)
+    channels = {name: float(small.arch.layer(name).channels) for name in layers}
+    loss = vggfeat.PerceptualLoss(layers, normalize_features=True, layer_weights=channels, weights=small)
+    assert found.total == pytest.approx(float(loss(a, b)), rel=1e-5)
+    for name in layers:
+        alone = vggfeat.PerceptualLoss([name], normalize_features=True, layer_weights=[channels[name]], weights=small)
+        assert found.layers[name] == pytest.approx(float(alone(a, b)), rel=1e-5)
+    assert found.map.shape == (32, 64)
+    assert float(found.map.mean()) == pytest.approx(found.total, rel=1e-5)  # 32 and 64 are multiples of each stride
+    assert 0 < found.total < 4 * len(layers)
+
+
+def test_the_same_image_is_at_no_distance_and_black_is_no_exception(small):
+    for image in (noise(32, 32), torch.zeros(1, 3, 32, 32)):
+        assert distance(image, image, weights=small).total == 0
+    assert list(distance(image, image, weights=small).layers) == ["relu1_1", "relu2_1", "relu3_2", "relu4_2", "relu5_2"]
+
+
+def test_the_heat_is_where_the_images_differ(small):
+    a = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    b = a.clone()
+    b[..., 32:64, 32:64] = a[..., 32:64, 32:64].mean()
+    layer = small.arch.layer("relu2_1")
+    heat = distance(a, b, ["relu2_1"], weights=small).map
+    reach = layer.receptive_field // 2 + 2 * layer.stride
+    outside = heat.clone()
+    outside[32 - reach : 64 + reach, 32 - reach : 64 + reach] = 0
+    assert float(outside.abs().max()) == 0
+    assert float(heat[36:60, 36:60].mean()) > 10 * float(heat.mean()) / 9  # the square is a ninth of the image
+
+
+def test_images_of_different_sizes_have_no_distance(small):
+    with pytest.raises(vggfeat.InputError, match="64×32 and 32×32"):
+        distance(noise(32, 64), noise(32, 32), weights=small)
+
+
+def test_a_blurred_tower_shows(oxford, test_data):
+    photo = open_image(test_data / "photos" / "tubingen.jpg")
+    photo = resize(photo, *fit(*photo.size, 192))
+    box = (100, 40, 150, 90)
+    blurred = photo.copy()
+    blurred.paste(photo.crop(box).filter(ImageFilter.GaussianBlur(2)), box[:2])
+    found = distance(photo, blurred, weights=oxford)
+    assert list(found.layers) == ["relu1_2", "relu2_2", "relu3_4"]
+    share = found.map[box[1] - 8 : box[3] + 8, box[0] - 8 : box[2] + 8].sum() / found.map.sum()
+    assert share > 0.95
+
+
+# ── class activation maps ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("layer", [None, "relu3_1", "conv4_2", "pool5"])
+def test_grad_cam_is_what_autograd_says(headed, layer):
+    image = noise(64, 64)
+    headed.zero_grad()
+    found = cam(image, 2, layer=layer, net=headed, size=None)
+    assert all(parameter.grad is None for parameter in headed.parameters())
+    shift, scale = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x, kept = (image - shift) / scale, None
+    for spec, module in zip(headed.arch.layers, headed.features, strict=True):
+        x = module(x)
+        if spec.name == (layer or "relu5_2"):
+            x = kept = x.detach().requires_grad_()
+    logits = headed.classifier(headed.avgpool(x).flatten(1))[0]
+    logits[2].backward()
+    logits = logits.detach()
+    alpha = kept.grad[0].mean((1, 2))
+    expected = torch.einsum("k,khw->hw", alpha, kept[0]).clamp_min(0).detach()
+    assert torch.allclose(found.raw, expected, rtol=1e-4, atol=1e-7)
+    assert found.logit == pytest.approx(float(logits[2]), rel=1e-4)
+    assert found.probability == pytest.approx(float(logits.exp()[2] / logits.exp().sum()), rel=1e-4)
+    assert found.map.shape == (64, 64) and float(found.map.max()) == pytest.approx(float(expected.max() > 0))
+
+
+def test_grad_cam_finds_the_red_square_that_a_class_stands_for():
+    """A network that hands red minus green on from layer to layer, and whose class 1 is their sum."""
+    net = vggfeat.vgg11(2, width=1 / 64, head="slim").train()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        for module in net.features:
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight[0, 0, 1, 1] = 1
+        net.features[0].weight[0, 1, 1, 1] = -1
+        net.classifier[1].weight[1, 0] = 1
+    net.classifier[0].eval()
+    image = torch.full((1, 3, 64, 64), 0.5)
+    image[:, 1:, 0:32, 32:64] = 0
+    found = cam(image, net=net, layer="relu3_2", size=None, names=["grey", "red"], mean=(0, 0, 0), std=(1, 1, 1))
+    assert found.class_index == 1 and "1 red" in found.sheet.labels[1]
+    assert float(found.map[4:28, 36:60].min()) > 0.99 and float(found.map[36:].max()) == 0
+    assert float(found.map[:, :28].max()) == 0
+    assert net.training and not net.classifier[0].training  # left as it was
+    silent = cam(image, 0, net=net, size=None)
+    assert float(silent.map.max()) == 0 and silent.sheet.image.size[0] > 128
+
+
+def test_a_class_or_classifier_that_is_not_there(headed, small):
+    with pytest.raises(vggfeat.InputError, match="classes 0 to 4 here, got 5"):
+        cam(noise(32, 32), 5, net=headed)
+    with pytest.raises(vggfeat.WeightsError, match="hold no classifier"):
+        cam(noise(32, 32), weights=small)
+    with pytest.raises(vggfeat.InputError, match="at least 32 pixels"):
+        cam(noise(32, 128), net=headed, size=64)
+    a, b = cam(noise(64, 64), 1, net=headed), cam(noise(64, 64), 1, weights=headed.state_dict())
+    assert torch.allclose(a.map, b.map, atol=1e-5)
+
+
+# ── commands ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def model(headed, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "headed.safetensors"
+    save_file(headed.state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def call(model, tmp_path, monkeypatch, capsys):
+    to_pil(noise(48, 64)).save(tmp_path / "photo.png")
+    to_pil(noise(48, 64, seed=3)).save(tmp_path / "other.png")
+    monkeypatch.chdir(tmp_path)
+
+    def run(line, weights=model):
+        monkeypatch.setattr(sys, "argv", ["vggfeat", *line.split(), *(["--weights", weights] if weights else [])])
+        with pytest.raises(SystemExit) as info:
+            command_module.main()
+        return info.value.code, *capsys.readouterr()
+
+    return run
+
+
+LINES = {
+    "filters": "filters-conv1_1.png",
+    "filters photo.png other.png --layer relu2_1 --channel 0-3,7 --patches 2": "filters-relu2_1.png",
+    "maps photo.png --layer relu2_1 --count 4 --size 48": "photo-maps-relu2_1.png",
+    "dream --layer relu1_1 --channel 1 --size 32 --steps 2 --quiet": "dream-relu1_1.png",
+    "dream --class 0,3 --size 32 --steps 2 --parametrization pixels": "dream-fc8.png",
+    "invert photo.png --layer relu1_1 --size 32 --steps 2": "photo-inverted.png",
+    "invert photo.png --gram --layer relu1_1,relu2_1 --layer relu1_1 --size 32 --steps 2": "photo-texture.png",
+    "cam photo.png --class 1": "photo-cam.png",
+    "distance photo.png other.png -o heat.jpg": "heat.jpg",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_commands_write_their_picture_and_never_over_another(call, line, tmp_path):
+    code, out, err = call(line)
+    name = LINES[line]
+    assert code == 0, err
+    assert out.split()[-1] == name and "weights: headed.safetensors" in err
+    with Image.open(name) as picture:
+        assert picture.width > 16
+    assert read_settings(name) or {}
+    before = Path(name).read_bytes()
+    code, out, err = call(line)
+    if "-o" in line:
+        assert code == 2 and "already exists" in err
+    else:
+        assert (code, out.split()[-1]) == (0, name.replace(".png", "-2.png"))
+    assert Path(name).read_bytes() == before
+    assert call(f"{line} --overwrite")[0] == 0
+
+
+def test_distance_prints_what_the_library_says(call, headed):
+    code, out, _ = call("distance photo.png other.png --layer relu1_1 --layer relu2_1")
+    table = {name: float(value) for name, value in (line.split() for line in out.splitlines())}
+    images = [to_tensor(open_image(name)) for name in ("photo.png", "other.png")]
+    found = distance(*images, ["relu1_1", "relu2_1"], weights=headed.state_dict())
+    assert code == 0 and table == pytest.approx({"total": found.total, **found.layers}, rel=1e-4)
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["other.png", "photo.png"]
+
+
+BAD = {
+    "maps nothing.png": "found nothing of that name",
+    "maps photo.png --layer relu3_9": "did you mean relu3_",
+    "maps photo.png --arch vgg17": "did you mean vgg1",
+    "maps photo.png --colors viridi": "did you mean viridis",
+    "maps photo.png --size 0x": "is not a valid integer",
+    "maps photo.png -o a.bmp": "expected a name that ends in",
+    "maps photo.png -o no/folder.png": "found none; create it first",
+    "filters --layer conv2_1": "give images",
+    "filters --channel 8": "channels 0 to 7",
+    "dream --layer relu2_1 --channel x": "expected numbers",
+    "dream --class 7 --size 32": "channels 0 to 4, got 7",
+    "dream --class 1 --channel 1": "not both",
+    "dream --layer relu9_9": "unknown layer",
+    "invert photo.png --layer relu7_1 --size 32": "unknown layer",
+    "invert photo.png --size 4": "too small",
+    "distance photo.png nothing.png": "found nothing of that name",
+    "cam photo.png --class 5": "classes 0 to 4",
+    "cam photo.png --layer fc": "fc is one of the head's layers",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line_and_no_file(call, line):
+    before = sorted(path.name for path in Path.cwd().iterdir())
+    code, out, err = call(line)
+    assert (code, out) == (2, "") and BAD[line] in err and err.count("\n") == 1, err
+    assert sorted(path.name for path in Path.cwd().iterdir()) == before
+
+
+def test_weights_that_do_not_reach(call, oxford):
+    code, _, err = call("maps photo.png --layer relu4_1", weights=str(oxford))
+    assert code == 2 and "do not reach relu4_1" in err and err.count("\n") == 1
+    code, _, err = call("cam photo.png", weights=str(oxford))
+    assert code == 2 and "hold no classifier" in err
+
+
+@pytest.mark.parametrize("command", pictures.COMMANDS, ids=lambda command: command.name)
+def test_defaults_are_the_librarys(command):
+    function = inspect.signature(getattr(visualize, command.name)).parameters
+    for option in command.params:
+        name = option.name
+        if name in function and name not in ("weights", "images") and option.default not in (None, ()):
+            if type(option.default).__name__ != "Sentinel":  # how newer releases of click say that there is none
+                assert option.default == function[name].default, f"--{name}"
+
+
+# ── the chapter's exercises ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "examples"))
+    return importlib.import_module
+
+
+def test_exercise_3_tells_kinds_of_filters_apart(example, capsys, tmp_path, oxford):
+    module = example("exercise3_filters")
+    blob, edge = torch.zeros(3, 3, 3), torch.zeros(3, 3, 3)
+    blob[0], blob[1] = 1, -1
+    edge[:, 0], edge[:, 2] = 1, -1
+    kinds = [module.kind(w) for w in (torch.ones(3, 3, 3), blob, edge, blob * edge)]
+    assert kinds == list(module.KINDS)
+    module.main(tmp_path / "f.png", str(oxford))
+    counts = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[1:5]]
+    assert sum(counts) == 64 and counts[1] > 10 and counts[2] > 20  # colour blobs, edges
+    assert (tmp_path / "f.png").stat().st_size > 1000
+
+
+def test_exercise_5_counts_the_units_that_respond(example, capsys, tmp_path, small, monkeypatch):
+    module = example("exercise5_feature_maps")
+    monkeypatch.setattr(module, "LAYERS", ("relu1_1", "relu2_1"))
+    module.main(picture=tmp_path / "m.png", weights=small, arch=None, size=48)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:3] == ["relu1_1", "8", "48×36"] and lines[3].split()[:3] == ["relu2_1", "16", "24×18"]
+    assert 20 < int(lines[2].split()[3].rstrip("%")) < 80
+    assert (tmp_path / "m.png").stat().st_size > 1000

@@ -1,0 +1,214 @@
+"""Where two images differ to a VGG, and where it looks when it names a class: heat maps over the image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vggfeat.arch import Arch
+from vggfeat.errors import InputError, WeightsError
+from vggfeat.features import VGGFeatures
+from vggfeat.functional import mse, unit_normalize, wide
+from vggfeat.image import to_pil
+from vggfeat.network import VGG, vgg
+from vggfeat.visualize.inputs import ImageLike, load_image, served
+from vggfeat.visualize.sheet import Sheet, overlay, spread
+from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, load
+
+__all__ = ["Cam", "Distance", "cam", "distance"]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """What `distance` returns.
+
+    Attributes:
+        total: the sum over layers.
+        layers: the distance in each layer: the mean of its map.
+        maps: the distance at each position of each layer, (h,w).
+        map: (H,W), the sum of the layers' maps spread over the image.
+        sheet: both images, the heat of all layers together, and of each.
+    """
+
+    total: float
+    layers: dict[str, float]
+    maps: dict[str, Tensor] = field(repr=False)
+    map: Tensor = field(repr=False)
+    sheet: Sheet = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the sheet, see `Sheet.save`."""
+        return self.sheet.save(path, overwrite=overwrite)
+
+
+def distance(
+    a: ImageLike,
+    b: ImageLike,
+    layers: Sequence[str] | None = None,
+    *,
+    size: int | None = None,
+    colors: str = "turbo",
+    arch: str | Arch | None = None,
+    weights: WeightsLike = DEFAULT,
+) -> Distance:
+    """The perceptual distance of two images: in total, by layer, and by place.
+
+    At each position of a layer Σ over channels of (â - b̂)², with â and b̂ the channel vectors at unit length, so from 0
+    (the same direction) to 4; of a layer, its mean; in total, the sum: LPIPS without its learned weights (Zhang et al.
+    2018, arXiv:1801.03924, eq. 1 with w = 1). It is `PerceptualLoss(layers, normalize_features=True, layer_weights=…)`
+    with each layer's number of channels as its weight.
+
+    Args:
+        a: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
+        b: likewise, of the same size.
+        layers: whose features; None means the last ReLU of each block, as far as the weights reach.
+        size: long side that both are brought to, in pixels; None leaves them.
+        colors: `grey` or a colour map of kornia's.
+        arch: the network, see `VGGFeatures`.
+        weights: see `vggfeat.weights.load`.
+
+    Raises:
+        InputError: an unknown layer, an image that cannot be read, or two of different sizes.
+        WeightsError: weights that cannot be had or do not reach the layers.
+    """
+    first, second = load_image(a, size), load_image(b, size)
+    if first.shape != second.shape:
+        (h, w), (k, v) = first.shape[2:], second.shape[2:]
+        raise InputError(f"the images differ in size, {w}×{h} and {v}×{k}: scale or crop one of them first")
+    loaded = load(weights, arch)
+    if layers is None:
+        relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
+        layers = served(loaded, list({name[:5]: name for name in relus}.values()))
+    for name in layers:
+        loaded.arch.layer(name)
+    features = VGGFeatures(layers, weights=loaded)
+    with torch.no_grad():
+        ours, theirs = features(first), features(second)
+        maps = {
+            name: mse(unit_normalize(ours[name]), unit_normalize(theirs[name])).sum(1)[0] for name in features.layers
+        }
+    values = {name: float(each.mean()) for name, each in maps.items()}
+    full = (first.shape[2], first.shape[3])
+    heats = {name: spread(each, full) for name, each in maps.items()}
+    total = torch.stack(list(heats.values())).sum(0)
+    tiles, labels = [to_pil(first), to_pil(second)], ["A", "B"]
+    for label, heat, value in [("all layers", total, sum(values.values()))] + [(n, heats[n], values[n]) for n in heats]:
+        tiles.append(to_pil(overlay(first, heat / heat.max().clamp_min(1e-6), colors)))
+        labels.append(f"{label}: {value:.3g}, at most {float(heat.max()):.3g}")
+    settings = {
+        "picture": "distance", "total": sum(values.values()), "layers": values,
+        "arch": loaded.arch.name, "weights": loaded.label,
+    }  # fmt: skip
+    sheet = Sheet(tiles, labels, f"Perceptual distance {sum(values.values()):.3g}", settings=settings)
+    return Distance(sum(values.values()), values, maps, total, sheet)
+
+
+@dataclass(frozen=True)
+class Cam:
+    """What `cam` returns.
+
+    Attributes:
+        map: (H,W) in [0,1], the class activation map over the image; all 0 where nothing speaks for the class.
+        raw: (h,w), the same at the layer's positions, in units of the logit's change.
+        class_index: which class.
+        logit: its value before the softmax.
+        probability: after it.
+        sheet: the image, and the map over it.
+    """
+
+    map: Tensor = field(repr=False)
+    raw: Tensor = field(repr=False)
+    class_index: int
+    logit: float
+    probability: float
+    sheet: Sheet = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the sheet, see `Sheet.save`."""
+        return self.sheet.save(path, overwrite=overwrite)
+
+
+def cam(
+    image: ImageLike,
+    class_index: int | None = None,
+    *,
+    layer: str | None = None,
+    size: int | None = 224,
+    colors: str = "turbo",
+    names: Sequence[str] | None = None,
+    net: VGG | None = None,
+    arch: str | Arch | None = None,
+    weights: WeightsLike = DEFAULT,
+    mean: Sequence[float] = IMAGENET.mean,
+    std: Sequence[float] = IMAGENET.std,
+) -> Cam:
+    """Where the classifier sees a class: Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391, eqs. 1 and 2).
+
+    ReLU(Σ_k α_k A_k) with A the layer's feature maps and α_k the mean over positions of ∂y/∂A_k, y the class's logit.
+
+    Args:
+        image: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
+        class_index: which class; None means the one that the network ranks first.
+        layer: whose maps; None means the last ReLU, as in the paper.
+        size: long side that the image is brought to, in pixels; None leaves it.
+        colors: `grey` or a colour map of kornia's.
+        names: of the classes, for the label.
+        net: a network of your own; it is run in eval mode and left as it was.
+        arch: without `net`: the network, see `VGGFeatures`.
+        weights: without `net`: see `vggfeat.weights.load`; they must hold a classifier.
+        mean: with `net`: what it expects to be subtracted from images in [0,1], per channel.
+        std: with `net`: what it expects images to be divided by then.
+
+    Raises:
+        InputError: a class or layer that is not there, or an image that cannot be read or is below 32 pixels.
+        WeightsError: weights that cannot be had or hold no classifier.
+    """
+    x = load_image(image, size)
+    if min(x.shape[2:]) < 32:
+        raise InputError(f"a classifier needs at least 32 pixels on each side, got {x.shape[3]}×{x.shape[2]}")
+    label = "a network in memory"
+    if net is None:
+        loaded = load(weights, arch)
+        if loaded.arch.head is None:
+            raise WeightsError(f"weights {loaded.label} hold no classifier, which class activation maps need")
+        label, found, mean, std = loaded.label, loaded.arch, IMAGENET.mean, IMAGENET.std
+        net = vgg(found.config, found.num_classes, found.batch_norm, loaded, str(found.head), found.width)
+    last = net.arch.names[-1]
+    layer = layer or [each.name for each in net.arch.layers if each.kind == "relu"][-1]
+    net.arch.layer(layer)
+    if class_index is not None and not 0 <= class_index < net.arch.num_classes:
+        raise InputError(f"{net.arch.name} has classes 0 to {net.arch.num_classes - 1} here, got {class_index}")
+    modes, device = {module: module.training for module in net.modules()}, next(net.parameters()).device
+    shift, scale = (torch.tensor(tuple(v), device=device)[:, None, None] for v in (mean, std))
+    net.eval()
+    try:
+        with torch.enable_grad():
+            taps = net.taps(((x.to(device) - shift) / scale).requires_grad_(), [layer, last])
+            logits = wide(taps[last][0])
+            chosen = int(logits.argmax()) if class_index is None else class_index
+            (grad,) = torch.autograd.grad(logits[chosen], taps[layer])
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    logits, alpha = logits.detach(), grad.mean((2, 3), keepdim=True)
+    raw = wide((alpha * taps[layer]).sum(1).relu()[0].detach()).cpu()
+    heat = spread(raw, (x.shape[2], x.shape[3]))
+    heat = heat / torch.where(heat.max() > 0, heat.max(), 1)
+    probability = float(logits.softmax(0)[chosen])
+    title = f"{chosen} {names[chosen]}" if names is not None and chosen < len(names) else f"class {chosen}"
+    settings = {
+        "picture": "cam", "layer": layer, "class": chosen, "probability": probability,
+        "arch": net.arch.name, "weights": label,
+    }  # fmt: skip
+    sheet = Sheet(
+        [to_pil(x), to_pil(overlay(x, heat, colors))],
+        ["", f"{title}, {100 * probability:.1f} %, by {layer}"],
+        columns=2,
+        settings=settings,
+    )
+    return Cam(heat, raw, chosen, float(logits[chosen]), probability, sheet)

@@ -1,0 +1,75 @@
+"""What the functions of `vggfeat.visualize` take: images, channels, layers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vggfeat.errors import InputError, WeightsError, nearest
+from vggfeat.image import fit, open_image, resize, to_pil, to_tensor
+from vggfeat.weights import Weights
+
+__all__ = ["ImageLike", "chosen", "load_image", "served"]
+
+ImageLike = str | os.PathLike[str] | Image.Image | Tensor
+
+
+def load_image(image: ImageLike, size: int | None = None) -> Tensor:
+    """A file, PIL image or tensor (1,3,H,W) or (3,H,W) in [0,1], as (1,3,H,W), its long side at `size` pixels.
+
+    Raises:
+        ImageError: a file that cannot be read.
+        InputError: something else, or a tensor that is no image.
+    """
+    if isinstance(image, Tensor):
+        picture = to_pil(image)  # also checks it
+        if size is None:
+            return image.detach().reshape(1, *image.shape[-3:]).to("cpu", torch.float32)
+    elif isinstance(image, Image.Image):
+        picture = image
+    elif isinstance(image, str | os.PathLike):
+        picture = open_image(image)
+    else:
+        raise InputError(f"expected a file, a PIL image or a tensor (1,3,H,W), got {type(image).__name__}")
+    return to_tensor(resize(picture, *fit(picture.width, picture.height, size)) if size else picture)
+
+
+def chosen(
+    channels: Sequence[int] | None, count: int, total: int, strength: Tensor, order: str, what: str
+) -> list[int]:
+    """Which of `total` channels are shown: those named, else up to `count` in `order`, `first` or `strongest`.
+
+    Raises:
+        InputError: a channel that is not there, an unknown order, a count below 1.
+    """
+    if channels is not None:
+        if not channels:
+            raise InputError("no channel asked for: name at least one")
+        if bad := [c for c in channels if not 0 <= c < total]:
+            raise InputError(f"{what} has channels 0 to {total - 1}, got {', '.join(map(str, bad))}")
+        return list(channels)
+    if count < 1:
+        raise InputError(f"count must be at least 1, got {count}")
+    if order not in ("strongest", "first"):
+        raise InputError(f"unknown order {order!r}: {nearest(order, ('strongest', 'first'))}")
+    if order == "first":
+        return list(range(min(count, total)))
+    return strength.argsort(descending=True, stable=True)[:count].tolist()
+
+
+def served(weights: Weights, names: Iterable[str]) -> list[str]:
+    """Those of the layers that the weights reach, at least the first."""
+    found: list[str] = []
+    for name in names:
+        try:
+            weights.require([name])
+        except WeightsError:
+            if not found:
+                raise
+            break
+        found.append(name)
+    return found
