@@ -181,7 +181,8 @@ class _UnitNormalize(torch.autograd.Function):
         (features,) = ctx.saved_tensors
         r = _UnitNormalize.factor(wide(features))
         y = wide(features) * r
-        return ((grad - y * (y * grad).sum(1, keepdim=True)) * r).to(features.dtype)
+        along = torch.einsum("nc...,nc...->n...", y, grad)[:, None]
+        return torch.addcmul(grad, y, along, value=-1).mul_(r).to(features.dtype)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
