@@ -94,7 +94,7 @@ ROOMS = {
     "vggfeat_cli.style": {"", "image", "transfer.config"},
     "vggfeat_cli.analyse": {"", "plots", "tables"},
     "vggfeat_cli.pictures": {"", "image", "visualize", "weights"},
-    "vggfeat_cli.main": {"", "weights"},
+    "vggfeat_cli.main": {"", "fetch", "weights"},
 }
 # modules that must not need more than this to be imported
 LIGHT = {"vggfeat", "vggfeat.errors", "vggfeat.arch", "vggfeat.transfer", "vggfeat.transfer.config", "vggfeat_cli"}

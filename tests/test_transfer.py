@@ -194,7 +194,9 @@ def test_gradient_is_the_finite_difference(state, config, normalization):
     total, terms, grad = both.value_and_grad(image)
     assert not total.requires_grad and not any(term.requires_grad for term in terms.values())
     outside = (image - image.clamp(0, 1)).square().mean()
-    torch.testing.assert_close(total, sum(terms.values()) + objective_module.RANGE_WEIGHT * outside)
+    # the penalty grows with the paper's unscaled terms, which start at what the content image has
+    scale = sum(both.terms(content).values()) if normalization == "gatys" else 1
+    torch.testing.assert_close(total, sum(terms.values()) + objective_module.RANGE_WEIGHT * scale * outside)
     for _ in range(6):
         along = torch.randn(image.shape, generator=generator, dtype=image.dtype)
         ahead, behind = (float(both.value_and_grad(image + step * along)[0]) for step in (1e-6, -1e-6))
@@ -611,7 +613,7 @@ def test_an_error_in_the_callback_is_the_callers(config, pair):
 # ── stylize: trouble on the way ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3, 5, 9])
+@pytest.mark.parametrize("stop", [0, 1, 3, 5, 7])
 def test_ctrl_c_gives_the_best_picture_so_far(state, config, pair, stop, monkeypatch):
     config = config(start_size=24, steps=4)
     calls = []

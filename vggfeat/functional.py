@@ -158,8 +158,10 @@ def unit_normalize(features: Tensor) -> Tensor:
 
 
 class _UnitNormalize(torch.autograd.Function):
-    """y = F r with r = 1/√(‖F‖² + ε), and back r (g - y ⟨y, g⟩): a few passes over the features where autograd takes a
-    dozen, and nothing kept but the features as they came."""
+    """y = F r with r = 1/√(‖F‖² + ε), and back r (g - y ⟨y, g⟩).
+
+    A few passes over the features where autograd takes a dozen, and nothing kept but the features as they came.
+    """
 
     generate_vmap_rule = True
 

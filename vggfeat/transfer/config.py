@@ -83,7 +83,7 @@ class StyleConfig:
     init: str = _option("content", "Where to start: content, noise, or an image file.")
     optimizer: str = _option("lbfgs", "How the picture is improved.")
     learning_rate: float = _option(0.04, "Step of Adam.")
-    steps: int = _option(50, "Steps at each scale.")
+    steps: int = _option(60, "Steps at each scale.")
     start_size: int = _option(128, "Long side of the coarsest scale.")
     seed: int = _option(0, "Seed of the noise.")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, …")

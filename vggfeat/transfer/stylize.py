@@ -311,14 +311,14 @@ def _device(name: str) -> torch.device:
 
 
 def _scales(content: Image.Image, config: StyleConfig, least: int) -> list[tuple[int, int]]:
-    """Width and height of each scale, coarse to fine, a factor of about √2 apart."""
+    """Width and height of each scale, coarse to fine, a factor of about 2 apart."""
     full = fit(content.width, content.height, config.size)
     if min(full) < least:
         raise InputError(
             f"at size {config.size} the picture is {full[0]}×{full[1]}, too small for the deepest layer, which needs "
             f"{least} pixels on each side; choose a larger --size or shallower layers"
         )
-    count = max(0, math.ceil(2 * math.log2(max(1, config.size / config.start_size)) - 0.5))
+    count = max(0, math.ceil(math.log2(max(1, config.size / config.start_size)) - 0.25))
     sizes = [
         fit(content.width, content.height, round(config.start_size * (config.size / config.start_size) ** (i / count)))
         for i in range(count)

@@ -1,0 +1,198 @@
+"""The chapter's exercises that train or paint (2, 8, 9) and what they share, on small inputs."""
+
+import importlib
+import runpy
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import vggfeat
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SMALL = {"limit": 1500, "epochs": 4, "batch": 32, "width": 0.125}
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+@pytest.fixture
+def shared(example):
+    return example("short_run")
+
+
+@pytest.fixture
+def script(example, monkeypatch, capsys):
+    """Runs a file as the command line does: exit status, stdout, stderr."""
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        code = 0
+        try:
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def picture(tmp_path):
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return None
+    return str(tmp_path / "picture.png")
+
+
+def zipped(data, path):
+    """The images as `part/<class>/NNNN.png`, class after class."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in data.labels.argsort(stable=True).tolist():
+            flat = data.images[number].permute(1, 2, 0).flatten().tolist()
+            image = Image.frombytes("RGB", data.images.shape[:1:-1], bytes(flat))
+            with archive.open(f"part/{data.labels[number]}/{number:04}.png", "w") as file:
+                image.save(file, "PNG")
+    return path
+
+
+def test_zip_is_read_in_place(shared, tmp_path):
+    made = shared.gratings(40, 0)
+    read = shared.read_zip(zipped(made, tmp_path / "made.zip"))
+    order = made.labels.argsort(stable=True)
+    assert read.classes == list("0123456789")
+    assert torch.equal(read.images, made.images[order]) and torch.equal(read.labels, made.labels[order])
+    some = shared.read_zip(tmp_path / "made.zip", limit=12)
+    assert len(some.labels) == 12 and some.classes == read.classes
+    for image, label in zip(some.images, some.labels, strict=True):
+        (where,) = (read.images == image).all((1, 2, 3)).nonzero()
+        assert read.labels[where] == label
+
+
+def test_gratings(shared):
+    one, same, other = (shared.gratings(20, seed) for seed in (0, 0, 1))
+    assert torch.equal(one.images, same.images) and not torch.equal(one.images, other.images)
+    assert one.images.shape == (20, 3, 32, 32) and one.images.dtype == torch.uint8
+    assert len(one.classes) == 10 and one.labels.bincount().tolist() == [2] * 10
+
+
+def test_augment_is_a_crop_and_maybe_a_flip(shared):
+    images = torch.rand(16, 3, 12, 10)
+    out = shared.augment(images, torch.Generator().manual_seed(0))
+    assert out.shape == images.shape and out.is_contiguous(memory_format=torch.channels_last)
+    padded = torch.nn.functional.pad(images, (4,) * 4, mode="reflect")
+    flips = 0
+    for whole, found in zip(padded, out, strict=True):
+        crops = {(y, x): whole[:, y : y + 12, x : x + 10] for y in range(9) for x in range(9)}
+        plain = any(torch.equal(crop, found) for crop in crops.values())
+        flipped = any(torch.equal(crop.flip(2), found) for crop in crops.values())
+        assert plain or flipped
+        flips += flipped
+    assert 0 < flips < 16
+
+
+def test_a_run_is_the_same_again(shared):
+    train, test = shared.gratings(64, 0), shared.gratings(32, 1)
+    histories = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        net = vggfeat.vgg11(10, batch_norm=True, head="slim", width=0.125)
+        histories.append(shared.fit("again", net, train, test, 2, 0.05, 32))
+    for one, two in zip(*histories, strict=True):
+        assert one.loss == pytest.approx(two.loss, rel=1e-4)
+
+
+def test_exercise_2_batch_norm_converges_faster(example, tmp_path, capsys):
+    file = picture(tmp_path)
+    runs = example("exercise2_batch_norm").main(**SMALL, plot=file)
+    plain, bn = runs["plain"], runs["with BN"]
+    assert all(b.loss < p.loss for p, b in zip(plain[1:], bn[1:], strict=True))
+    assert bn[-1].accuracy > 0.3 > 0.2 > plain[-1].accuracy
+    out = capsys.readouterr().out
+    assert "is reached with BN in epoch" in out
+    if file:
+        assert Path(file).stat().st_size > 1000 and file in out
+
+
+def test_exercise_2_on_zips(example, shared, tmp_path, capsys):
+    zips = [str(zipped(shared.gratings(40, seed), tmp_path / f"{seed}.zip")) for seed in (0, 1)]
+    example("exercise2_batch_norm").main(*zips, limit=30, epochs=1, batch=10, width=0.125)
+    assert "30 images of 10 classes" in capsys.readouterr().out
+
+
+def test_exercise_8(example, tmp_path, capsys):
+    result = example("exercise8_style_transfer").main(
+        picture=str(tmp_path / "p.png"), size=48, steps=5, weights="random"
+    )
+    out = capsys.readouterr().out
+    assert result.history[-1]["total"] < result.history[0]["total"]
+    assert f"{result.history[0]['total']:.4f}" in out and f"{result.losses['total']:.4f}" in out
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.size == (48, 36)
+
+
+def test_exercise_9(example, torchvision, tmp_path, capsys):
+    file = picture(tmp_path)
+    module = example("exercise9_vgg_vs_resnet")
+    found = module.main(limit=200, epochs=2, batch=20, width=0.125, plot=file)
+    out = capsys.readouterr().out
+    for params, macs, history in found.values():
+        assert f"{params:,} {macs / 1e6:8.1f}" in out and history[-1].loss < history[0].loss
+    net = module.resnet18(10, 1)
+    whole = torchvision.models.resnet18(num_classes=10)
+    stem = 64 * 3 * (7 * 7 - 3 * 3)
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in whole.parameters()) - stem == 11_173_962
+    vgg = vggfeat.describe("vgg16_bn", num_classes=10, input_size=32, head="slim", width=0.125)
+    assert found["VGG-16"][:2] == (vgg.params, vgg.macs)
+
+
+def test_exercise_9_says_that_torchvision_is_broken(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    code, out, err = script("exercise9_vgg_vs_resnet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "torchvision does not work here" in err and "install the torchvision that belongs to your torch" in err
+
+
+@pytest.mark.parametrize("name", ["exercise2_batch_norm", "exercise9_vgg_vs_resnet"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["missing.zip", "missing.zip"], "cannot read missing.zip: No such file"),
+        ([EXAMPLES / "content.jpg"] * 2, "File is not a zip file"),
+        (["one.zip"], "expected two zips, TRAIN.zip and TEST.zip, or none for made-up images; got 1"),
+        (["--epochs", "0"], "at least one epoch"),
+        (["--epochs", "some"], "invalid int value"),
+        (["--limit", "-1"], "--limit must be at least 0"),
+        (["--plot", "nowhere/p.png"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(script, request, name, words, message):
+    if "resnet" in name:
+        request.getfixturevalue("torchvision")
+    code, out, err = script(name, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"{name}.py: ") and message in err
+
+
+def test_exercise_8_missing_file(script, tmp_path):
+    code, out, err = script("exercise8_style_transfer", "--content", "gone.jpg", "--picture", tmp_path / "p.png")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "gone.jpg" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_exercises_on_cifar10(example, test_data, torchvision):
+    zips = [test_data / f"cifar10-{part}.zip" for part in ("train", "test")]
+    if missing := [path for path in zips if not path.exists()]:
+        pytest.skip(f"no {missing[0]}")
+    runs = example("exercise2_batch_norm").main(*zips, limit=5000, epochs=3)
+    assert runs["with BN"][-1].accuracy > max(0.4, runs["plain"][-1].accuracy)
+    for _, _, history in example("exercise9_vgg_vs_resnet").main(*zips, limit=2000, epochs=2).values():
+        assert history[-1].accuracy > 0.25
