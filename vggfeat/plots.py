@@ -51,7 +51,8 @@ def _figure_class() -> type[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DependencyError("plots need matplotlib: pip install 'vggfeat[plot]'") from error
-    return Figure
+    found: type[Figure] = Figure
+    return found
 
 
 def _figure(width: float, height: float) -> Figure:

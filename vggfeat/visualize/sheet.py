@@ -139,7 +139,8 @@ def _figure_class() -> type[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DependencyError("PDF and SVG need matplotlib: pip install 'vggfeat[plot]', or write a .png") from error
-    return Figure
+    found: type[Figure] = Figure
+    return found
 
 
 # ── colours ───────────────────────────────────────────────────────────────────────────────────────────────────────────
