@@ -740,6 +740,31 @@ def test_torch_compile_of_a_training_step(pair, loss, encoded):
         close(other.grad, one.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [vggfeat.PerceptualLoss, vggfeat.StyleLoss])
+@pytest.mark.parametrize("masked", [False, True])
+def test_parts_of_a_batch_add_up(monkeypatch, kind, masked):
+    """Few images at a time give what the whole batch gives, and one target for all is looked at once."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(5, 3, 32, 32, generator=generator), torch.rand(1, 3, 32, 32, generator=generator)
+    mask = torch.rand(5, 1, 32, 32, generator=generator) if masked else None
+    loss = kind(["relu1_2", "conv2_1"], weights=NET.state_dict(), reduction="none")
+    whole_x, parts_x = (x.clone().requires_grad_() for _ in range(2))
+    whole = loss(whole_x, y, mask)
+    seen = []
+    taps = loss.features.forward
+    monkeypatch.setattr(loss.features, "forward", lambda images: seen.append(len(images)) or taps(images))
+    monkeypatch.setattr("vggfeat.losses.VALUES_AT_A_TIME", 2 * 32 * 32 * NET.arch.layers[0].channels)
+    parts = loss(parts_x, y, mask)
+    assert sorted(seen) == [1, 1, 2, 2]  # the target, and five images in twos
+    close(parts, whole, rtol=1e-5)
+    for value, image in ((whole, whole_x), (parts, parts_x)):
+        value.sum().backward()
+    close(parts_x.grad, whole_x.grad, rtol=1e-4, atol=1e-7)
+    empty = x[:0].clone().requires_grad_()
+    loss(empty, y).sum().backward()
+    assert loss(empty, y).shape == (0,) and empty.grad.shape == empty.shape
+
+
 def _ddp_worker(rank, folder):
     """One of two processes: gradients with the loss outside and inside of the wrapped module."""
     torch.set_num_threads(1)

@@ -90,7 +90,7 @@ class _Products(torch.autograd.Function):
         out = torch.zeros(n, c, c, dtype=wide(features[:0]).dtype)
         kernel = out.new_empty(c, c, 1, 1)
         rows = max(1, _Products.CHUNK // (c * w))
-        for image, total in zip(torch.split(features, 1), out, strict=True):
+        for image, total in zip(features[:, None], out, strict=True):
             for top in range(0, h, rows):
                 part = wide(image[:, :, top : top + rows])
                 total += torch.ops.aten.convolution_backward(
@@ -105,10 +105,9 @@ class _Products(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative was asked for
             return (features.permute(0, 2, 3, 1).flatten(1, 2) @ kernel).mT.reshape(features.shape)
         parts = [
-            F.conv2d(image, weight[:, :, None, None])
-            for image, weight in zip(torch.split(features, 1), kernel, strict=True)
+            F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(features[:, None], kernel, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros_like(features)
 
 
 # ── distances, value by value ─────────────────────────────────────────────────────────────────────────────────────────

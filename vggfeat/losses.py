@@ -116,13 +116,15 @@ class _FeatureLoss(nn.Module):
         if mask is not None:
             mask = _checked_mask(mask, input)
         step = self._images_at_a_time(input)
+        if step < images and count == 1 and isinstance(target, Tensor):  # looked at once, not once for every part
+            target = EncodedTarget(self._represent(target, mask), size, self._signature)
         parts = [
             self._compare(
                 input[i : i + step],
-                target if count == 1 else target[i : i + step],
+                target if len(target) == 1 else target[i : i + step],
                 mask if mask is None or len(mask) == 1 else mask[i : i + step],
             )
-            for i in range(0, images, step)
+            for i in range(0, max(1, images), step)
         ]
         total = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.reduction == "none":
