@@ -33,7 +33,7 @@ ROOMS = {
     "vggfeat.weights": {"arch", "errors", "fetch"},
     "vggfeat.network": {"arch", "errors", "weights"},
     "vggfeat.trunk": {"arch", "errors"},
-    "vggfeat.features": {"arch", "errors", "trunk", "weights"},
+    "vggfeat.features": {"arch", "errors", "functional", "trunk", "weights"},
     "vggfeat.tables": {"errors"},
     "vggfeat.analysis": {"arch", "errors", "features", "network", "tables"},
     "vggfeat.plots": {"analysis", "arch", "errors", "image", "tables", "weights"},

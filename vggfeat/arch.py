@@ -26,6 +26,9 @@ BLOCKS: dict[str, tuple[int, int, int, int, int]] = {
 }
 POINTWISE = {"C": frozenset({"conv3_3", "conv4_3", "conv5_3"})}
 NORMALISED = {"A-LRN": "conv1_1"}  # local response normalisation follows this convolution's ReLU
+# size, alpha, beta, k. Krizhevsky et al. 2012: n = 5, alpha = 1e-4, beta = 0.75, k = 2; torch divides alpha by n, the
+# paper does not
+LRN = (5, 5e-4, 0.75, 2.0)
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
 HIDDEN = 4096
 

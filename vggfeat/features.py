@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,13 @@ from torch.nn import functional as F
 from vggfeat import trunk as _trunk
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
+from vggfeat.functional import in_functorch
 from vggfeat.trunk import Plan, Trunk
-from vggfeat.weights import DEFAULT, WeightsLike, load
+from vggfeat.weights import DEFAULT, LINEAR, WeightsLike, load
 
-__all__ = ["PRECISIONS", "VGGFeatures", "bfloat16_is_fast", "trunk_dtype"]
+__all__ = ["PRECISIONS", "VGGFeatures", "bfloat16_is_fast", "count_and_size", "trunk_dtype"]
 
 PRECISIONS = ("float32", "bfloat16", "auto")
-_LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # position in the classifier
 
 
 class VGGFeatures(nn.Module):
@@ -125,7 +124,7 @@ class VGGFeatures(nn.Module):
     def taps(self, images: Tensor) -> dict[str, Tensor]:
         """As a call of the module, for images (N,3,H,W) known to be good: nothing is looked at."""
         dtype = trunk_dtype(self.precision, images)
-        linear = [_LINEAR[name] for name in self._head if name in _LINEAR]
+        linear = [LINEAR[name] for name in self._head if name in LINEAR]
         filters = self.trunk.filters(self.plan, images.device, dtype, linear)
         with _trunk.no_autocast(images.device):  # its wish is in the dtype
             return self._run(self._normalised(images), filters)
@@ -144,7 +143,7 @@ class VGGFeatures(nn.Module):
     def _normalised(self, images: Tensor) -> Tensor:
         work = torch.float64 if images.dtype == torch.float64 else torch.float32
         images = images.to(work)
-        if not _inside_functorch(images):  # which maps over tensors of another rank
+        if not in_functorch(images):  # which maps over tensors of another rank
             images = images.contiguous(memory_format=torch.channels_last)
         scale, shift = (
             torch.tensor(v, dtype=work, device=images.device)[:, None, None] for v in (self._scale, self._shift)
@@ -156,17 +155,13 @@ class VGGFeatures(nn.Module):
         slim = self.arch.head == "slim"
         x = F.adaptive_avg_pool2d(x, 1 if slim else 7).flatten(1)
         for name in self._head:
-            x = F.linear(x, *self.trunk.linear(_LINEAR[name], x.device, x.dtype)) if name in _LINEAR else F.relu(x)
+            x = F.linear(x, *self.trunk.linear(LINEAR[name], x.device, x.dtype)) if name in LINEAR else F.relu(x)
             taps[name] = x
         return taps
 
     def _checked(self, images: Tensor) -> Tensor:
-        if not isinstance(images, Tensor):
-            raise InputError(f"expected a tensor of images (N,3,H,W), got {type(images).__name__}")
+        count_and_size(images)
         shape = tuple(images.shape)
-        if images.ndim != 4:
-            hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
-            raise InputError(f"expected images (N,3,H,W), got shape {shape}{hint}")
         if not images.is_floating_point():
             raise InputError(f"expected floating-point images, got {images.dtype}; divide 8-bit values by 255")
         if images.shape[1] == 1 and self.repeat_grey:
@@ -182,7 +177,7 @@ class VGGFeatures(nn.Module):
                 f"images of {shape[3]}×{shape[2]} are too small for {deepest}: "
                 f"it needs at least {self.plan.min_size} pixels on each side"
             )
-        if not torch.compiler.is_compiling() and not _inside_functorch(images):
+        if not torch.compiler.is_compiling() and not in_functorch(images):
             self._check_values(images)
         return images
 
@@ -210,12 +205,18 @@ class VGGFeatures(nn.Module):
         return f"{', '.join(self.layers)}; {self.arch.name}, weights {self.weights}, {self.precision}"
 
 
-def _inside_functorch(images: Tensor) -> bool:
-    """Inside vmap and grad of torch.func a tensor's values cannot be looked at."""
-    if torch.compiler.is_compiling():
-        return False
-    check: Any = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
-    return bool(check and check(images))
+def count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
+    """How many images, and their height and width.
+
+    Raises:
+        InputError: not a tensor (N,C,H,W).
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(f"expected a tensor of images (N,3,H,W), got {type(images).__name__}")
+    if images.ndim != 4:
+        hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
+        raise InputError(f"expected images (N,3,H,W), got shape {tuple(images.shape)}{hint}")
+    return images.shape[0], (images.shape[2], images.shape[3])
 
 
 @functools.cache

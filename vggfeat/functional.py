@@ -60,7 +60,7 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _products(features: Tensor) -> Tensor:
     """F Fᵀ (N,C,C) in float32, without a float32 copy of the features and with one product backward, not two."""
-    if torch.compiler.is_compiling() or features.device.type != "cpu" or _in_functorch(features):
+    if torch.compiler.is_compiling() or features.device.type != "cpu" or in_functorch(features):
         rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
         with torch.autocast(features.device.type, enabled=False):
             return rows.mT @ rows
@@ -68,7 +68,10 @@ def _products(features: Tensor) -> Tensor:
     return products
 
 
-def _in_functorch(x: Tensor) -> bool:
+def in_functorch(x: Tensor) -> bool:
+    """Whether `x` is inside vmap or grad of torch.func, where its values cannot be looked at."""
+    if torch.compiler.is_compiling():
+        return False
     check: Any = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
     return bool(check and check(x))
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
-from vggfeat.features import VGGFeatures
+from vggfeat.features import VGGFeatures, count_and_size
 from vggfeat.functional import CRITERIA, gram, masked_mean, unit_normalize, wide
 from vggfeat.weights import DEFAULT, WeightsLike
 
@@ -92,7 +92,7 @@ class _FeatureLoss(nn.Module):
             target: (N,3,H,W).
             mask: as for `forward`; only a style loss can use one here.
         """
-        _, size = _count_and_size(target)
+        _, size = count_and_size(target)
         with torch.no_grad():
             values = self._represent(target.detach(), mask)
         return EncodedTarget(values, size, self._signature)
@@ -108,8 +108,8 @@ class _FeatureLoss(nn.Module):
                 raise InputError("this target was encoded by a loss with other layers, weights or options")
             count, size = len(target), target.size
         else:
-            count, size = _count_and_size(target)
-        images, own_size = _count_and_size(input)
+            count, size = count_and_size(target)
+        images, own_size = count_and_size(input)
         if count not in (1, images):
             raise InputError(f"{images} images against {count} targets: expected as many, or one for all")
         self._check_sizes(own_size, size, mask is not None and isinstance(target, Tensor))
@@ -295,17 +295,8 @@ def _weights_by_layer(layers: Sequence[str], given: Sequence[float] | Mapping[st
     return dict(zip(layers, values, strict=True))
 
 
-def _count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
-    if not isinstance(images, Tensor):
-        raise InputError(f"expected a tensor of images (N,3,H,W), got {type(images).__name__}")
-    if images.ndim != 4:
-        hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
-        raise InputError(f"expected images (N,3,H,W), got shape {tuple(images.shape)}{hint}")
-    return images.shape[0], (images.shape[2], images.shape[3])
-
-
 def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
-    n, (h, w) = _count_and_size(images)
+    n, (h, w) = count_and_size(images)
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
         raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}), got shape {tuple(mask.shape)}")
     return mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vggfeat.arch import Arch, Layer, parse, unit_of
+from vggfeat.arch import LRN, Arch, Layer, parse, unit_of
 from vggfeat.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def _module(layer: Layer) -> nn.Module:
         # backward, since the next convolution saves this same output
         return nn.ReLU()
     if layer.kind == "lrn":
-        # Krizhevsky et al. 2012: n = 5, alpha = 1e-4, beta = 0.75, k = 2; torch divides alpha by n, the paper does not
-        return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
+        return nn.LocalResponseNorm(*LRN)
     return nn.MaxPool2d(2)
 
 

@@ -25,14 +25,13 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vggfeat.arch import Arch
+from vggfeat.arch import LRN, Arch
 from vggfeat.errors import InputError, nearest
 
 __all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage", "Trunk", "plain"]
 
 POOLINGS = ("max", "average", "l2")
 PADDINGS = ("zeros", "reflect", "replicate")
-LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K = LRN = (5, 5e-4, 0.75, 2.0)  # in torch's sense, see vgg._module
 
 
 # ── what to run ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -620,14 +619,15 @@ def _quarters(x: Tensor, h: int, w: int) -> list[Tensor]:
 
 def _lrn_back(grad: Tensor, x: Tensor) -> Tensor:
     """Of y = x / d^β with d = k + α · mean of x² over the neighbouring channels."""
+    size, alpha, beta, k = LRN
 
     def neighbours(v: Tensor) -> Tensor:
-        reach = LRN_SIZE // 2
-        return F.avg_pool3d(F.pad(v[:, None], (0, 0, 0, 0, reach, reach)), (LRN_SIZE, 1, 1), stride=1)[:, 0]
+        reach = size // 2
+        return F.avg_pool3d(F.pad(v[:, None], (0, 0, 0, 0, reach, reach)), (size, 1, 1), stride=1)[:, 0]
 
-    d = LRN_K + LRN_ALPHA * neighbours(x * x)
-    back = neighbours(grad * x * d ** (-LRN_BETA - 1))
-    return _laid(grad * d**-LRN_BETA - 2 * LRN_ALPHA * LRN_BETA * x * back)
+    d = k + alpha * neighbours(x * x)
+    back = neighbours(grad * x * d ** (-beta - 1))
+    return _laid(grad * d**-beta - 2 * alpha * beta * x * back)
 
 
 # eight bytes of 0 or 1 times this number have their eight bits side by side in the topmost byte

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.arch import Arch, Layer, parse
+from vggfeat.arch import LRN, Arch, Layer, parse
 from vggfeat.errors import DependencyError, InputError, WeightsError, WeightsUnavailableError, nearest
 from vggfeat.fetch import fetch, file_key, published_digest, verify
 
@@ -541,7 +541,7 @@ def _random_state(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
         elif layer.kind == "relu":
             x = x.relu()
         elif layer.kind == "lrn":
-            x = F.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0)
+            x = F.local_response_norm(x, *LRN)
         else:
             x = F.max_pool2d(x, 2)
     return state

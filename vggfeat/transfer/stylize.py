@@ -221,9 +221,8 @@ class _Run:
 
     def _scale(self, number: int, width: int, height: int, objective: Objective) -> None:
         config = self.config
-        optimizer: Optimizer = Adam(config.learning_rate)
-        if config.optimizer == "lbfgs":
-            optimizer = LBFGS(first=FIRST if number == 1 else FIRST / 3)  # a finer scale starts from a good picture
+        first = FIRST if number == 1 else FIRST / 3  # a finer scale starts from a good picture
+        optimizer: Optimizer = LBFGS(first=first) if config.optimizer == "lbfgs" else Adam(config.learning_rate)
         best, restarts = math.inf, 0
         image = self.image
         for step in range(1, config.steps + 1):
