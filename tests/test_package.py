@@ -27,16 +27,17 @@ ROOMS = {
     "vggfeat": set(),  # names its modules as text and imports them when they are asked for
     "vggfeat.errors": set(),
     "vggfeat.arch": {"errors"},
-    "vggfeat.image": {"errors"},
+    "vggfeat.files": {"errors"},
+    "vggfeat.image": {"errors", "files"},
     "vggfeat.functional": set(),
-    "vggfeat.fetch": {"errors"},
+    "vggfeat.fetch": {"errors", "files"},
     "vggfeat.weights": {"arch", "errors", "fetch"},
     "vggfeat.network": {"arch", "errors", "weights"},
     "vggfeat.trunk": {"arch", "errors"},
     "vggfeat.features": {"arch", "errors", "functional", "trunk", "weights"},
-    "vggfeat.tables": {"errors"},
+    "vggfeat.tables": {"errors", "files"},
     "vggfeat.analysis": {"arch", "errors", "features", "network", "tables"},
-    "vggfeat.plots": {"analysis", "arch", "errors", "image", "tables", "weights"},
+    "vggfeat.plots": {"analysis", "arch", "errors", "files", "image", "tables", "weights"},
     "vggfeat.losses": {"arch", "errors", "features", "functional", "weights"},
     "vggfeat.transfer": set(),
     "vggfeat.transfer.config": {"arch", "errors"},
@@ -92,13 +93,13 @@ ROOMS = {
     "vggfeat_cli": set(),
     "vggfeat_cli.run": {"errors"},
     "vggfeat_cli.style": {"", "image", "transfer.config"},
-    "vggfeat_cli.analyse": {"", "plots", "tables"},
+    "vggfeat_cli.analyse": {"", "files", "plots", "tables"},
     "vggfeat_cli.pictures": {"", "image", "visualize", "weights"},
     "vggfeat_cli.main": {"", "fetch", "weights"},
 }
 # modules that must not need more than this to be imported
 LIGHT = {"vggfeat", "vggfeat.errors", "vggfeat.arch", "vggfeat.transfer", "vggfeat.transfer.config", "vggfeat_cli"}
-LIGHT |= {"vggfeat.tables", "vggfeat.analysis", "vggfeat.plots", "vggfeat_cli.analyse"}
+LIGHT |= {"vggfeat.files", "vggfeat.tables", "vggfeat.analysis", "vggfeat.plots", "vggfeat_cli.analyse"}
 LIGHT |= {"vggfeat_cli.pictures"}
 LIGHT |= {"vggfeat_cli.run", "vggfeat_cli.style", "vggfeat_cli.main"}
 

@@ -1,4 +1,4 @@
-"""Published files: download them, check them, keep them whole. Standard library only."""
+"""Published files: download them, check them, keep them whole. No torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import contextlib
 import functools
 import hashlib
 import http.client
-import os
 import re
-import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError
+from vggfeat.files import new_file
 
 __all__ = ["fetch", "published_digest", "verify"]
 
@@ -52,7 +49,7 @@ def verify(path: Path, digest: str = "") -> str:
         WeightsError: they differ.
     """
     actual = _sha256(*file_key(path))
-    note = path.with_name(path.name + ".sha256")
+    note = _note(path)
     recorded = ""
     with contextlib.suppress(OSError, UnicodeDecodeError, IndexError):
         recorded = note.read_text().split(maxsplit=1)[0] if note.is_file() else ""
@@ -66,8 +63,7 @@ def verify(path: Path, digest: str = "") -> str:
             f"{expected}; delete both and it is fetched again"
         )
     if not recorded:
-        with contextlib.suppress(OSError):
-            _write_atomically(note, f"{actual}  {path.name}\n".encode())
+        _record(path, actual)
     return actual
 
 
@@ -84,26 +80,15 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    with _temporary(path) as file:
-        file.write(data)
+def _note(path: Path) -> Path:
+    """Where a file's sha256 is recorded."""
+    return path.with_name(path.name + ".sha256")
 
 
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[IO[bytes]]:
-    """A file that becomes `path` when the block ends well and disappears when it does not."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with open(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would lock out the other users of a shared cache
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+def _record(path: Path, digest: str) -> None:
+    """Record a file's sha256, where the folder allows it."""
+    with contextlib.suppress(OSError), new_file(_note(path), overwrite=True) as file:
+        file.write(f"{digest}  {path.name}\n".encode())
 
 
 def _patient(kind: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
@@ -148,7 +133,7 @@ def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
     sha = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with opener.open(request, timeout=CONNECT_TIMEOUT) as response, _temporary(path) as file:
+        with opener.open(request, timeout=CONNECT_TIMEOUT) as response, new_file(path, overwrite=True) as file:
             length = int(response.headers.get("Content-Length") or 0)
             bar = tqdm(total=length or None, unit="B", unit_scale=True, desc=path.name, disable=not progress)
             with bar:
@@ -168,6 +153,5 @@ def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise WeightsUnavailableError(f"download of {url} failed ({reason})") from error
-    with contextlib.suppress(OSError):
-        _write_atomically(path.with_name(path.name + ".sha256"), f"{sha.hexdigest()}  {path.name}\n".encode())
+    _record(path, sha.hexdigest())
     return path

@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,9 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from vggfeat import files
 from vggfeat.errors import ImageError, InputError
+from vggfeat.files import check_path, taken
 
 __all__ = [
     "FORMATS",
@@ -139,24 +140,7 @@ def check_output(
     Raises:
         ImageError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
     """
-    path = Path(path)
-    if path.suffix.lower() not in formats:
-        raise ImageError(f"cannot write {path}: expected a name that ends in {', '.join(formats)}, got {path.suffix!r}")
-    if not os.path.isdir(path.parent):
-        raise ImageError(f"cannot write {path}: expected a folder at {path.parent}, found none; create it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ImageError(f"cannot write {path}: the folder {path.parent} is not writable; choose another")
-    if os.path.isdir(path):
-        raise ImageError(f"cannot write {path}: expected a file name, got a folder; name a file in it")
-    try:
-        os.lstat(path)  # unlike exists(), sees a dangling link, and reports a name that is too long
-    except FileNotFoundError:
-        return path
-    except OSError as error:
-        raise ImageError(f"cannot write {path}: {error.strerror}; choose another name") from error
-    if not overwrite:
-        raise _taken(path)
-    return path
+    return check_path(path, formats, overwrite=overwrite, error=ImageError)
 
 
 def free_path(path: str | os.PathLike[str]) -> Path:
@@ -201,20 +185,14 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
     Raises:
         ImageError: it cannot be written, or the name is taken by now and must not be.
     """
-    temporary = path.with_name(f".{_NAME}-{secrets.token_hex(8)}.tmp")  # a link or a rename needs the same file system
     try:
-        with open(temporary, "x+b") as file:  # not tempfile, whose files are 0600 whatever the umask says
+        with files.new_file(path, overwrite=overwrite) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, path, overwrite)
     except FileExistsError as error:
-        raise _taken(path) from error
+        raise ImageError(taken(path)) from error
     except (OSError, ValueError) as error:  # Pillow says ValueError for a picture too large for the format
         reason = getattr(error, "strerror", None) or error  # an OSError's own text names the temporary file
         raise ImageError(f"cannot write {path}: {reason}; check the free space, or try another format") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -341,21 +319,3 @@ def _metadata(kind: str, settings: dict[str, Any] | None) -> dict[str, Any]:
     if kind == "JPEG" and (length := len(exif.tobytes())) > _JPEG_SEGMENT:
         raise ImageError(f"expected settings of at most {_JPEG_SEGMENT} bytes in a JPEG, got {length}; save a .png")
     return {"exif": exif}
-
-
-def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give a finished file its name in one step; FileExistsError if that is taken and may not be replaced."""
-    if not overwrite:
-        try:
-            os.link(temporary, path)  # fails where the name is taken, which a rename would not
-            return
-        except FileExistsError:
-            raise
-        except (OSError, AttributeError, NotImplementedError):  # no hard links here: leave a short gap in the check
-            if os.path.lexists(path):
-                raise FileExistsError(path) from None
-    os.replace(temporary, path)
-
-
-def _taken(path: Path) -> ImageError:
-    return ImageError(f"cannot write {path}: it already exists; pass --overwrite (overwrite=True) or another name")

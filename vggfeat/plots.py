@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from vggfeat.analysis import Comparison, Description, Net, Stacked, effective_field, stacked_3x3
 from vggfeat.arch import Arch, parse
 from vggfeat.errors import DependencyError, InputError
-from vggfeat.tables import check_file, written
+from vggfeat.files import check_path
+from vggfeat.tables import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ def check_plot(path: PathLike, *, overwrite: bool = False) -> Path:
         InputError: not one of `SUFFIXES`, no writable folder, or a file that must stay.
         DependencyError: matplotlib is missing.
     """
-    path = check_file(path, SUFFIXES, overwrite=overwrite)
+    path = check_path(path, SUFFIXES, overwrite=overwrite)
     _figure_class()
     return path
 

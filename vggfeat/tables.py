@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from vggfeat.errors import InputError
+from vggfeat.files import new_file
 
-__all__ = ["Column", "Report", "Table", "check_file", "mega", "written"]
+__all__ = ["Column", "Report", "Table", "mega", "written"]
 
 
 def mega(value: float, digits: int = 2) -> str:
@@ -111,26 +110,6 @@ class Report:
         return "\n\n".join(table.text() for table in self.tables())
 
 
-def check_file(path: str | os.PathLike[str], suffixes: Sequence[str] = (), *, overwrite: bool = False) -> Path:
-    """`path`, once it is clear that a file can be written there: to be called before any work.
-
-    Raises:
-        InputError: a suffix not of `suffixes`, no writable folder, a folder of that name, or a file that must stay.
-    """
-    path = Path(path)
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise InputError(f"cannot write {path}: expected a name that ends in {', '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: expected a folder at {path.parent}, found none; create it first")
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: expected a file name, got a folder; name a file in it")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {path}: the folder {path.parent} is not writable; choose another")
-    if path.exists() and not overwrite:
-        raise InputError(f"cannot write {path}: it already exists; pass --overwrite (overwrite=True) or another name")
-    return path
-
-
 @contextmanager
 def written(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to, which takes the name `path`, replacing what is there, once all went well.
@@ -138,12 +117,8 @@ def written(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         InputError: the file cannot be written.
     """
-    temporary = path.with_name(f".vggfeat-{secrets.token_hex(8)}.tmp")  # a rename needs the same file system
     try:
-        with open(temporary, "x+b") as file:
+        with new_file(path, overwrite=True) as file:
             yield file
-        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; check the free space") from error
-    finally:
-        temporary.unlink(missing_ok=True)

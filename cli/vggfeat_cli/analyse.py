@@ -42,19 +42,20 @@ def _finish(report: Report, form: str, output: str | None, overwrite: bool) -> N
     if output is None:
         click.echo(text.rstrip("\n"))
         return
-    from vggfeat.tables import check_file, written
+    from vggfeat.files import check_path
+    from vggfeat.tables import written
 
-    with written(check_file(output, overwrite=overwrite)) as file:
+    with written(check_path(output, overwrite=overwrite)) as file:
         file.write((text.rstrip("\n") + "\n").encode())
     click.echo(output)
 
 
 def _checked(output: str | None, plot: str | None, overwrite: bool) -> None:
     """Stop before any work if what is to be written cannot be."""
-    from vggfeat.tables import check_file
+    from vggfeat.files import check_path
 
     if output is not None:
-        check_file(output, overwrite=overwrite)
+        check_path(output, overwrite=overwrite)
     if plot is not None:
         from vggfeat.plots import check_plot
 
