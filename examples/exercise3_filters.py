@@ -21,7 +21,7 @@ def kind(w):
     return KINDS[energies.index(max(energies))]
 
 
-def main(picture=None, weights="random", arch="vgg19"):
+def main(picture=None, weights="bundled", arch="vgg19"):
     loaded = vggfeat.weights.load(weights, arch)
     counts = Counter(map(kind, loaded.state["features.0.weight"]))
     print(f"conv1_1 of {arch}, weights {loaded.label}")

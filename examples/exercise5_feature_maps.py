@@ -13,7 +13,7 @@ LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2")
 CONTENT = Path(__file__).with_name("content.jpg")
 
 
-def main(image=CONTENT, picture=None, weights="random", arch="vgg19", size=256):
+def main(image=CONTENT, picture=None, weights="bundled", arch="vgg19", size=256):
     pixels = vggfeat.image.open_image(image)
     pixels = vggfeat.image.resize(pixels, *vggfeat.image.fit(*pixels.size, size))
     weights = vggfeat.weights.load(weights, arch)

@@ -291,7 +291,7 @@ import vggfeat
 start = time.perf_counter()
 for name in ("A", "A-LRN", "B", "C", "D", "E", "vgg16_bn"):
     str(vggfeat.describe(name))
-vggfeat.compare(["vgg11", "vgg16", "vgg19_bn"]).to_json()
+vggfeat.compare(["vgg11", "vgg16", "vgg19_bn", "resnet50", "efficientnet_b0"]).to_json()
 str(vggfeat.stacked_3x3(3))
 print(time.perf_counter() - start, "torch" in sys.modules, "matplotlib" in sys.modules)
 """
@@ -336,20 +336,34 @@ def test_compare_torchvision(torchvision):
     }
     assert efficient.published["IMAGENET1K_V1"][0] == 77.692
     # the same network counted as one of torchvision's, by running it
-    name, look, _ = analysis._torchvision_builder("vgg11_bn", 1000, None)
+    name, look, _ = analysis._uncounted("vgg11_bn", 1000, None)
     assert look() == ours and name == "vgg11_bn"
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "alexnet"])
+def test_what_was_counted_is_what_is_there(torchvision, name):
+    assert analysis._counted()[name] == analysis._uncounted(name, 1000, None)[1]()
+    small = compare([name], input_size=64).nets[0]  # counted on the spot, with another size and without an accuracy
+    assert 0 < small.macs < compare([name]).nets[0].macs / 4 and not small.published
+
+
+@pytest.mark.slow
+def test_every_network_was_counted(torchvision):
+    from tests import counted
+
+    assert {name: analysis._uncounted(name, 1000, None)[1]() for name in counted.names()} == analysis._counted()
 
 
 @pytest.mark.parametrize("name", ["regnet_y_400mf", "swin_t"])  # widths computed with tensors; attention
 def test_compare_agrees_with_what_torchvision_publishes(torchvision, name):
-    (net,) = compare([name]).nets
+    net = analysis._uncounted(name, 1000, None)[1]()
     meta = next(iter(torchvision.models.get_model_weights(name))).meta
     assert net.params == meta["num_params"]
     assert net.macs / 1e9 == pytest.approx(meta["_ops"], abs=1e-3)
 
 
 def test_auxiliary_heads_do_not_count(torchvision):
-    (net,) = compare(["googlenet"]).nets
+    net = analysis._uncounted("googlenet", 1000, None)[1]()
     meta = torchvision.models.get_model_weights("googlenet")["IMAGENET1K_V1"].meta
     assert net.params == meta["num_params"]
     assert net.macs / 1e9 == pytest.approx(meta["_ops"], abs=1e-3)
@@ -371,8 +385,9 @@ def test_compare_says_what_is_wrong(torchvision):
 def test_without_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     assert compare(["vgg16", "vgg19_bn"]).nets[1].params == 143_678_248
+    assert compare(["resnet50"]).nets[0].params == 25_557_032  # counted before
     with pytest.raises(DependencyError, match="'resnet50' is no VGG .* torchvision") as info:
-        compare(["vgg16", "resnet50"])
+        compare(["vgg16", "resnet50"], num_classes=10)
     assert "\n" not in str(info.value)
 
 

@@ -239,6 +239,17 @@ def test_width(width, unit):
     assert arch.width == unit / 64
 
 
+def test_channels_of_each_block():
+    arch = Arch("E", head=None, blocks=(3, 5, 8, 13, 21))
+    assert arch.unit == 3 and arch.channels == (3, 5, 8, 13, 21)
+    assert [arch.layer(f"conv{block}_1").channels for block in range(1, 6)] == [3, 5, 8, 13, 21]
+    assert [arch.layer(f"conv{block}_1").in_channels for block in range(1, 6)] == [3, 3, 5, 8, 13]
+    assert Arch("E", blocks=(16, 32, 64, 128, 128)) == Arch("E", unit=16)  # the paper's proportions have one name
+    for wrong in ((3, 5, 8, 13), (3, 5, 0, 13, 21)):
+        with pytest.raises(InputError, match="five channel counts"):
+            Arch("E", blocks=wrong)
+
+
 @pytest.mark.parametrize("width", [0, -1, float("inf"), float("nan")])
 def test_impossible_width(width):
     with pytest.raises(InputError, match="width must be a positive number"):

@@ -36,6 +36,22 @@ def relative(a, b):
 # ── Gram matrices ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("add", [VF._add_by_matmul, VF._add_by_convolution])
+def test_both_ways_to_a_gram_matrix(add, monkeypatch):
+    """Whichever is the faster one here: both are the double loop, in pieces that do not divide the height."""
+    monkeypatch.setattr(VF, "_convolution_is_faster", lambda: add is VF._add_by_convolution)
+    monkeypatch.setattr(VF._Products, "CHUNK", 5 * 7 * 2)
+    features = torch.randn(3, 5, 9, 7)
+    assert torch.allclose(VF.gram(features).double(), looped_gram(features), rtol=1e-5, atol=1e-6)
+
+
+def test_gram_backward_keeps_the_layout():
+    """A gradient in another layout would be copied at every step."""
+    features = torch.randn(1, 4, 6, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    (grad,) = torch.autograd.grad(VF.gram(features).square().sum(), features)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_gram_of_four_numbers():
     features = torch.tensor([[[[1.0, 2.0]], [[3.0, -1.0]]]])  # two channels of two pixels
     products = torch.tensor([[[1 + 4.0, 3 - 2.0], [3 - 2.0, 9 + 1.0]]])

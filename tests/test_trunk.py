@@ -32,6 +32,7 @@ ARCHS = {
     "A-LRN": Arch("A-LRN", unit=8, head=None),
     "C": Arch("C", unit=8, head=None),
     "odd": Arch("D", unit=5, head=None),
+    "uneven": Arch("D", head=None, blocks=(3, 8, 5, 6, 4)),
 }
 POOLINGS = ("max", "average", "l2")
 PADDINGS = ("zeros", "reflect", "replicate")
@@ -55,9 +56,10 @@ def table(arch):
             add(f"lrn{block}_{i}", "lrn")
         else:
             i += 1
-            add(f"conv{block}_{i}", "conv", int(word.removeprefix("c")) * arch.unit, 1 if word[0] == "c" else 3)
+            channels = arch.blocks[block - 1] if arch.blocks else int(word.removeprefix("c")) * arch.unit
+            add(f"conv{block}_{i}", "conv", channels, 1 if word[0] == "c" else 3)
             if arch.batch_norm:
-                add(f"bn{block}_{i}", "bn", int(word) * arch.unit)
+                add(f"bn{block}_{i}", "bn", channels)
             add(f"relu{block}_{i}", "relu")
     return rows
 

@@ -12,6 +12,7 @@ import urllib.request
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn import functional as F
 
 from vggfeat import fetch
@@ -19,6 +20,7 @@ from vggfeat import weights as W
 from vggfeat.arch import BLOCKS, Arch, parse
 from vggfeat.errors import DependencyError, InputError, WeightsError, WeightsUnavailableError
 from vggfeat.features import VGGFeatures
+from vggfeat.losses import PerceptualLoss
 from vggfeat.network import vgg
 
 BGR_MEAN = torch.tensor([103.939, 116.779, 123.68])[:, None, None]  # of the ILSVRC training set, as Oxford gives it
@@ -488,7 +490,7 @@ def test_what_is_no_file(tmp_path):
         W.load(tmp_path / "missing.pth")
     with pytest.raises(WeightsUnavailableError, match="did you mean imagenet"):
         W.load("imagnet")
-    with pytest.raises(WeightsUnavailableError, match="choose from imagenet, caffe, random, auto"):
+    with pytest.raises(WeightsUnavailableError, match="choose from imagenet, caffe, bundled, random, auto"):
         W.load("xyz")
     for wrong in (3, None, small()):
         with pytest.raises(InputError, match=f"a path or a state dict, got {type(wrong).__name__}"):
@@ -777,10 +779,53 @@ def test_auto(monkeypatch, net, state):
     assert loaded.label.startswith("random (imagenet weights for vgg11 cannot be had")
     assert torch.equal(loaded.state["features.3.weight"], W.load("random", "vgg11").state["features.3.weight"])
     assert W.load("auto", Arch("C", unit=2)).label.startswith("random (there are no 'imagenet' weights for vgg16-c")
+    for arch in (None, "vgg19"):
+        assert W.load("auto", arch).label.startswith("bundled (imagenet weights for vgg1")
     data = torch_bytes(dict(state))
     with serving(data) as (url, _):
         publish(monkeypatch, data, folder=url)
         assert_same(W.load("auto"), net)
+
+
+def test_channels_are_read_off_a_file(tmp_path):
+    """Of every block that the file reaches; what is not there is in proportion to the first."""
+    state = W.load("random", Arch("E", head=None, blocks=(4, 6, 10, 7, 9))).state
+    assert W.load(state).arch == Arch("E", head=None, blocks=(4, 6, 10, 7, 9))
+    until_pool2 = {key: value for key, value in state.items() if int(key.split(".")[1]) < 10}
+    assert W.load(until_pool2, "vgg19").arch.channels == (4, 6, 16, 32, 32)
+    assert VGGFeatures(["relu2_2"], weights=until_pool2)(images(32))["relu2_2"].shape == (1, 6, 16, 16)
+    with pytest.raises(WeightsError, match="have channels 4/6/10/7/9, the network width 0.0625"):
+        W.load_weights(vgg("E", width=1 / 16), state, head=False)
+
+
+# ── bundled ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_bundled_weights_are_a_slim_vgg19():
+    assert W.BUNDLED.stat().st_size <= 8_000_000
+    with safe_open(W.BUNDLED, "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}
+    loaded = W.load("bundled")
+    assert (loaded.arch.name, loaded.arch.head, loaded.label) == ("vgg19", None, "bundled")
+    assert loaded.arch == W.load("bundled", "vgg19").arch and 0.25 <= loaded.arch.width < 0.5
+    loaded.require(["pool5"])
+    assert sorted(loaded.state) == sorted(
+        f"features.{layer.index}.{part}" for layer in loaded.arch.convs for part in ("weight", "bias")
+    )
+    with pytest.raises(WeightsError, match="bundled belong to vgg19, not to vgg16"):
+        VGGFeatures(["conv1_1"], arch="vgg16", weights="bundled")
+
+
+def test_bundled_weights_see_pictures(monkeypatch):
+    """Every layer answers, none with silence or an explosion, and neighbouring layers differ."""
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", "bundled")
+    names = [f"relu{block}_1" for block in range(1, 6)]
+    taps = VGGFeatures(names)(pink_noise(96, 0) / 6 + 0.5)
+    for name, value in taps.items():
+        assert 1e-2 < value.square().mean().sqrt() < 1e2, name
+        assert 0.05 < (value > 0).float().mean() < 0.95, name
+    loss = PerceptualLoss(["relu5_4"])
+    assert loss(images(64), images(64).flip(3)) > 0
 
 
 def pink_noise(side, seed):

@@ -7,7 +7,9 @@ MAC is one multiplication with its addition, and FLOPs are twice the MACs (the p
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import json
 import math
 import platform
 import statistics
@@ -47,6 +49,8 @@ __all__ = [
 FLOAT, INDEX = 4, 8  # bytes of a float32 value and of an int64
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # values that each keeps for a parameter
 GRID = 7  # side of what the paper's fc6 looks at
+
+COUNTED = Path(__file__).with_name("assets") / "torchvision.json"  # written by `python -m tests.counted`
 
 # top-1 and top-5 in per cent on ImageNet's validation set, one 224 px crop, of torchvision's IMAGENET1K_V1 weights;
 # repeated here (and compared in the tests) because VGGs are compared without torchvision, too
@@ -415,9 +419,10 @@ def _dropout(name: str, values: int, field: int) -> Row:
 
 
 def _label(arch: Arch) -> str:
-    """`vgg16_bn`, `vgg16 slim`, `vgg16 ×0.5`."""
+    """`vgg16_bn`, `vgg16 slim`, `vgg16 ×0.5`, `vgg19 without head 48/96/192/176/176`."""
+    scale = "/".join(map(str, arch.blocks)) if arch.blocks else f"×{arch.width:g}" if arch.width != 1 else ""
     head = {"paper": "", "slim": " slim", None: " without head"}[arch.head]
-    return f"{arch.name}{head}" + (f" ×{arch.width:g}" if arch.width != 1 else "")
+    return f"{arch.name}{head} {scale}".rstrip()
 
 
 # ── compare ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -540,7 +545,8 @@ def compare(
     """VGGs and any classifiers of torchvision side by side: size, cost, published accuracy, and what they take here.
 
     VGGs are computed as `describe` does; other networks are built without memory (torch's meta device) and counted
-    while they run there (`torch.utils.flop_counter`).
+    while they run there (`torch.utils.flop_counter`). What that gives at the usual size and for 1000 classes is kept
+    in `assets/torchvision.json`, so that it need not be counted again.
 
     Args:
         names: a VGG's name (or `Arch`), or a name that `torchvision.models.list_models` has, such as `resnet50`.
@@ -601,7 +607,21 @@ def _builder(name: str | Arch, num_classes: int, input_size: int | None) -> _Bui
     return report.label, lambda: Net(report.label, size, *costs, published), build
 
 
+@functools.cache
+def _counted() -> dict[str, Net]:
+    """Torchvision's classifiers at their own size and 1000 classes, counted once: importing torch takes seconds."""
+    nets = json.loads(COUNTED.read_text())
+    return {net["name"]: Net(**net | {"published": {k: tuple(v) for k, v in net["published"].items()}}) for net in nets}
+
+
 def _torchvision_builder(name: str, num_classes: int, input_size: int | None) -> _Builder:
+    net = _counted().get(name)
+    if net is not None and num_classes == 1000 and input_size in (None, net.input_size):
+        return name, lambda: net, functools.partial(_torchvision_net, name, num_classes)
+    return _uncounted(name, num_classes, input_size)
+
+
+def _uncounted(name: str, num_classes: int, input_size: int | None) -> _Builder:
     models = _torchvision_models(name)
     known = models.list_models(module=models)
     if name not in known:
@@ -617,18 +637,20 @@ def _torchvision_builder(name: str, num_classes: int, input_size: int | None) ->
         score = entry.meta["_metrics"]["ImageNet-1K"]
         if num_classes == 1000 and entry.transforms.keywords["crop_size"] == size:
             published[entry.name] = (score["acc@1"], score["acc@5"])
-
-    def build() -> nn.Module:
-        with warnings.catch_warnings():  # GoogLeNet and Inception speak of a default that will change
-            warnings.simplefilter("ignore", FutureWarning)
-            net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
-        for child, _ in list(net.named_children()):
-            if child.lower().startswith("aux"):  # heads that help training and are not in the published counts
-                setattr(net, child, None)
-                net.aux_logits = False  # type: ignore[assignment]
-        return net
-
+    build = functools.partial(_torchvision_net, name, num_classes)
     return name, lambda: _count(name, build, size, published), build
+
+
+def _torchvision_net(name: str, num_classes: int) -> nn.Module:
+    models = _torchvision_models(name)
+    with warnings.catch_warnings():  # GoogLeNet and Inception speak of a default that will change
+        warnings.simplefilter("ignore", FutureWarning)
+        net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
+    for child, _ in list(net.named_children()):
+        if child.lower().startswith("aux"):  # heads that help training and are not in the published counts
+            setattr(net, child, None)
+            net.aux_logits = False  # type: ignore[assignment]
+    return net
 
 
 def _torchvision_models(name: str) -> Any:
@@ -937,7 +959,8 @@ def effective_field(
     Args:
         layer: a name of the convolutional part, such as `conv3_3`.
         arch: the network; None means what the weights imply.
-        weights: as in `VGGFeatures`; `"auto"` is ImageNet's where they can be had, else random ones.
+        weights: as in `VGGFeatures`; `"auto"` is ImageNet's where they can be had, else others, see
+            `vggfeat.weights.load`.
         samples: images of uniform noise.
         seed: of the noise.
 

@@ -68,7 +68,9 @@ class Arch:
     Attributes:
         config: column of the paper's Table 1, a key of `BLOCKS`.
         batch_norm: batch normalisation after each convolution.
-        unit: channels of the first block; every other count is a fixed multiple of it, 64 in the paper.
+        unit: channels of the first block, 64 in the paper.
+        blocks: channels of each of the five blocks; None means the paper's proportions, 1 2 4 8 8 times `unit`. Where
+            it is given, it says what `unit` is.
         head: `paper` (three fully connected layers on 7×7), `slim` (global average pool and one layer), or None.
         num_classes: outputs of the head.
 
@@ -81,8 +83,15 @@ class Arch:
     unit: int = 64
     head: str | None = "paper"
     num_classes: int = 1000
+    blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.blocks is not None:
+            if len(self.blocks) != 5 or min(self.blocks) < 1:
+                raise InputError(f"blocks must be five channel counts of at least 1, got {self.blocks}")
+            object.__setattr__(self, "unit", self.blocks[0])
+            if self.blocks == _proportional(self.unit):  # so that equal networks are equal
+                object.__setattr__(self, "blocks", None)
         if self.config not in BLOCKS:
             raise InputError(f"unknown VGG configuration {self.config!r}: {nearest(self.config, BLOCKS)}")
         if self.batch_norm and self.config in NORMALISED:
@@ -101,8 +110,13 @@ class Arch:
         return name + "_bn" * self.batch_norm
 
     @property
+    def channels(self) -> tuple[int, ...]:
+        """Of each block."""
+        return self.blocks or _proportional(self.unit)
+
+    @property
     def width(self) -> float:
-        """Channel counts relative to the paper's."""
+        """Channels of the first block relative to the paper's; of every block, unless `blocks` says otherwise."""
         return self.unit / 64
 
     @property
@@ -121,7 +135,7 @@ class Arch:
             layers.append(Layer(name, kind, len(layers), channels, out, kernel, stride, field))
 
         for block, count in enumerate(BLOCKS[self.config], start=1):
-            out = BLOCK_CHANNELS[block - 1] // 64 * self.unit
+            out = self.channels[block - 1]
             for i in range(1, count + 1):
                 here = f"{block}_{i}"
                 kernel = 1 if f"conv{here}" in POINTWISE.get(self.config, ()) else 3
@@ -181,6 +195,10 @@ class Arch:
         """The convolutional layers that the deepest of `names` needs, itself included; all of them for the head's."""
         last = max(self.names.index(name) for name in names)
         return self.layers[: last + 1]
+
+
+def _proportional(unit: int) -> tuple[int, ...]:
+    return tuple(count // 64 * unit for count in BLOCK_CHANNELS)
 
 
 @functools.cache

@@ -5,6 +5,8 @@ Features are (N,C,h,w) in any floating type; sums are taken in float32, or float
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -77,13 +79,9 @@ def in_functorch(x: Tensor) -> bool:
 
 
 class _Products(torch.autograd.Function):
-    """F Fᵀ on a CPU, where oneDNN's convolutions are the fastest matrix products there are in every precision.
+    """F Fᵀ on a CPU, summed in float32 over pieces that stay in the cache, and back F·(D + Dᵀ) as a 1×1 convolution."""
 
-    With F as its input and as its output's gradient, the weight gradient of a 1×1 convolution is F Fᵀ; and F·(D + Dᵀ),
-    the gradient of F Fᵀ, is a 1×1 convolution of F.
-    """
-
-    CHUNK = 1 << 20  # values converted to float32 at a time: they stay in the cache
+    CHUNK = 1 << 20  # values converted to float32 at a time
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
@@ -91,14 +89,11 @@ class _Products(torch.autograd.Function):
         features = features.contiguous(memory_format=torch.channels_last)
         n, c, h, w = features.shape
         out = torch.zeros(n, c, c, dtype=wide(features[:0]).dtype)
-        kernel = out.new_empty(c, c, 1, 1)
+        add = _add_by_convolution if _convolution_is_faster() else _add_by_matmul
         rows = max(1, _Products.CHUNK // (c * w))
-        for image, total in zip(features[:, None], out, strict=True):
+        for image, total in zip(torch.split(features, 1), out, strict=True):
             for top in range(0, h, rows):
-                part = wide(image[:, :, top : top + rows])
-                total += torch.ops.aten.convolution_backward(
-                    part, part, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
-                )[1][:, :, 0, 0]
+                add(total, wide(image[:, :, top : top + rows]))
         return out
 
     @staticmethod
@@ -108,9 +103,36 @@ class _Products(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative was asked for
             return (features.permute(0, 2, 3, 1).flatten(1, 2) @ kernel).mT.reshape(features.shape)
         parts = [
-            F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(features[:, None], kernel, strict=True)
+            F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(torch.split(features, 1), kernel, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros_like(features)
+
+
+def _add_by_matmul(total: Tensor, part: Tensor) -> None:
+    """Add F Fᵀ of channels_last features (1,C,h,w) to `total`."""
+    rows = part[0].permute(1, 2, 0).flatten(0, 1)
+    total.addmm_(rows.T, rows)
+
+
+def _add_by_convolution(total: Tensor, part: Tensor) -> None:
+    """The same by oneDNN: with F as input and as the output's gradient, a 1×1 convolution's weight gradient is F Fᵀ."""
+    kernel = total.new_empty(*total.shape, 1, 1)
+    total += torch.ops.aten.convolution_backward(
+        part, part, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+    )[1][:, :, 0, 0]
+
+
+@functools.cache
+def _convolution_is_faster() -> bool:
+    """Which of the two is the faster one here, by trying: processors differ by several times, either way."""
+    total, part = torch.zeros(64, 64), torch.ones(1, 64, 32, 128).contiguous(memory_format=torch.channels_last)
+    times: dict[Any, list[float]] = {_add_by_convolution: [], _add_by_matmul: []}
+    for _ in range(3):  # the first round sets up what both keep
+        for add, seconds in times.items():
+            start = time.perf_counter()
+            add(total, part)
+            seconds.append(time.perf_counter() - start)
+    return min(times[_add_by_convolution]) < min(times[_add_by_matmul])
 
 
 # ── distances, value by value ─────────────────────────────────────────────────────────────────────────────────────────

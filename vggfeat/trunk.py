@@ -77,15 +77,23 @@ class Plan:
         """The plan as a string, for the operators below; `Plan.decode` reads it back."""
         arch = self.arch
         return "|".join(
-            (arch.config, str(int(arch.batch_norm)), str(arch.unit), ",".join(self.names), self.pooling, self.padding)
+            (
+                arch.config,
+                str(int(arch.batch_norm)),
+                ",".join(map(str, arch.channels)),
+                ",".join(self.names),
+                self.pooling,
+                self.padding,
+            )
         )
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def decode(code: str) -> Plan:
         """The plan of a code."""
-        config, bn, unit, names, pooling, padding = code.split("|")
-        return Plan(Arch(config, bool(int(bn)), int(unit), None), tuple(names.split(",")), pooling, padding)
+        config, bn, channels, names, pooling, padding = code.split("|")
+        blocks = tuple(map(int, channels.split(",")))
+        return Plan(Arch(config, bool(int(bn)), head=None, blocks=blocks), tuple(names.split(",")), pooling, padding)
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -350,7 +358,7 @@ def _forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list
                     taps.append(x)
             if "pool" in stage.steps:
                 x, route = _pool(x, plan.pooling, keep if "route" in wants else "none")
-                kept += route
+                kept += [] if route is None else [route]
                 if "pool" in stage.taps:
                     taps.append(x)
                 elif "route" in wants and keep == "values":
@@ -405,7 +413,7 @@ def _backward(
 
             pooled = remembered("pool") if "route" in wants and keep == "values" else None
             if "pool" in stage.steps and "route" in wants:
-                route = [stack.pop()] if keep == "bits" else [stack.pop(), stack.pop()][::-1]
+                route = stack.pop()
             values = packed = None
             if "values" in wants or ("sign" in wants and keep == "values"):
                 values = remembered("relu")
@@ -549,12 +557,15 @@ def _conv_back(grad: Tensor, back: Tensor, pad: int, padding: str, height: int, 
     return _laid(fold(full, like, [pad] * 4))
 
 
-def _pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, list[Tensor]]:
+def _pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
     """The pooled tensor and, of a max pool, the way back: who won in each window."""
     if pooling != "max":
-        return _plain_pool(x, pooling), []
+        return _plain_pool(x, pooling), None
     if keep == "none":
-        return F.max_pool2d(x, 2), []
+        return F.max_pool2d(x, 2), None
+    if keep == "values" and x.device.type == "cpu":
+        found: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
+        return found
     a, b, c, d = _quarters(x, x.shape[2] // 2, x.shape[3] // 2)
     top, bottom = torch.maximum(a, b), torch.maximum(c, d)
     y = torch.maximum(top, bottom)
@@ -562,18 +573,23 @@ def _pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, list[Tensor]]:
     down = bottom > top
     right = torch.where(down, d > c, b > a)
     if keep == "values":
-        return y, [down, right]
-    return y, [torch.stack([_pack(down), _pack(right), _pack(y)], dim=1)]
+        return y, down.to(torch.uint8).mul_(2).add_(right)
+    return y, torch.stack([_pack(down), _pack(right), _pack(y)], dim=1)
 
 
-def _max_pool_back(grad: Tensor, height: int, width: int, route: list[Tensor], pooled: Tensor | None) -> Tensor:
+def _max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled: Tensor | None) -> Tensor:
     """Each gradient goes to the winner of its window, and nowhere where the winner was not positive."""
     if pooled is None:
-        down, right, alive = (_unpack(bits, grad.shape).to(grad.dtype) for bits in route[0].unbind(1))
+        down, right, alive = (_unpack(bits, grad.shape).to(grad.dtype) for bits in route.unbind(1))
         grad = grad * alive
     else:
-        down, right = (bits.to(grad.dtype) for bits in route)
         grad = torch.ops.aten.threshold_backward(grad, pooled, 0)
+        if route.dtype == torch.int64:  # torch's own, on a CPU; on CUDA it adds atomically, in no fixed order
+            size = (*grad.shape[:2], height, width)
+            like = torch.empty(size, dtype=grad.dtype, memory_format=torch.channels_last)
+            back = torch.ops.aten.max_pool2d_with_indices_backward
+            return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, route)  # type: ignore[no-any-return]
+        down, right = (route >= 2).to(grad.dtype), (route & 1).to(grad.dtype)
     out = _unpooled(grad, height, width)
     a, b, c, d = _quarters(out, *grad.shape[2:])
     bottom = grad * down
@@ -684,7 +700,7 @@ def _(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor
                 if keep == "bits":
                     kept.append(_fake_pack((x.shape[0], *small), x, (3,)))
                 else:
-                    kept += [like(*small, dtype=torch.bool), like(*small, dtype=torch.bool)]
+                    kept += [like(*small, dtype=torch.int64 if x.device.type == "cpu" else torch.uint8)]
                     kept += [like(*small)] if "pool" not in stage.taps else []
             taps += [like(*small)] if "pool" in stage.taps else []
     return taps + kept

@@ -90,7 +90,8 @@ SETS: dict[str, dict[str, Published]] = {
         for file in ("vgg16-00b39a1b.pth", "vgg19-d01eb7cb.pth")
     },
 }
-NAMES = (*SETS, "random", "auto")
+BUNDLED = Path(__file__).with_name("assets") / "vgg19-slim.safetensors"  # assets/README.md is its card
+NAMES = (*SETS, "bundled", "random", "auto")
 LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # where the head's layers are in `classifier`
 
 
@@ -158,8 +159,9 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
     """Load a weight set.
 
     Args:
-        weights: `"imagenet"` (torchvision's), `"caffe"` (Oxford's release), `"random"` (seeded, every convolution
-            calibrated to mean 0 and variance 1), `"auto"` (imagenet where it can be had, else random), a path to a
+        weights: `"imagenet"` (torchvision's), `"caffe"` (Oxford's release), `"bundled"` (a slim VGG-19 that comes
+            with this package), `"random"` (seeded, every convolution calibrated to mean 0 and variance 1), `"auto"`
+            (imagenet where it can be had, else bundled, or random for an architecture other than vgg19), a path to a
             `.pth`, `.safetensors` or Keras `.h5` file, or a state dict. `"caffe:PATH"` says of a `.pth` or
             `.safetensors` file that it takes Oxford's input convention (BGR, 0..255); files published under a known
             name and Keras files are known to.
@@ -186,8 +188,11 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
         try:
             return load("imagenet", arch)
         except WeightsUnavailableError as error:
-            loaded = load("random", arch)
-            return replace(loaded, label=f"random ({str(error).split(';')[0]})")
+            other = isinstance(arch, Arch) or (arch is not None and parse(arch).name != "vgg19")
+            loaded = load("random" if other else "bundled", arch)
+            return replace(loaded, label=f"{loaded.label} ({str(error).split(';')[0]})")
+    if weights == "bundled":
+        return _read_state(read(BUNDLED), arch, IMAGENET, "bundled", file_key(BUNDLED))
     if weights == "random":
         chosen = replace(parse(arch or "vgg16"), head=None)
         with torch.device("cpu"):  # the same numbers, whatever the default device is
@@ -241,7 +246,8 @@ def _read_state(
         wanted = parse(arch)
         if (wanted.config, wanted.batch_norm) != (found.config, found.batch_norm):
             # a shallow file fits several networks: it is good for any of them whose keys and shapes it has
-            wanted = replace(wanted, unit=found.unit, head=found.head, num_classes=found.num_classes)
+            wanted = _fitted(wanted, state)
+            wanted = replace(wanted, head=found.head, num_classes=found.num_classes)
             if _misfits(wanted, state):
                 raise WeightsError(f"weights {label} belong to {found.name}, not to {wanted.name}")
             found = wanted
@@ -289,6 +295,21 @@ def _misfits(arch: Arch, state: Mapping[str, Tensor]) -> list[str]:
     return [key for key, value in state.items() if key.startswith("features.") and shapes.get(key) != value.shape]
 
 
+def _fitted(arch: Arch, state: Mapping[str, Tensor]) -> Arch:
+    """The architecture with the channels that the state's convolutions have; in proportion where it has none."""
+    unit = state["features.0.weight"].shape[0]
+    blocks = list(replace(arch, unit=unit, blocks=None).channels)
+    for layer in arch.convs:
+        value = state.get(f"features.{layer.index}.weight")
+        if value is not None and layer.name.endswith("_1"):
+            blocks[int(layer.name[4]) - 1] = value.shape[0]
+    return replace(arch, blocks=tuple(blocks))
+
+
+def _widths(arch: Arch) -> str:
+    return f"channels {'/'.join(map(str, arch.channels))}" if arch.blocks else f"width {arch.width:g}"
+
+
 def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:
     """The network that a state dict belongs to, read off its keys and shapes.
 
@@ -298,11 +319,10 @@ def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:
     Raises:
         WeightsError: no VGG has these keys and shapes.
     """
-    unit = state["features.0.weight"].shape[0]
     convs = sum(value.ndim == 4 for value in state.values())
     bn = "features.1.weight" in state
     configs = ("D", "E", "B", "A", "C") if bn else ("D", "E", "B", "A", "C", "A-LRN")
-    candidates = [Arch(config, bn, unit, None) for config in configs]
+    candidates = [_fitted(Arch(config, bn, head=None), state) for config in configs]
     fitting = [arch for arch in candidates if not _misfits(arch, state)]
     if not fitting:
         closest = min((_misfits(arch, state) for arch in candidates), key=len)
@@ -341,8 +361,8 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     """
     loaded = load(weights, net.arch)
     arch, state = loaded.arch, dict(loaded.state)
-    if arch.unit != net.arch.unit:
-        raise WeightsError(f"weights {loaded.label} have width {arch.width:g}, the network {net.arch.width:g}")
+    if arch.channels != net.arch.channels:
+        raise WeightsError(f"weights {loaded.label} have {_widths(arch)}, the network {_widths(net.arch)}")
     head = head and loaded.key[0] != "random"
     if head and (arch.head, arch.num_classes) != (net.arch.head, net.arch.num_classes):
         theirs = f"a {arch.head} head for {arch.num_classes} classes" if arch.head else "no classifier"
@@ -468,8 +488,8 @@ def _read_keras(path: Path) -> dict[str, Tensor]:
 
 
 def _published(name: str, arch: Arch) -> Published:
-    if arch.unit != 64 or arch.name not in SETS[name]:
-        what = arch.name if arch.unit == 64 else f"{arch.name} at width {arch.width:g}"
+    if arch.width != 1 or arch.blocks or arch.name not in SETS[name]:
+        what = arch.name if arch.width == 1 and not arch.blocks else f"{arch.name} at {_widths(arch)}"
         raise WeightsUnavailableError(f"there are no {name!r} weights for {what}: choose from {', '.join(SETS[name])}")
     return SETS[name][arch.name]
 
@@ -501,7 +521,7 @@ def find(name: str, arch: str = "vgg16", *, download: bool = True) -> Path:
             return path
     looked = " and ".join(map(str, folders()))
     lacking = f"{name} weights for {arch} cannot be had: {published.filename} is not in {looked}"
-    ways_out = "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='random'"
+    ways_out = "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='bundled'"
     if not download:
         raise WeightsUnavailableError(f"{lacking}, not asked to download; {ways_out}")
     try:

@@ -30,12 +30,13 @@ def weights() -> None:
 @weights.command("list")
 def list_sets() -> None:
     """Every published file, its licence, and where it is on this machine."""
-    from vggfeat.weights import SETS, folders
+    from vggfeat.weights import BUNDLED, SETS, folders
 
     for name, group in SETS.items():
         for arch, published in group.items():
             here = next((path for folder in folders() if (path := folder / published.filename).is_file()), None)
             click.echo(f"{name:9} {arch:9} {published.filename:24} {here or '-'}  [{published.licence}]")
+    click.echo(f"bundled   vgg19     {BUNDLED.name:24} {BUNDLED}  [CC BY 4.0, see the card beside it]")
     click.echo("random    any       made on the spot, seeded and calibrated")
 
 

@@ -75,7 +75,7 @@ def _common(command: Command) -> Command:
             "--weights",
             default="auto",
             show_default=True,
-            help="imagenet, caffe, random, auto, or a .pth, .safetensors or .h5 file.",
+            help="imagenet, caffe, bundled, random, auto, or a .pth, .safetensors or .h5 file.",
         ),
     ):
         command = option(command)

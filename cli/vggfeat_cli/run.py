@@ -1,7 +1,9 @@
-"""What both commands share: how they end."""
+"""What both commands share: how they begin and end."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import sys
 
 import click
@@ -14,6 +16,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 def finish(command: click.Command) -> None:
     """Run a command and exit: 0, or one line on stderr and 2 for bad input, 1 for a failure, 130 after Ctrl-C."""
     name = command.name or "vggfeat"
+    keep_memory()
     try:
         code = command.main(prog_name=name, standalone_mode=False)
     except (click.UsageError, click.BadParameter) as error:
@@ -29,6 +32,15 @@ def finish(command: click.Command) -> None:
     except (MemoryError, OSError, RuntimeError) as error:  # out of memory on either kind of device is a RuntimeError
         fail(name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", FAILED)
     sys.exit(code or 0)
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed: large tensors otherwise come from the system anew, page by page, at every step."""
+    trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or none to be found
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def fail(name: str, message: str, code: int) -> None:

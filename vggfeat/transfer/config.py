@@ -35,7 +35,7 @@ class StyleConfig:
     Attributes:
         size: long side of the result in pixels.
         weights: what `vggfeat.weights.load` knows; `auto` takes what the environment variable VGGFEAT_WEIGHTS says,
-            else ImageNet's where they can be had.
+            else ImageNet's where they can be had, else the bundled ones.
         arch: the network; None means the weights' own, and vgg19 where they imply none.
         style_layers: layers whose Gram matrices are matched.
         content_layers: layers whose features are matched.
@@ -64,7 +64,7 @@ class StyleConfig:
     """
 
     size: int = _option(512, "Long side of the result in pixels.")
-    weights: str = _option("auto", "imagenet, caffe, random, auto, or a .pth, .safetensors or .h5 file.")
+    weights: str = _option("auto", "imagenet, caffe, bundled, random, auto, or a .pth, .safetensors or .h5 file.")
     arch: str | None = _option(None, "Network: vgg19 (default), vgg16, …; a file's own where it holds one.")
     style_layers: tuple[str, ...] = _option(
         ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "Layers that carry the style."
