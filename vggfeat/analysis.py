@@ -762,8 +762,6 @@ class PeakMemory:
         self.base = 0
         self.known = device.type == "cuda" or (device.type == "cpu" and sys.platform == "linux")
         gc.collect()
-        if self.known and device.type == "cpu" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-            trim(0)  # what was freed and not given back would hide what comes
         self.reset()
         self.base = self.read() or 0
 
@@ -774,6 +772,8 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.known:
+            if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+                trim(0)  # what was freed and not given back would hide what comes
             try:
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError:  # a container may forbid it

@@ -91,7 +91,7 @@ class _Products(torch.autograd.Function):
         out = torch.zeros(n, c, c, dtype=wide(features[:0]).dtype)
         add = _add_by_convolution if _convolution_is_faster() else _add_by_matmul
         rows = max(1, _Products.CHUNK // (c * w))
-        for image, total in zip(torch.split(features, 1), out, strict=True):
+        for image, total in zip(_images(features), out, strict=True):
             for top in range(0, h, rows):
                 add(total, wide(image[:, :, top : top + rows]))
         return out
@@ -103,9 +103,14 @@ class _Products(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative was asked for
             return (features.permute(0, 2, 3, 1).flatten(1, 2) @ kernel).mT.reshape(features.shape)
         parts = [
-            F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(torch.split(features, 1), kernel, strict=True)
+            F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(_images(features), kernel, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros_like(features)
+
+
+def _images(batch: Tensor) -> list[Tensor]:
+    """Each image (1,C,h,w) with the batch's strides; a view through `[:, None]` would not pass for channels_last."""
+    return [batch[i : i + 1] for i in range(batch.shape[0])]
 
 
 def _add_by_matmul(total: Tensor, part: Tensor) -> None:

@@ -103,7 +103,7 @@ def accuracy(base: VGGFeatures, deep: Deep, name: str, images: Tensor, labels: T
 @click.command()
 @click.option("--base", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
 @click.option("--channels", default="176,176", show_default=True, help="Of blocks 4 and 5.")
-@click.option("--steps", default=3000, show_default=True)
+@click.option("--steps", default=1500, show_default=True)
 @click.option("--rate", default=0.1, show_default=True, help="Highest learning rate of SGD.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)

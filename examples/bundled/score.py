@@ -3,7 +3,10 @@
 Six pairs are stylised with each set at the same settings. e is the mean relative squared error of the result's Gram
 matrices under Oxford's relu1_1, relu2_1, relu3_1 and relu3_4; e0 is the content image's own, e1 that of the run on
 Oxford's network itself. The share log(e0/e) / log(e0/e1) is 1 where a set does as well as Oxford's, 0 where it does
-nothing. The content error is relative, under relu3_3.
+nothing. The content error is relative, under relu3_3. "coarse" is e0/e of pictures reduced to a half and a quarter:
+what there is of large strokes and shapes, which shallow layers cannot see at full size. "long" is the relative squared
+error of the covariances of Oxford's relu3_1 with itself 4, 8 and 16 cells further right and down, 16 to 64 pixels away
+(after Berger and Memisevic 2017, arXiv:1606.01286): whether the strokes go together as they do in the painting.
 
     python examples/bundled/score.py oxford bundled random --out pictures/
 """
@@ -11,6 +14,7 @@ nothing. The content error is relative, under relu3_3.
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -34,10 +38,13 @@ STYLE = ("relu1_1", "relu2_1", "relu3_1", "relu3_4")
 CONTENT = "relu3_3"
 
 
-def opened(path: Path | str) -> torch.Tensor:
-    """The picture at 384 pixels."""
+SIZE = 384
+
+
+def opened(path: Path | str, size: int = SIZE) -> torch.Tensor:
+    """The picture with a long side of `size`."""
     image = open_image(path)
-    return to_tensor(resize(image, *fit(*image.size, 384)))
+    return to_tensor(resize(image, *fit(*image.size, size)))
 
 
 class Judge:
@@ -46,13 +53,34 @@ class Judge:
     def __init__(self) -> None:
         self.features = VGGFeatures((*STYLE, CONTENT), weights=str(TEACHER), precision="float32")
 
-    def __call__(self, picture: Path | str, content: Path | str, style: Path | str) -> tuple[float, float]:
-        """Style error and content error of a picture."""
-        with torch.no_grad():
-            mine, kept, goal = (self.features(opened(path)) for path in (picture, content, style))
+    @torch.no_grad()
+    def style(self, picture: Path | str, style: Path | str, size: int = SIZE) -> float:
+        """Style error of a picture."""
+        mine, goal = (self.features(opened(path, size)) for path in (picture, style))
         relative = [float((gram(mine[n]) - gram(goal[n])).norm() ** 2 / gram(goal[n]).norm() ** 2) for n in STYLE]
-        away = float((mine[CONTENT] - kept[CONTENT]).norm() ** 2 / kept[CONTENT].norm() ** 2)
-        return sum(relative) / len(relative), away
+        return sum(relative) / len(relative)
+
+    def coarse(self, picture: Path | str, style: Path | str) -> float:
+        """The same of the picture at a half and at a quarter of its size, added up."""
+        return self.style(picture, style, SIZE // 2) + self.style(picture, style, SIZE // 4)
+
+    @torch.no_grad()
+    def long(self, picture: Path | str, style: Path | str) -> float:
+        """Error of the covariances over a distance."""
+        found = []
+        for path in (picture, style):
+            x = self.features(opened(path))["relu3_1"][0]
+            x = x - x.mean((1, 2), keepdim=True)
+            pairs = [(x[:, :, d:], x[:, :, :-d]) for d in (4, 8, 16)] + [(x[:, d:], x[:, :-d]) for d in (4, 8, 16)]
+            found.append(torch.stack([a.flatten(1) @ b.flatten(1).T / a[0].numel() for a, b in pairs]))
+        mine, goal = found
+        return float((mine - goal).norm() ** 2 / goal.norm() ** 2)
+
+    @torch.no_grad()
+    def content(self, picture: Path | str, content: Path | str) -> float:
+        """Content error of a picture."""
+        mine, kept = (self.features(opened(path))[CONTENT] for path in (picture, content))
+        return float((mine - kept).norm() ** 2 / kept.norm() ** 2)
 
 
 @click.command()
@@ -66,11 +94,11 @@ def main(sets: tuple[str, ...], arch: str | None, out: Path, layers: str, conten
     out.mkdir(parents=True, exist_ok=True)
     judge = Judge()
     table = csv.writer(sys.stdout)
-    table.writerow(["content", "style", "set", "e0/e", "share", "content error"])
+    table.writerow(["content", "style", "set", "e0/e", "share", "content error", "coarse e0/e", "long"])
     shares: dict[str, list[float]] = {name: [] for name in sets}
     for content, style in PAIRS:
         paths = DATA / "photos" / f"{content}.jpg", DATA / "paintings" / f"{style}.jpg"
-        before, _ = judge(paths[0], *paths)
+        before, coarse = judge.style(*paths), judge.coarse(*paths)
         best = None
         for name in sets:
             weights = str(TEACHER) if name == "oxford" else name
@@ -84,11 +112,13 @@ def main(sets: tuple[str, ...], arch: str | None, out: Path, layers: str, conten
             picture = out / f"{content}-{style}-{Path(name).stem}.png"
             if not picture.exists():
                 stylize(*map(str, paths), config).save(picture)
-            after, away = judge(picture, *paths)
-            gain = torch.log(torch.tensor(before / after))
+            after, away = judge.style(picture, paths[1]), judge.content(picture, paths[0])
+            gain = math.log(before / after)
             best = gain if best is None else best
-            shares[name].append(float(gain / best))
+            shares[name].append(gain / best)
             row = [content, style, Path(name).stem, f"{before / after:.1f}", f"{shares[name][-1]:.3f}", f"{away:.3f}"]
+            row.append(f"{coarse / judge.coarse(picture, paths[1]):.1f}")
+            row.append(f"{judge.long(picture, paths[1]):.3f}")
             table.writerow(row)
             sys.stdout.flush()
     for name, values in shares.items():

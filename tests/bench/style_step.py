@@ -51,6 +51,9 @@ def main() -> None:
             features = VGGFeatures(layers, weights=weights, precision=precision, keep=keep)
             objective = Objective(features, config, content, [style])
             sides[f"vggfeat, {precision}, keep={keep}"] = lambda objective=objective: objective.value_and_grad(image)
+        features = VGGFeatures(layers, weights="bundled", precision=precision, keep="values")
+        objective = Objective(features, config, content, [style])
+        sides[f"vggfeat, {precision}, bundled weights"] = lambda objective=objective: objective.value_and_grad(image)
     for dtype in (torch.float32, torch.bfloat16):
         speed = rate(dtype)
         limit = convolutions(384, 512, dtype) / speed
