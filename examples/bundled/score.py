@@ -103,7 +103,8 @@ def main(sets: tuple[str, ...], arch: str | None, out: Path, layers: str, conten
         for name in sets:
             weights = str(TEACHER) if name == "oxford" else name
             config = StyleConfig(
-                size=384,
+                size=SIZE,
+                content_weight=0.02,
                 weights=weights,
                 arch=arch if name != "oxford" else None,
                 style_layers=tuple(layers.split(",")),

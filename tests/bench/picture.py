@@ -59,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     print(machine())
-    config = StyleConfig(weights=str(WEIGHTS), size=args.size, precision=args.precision, **LAYERS)
+    config = StyleConfig(weights=str(WEIGHTS), size=args.size, precision=args.precision, content_weight=0.02, **LAYERS)
     files = DATA / "photos/tubingen.jpg", DATA / "paintings/starry_night.jpg"
     content, style = (
         to_tensor(resize(image, *fit(image.width, image.height, args.size))) for image in map(open_image, files)

@@ -42,7 +42,7 @@ class StyleConfig:
         style_layer_weights: one for each style layer; equal by default. Only their proportions matter.
         content_layer_weights: the same for the content layers.
         style_weight: weight of the style term; None means 1, and with `gatys` 1000.
-        content_weight: weight of the content term; None means 0.02, and with `gatys` 1.
+        content_weight: weight of the content term; None means 0.05, and with `gatys` 1.
         tv_weight: weight of the total variation, the mean squared difference of neighbouring pixels.
         style_blend: one for each style image; equal by default. Only their proportions matter.
         style_scale: long side of the style images, relative to the result's.
@@ -73,7 +73,7 @@ class StyleConfig:
     style_layer_weights: tuple[float, ...] | None = _option(None, "One number for each style layer.")
     content_layer_weights: tuple[float, ...] | None = _option(None, "One number for each content layer.")
     style_weight: float | None = _option(None, "Weight of the style; 1, or 1000 with --normalization gatys.")
-    content_weight: float | None = _option(None, "Weight of the content; 0.02, or 1 with --normalization gatys.")
+    content_weight: float | None = _option(None, "Weight of the content; 0.05, or 1 with --normalization gatys.")
     tv_weight: float = _option(0.0, "Weight of the total variation: higher is smoother.")
     style_blend: tuple[float, ...] | None = _option(None, "One number for each style image.")
     style_scale: float = _option(1.0, "Size of the style images relative to the result: larger is coarser strokes.")
@@ -130,7 +130,7 @@ class StyleConfig:
     @property
     def term_weights(self) -> tuple[float, float]:
         """The weights of style and content, with what None means filled in."""
-        style, content = (1.0, 0.02) if self.normalization == "scale-free" else (1000.0, 1.0)
+        style, content = (1.0, 0.05) if self.normalization == "scale-free" else (1000.0, 1.0)
         return (
             style if self.style_weight is None else self.style_weight,
             content if self.content_weight is None else self.content_weight,
