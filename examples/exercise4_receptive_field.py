@@ -10,7 +10,7 @@ import vggfeat
 LAYERS = ("conv1_2", "pool1", "conv2_2", "pool2", "conv3_3")
 
 
-def main(image=None, picture=None, weights="random", arch="vgg16", layers=LAYERS, samples=4):
+def main(image=None, picture=None, weights="bundled", arch="vgg19", layers=LAYERS, samples=4):
     print(f"{arch}, weights {weights}, {samples} noise images")
     print("layer     theory  support of the gradient  effective  share of the area")
     for name in layers:
