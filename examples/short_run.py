@@ -140,6 +140,7 @@ def draw(runs, path):
         for label, history in runs.items():
             axes.plot(range(1, len(history) + 1), [getattr(epoch, field) for epoch in history], "o-", label=label)
         axes.set(xlabel="epoch", title={"loss": "training loss", "accuracy": "test accuracy"}[field])
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
     with written(path) as file:
         figure.savefig(file, format=path.suffix.lower()[1:], dpi=150)
