@@ -18,7 +18,7 @@ STYLE = ("relu1_1", "relu2_1", "relu3_1", "relu3_4")
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("data", "distill", "deep", "score", "probe"):
+    for name in ("data", "distill", "deep", "score", "probe", "short_run", "console"):
         sys.modules.pop(name, None)
 
 
@@ -84,7 +84,7 @@ def test_folded_batch_normalisation_is_the_same_network(script):
 
 
 @pytest.mark.data
-def test_bundled_weights_carry_style(test_data, oxford, tmp_path):
+def test_bundled_weights_carry_style(test_data, oxford):
     """Oxford's network finds in the result far less of an error than in a result of random weights."""
     pair = str(test_data / "photos" / "tubingen.jpg"), str(test_data / "paintings" / "starry_night.jpg")
     judge = VGGFeatures(STYLE, weights=str(oxford))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.arch import LRN, Arch, Layer, parse
+from vggfeat.arch import BLOCK_CHANNELS, LRN, Arch, Layer, parse
 from vggfeat.errors import DependencyError, InputError, WeightsError, WeightsUnavailableError, nearest
 from vggfeat.fetch import fetch, file_key, published_digest, verify
 
@@ -246,8 +246,7 @@ def _read_state(
         wanted = parse(arch)
         if (wanted.config, wanted.batch_norm) != (found.config, found.batch_norm):
             # a shallow file fits several networks: it is good for any of them whose keys and shapes it has
-            wanted = _fitted(wanted, state)
-            wanted = replace(wanted, head=found.head, num_classes=found.num_classes)
+            wanted = _fitted(replace(wanted, head=found.head, num_classes=found.num_classes), state)
             if _misfits(wanted, state):
                 raise WeightsError(f"weights {label} belong to {found.name}, not to {wanted.name}")
             found = wanted
@@ -488,8 +487,9 @@ def _read_keras(path: Path) -> dict[str, Tensor]:
 
 
 def _published(name: str, arch: Arch) -> Published:
-    if arch.width != 1 or arch.blocks or arch.name not in SETS[name]:
-        what = arch.name if arch.width == 1 and not arch.blocks else f"{arch.name} at {_widths(arch)}"
+    published = arch.channels == BLOCK_CHANNELS
+    if not published or arch.name not in SETS[name]:
+        what = arch.name if published else f"{arch.name} at {_widths(arch)}"
         raise WeightsUnavailableError(f"there are no {name!r} weights for {what}: choose from {', '.join(SETS[name])}")
     return SETS[name][arch.name]
 

@@ -1,33 +1,26 @@
-"""The pictures that the bundled weights are trained on, read in place from their zips, as uint8 tensors."""
+"""The pictures that the bundled weights are trained on, read in place from their zips, and crops of them."""
 
 from __future__ import annotations
 
-import io
 import os
-import zipfile
+import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
+sys.path.append(str(Path(__file__).parents[1]))
+from short_run import read_zip  # noqa: E402
 
 DATA = Path(os.environ.get("VGGFEAT_TEST_DATA", Path(__file__).parents[2] / "../shared/data")).resolve()
 TEACHER = DATA.parent / "weights" / "vgg19-oxford-conv1_1-conv3_4.safetensors"
 
 
-def pictures(archive: str, under: str = "", size: int | None = None) -> tuple[Tensor, list[str]]:
-    """Every picture of a zip whose name begins with `under`: uint8 (N,3,H,W), and each one's folder."""
-    images, folders = [], []
-    with zipfile.ZipFile(DATA / archive) as zipped:
-        for name in sorted(n for n in zipped.namelist() if n.startswith(under) and n.lower().endswith(".jpg")):
-            image = Image.open(io.BytesIO(zipped.read(name))).convert("RGB")
-            if size and image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BICUBIC)
-            images.append(np.asarray(image).transpose(2, 0, 1))
-            folders.append(name.rsplit("/", 2)[-2])
-    return torch.from_numpy(np.stack(images)), folders
+def pictures(archive: str) -> tuple[Tensor, Tensor]:
+    """Every picture of a zip, by name: uint8 (N,3,H,W), and the number of its folder among the folders' names."""
+    data = read_zip(DATA / archive)
+    return data.images.cpu(), data.labels.cpu()
 
 
 def crops(images: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:

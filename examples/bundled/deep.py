@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from vggfeat import VGGFeatures
 from vggfeat.arch import Arch
+from vggfeat.files import check_path
 
 BATCH = {"caltech": (32, 112), "cifar": (64, 64)}
 
@@ -64,16 +65,10 @@ class Deep(nn.Module):
 def labelled(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and classes to train on, images and classes to test on."""
     if name == "cifar":
-        found = [pictures(f"cifar10-{part}.zip") for part in ("train", "test")]
-    else:
-        images, folders = pictures("caltech101-128.zip")
-        test = torch.arange(len(images)) % 5 == 0
-        found = [(images[chosen], [folders[i] for i in chosen.nonzero()[:, 0].tolist()]) for chosen in (~test, test)]
-    classes = {folder: i for i, folder in enumerate(sorted(set(found[0][1])))}
-    return (
-        *(found[0][0], torch.tensor([classes[folder] for folder in found[0][1]])),
-        *(found[1][0], torch.tensor([classes[folder] for folder in found[1][1]])),
-    )
+        return *pictures("cifar10-train.zip"), *pictures("cifar10-test.zip")
+    images, labels = pictures("caltech101-128.zip")
+    test = torch.arange(len(images)) % 5 == 0
+    return images[~test], labels[~test], images[test], labels[test]
 
 
 def batch(images: Tensor, labels: Tensor, name: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -109,6 +104,8 @@ def accuracy(base: VGGFeatures, deep: Deep, name: str, images: Tensor, labels: T
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 def main(base: Path, channels: str, steps: int, rate: float, seed: int, out: Path) -> None:
     """Train blocks 4 and 5."""
+    for path in (out, out.with_suffix(".csv")):
+        check_path(path)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     shallow = load_file(base)

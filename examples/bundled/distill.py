@@ -24,7 +24,9 @@ from torch.nn import functional as F
 
 from vggfeat import VGGFeatures
 from vggfeat.arch import Arch
+from vggfeat.files import check_path
 from vggfeat.functional import gram
+from vggfeat.weights import IMAGENET
 
 LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2", "relu3_3", "relu3_4")
 BATCH, SIDE = 16, 112
@@ -42,8 +44,8 @@ class Slim(nn.Module):
         self.convs = nn.ModuleList()
         for layer in self.arch.convs[: len(LAYERS)]:
             self.convs.append(nn.Conv2d(layer.in_channels, layer.channels, 3, padding=1))
-        self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406))[:, None, None])
-        self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225))[:, None, None])
+        self.register_buffer("mean", torch.tensor(IMAGENET.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET.std)[:, None, None])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """The eight ReLUs' outputs of images in [0,1]."""
@@ -76,6 +78,12 @@ def relative(found: Tensor, wanted: Tensor) -> Tensor:
     return (error / wanted.float().square().flatten(1).sum(1)).mean()
 
 
+def best_map(own: Tensor, cross: Tensor) -> Tensor:
+    """M of least ‖T - M S‖², from S Sᵀ and S Tᵀ."""
+    ridge = torch.diag(RIDGE * own.detach().diagonal().mean().expand(len(own)))
+    return torch.linalg.solve(own + ridge, cross).T
+
+
 def errors(slim: Slim, teacher: VGGFeatures, images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """For each of `LAYERS`: relative squared errors of features and of Gram matrices, and each channel's mean square.
 
@@ -93,9 +101,7 @@ def errors(slim: Slim, teacher: VGGFeatures, images: Tensor) -> tuple[list[Tenso
         powers.append(products[:, :c, :c].detach().diagonal(dim1=1, dim2=2).mean(0) * products.shape[1])
         products = products / products[:, c:, c:].diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
         own, cross, goal = products[:, :c, :c], products[:, :c, c:], products[:, c:, c:]
-        mean = own.mean(0)
-        ridge = torch.diag(RIDGE * mean.detach().diagonal().mean().expand(c))
-        m = torch.linalg.solve(mean + ridge, cross.mean(0)).T
+        m = best_map(own.mean(0), cross.mean(0))
         mapped = m @ own @ m.T
         features.append(1 - 2 * (m.T * cross.mean(0)).sum() + mapped.mean(0).diagonal().sum())
         grams.append(relative(mapped, goal))
@@ -124,10 +130,9 @@ def prune(slim: Slim, teacher: VGGFeatures, images: Tensor) -> None:
         conv.weight.copy_(torch.einsum("oikl,im->omkl", weight[chosen], before))
         conv.bias.copy_(bias[chosen])
         tap = slim(images)[LAYERS.index(name)]
-        products = gram(torch.cat([tap, x[name].float()], dim=1)).mean(0)
         c = tap.shape[1]
-        ridge = RIDGE * products[:c, :c].diagonal().mean() * torch.eye(c)
-        before = torch.linalg.solve(products[:c, :c] + ridge, products[:c, c:]).T
+        products = gram(torch.cat([tap, x[name].float()], dim=1)).mean(0)
+        before = best_map(products[:c, :c], products[:c, c:])
 
 
 class Pool:
@@ -171,6 +176,8 @@ class Pool:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 def main(channels: str, steps: int, rate: float, own: bool, seed: int, out: Path) -> None:
     """Train blocks 1 to 3."""
+    for path in (out, out.with_suffix(".csv")):
+        check_path(path)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images, _ = pictures("natural-224.zip")

@@ -24,7 +24,7 @@ from data import DATA, TEACHER
 
 from vggfeat import StyleConfig, VGGFeatures, stylize
 from vggfeat.functional import gram
-from vggfeat.image import fit, open_image, resize, to_tensor
+from vggfeat.image import check_output, fit, open_image, resize, to_tensor
 
 PAIRS = (
     ("tubingen", "starry_night"),
@@ -110,9 +110,8 @@ def main(sets: tuple[str, ...], arch: str | None, out: Path, layers: str, conten
                 style_layers=tuple(layers.split(",")),
                 content_layers=tuple(content_layers.split(",")),
             )
-            picture = out / f"{content}-{style}-{Path(name).stem}.png"
-            if not picture.exists():
-                stylize(*map(str, paths), config).save(picture)
+            picture = check_output(out / f"{content}-{style}-{Path(name).stem}.png")
+            stylize(*map(str, paths), config).save(picture)
             after, away = judge.style(picture, paths[1]), judge.content(picture, paths[0])
             gain = math.log(before / after)
             best = gain if best is None else best
