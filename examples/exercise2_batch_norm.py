@@ -8,7 +8,7 @@ The zips hold `<class>/*.jpg`, such as CIFAR-10's; without them, gratings of ten
 
 import torch
 from console import command
-from short_run import DEVICE, draw, fit, load
+from short_run import DEVICE, fit, read
 
 import vggfeat
 
@@ -16,25 +16,28 @@ NAMES = {"plain": False, "with BN": True}
 
 
 def main(*zips, epochs=5, limit=2000, arch="vgg11", width=0.25, lr=0.02, batch=64, seed=0, plot=None):
-    train, test = load(zips, limit, seed)
+    train, test = read(zips, limit, seed)
     runs = {}
     for name, batch_norm in NAMES.items():
         torch.manual_seed(seed)
         net = vggfeat.vgg(arch, len(train.classes), batch_norm=batch_norm, head="slim", width=width, dropout=0.0)
         runs[name] = fit(name, net, train, test, epochs, lr, batch, seed)
-    print(f"{arch} ×{width:g}, slim head, {len(train.labels):,} images of {len(train.classes)} classes, ", end="")
+    print(f"{arch} ×{width:g}, slim head, {len(train):,} images of {len(train.classes)} classes, ", end="")
     print(f"learning rate up to {lr:g}, {DEVICE}")
     print("       training loss       test accuracy       seconds")
     print("epoch  plain  with BN     plain  with BN   plain  with BN")
     for number, (plain, bn) in enumerate(zip(*runs.values(), strict=True), start=1):
-        print(f"{number:5} {plain.loss:6.3f} {bn.loss:8.3f} {plain.accuracy:9.1%} {bn.accuracy:8.1%}", end="")
+        print(
+            f"{number:5} {plain.train_loss:6.3f} {bn.train_loss:8.3f} {plain.test_accuracy:9.1%} {bn.test_accuracy:8.1%}",
+            end="",
+        )
         print(f" {plain.seconds:7.1f} {bn.seconds:8.1f}")
-    best = {name: max(epoch.accuracy for epoch in history) for name, history in runs.items()}
+    best = {name: max(epoch.test_accuracy for epoch in history) for name, history in runs.items()}
     first, second = sorted(best, key=best.get, reverse=True)
-    epoch = next(n for n, each in enumerate(runs[first], start=1) if each.accuracy >= best[second])
+    epoch = next(n for n, each in enumerate(runs[first], start=1) if each.test_accuracy >= best[second])
     print(f"The best of {second}, {best[second]:.1%}, is reached {first} in epoch {epoch} of {epochs}.")
     if plot:
-        print(draw(runs, plot))
+        print(vggfeat.plot_training(runs, plot, overwrite=True))
     return runs
 
 

@@ -1,55 +1,19 @@
 """Exercise 6: gradient checkpointing. Keep each block's input alone, and compute the rest again in the backward.
 
-The second forward must not move batch normalisation's running statistics again.
+The second forward must not move batch normalisation's running statistics again. A network does so by itself once its
+`checkpointing` is set (`vggfeat train --checkpointing`).
 python examples/exercise6_checkpointing.py
 """
 
-import contextlib
 import copy
 import time
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import vggfeat
 from vggfeat.analysis import PeakMemory, saved_for_backward
-
-
-@contextlib.contextmanager
-def still_statistics(net):
-    """Batch normalisation normalises as in training, but its running statistics and counters stay as they are."""
-    layers = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-    before = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in layers]
-    for bn in layers:
-        bn.momentum = 0.0
-    try:
-        yield
-    finally:
-        for bn, (momentum, count) in zip(layers, before, strict=True):
-            bn.momentum = momentum
-            bn.num_batches_tracked.copy_(count)
-
-
-class Checkpointed(nn.Module):
-    """A VGG whose blocks are checkpointed; the weights are those of `net`."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-        self.blocks, block = [], []
-        for layer, module in zip(net.arch.layers, net.features, strict=True):
-            block.append(module)
-            if layer.kind == "pool":
-                self.blocks.append(nn.Sequential(*block))
-                block = []
-
-    def forward(self, x):
-        for block in self.blocks:
-            contexts = (contextlib.nullcontext(), still_statistics(block))  # of the first and of the second forward
-            x = checkpoint(block, x, use_reentrant=False, context_fn=lambda both=contexts: both)
-        return self.net.classifier(self.net.avgpool(x).flatten(1))
 
 
 def step(net, images, targets):
@@ -63,7 +27,8 @@ def main(size=64, batch=8, width=0.5, repeats=3):
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plain = vggfeat.vgg16(num_classes=10, batch_norm=True, head="slim", width=width, dropout=0.0).to(device)
-    nets = {"plain": plain, "checkpointed": Checkpointed(copy.deepcopy(plain))}
+    nets = {"plain": plain, "checkpointed": copy.deepcopy(plain)}
+    nets["checkpointed"].checkpointing = True
     images = torch.rand(batch, 3, size, size, device=device)
     targets = torch.arange(batch, device=device) % 10
     print(f"VGG-16 with BN, width ×{width}, {batch} images of {size}×{size}, {device}")
@@ -85,8 +50,7 @@ def main(size=64, batch=8, width=0.5, repeats=3):
         results[name] = {"kept": kept, "loss": losses[-1], "steps": repeats}
     layers = [bn for bn in nets["checkpointed"].modules() if isinstance(bn, nn.BatchNorm2d)]
     same = all(
-        torch.allclose(a, b, atol=1e-5)
-        for a, b in zip(plain.buffers(), nets["checkpointed"].net.buffers(), strict=True)
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(plain.buffers(), nets["checkpointed"].buffers(), strict=True)
     )
     print(f"kept: {results['plain']['kept'] / results['checkpointed']['kept']:.1f} times less; BN counted ", end="")
     print(

@@ -9,7 +9,7 @@ The ResNet is made of torchvision's blocks, with a 3×3 stem instead of 7×7 and
 
 import torch
 from console import command
-from short_run import DEVICE, draw, fit, load
+from short_run import DEVICE, fit, read
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,21 +51,23 @@ def main(*zips, epochs=3, limit=2000, width=0.25, lr=0.05, batch=64, seed=0, plo
             f"the ResNet is made of torchvision's blocks, and torchvision does not work here "
             f"({str(error).splitlines()[0]}): install the torchvision that belongs to your torch"
         ) from error
-    train, test = load(zips, limit, seed)
+    train, test = read(zips, limit, seed)
     runs, costs = {}, {}
     for name, build in {"VGG-16": vgg16, "ResNet-18": resnet18}.items():
         torch.manual_seed(seed)
         net = build(len(train.classes), width)
-        costs[name] = sum(p.numel() for p in net.parameters()), macs(net, train.images.shape[2:])
+        costs[name] = sum(p.numel() for p in net.parameters()), macs(net, train.pixels.shape[1:3])
         runs[name] = fit(name, net, train, test, epochs, lr, batch, seed)
-    print(f"Width ×{width:g}, {len(train.labels):,} images of {len(train.classes)} classes, {epochs} epochs, {DEVICE}")
+    print(f"Width ×{width:g}, {len(train):,} images of {len(train.classes)} classes, {epochs} epochs, {DEVICE}")
     print("network        params   M MACs  training loss  test accuracy  seconds an epoch")
     for name, history in runs.items():
         (params, work), last = costs[name], history[-1]
         seconds = min(epoch.seconds for epoch in history)
-        print(f"{name:10} {params:10,} {work / 1e6:8.1f} {last.loss:14.3f} {last.accuracy:14.1%} {seconds:17.1f}")
+        print(
+            f"{name:10} {params:10,} {work / 1e6:8.1f} {last.train_loss:14.3f} {last.test_accuracy:14.1%} {seconds:17.1f}"
+        )
     if plot:
-        print(draw(runs, plot))
+        print(vggfeat.plot_training(runs, plot, overwrite=True))
     return {name: (*costs[name], history) for name, history in runs.items()}
 
 

@@ -18,7 +18,7 @@ STYLE = ("relu1_1", "relu2_1", "relu3_1", "relu3_4")
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("data", "distill", "deep", "score", "probe", "short_run", "console"):
+    for name in ("data", "distill", "deep", "score", "probe", "console"):
         sys.modules.pop(name, None)
 
 

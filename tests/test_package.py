@@ -27,12 +27,14 @@ ROOMS = {
     "vggfeat": set(),  # names its modules as text and imports them when they are asked for
     "vggfeat.errors": set(),
     "vggfeat.arch": {"errors"},
+    "vggfeat.settings": {"errors"},
     "vggfeat.files": {"errors"},
     "vggfeat.image": {"errors", "files"},
     "vggfeat.functional": set(),
     "vggfeat.fetch": {"errors", "files"},
     "vggfeat.weights": {"arch", "errors", "fetch"},
-    "vggfeat.network": {"arch", "errors", "weights"},
+    "vggfeat.convolution": set(),
+    "vggfeat.network": {"arch", "convolution", "errors", "weights"},
     "vggfeat.trunk": {"arch", "errors"},
     "vggfeat.features": {"arch", "errors", "functional", "trunk", "weights"},
     "vggfeat.tables": {"errors", "files"},
@@ -40,7 +42,7 @@ ROOMS = {
     "vggfeat.plots": {"analysis", "arch", "errors", "files", "image", "tables", "weights"},
     "vggfeat.losses": {"arch", "errors", "features", "functional", "weights"},
     "vggfeat.transfer": set(),
-    "vggfeat.transfer.config": {"arch", "errors"},
+    "vggfeat.transfer.config": {"arch", "errors", "settings"},
     "vggfeat.transfer.optimize": set(),
     "vggfeat.transfer.objective": {"features", "functional", "transfer.config"},
     "vggfeat.transfer.stylize": {
@@ -90,17 +92,51 @@ ROOMS = {
         "visualize.sheet",
         "weights",
     },
+    "vggfeat.training": set(),
+    "vggfeat.training.__main__": set(),
+    "vggfeat.training.config": {"arch", "errors", "settings"},
+    "vggfeat.training.data": {"errors", "image"},
+    "vggfeat.training.batches": {"errors", "training.config", "training.data", "weights"},
+    "vggfeat.training.checkpoint": {"errors", "files"},
+    "vggfeat.training.distributed": {"errors"},
+    "vggfeat.training.evaluation": {
+        "errors",
+        "features",
+        "network",
+        "tables",
+        "training.batches",
+        "training.data",
+        "training.distributed",
+        "weights",
+    },
+    "vggfeat.training.loop": {
+        "arch",
+        "errors",
+        "files",
+        "network",
+        "training.batches",
+        "training.checkpoint",
+        "training.config",
+        "training.data",
+        "training.distributed",
+        "training.evaluation",
+        "weights",
+    },
     "vggfeat_cli": set(),
     "vggfeat_cli.run": {"errors"},
+    "vggfeat_cli.options": set(),
+    "vggfeat_cli.reports": {"files", "plots", "tables"},
     "vggfeat_cli.style": {"", "image", "transfer.config"},
-    "vggfeat_cli.analyse": {"", "files", "plots", "tables"},
+    "vggfeat_cli.analyse": {"", "plots"},
+    "vggfeat_cli.learn": {"", "files", "plots", "training.config", "training.evaluation"},
     "vggfeat_cli.pictures": {"", "image", "visualize", "weights"},
     "vggfeat_cli.main": {"", "fetch", "weights"},
 }
 # modules that must not need more than this to be imported
 LIGHT = {"vggfeat", "vggfeat.errors", "vggfeat.arch", "vggfeat.transfer", "vggfeat.transfer.config", "vggfeat_cli"}
 LIGHT |= {"vggfeat.files", "vggfeat.tables", "vggfeat.analysis", "vggfeat.plots", "vggfeat_cli.analyse"}
-LIGHT |= {"vggfeat_cli.pictures"}
+LIGHT |= {"vggfeat.settings", "vggfeat.training", "vggfeat.training.config"}
+LIGHT |= {"vggfeat_cli.pictures", "vggfeat_cli.learn", "vggfeat_cli.options", "vggfeat_cli.reports"}
 LIGHT |= {"vggfeat_cli.run", "vggfeat_cli.style", "vggfeat_cli.main"}
 
 
@@ -213,6 +249,7 @@ def test_examples_in_docstrings():
         "import vggfeat_cli.style as c; c.command.main(['--help'], standalone_mode=False)",
         "import vggfeat_cli.style as c; c.command.main(['--version'], standalone_mode=False)",
         "import vggfeat_cli.main as c; c.command.main(['--help'], standalone_mode=False)",
+        "import vggfeat_cli.learn as c; c.train.main(['--help'], standalone_mode=False)",
     ],
 )
 def test_no_torch_until_it_is_needed(code):
@@ -226,6 +263,9 @@ def test_help_names_every_setting():
     text = python("import vggfeat_cli.style as c; c.command.main(['--help'], standalone_mode=False)")
     for field in dataclasses.fields(vggfeat.StyleConfig):
         assert "--" + field.name.replace("_", "-") in text
+    text = python("import vggfeat_cli.learn as c; c.train.main(['--help'], standalone_mode=False)")
+    for field in dataclasses.fields(vggfeat.TrainConfig):
+        assert "--" + field.name.replace("_", "-") in text
 
 
 # ── who imports whom ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -237,7 +277,7 @@ def test_import_directions(module):
     ours = {name for name in imports(module) if name.split(".")[0] in ("vggfeat", "vggfeat_cli")}
     found = {name.removeprefix("vggfeat").removeprefix(".") for name in ours if name.split(".")[0] == "vggfeat"}
     assert found <= ROOMS[module]
-    if not module.startswith("vggfeat_cli"):
+    if not module.startswith("vggfeat_cli") and not module.endswith(".__main__"):  # which is a command itself
         assert ours == {name for name in ours if name.split(".")[0] == "vggfeat"}, "the library imports no command"
 
 

@@ -25,9 +25,19 @@ _HOMES = {
     "vggfeat.features": ("VGGFeatures",),
     "vggfeat.losses": ("EncodedTarget", "PerceptualLoss", "StyleLoss"),
     "vggfeat.analysis": ("compare", "describe", "effective_field", "stacked_3x3"),
-    "vggfeat.plots": ("plot_comparison", "plot_parameters", "plot_receptive_fields", "plot_stacked"),
+    "vggfeat.plots": (
+        "plot_comparison",
+        "plot_confusion",
+        "plot_parameters",
+        "plot_receptive_fields",
+        "plot_stacked",
+        "plot_training",
+    ),
     "vggfeat.transfer.config": ("StyleConfig",),
     "vggfeat.transfer.stylize": ("StyleResult", "StyleStep", "stylize"),
+    "vggfeat.training.config": ("TrainConfig", "recipe"),
+    "vggfeat.training.loop": ("TrainResult", "TrainStep", "train"),
+    "vggfeat.training.evaluation": ("Evaluation", "Views", "evaluate"),
 }
 _MODULES = ("errors", "functional", "image", "visualize", "weights")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -670,7 +670,7 @@ def _count(name: str, build: Callable[[], nn.Module], size: int, published: dict
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    class Outputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class Outputs(TorchDispatchMode):
         """Adds up the bytes that layers with arithmetic or pooling give."""
 
         total = 0
@@ -803,7 +803,7 @@ def _measure(build: Callable[[], nn.Module], size: int, batch: int, device: torc
 
     def train() -> None:
         net.zero_grad()
-        F.cross_entropy(net(images), targets).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(net(images), targets).backward()
 
     net.eval()
     with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 from collections.abc import Collection, Iterator
@@ -11,7 +12,7 @@ from typing import IO
 
 from vggfeat.errors import InputError
 
-__all__ = ["check_path", "new_file", "taken"]
+__all__ = ["check_path", "free_name", "new_file", "taken"]
 
 
 def check_path(
@@ -50,6 +51,12 @@ def check_path(
     if not overwrite:
         raise error(taken(path))
     return path
+
+
+def free_name(path: Path) -> Path:
+    """`path` itself where nothing is there yet, else the first free one of name-2.png, name-3.png and so on."""
+    names = itertools.chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def taken(path: Path) -> str:

@@ -7,7 +7,6 @@ alpha, 16 bits, a camera's orientation) ends here, in `_to_rgb`.
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import warnings
@@ -64,13 +63,17 @@ _TURNS = {
 _WHITE = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
+def open_image(path: str | os.PathLike[str], file: IO[bytes] | None = None) -> Image.Image:
     """Read a picture as it is meant to look: upright, sRGB, 8 bit, over white; of an animation the first frame.
+
+    Args:
+        path: where it is.
+        file: its content where that is no file of its own, as in an archive; `path` is then what messages call it.
 
     Raises:
         ImageError: the file is missing, unreadable, empty, no image, damaged, or above Pillow's limit of pixels.
     """
-    with _opened(Path(path)) as image:
+    with _opened(Path(path), file) as image:
         return _to_rgb(image)
 
 
@@ -145,9 +148,7 @@ def check_output(
 
 def free_path(path: str | os.PathLike[str]) -> Path:
     """`path` itself where nothing is there yet, else the first free one of name-2.png, name-3.png and so on."""
-    path = Path(path)
-    names = itertools.chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2)))
-    return next(name for name in names if not os.path.lexists(name))
+    return files.free_name(Path(path))
 
 
 def save_image(
@@ -215,11 +216,11 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
     """Pillow's image of a file; whatever fails in opening or using it becomes an ImageError of one line."""
     try:
         # Pillow warns of odd metadata and of sizes at half its own limit: nothing that a caller could act on.
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(file or path) as image:
             yield image
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, EOFError, struct.error, zlib.error, …
         raise ImageError(f"{path}: {_diagnosis(error, path)}") from error
@@ -237,7 +238,7 @@ def _diagnosis(error: Exception, path: Path) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"expected a smaller image ({error}); scale it down first"
     if isinstance(error, UnidentifiedImageError):
-        what = "something else" if path.stat().st_size else "an empty file"
+        what = "an empty file" if path.is_file() and not path.stat().st_size else "something else"
         return f"expected an image, such as PNG or JPEG, got {what}; check the file"
     return f"expected a whole image, got a damaged one ({type(error).__name__}: {error}); fetch it again"
 

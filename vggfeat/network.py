@@ -6,13 +6,17 @@ transfer) goes through `features.py` and its faster trunk instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vggfeat.arch import LRN, Arch, Layer, parse, unit_of
+from vggfeat.convolution import Conv2d
 from vggfeat.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +29,7 @@ INITS = ("kaiming", "paper")
 
 def _module(layer: Layer) -> nn.Module:
     if layer.kind == "conv":
-        return nn.Conv2d(layer.in_channels, layer.channels, layer.kernel, padding=layer.kernel // 2)
+        return Conv2d(layer.in_channels, layer.channels, layer.kernel, padding=layer.kernel // 2)
     if layer.kind == "bn":
         return nn.BatchNorm2d(layer.channels)
     if layer.kind == "relu":
@@ -35,6 +39,26 @@ def _module(layer: Layer) -> nn.Module:
     if layer.kind == "lrn":
         return nn.LocalResponseNorm(*LRN)
     return nn.MaxPool2d(2)
+
+
+@contextmanager
+def _still(block: nn.Module) -> Iterator[None]:
+    """Batch normalisation normalises as in training, but its running statistics and counters stay as they are."""
+    layers = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in layers if bn.num_batches_tracked is not None]
+    for bn in layers:
+        bn.momentum = 0.0
+    try:
+        yield
+    finally:
+        for bn, (momentum, count) in zip(layers, before, strict=True):
+            bn.momentum = momentum
+            bn.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+
+
+def _around(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a checkpointed block's first forward and of its second."""
+    return nullcontext(), _still(block)
 
 
 class VGG(nn.Module):
@@ -47,6 +71,10 @@ class VGG(nn.Module):
         dropout: probability of the dropout before each hidden-to-hidden or last linear layer.
         init: `kaiming` (He et al. 2015, fan-out, for convolutions, σ = 0.01 for linear layers) or `paper` (σ = 0.1
             everywhere, the paper's section 3.1: "10⁻² variance").
+
+    Attributes:
+        checkpointing: keep each block's input alone for the backward and compute the rest again there (Chen et al.
+            2016, arXiv:1604.06174). Batch statistics move once a step all the same.
 
     Raises:
         InputError: a dropout outside [0,1) or an unknown init.
@@ -78,6 +106,7 @@ class VGG(nn.Module):
             self.avgpool = nn.AdaptiveAvgPool2d(1)
             self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, arch.num_classes))
         self.init = init
+        self.checkpointing = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -97,7 +126,44 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N,3,H,W) to logits (N,num_classes)."""
-        return self.classifier(self.avgpool(self.features(x)).flatten(1))  # type: ignore[no-any-return]
+        x = self._recomputed(x) if self.checkpointing and self.training else self.features(x)
+        return self.classifier(self.avgpool(x).flatten(1))  # type: ignore[no-any-return]
+
+    def _recomputed(self, x: Tensor) -> Tensor:
+        start = 0
+        for end in (layer.index + 1 for layer in self.arch.layers if layer.kind == "pool"):
+            block = self.features[start:end]
+            x = checkpoint(block, x, use_reentrant=False, context_fn=functools.partial(_around, block))
+            start = end
+        return x
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Class scores at every place: the fully connected layers as convolutions (paper, section 3.2).
+
+        Args:
+            x: normalised images (N,3,H,W); with the paper's head H and W are at least 224.
+
+        Returns:
+            Logits (N,num_classes,h,w), h and w being H/32 and W/32, with the paper's head 6 less. For its 224×224 it is
+            what `forward` gives, at larger images not: there the pool before the classifier averages.
+
+        Raises:
+            InputError: images that are too small.
+        """
+        x = self.features(x)
+        if self.arch.head == "paper" and min(x.shape[2:]) < 7:
+            raise InputError(
+                f"dense evaluation with the paper's head needs 7×7 positions after the last pool, got {x.shape[2]}×"
+                f"{x.shape[3]}: images of at least 224×224, or the slim head"
+            )
+        kernel = 7 if self.arch.head == "paper" else 1
+        for module in self.classifier:
+            if isinstance(module, nn.Linear):
+                weight = module.weight.unflatten(1, (-1, kernel, kernel))
+                x, kernel = nn.functional.conv2d(x, weight, module.bias), 1
+            else:
+                x = module(x)
+        return x
 
     def extract_features(self, x: Tensor, return_all: bool = False) -> Tensor | list[Tensor]:
         """Features of (N,3,H,W): the last stage's output, or each convolution's own.

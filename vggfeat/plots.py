@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
+    from vggfeat.training.evaluation import Evaluation
+    from vggfeat.training.loop import Epoch
     from vggfeat.weights import WeightsLike
 
-__all__ = ["SUFFIXES", "plot_comparison", "plot_parameters", "plot_receptive_fields", "plot_stacked"]
+__all__ = [
+    "SUFFIXES",
+    "plot_comparison",
+    "plot_confusion",
+    "plot_parameters",
+    "plot_receptive_fields",
+    "plot_stacked",
+    "plot_training",
+]
 
 SUFFIXES = (".png", ".pdf", ".svg")
 # colours that colour-blind people tell apart (Okabe and Ito 2008)
@@ -359,3 +369,69 @@ def _picture(image: PathLike | Image.Image) -> Image.Image:
     from vggfeat.image import open_image
 
     return open_image(image) if isinstance(image, str | os.PathLike) else image.convert("RGB")
+
+
+# ── training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwrite: bool = False) -> Path:
+    """Loss and accuracy by epoch, of one or several runs: the test set's as a line, the training's as dots.
+
+    Args:
+        runs: the epochs of each run, by name, as `vggfeat.train` gives them.
+        path: where to.
+        overwrite: replace a file that is already there.
+
+    Raises:
+        InputError: no epoch to draw, more runs than there are colours, or a path that cannot be written.
+        DependencyError: matplotlib is missing.
+    """
+    path = check_plot(path, overwrite=overwrite)
+    colors = (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY)
+    if not any(runs.values()) or len(runs) > len(colors):
+        raise InputError(f"expected one to {len(colors)} runs with at least one epoch, got {len(runs)}")
+    figure = _figure(9, 3.6)
+    panels: Any = figure.subplots(1, 2)
+    for axes, key, title, factor in zip(panels, ("loss", "accuracy"), ("loss", "accuracy, %"), (1, 100), strict=True):
+        for (name, history), color in zip(runs.items(), colors, strict=False):
+            for part, style in (("train", ":"), ("test", "-")):
+                points = [(each.epoch, getattr(each, f"{part}_{key}")) for each in history]
+                points = [(epoch, factor * value) for epoch, value in points if value is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=color, marker=".", label=f"{name}, {part}")
+        axes.set(xlabel="epoch", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(True, color="#e6e6e6")
+        _plain(axes)
+    panels[1].legend(frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = False) -> Path:
+    """The confusion matrix: of each true class (row), the share that was taken for each class (column).
+
+    Up to 25 classes the shares are written in, in per cent, and the classes are named.
+
+    Raises:
+        InputError: a path that cannot be written.
+        DependencyError: matplotlib is missing.
+    """
+    path = check_plot(path, overwrite=overwrite)
+    shares = [[count / max(1, sum(row)) for count in row] for row in evaluation.confusion]
+    n = len(shares)
+    named = n <= 25
+    side = 1.8 + 0.42 * n if named else 8.0
+    figure = _figure(side + 0.8, side)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if named:
+        axes.set_xticks(range(n), evaluation.classes, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(n), evaluation.classes)
+        for i, j in itertools.product(range(n), range(n)):
+            if shares[i][j] >= 0.0005:
+                dark = "white" if shares[i][j] > 0.5 else "black"
+                axes.text(j, i, f"{100 * shares[i][j]:.1f}", ha="center", va="center", fontsize=7, color=dark)
+    axes.set(xlabel="taken for", ylabel="true class")
+    axes.set_title(f"{evaluation.images:,} images, top-1 {100 * evaluation.top1:.2f} %", fontsize=11)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+    return _save(figure, path)

@@ -531,7 +531,7 @@ def _fused_conv_works(x: Tensor) -> bool:
 
 def has_onednn() -> bool:
     """Whether this torch can use oneDNN's kernels."""
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return bool(torch.backends.mkldnn.is_available())
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: bool = False) -> Tensor:

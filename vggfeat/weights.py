@@ -8,6 +8,7 @@ could run code.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -426,6 +427,21 @@ def read(path: Path) -> Mapping[str, Any]:
     if not isinstance(raw, Mapping):
         raise WeightsError(f"{path} holds a {type(raw).__name__}, expected a state dict")
     return raw
+
+
+def classes_of(weights: str | os.PathLike[str]) -> list[str] | None:
+    """The class names that `vggfeat.train` stored in a `.safetensors` file, None where there are none."""
+    path = Path(weights)
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get("classes", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged or no safetensors file: {error}") from error
+    return found if isinstance(found, list) else None
 
 
 def _magic(path: Path) -> bytes:

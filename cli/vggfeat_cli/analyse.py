@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import vggfeat
-
-if TYPE_CHECKING:
-    from vggfeat.tables import Report
-
-FORMATS = {"text": "__str__", "markdown": "to_markdown", "json": "to_json", "csv": "to_csv"}
-
-_output = click.option("-o", "--output", type=click.Path(), help="Write there instead of to the terminal.")
-_format = click.option("--format", "form", type=click.Choice([*FORMATS]), default="text", show_default=True)
-_overwrite = click.option("--overwrite", is_flag=True, help="Replace existing files.")
-_plot = click.option("--plot", type=click.Path(), help="Draw it: PNG, PDF or SVG.")
+from vggfeat_cli.reports import (
+    check_outputs,
+    finish_report,
+    format_option,
+    output_option,
+    overwrite_option,
+    plot_option,
+)
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic in newer releases of click
@@ -37,31 +35,6 @@ class _Size(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
         return sides[0] if len(sides) == 1 else tuple(sides)
 
 
-def _finish(report: Report, form: str, output: str | None, overwrite: bool) -> None:
-    text = getattr(report, FORMATS[form])()
-    if output is None:
-        click.echo(text.rstrip("\n"))
-        return
-    from vggfeat.files import check_path
-    from vggfeat.tables import written
-
-    with written(check_path(output, overwrite=overwrite)) as file:
-        file.write((text.rstrip("\n") + "\n").encode())
-    click.echo(output)
-
-
-def _checked(output: str | None, plot: str | None, overwrite: bool) -> None:
-    """Stop before any work if what is to be written cannot be."""
-    from vggfeat.files import check_path
-
-    if output is not None:
-        check_path(output, overwrite=overwrite)
-    if plot is not None:
-        from vggfeat.plots import check_plot
-
-        check_plot(plot, overwrite=overwrite)
-
-
 @click.command()
 @click.argument("arch")
 @click.option("--size", type=_Size(), default=224, show_default=True, help="Side of the image, or HEIGHTxWIDTH.")
@@ -69,9 +42,9 @@ def _checked(output: str | None, plot: str | None, overwrite: bool) -> None:
 @click.option("--head", type=click.Choice(["paper", "slim", "none"]), default="paper", show_default=True)
 @click.option("--width", type=float, default=1.0, show_default=True, help="Factor on every channel count.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Images at a time, for the memory.")
-@_format
-@_output
-@_overwrite
+@format_option
+@output_option
+@overwrite_option
 def describe(
     arch: str,
     size: int | tuple[int, int],
@@ -89,7 +62,7 @@ def describe(
     """
     wanted = None if head == "none" else head
     report = vggfeat.describe(arch, num_classes=classes, input_size=size, batch=batch, head=wanted, width=width)
-    _finish(report, form, output, overwrite)
+    finish_report(report, form, output, overwrite)
 
 
 @click.command()
@@ -99,10 +72,10 @@ def describe(
 @click.option("--measure", is_flag=True, help="Run them: latency, throughput and peak memory on this machine.")
 @click.option("--batch", type=int, default=8, show_default=True, help="Images at a time where measured.")
 @click.option("--device", help="Where to measure.  [default: cuda where there is one]")
-@_plot
-@_format
-@_output
-@_overwrite
+@plot_option
+@format_option
+@output_option
+@overwrite_option
 def compare(
     networks: tuple[str, ...],
     size: int | None,
@@ -119,7 +92,7 @@ def compare(
 
     Without a name: vgg16, resnet50, efficientnet_b0.
     """
-    _checked(output, plot, overwrite)
+    check_outputs(output, plot, overwrite)
     tell: Callable[[str], None] | None = (lambda name: click.echo(f"measuring {name}", err=True)) if measure else None
     report = vggfeat.compare(
         networks or ("vgg16", "resnet50", "efficientnet_b0"),
@@ -134,24 +107,24 @@ def compare(
         from vggfeat.plots import plot_comparison
 
         plot_comparison(report, plot, overwrite=overwrite)
-    _finish(report, form, output, overwrite)
+    finish_report(report, form, output, overwrite)
 
 
 @click.command()
 @click.argument("n", type=int)
-@_plot
-@_format
-@_output
-@_overwrite
+@plot_option
+@format_option
+@output_option
+@overwrite_option
 def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: bool) -> None:
     """Show why VGG stacks 3×3 convolutions: N of them against one (2N+1)×(2N+1)."""
-    _checked(output, plot, overwrite)
+    check_outputs(output, plot, overwrite)
     report = vggfeat.stacked_3x3(n)
     if plot is not None:
         from vggfeat.plots import plot_stacked
 
         plot_stacked(report, plot, overwrite=overwrite)
-    _finish(report, form, output, overwrite)
+    finish_report(report, form, output, overwrite)
 
 
 @click.command()
@@ -161,7 +134,7 @@ def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: 
 @click.option("--layers", default="conv1_2,conv2_2,conv3_3,conv4_3,pool5", show_default=True, help="Between commas.")
 @click.option("--weights", default="auto", show_default=True, help="What to measure the effective fields with.")
 @click.option("--samples", type=int, default=4, show_default=True, help="Noise images to average over; 0 for none.")
-@_overwrite
+@overwrite_option
 def fields(image: str, output: str, arch: str, layers: str, weights: str, samples: int, overwrite: bool) -> None:
     """Draw over IMAGE what a unit of each layer sees, and what it really depends on."""
     from vggfeat.plots import plot_receptive_fields

@@ -7,17 +7,17 @@ from pathlib import Path
 import click
 
 import vggfeat
-from vggfeat_cli import analyse, pictures
+from vggfeat_cli import analyse, learn, pictures
 from vggfeat_cli.run import finish
 
 
 @click.group("vggfeat", no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(vggfeat.__version__)
 def command() -> None:
-    """See what VGG is, and look after its weights."""
+    """See what VGG is, train it, and look after its weights."""
 
 
-for module in (analyse, pictures):
+for module in (analyse, pictures, learn):
     for each in module.COMMANDS:
         command.add_command(each)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,51 +12,11 @@ import click
 
 import vggfeat
 from vggfeat.transfer.config import CHOICES, StyleConfig
+from vggfeat_cli.options import settings
 from vggfeat_cli.run import FAILED, INTERRUPTED, finish
 
 if TYPE_CHECKING:
     from vggfeat.transfer.stylize import StyleResult, StyleStep
-
-
-class _List(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic in newer releases of click
-    """Values between commas."""
-
-    def __init__(self, item: type) -> None:
-        self.item = item
-        self.name = "names" if item is str else "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        try:
-            return tuple(self.item(part.strip()) for part in value.split(",") if part.strip())
-        except ValueError:
-            self.fail(f"expected numbers between commas, got {value!r}", param, ctx)
-
-
-_TYPES: dict[str, Any] = {
-    "int": int,
-    "float": float,
-    "str": str,
-    "str | None": str,
-    "float | None": float,
-    "bool": bool,
-}
-_TYPES |= {f"tuple[{item.__name__}, ...]{none}": _List(item) for item in (str, float) for none in ("", " | None")}
-
-
-def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for field in reversed(dataclasses.fields(StyleConfig)):
-        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        command = click.option(
-            "--" + field.name.replace("_", "-"),
-            type=click.Choice(CHOICES[field.name]) if field.name in CHOICES else _TYPES[str(field.type)],
-            is_flag=field.type == "bool",
-            default=default,
-            show_default=default is not None and default is not False,
-            help=field.metadata["help"],
-        )(command)
-    return command
 
 
 @click.command("vggstyle", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -68,7 +26,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-@_options
+@settings(StyleConfig, CHOICES)
 @click.version_option(vggfeat.__version__)
 def command(
     content: str, style: tuple[str, ...], output: str | None, overwrite: bool, as_json: bool, quiet: bool, **values: Any

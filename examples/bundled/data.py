@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
+import zipfile
+from pathlib import Path, PurePosixPath
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.append(str(Path(__file__).parents[1]))
-from short_run import read_zip  # noqa: E402
+from vggfeat.errors import InputError
 
 DATA = Path(os.environ.get("VGGFEAT_TEST_DATA", Path(__file__).parents[2] / "../shared/data")).resolve()
 TEACHER = DATA.parent / "weights" / "vgg19-oxford-conv1_1-conv3_4.safetensors"
@@ -19,8 +19,23 @@ TEACHER = DATA.parent / "weights" / "vgg19-oxford-conv1_1-conv3_4.safetensors"
 
 def pictures(archive: str) -> tuple[Tensor, Tensor]:
     """Every picture of a zip, by name: uint8 (N,3,H,W), and the number of its folder among the folders' names."""
-    data = read_zip(DATA / archive)
-    return data.images.cpu(), data.labels.cpu()
+    path, pixels, sizes = DATA / archive, bytearray(), set()
+    try:
+        with zipfile.ZipFile(path) as files:
+            names = sorted(n for n in files.namelist() if n.lower().endswith((".jpg", ".jpeg", ".png")))
+            for name in names:
+                with files.open(name) as file, Image.open(file) as image:
+                    pixels += image.convert("RGB").tobytes()
+                    sizes.add(image.size)
+    except (OSError, zipfile.BadZipFile) as error:  # a damaged picture is an OSError, too
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(sizes) != 1:
+        raise InputError(f"{path}: expected pictures of one size, got {len(sizes)} sizes")
+    ((width, height),) = sizes
+    folders = [PurePosixPath(name).parent.name for name in names]
+    number = {folder: i for i, folder in enumerate(sorted(set(folders)))}
+    images = torch.frombuffer(pixels, dtype=torch.uint8).view(len(names), height, width, 3).permute(0, 3, 1, 2)
+    return images, torch.tensor([number[folder] for folder in folders])
 
 
 def crops(images: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:

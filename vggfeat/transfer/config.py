@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from numbers import Integral, Real
+from dataclasses import dataclass
 from typing import Any
 
 from vggfeat.arch import parse
 from vggfeat.errors import InputError, nearest
+from vggfeat.settings import option, typed
 
 __all__ = ["StyleConfig"]
 
@@ -22,10 +20,6 @@ CHOICES = {
     "optimizer": ("lbfgs", "adam"),
     "precision": ("auto", "float32", "bfloat16"),
 }
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -63,36 +57,36 @@ class StyleConfig:
         InputError: a value that is out of range or not among the choices.
     """
 
-    size: int = _option(512, "Long side of the result in pixels.")
-    weights: str = _option("auto", "imagenet, caffe, bundled, random, auto, or a .pth, .safetensors or .h5 file.")
-    arch: str | None = _option(None, "Network: vgg19 (default), vgg16, …; a file's own where it holds one.")
-    style_layers: tuple[str, ...] = _option(
+    size: int = option(512, "Long side of the result in pixels.")
+    weights: str = option("auto", "imagenet, caffe, bundled, random, auto, or a .pth, .safetensors or .h5 file.")
+    arch: str | None = option(None, "Network: vgg19 (default), vgg16, …; a file's own where it holds one.")
+    style_layers: tuple[str, ...] = option(
         ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "Layers that carry the style."
     )
-    content_layers: tuple[str, ...] = _option(("relu4_2",), "Layers that carry the content.")
-    style_layer_weights: tuple[float, ...] | None = _option(None, "One number for each style layer.")
-    content_layer_weights: tuple[float, ...] | None = _option(None, "One number for each content layer.")
-    style_weight: float | None = _option(None, "Weight of the style; 1, or 1000 with --normalization gatys.")
-    content_weight: float | None = _option(None, "Weight of the content; 0.05, or 1 with --normalization gatys.")
-    tv_weight: float = _option(0.0, "Weight of the total variation: higher is smoother.")
-    style_blend: tuple[float, ...] | None = _option(None, "One number for each style image.")
-    style_scale: float = _option(1.0, "Size of the style images relative to the result: larger is coarser strokes.")
-    normalization: str = _option("scale-free", "How errors are scaled.")
-    pooling: str = _option("max", "How the network pools.")
-    padding: str = _option("zeros", "How the network sees beyond the border.")
-    init: str = _option("content", "Where to start: content, noise, or an image file.")
-    optimizer: str = _option("lbfgs", "How the picture is improved.")
-    learning_rate: float = _option(0.04, "Step of Adam.")
-    steps: int = _option(60, "Steps at each scale.")
-    start_size: int = _option(128, "Long side of the coarsest scale.")
-    seed: int = _option(0, "Seed of the noise.")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, …")
-    precision: str = _option("auto", "Precision of the network.")
-    keep_color: bool = _option(False, "Keep the content's colours.")
+    content_layers: tuple[str, ...] = option(("relu4_2",), "Layers that carry the content.")
+    style_layer_weights: tuple[float, ...] | None = option(None, "One number for each style layer.")
+    content_layer_weights: tuple[float, ...] | None = option(None, "One number for each content layer.")
+    style_weight: float | None = option(None, "Weight of the style; 1, or 1000 with --normalization gatys.")
+    content_weight: float | None = option(None, "Weight of the content; 0.05, or 1 with --normalization gatys.")
+    tv_weight: float = option(0.0, "Weight of the total variation: higher is smoother.")
+    style_blend: tuple[float, ...] | None = option(None, "One number for each style image.")
+    style_scale: float = option(1.0, "Size of the style images relative to the result: larger is coarser strokes.")
+    normalization: str = option("scale-free", "How errors are scaled.")
+    pooling: str = option("max", "How the network pools.")
+    padding: str = option("zeros", "How the network sees beyond the border.")
+    init: str = option("content", "Where to start: content, noise, or an image file.")
+    optimizer: str = option("lbfgs", "How the picture is improved.")
+    learning_rate: float = option(0.04, "Step of Adam.")
+    steps: int = option(60, "Steps at each scale.")
+    start_size: int = option(128, "Long side of the coarsest scale.")
+    seed: int = option(0, "Seed of the noise.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
+    precision: str = option("auto", "Precision of the network.")
+    keep_color: bool = option(False, "Keep the content's colours.")
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            object.__setattr__(self, each.name, _typed(each.name, str(each.type), getattr(self, each.name)))
+            object.__setattr__(self, each.name, typed(each.name, str(each.type), getattr(self, each.name)))
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -150,24 +144,3 @@ class StyleConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON."""
         return dataclasses.asdict(self)
-
-
-def _typed(name: str, kind: str, value: Any) -> Any:
-    """A field's value in the type it is declared with: a path becomes text, a whole number a float where one is due."""
-    if value is None and kind.endswith(" | None"):
-        return None
-    kind = kind.removesuffix(" | None")
-    if kind.startswith("tuple["):
-        if isinstance(value, str) or not isinstance(value, Iterable):
-            raise InputError(f"{name} must be a tuple, got {value!r}: write ({value!r},)")
-        return tuple(_typed(name, kind[len("tuple[") : -len(", ...]")], item) for item in value)
-    if kind == "str" and isinstance(value, str | os.PathLike):
-        return os.fspath(value)
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    if kind == "int" and isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    if kind == "float" and isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
-    expected = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number"}[kind]
-    raise InputError(f"{name} must be {expected}, got {value!r}")

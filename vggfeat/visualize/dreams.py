@@ -237,7 +237,7 @@ class _Fourier:
     def step(self, loss: Tensor, progress: float) -> None:
         """One step of Adam."""
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
 
 

@@ -1,0 +1,189 @@
+"""`vggfeat train` and `vggfeat evaluate`: every field of TrainConfig is a flag, a recipe says what the others are."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import vggfeat
+from vggfeat.training.config import CHOICES, RECIPES, TrainConfig, recipe
+from vggfeat_cli.options import Values, settings
+from vggfeat_cli.reports import (
+    check_outputs,
+    finish_report,
+    format_option,
+    output_option,
+    overwrite_option,
+    plot_option,
+)
+from vggfeat_cli.run import INTERRUPTED
+
+if TYPE_CHECKING:
+    from vggfeat.training.loop import TrainStep
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.argument("data", type=click.Path())
+@click.option("--test", type=click.Path(), help="The test set, where DATA holds none.")
+@click.option(
+    "--recipe", "name", type=click.Choice([*RECIPES]), default="fast", show_default=True, help="What is not said here."
+)
+@click.option("-o", "--output", type=click.Path(), help="Folder of the run.  [default: ARCH-RECIPE]")
+@click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
+@click.option("--plot", type=click.Path(), help="Draw loss and accuracy: PNG, PDF or SVG.")
+@click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@settings(TrainConfig, CHOICES, defaults=False)
+def train(
+    data: str,
+    test: str | None,
+    name: str,
+    output: str | None,
+    resume: bool,
+    plot: str | None,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
+) -> int:
+    """Train a classifier on DATA: CIFAR's folder or .tar.gz, a folder of class folders, or a zip of one.
+
+    Ctrl-C saves a checkpoint; --resume goes on from the newest one. In several processes: torchrun --nproc-per-node 2
+    -m vggfeat.training DATA …
+    """
+    config = recipe(name, **{key: value for key, value in values.items() if value is not None})
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that speaks
+    from vggfeat.files import free_name
+
+    if resume and output is None:
+        raise vggfeat.InputError("--resume needs the run's folder: name it with --output")
+    if first:
+        check_outputs(None, plot, overwrite=resume)
+        said = "  ".join(f"{key}={value}" for key, value in config.to_dict().items() if value is not None)
+        click.echo(f"recipe {name}: {said}", err=True)
+    folder = Path(output) if output else free_name(Path(f"{config.arch or 'vgg16_bn'}-{name}"))
+    with _Progress(config.epochs, disable=quiet or not first) as progress:
+        result = vggfeat.train(
+            data,
+            test,
+            config,
+            folder,
+            resume=resume,
+            callback=progress,
+            announce=lambda text: click.echo(text, err=True),
+        )
+    if not first:
+        return 0
+    if plot is not None and result.history:
+        from vggfeat.plots import plot_training
+
+        plot_training({result.net.arch.name: result.history}, plot, overwrite=True)
+    last = result.history[-1] if result.history else None
+    if as_json:
+        summary = {
+            "folder": str(folder),
+            "interrupted": result.interrupted,
+            "config": config.to_dict(),
+            "history": [vars(epoch) for epoch in result.history],
+        }
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        click.echo(str(folder))
+    if result.interrupted:
+        click.echo("vggfeat train: interrupted; the same command with --output and --resume goes on", err=True)
+        return INTERRUPTED
+    if last is not None and last.test_accuracy is not None:
+        click.echo(f"test accuracy {100 * last.test_accuracy:.2f} % after {last.epoch} epochs", err=True)
+    return 0
+
+
+class _Progress:
+    """A bar for the epoch, and a line for each that is finished."""
+
+    def __init__(self, epochs: int, disable: bool) -> None:
+        from tqdm import tqdm
+
+        shape = "{desc} {percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}{postfix}"
+        self.disabled, hidden = disable, disable or not sys.stderr.isatty()  # in a log, a line an epoch will do
+        self.bar = tqdm(total=float(epochs), bar_format=shape, disable=hidden, desc="", leave=False)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def __call__(self, step: TrainStep) -> None:
+        self.bar.set_description_str(f"epoch {step.epoch}/{step.epochs} step {step.step}/{step.steps}", refresh=False)
+        self.bar.set_postfix_str(f"loss {step.loss:.4f} lr {step.lr:.2g}", refresh=False)
+        self.bar.update(step.epoch - 1 + step.step / step.steps - self.bar.n)
+        if (done := step.finished) is not None and not self.disabled:
+            test = "" if done.test_accuracy is None else f"  test {100 * done.test_accuracy:.2f} %"
+            skipped = f"  {done.skipped} images left out" if done.skipped else ""
+            self.bar.write(
+                f"epoch {done.epoch}/{step.epochs}  loss {done.train_loss:.4f}  train {100 * done.train_accuracy:.2f} %"
+                f"{test}  {done.seconds:.0f} s  {done.images_per_second:.0f} images/s{skipped}",
+                file=sys.stderr,
+            )
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.argument("weights", type=click.Path())
+@click.argument("data", type=click.Path())
+@click.option("--arch", help="Network, where the weights do not say.")
+@click.option("--size", type=int, help="Side of the crops.  [default: the images' own, else 224]")
+@click.option("--scales", type=Values(int), help="Shorter sides that each image is brought to, such as 256,384,512.")
+@click.option("--grid", type=int, default=1, show_default=True, help="Crops by crops; 1 is the centre, 5 the paper's.")
+@click.option("--flip", is_flag=True, help="See each view mirrored, too.")
+@click.option("--dense", is_flag=True, help="The paper's dense evaluation, in place of crops.")
+@click.option("--batch-size", type=int, default=256, show_default=True, help="Images at a time.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Precision of the network.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--bad-images", type=click.Choice(CHOICES["bad_images"]), default="fail", show_default=True)
+@click.option("--workers", type=int, default=2, show_default=True, help="Processes that read images.")
+@plot_option
+@format_option
+@output_option
+@overwrite_option
+def evaluate(
+    weights: str,
+    data: str,
+    size: int | None,
+    scales: tuple[int, ...] | None,
+    grid: int,
+    flip: bool,
+    dense: bool,
+    plot: str | None,
+    form: str,
+    output: str | None,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Test WEIGHTS (a run's folder, a file, or imagenet) on DATA: accuracy, by class, and what is taken for what.
+
+    DATA is CIFAR's folder, a folder of class folders or a zip of one; its test set, where it has one.
+    """
+    check_outputs(output, plot, overwrite)
+    in_folder = Path(weights) / "weights.safetensors"
+    from vggfeat.training.evaluation import Views
+
+    views = Views(size, scales, grid, flip, dense)
+    report = vggfeat.evaluate(in_folder if in_folder.is_file() else weights, data, views, **options)
+    if plot is not None:
+        from vggfeat.plots import plot_confusion
+
+        plot_confusion(report, plot, overwrite=overwrite)
+    finish_report(report, form, output, overwrite)
+
+
+COMMANDS = (train, evaluate)

@@ -1,0 +1,42 @@
+"""How a command shows a report: as text, Markdown, JSON or CSV, on the terminal or in a file, with a plot beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from vggfeat.tables import Report
+
+FORMATS = {"text": "__str__", "markdown": "to_markdown", "json": "to_json", "csv": "to_csv"}
+
+output_option = click.option("-o", "--output", type=click.Path(), help="Write there instead of to the terminal.")
+format_option = click.option("--format", "form", type=click.Choice([*FORMATS]), default="text", show_default=True)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
+plot_option = click.option("--plot", type=click.Path(), help="Draw it: PNG, PDF or SVG.")
+
+
+def finish_report(report: Report, form: str, output: str | None, overwrite: bool) -> None:
+    text = getattr(report, FORMATS[form])()
+    if output is None:
+        click.echo(text.rstrip("\n"))
+        return
+    from vggfeat.files import check_path
+    from vggfeat.tables import written
+
+    with written(check_path(output, overwrite=overwrite)) as file:
+        file.write((text.rstrip("\n") + "\n").encode())
+    click.echo(output)
+
+
+def check_outputs(output: str | None, plot: str | None, overwrite: bool) -> None:
+    """Stop before any work if what is to be written cannot be."""
+    from vggfeat.files import check_path
+
+    if output is not None:
+        check_path(output, overwrite=overwrite)
+    if plot is not None:
+        from vggfeat.plots import check_plot
+
+        check_plot(plot, overwrite=overwrite)

@@ -1,0 +1,139 @@
+"""Convolutions of small maps against torch's own, in value, in gradient and in company."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import vggfeat
+from vggfeat import convolution
+from vggfeat.convolution import Conv2d, conv3x3, small
+
+SHAPES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4), (2, 4), (4, 3), (1, 4)]
+
+
+def example(side, n=6, dtype=torch.float64, requires_grad=True):
+    generator = torch.Generator().manual_seed(side[0] * 8 + side[1])
+    shapes = ((n, 5, *side), (7, 5, 3, 3), (7,))
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(requires_grad) for shape in shapes]
+
+
+@pytest.mark.parametrize("side", SHAPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_value_and_gradients_are_those_of_torch(side, layout):
+    x, weight, bias = (
+        v.detach().contiguous(memory_format=layout).requires_grad_() if v.ndim == 4 else v for v in example(side)
+    )
+    ours, theirs = conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    grad = torch.randn(theirs.shape, dtype=theirs.dtype, generator=torch.Generator().manual_seed(0))
+    for mine, other in zip(
+        torch.autograd.grad(ours, (x, weight, bias), grad),
+        torch.autograd.grad(theirs, (x, weight, bias), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", [(2, 2), (4, 4)])
+def test_first_and_second_derivatives(side):
+    x, weight, bias = example(side, n=2)
+    assert torch.autograd.gradcheck(conv3x3, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(conv3x3, (x, weight, bias))
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+@pytest.mark.parametrize("side", [(2, 2), (4, 4)])
+def test_one_gradient_without_the_other(side, wanted):
+    x, weight, _ = example(side, requires_grad=False)
+    pair = [x, weight]
+    pair[wanted].requires_grad_()
+    (ours,) = torch.autograd.grad(conv3x3(*pair, None).square().sum(), [pair[wanted]])
+    (theirs,) = torch.autograd.grad(F.conv2d(*pair, padding=1).square().sum(), [pair[wanted]])
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("side", [(2, 2), (4, 4)])
+def test_bfloat16_under_autocast_is_as_near_as_torch(side):
+    x, weight, bias = example(side, n=64, dtype=torch.float32)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    errors = [
+        float((each.detach().double() - exact.detach()).norm() / exact.detach().norm()) for each in (ours, theirs)
+    ]
+    assert errors[0] < 1.5 * errors[1] < 0.02
+    ours.float().sum().backward()
+    assert weight.grad.dtype == x.grad.dtype == torch.float32
+
+
+def test_is_for_small_maps_in_batches_on_a_cpu():
+    assert small(torch.zeros(128, 3, 2, 2)) and small(torch.zeros(128, 3, 4, 4))
+    assert not small(torch.zeros(128, 3, 5, 4)) and not small(torch.zeros(1, 3, 2, 2))
+    assert not small(torch.zeros(128, 3, 2, 2, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 2}, {"padding": 0}, {"dilation": 2}, {"groups": 5}, {"padding_mode": "reflect"}]
+)
+def test_other_convolutions_stay_torchs(options, monkeypatch):
+    monkeypatch.setattr(convolution, "conv3x3", lambda *_: pytest.fail("taken over"))
+    settings = {"padding": 1} | options
+    ours, theirs = (kind(5, 5, 3, **settings) for kind in (Conv2d, torch.nn.Conv2d))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(64, 5, 4, 4)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_the_network_uses_it_and_agrees_with_torchvision(torchvision, monkeypatch):
+    seen = []
+    real = convolution.conv3x3
+    monkeypatch.setattr(convolution, "conv3x3", lambda x, *rest: seen.append(tuple(x.shape[2:])) or real(x, *rest))
+    torch.manual_seed(0)
+    net = vggfeat.vgg16(num_classes=7, batch_norm=True)
+    other = torchvision.models.vgg16_bn(num_classes=7)
+    other.load_state_dict(net.state_dict())
+    x, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 7
+    for each in (net, other):
+        for name, buffer in each.named_buffers():
+            assert "classifier" not in name and buffer is not None
+        each.features.train(), each.avgpool.train(), each.classifier.eval()
+    scores = [each(x) for each in (net, other)]
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-3)
+    assert seen == [(4, 4)] * 3 + [(2, 2)] * 3
+    for score in scores:
+        F.cross_entropy(score, labels).backward()
+    ours, theirs = (each.features[0].weight.grad for each in (net, other))
+    assert F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.9999
+
+
+def test_compiles_in_one_graph():
+    conv = Conv2d(5, 7, 3, padding=1)
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
+    for side in (2, 4):
+        x = torch.randn(64, 5, side, side, requires_grad=True)
+        out = compiled(x)
+        torch.testing.assert_close(out, F.conv2d(x, conv.weight, conv.bias, padding=1), rtol=1e-4, atol=1e-4)
+        out.sum().backward()
+
+
+def test_exports_for_any_batch():
+    conv = Conv2d(5, 7, 3, padding=1).eval()
+    batch = torch.export.Dim("batch", min=1, max=1000)
+    program = torch.export.export(conv, (torch.randn(64, 5, 4, 4),), dynamic_shapes=({0: batch},))
+    for n in (3, 300):
+        x = torch.randn(n, 5, 4, 4)
+        torch.testing.assert_close(program.module()(x), conv(x), rtol=1e-4, atol=1e-4)
+
+
+def test_per_sample_gradients():
+    x, weight, _ = example((4, 4), n=24, requires_grad=False)
+
+    def loss(weight, x):
+        return conv3x3(x, weight, None).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x.view(2, 12, 5, 4, 4))
+    for part, each in zip(x.view(2, 12, 5, 4, 4), found, strict=True):
+        w = weight.clone().requires_grad_()
+        F.conv2d(part, w, padding=1).square().sum().backward()
+        torch.testing.assert_close(each, w.grad)

@@ -1,0 +1,239 @@
+"""How classifiers are tested: views, sums and what cannot be tested."""
+
+import json
+
+import pictures
+import pytest
+import torch
+from torch.nn import functional as F
+
+import vggfeat
+from vggfeat.errors import InputError, RunError, WeightsError
+from vggfeat.training.data import ImageSet, load
+from vggfeat.training.evaluation import Evaluation, Views, _judged
+from vggfeat.weights import IMAGENET
+
+ONE = {"precision": "float32", "device": "cpu"}
+
+
+def made(classes=3, head="slim", arch="vgg11", **options):
+    torch.manual_seed(0)
+    net = vggfeat.vgg(arch, num_classes=classes, head=head, width=options.pop("width", 0.125), **options).eval()
+    with torch.no_grad():  # scores that differ between images
+        list(net.classifier.children())[-1].weight.mul_(30)
+    return net
+
+
+def images(count=10, height=32, width=32, classes=3):
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
+    from PIL import Image
+
+    def read(i):
+        return Image.fromarray(pixels[i].numpy())
+
+    return ImageSet(
+        "made", list("abcdefgh")[:classes], torch.arange(count) % classes, [str(i) for i in range(count)], read, pixels
+    )
+
+
+def prepared(pixels):
+    """The plainest normalisation, (N,3,H,W)."""
+    x = pixels.permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET.mean, IMAGENET.std))
+    return (x - mean) / std
+
+
+def expected(net, crops, labels):
+    """Loss and top-1 of averaged probabilities of the views."""
+    with torch.no_grad():
+        scores = torch.stack([net(crop).softmax(1) for crop in crops]).mean(0)
+    return F.nll_loss(scores.log(), labels).item(), (scores.argmax(1) == labels).float().mean().item()
+
+
+def check(found, net, crops, data, views):
+    loss, top1 = expected(net, crops, data.labels)
+    assert found.loss == pytest.approx(loss, rel=1e-4) and found.top1 == pytest.approx(top1)
+    assert found.views == views == len(crops) and found.images == len(data)
+
+
+def test_one_crop():
+    net, data = made(), images(height=40, width=44)
+    crop = prepared(data.pixels)[:, :, 4:36, 6:38]
+    check(vggfeat.evaluate(net, data, Views(size=32), batch_size=3, **ONE), net, [crop], data, 1)
+
+
+def test_flip():
+    net, data = made(), images()
+    x = prepared(data.pixels)
+    check(vggfeat.evaluate(net, data, Views(flip=True), **ONE), net, [x, x.flip(3)], data, 2)
+
+
+def test_grid_reaches_the_borders():
+    net, data = made(), images(height=40, width=48)
+    x = prepared(data.pixels)
+    crops = [x[:, :, t : t + 32, s : s + 32] for t in (0, 4, 8) for s in (0, 8, 16)]
+    check(vggfeat.evaluate(net, data, Views(size=32, grid=3), **ONE), net, crops, data, 9)
+    assert vggfeat.evaluate(net, data, Views(size=32, grid=5, flip=True), **ONE).views == 50  # the paper's
+
+
+def test_scales():
+    net, data = made(), images(height=40, width=60)
+    crops = []
+    for scale in (32, 48):
+        small = [data.read(i).resize((round(60 * scale / 40), scale), 3) for i in range(len(data))]
+        x = prepared(
+            torch.stack([torch.frombuffer(bytearray(s.tobytes()), dtype=torch.uint8).view(scale, -1, 3) for s in small])
+        )
+        top, left = (scale - 32) // 2, (x.shape[3] - 32) // 2
+        crops.append(x[:, :, top : top + 32, left : left + 32])
+    check(vggfeat.evaluate(net, data, Views(size=32, scales=(32, 48)), workers=0, **ONE), net, crops, data, 2)
+
+
+def test_dense_slim_is_the_whole_image():
+    net, data = made(), images(height=64, width=96)
+    check(vggfeat.evaluate(net, data, Views(dense=True), **ONE), net, [prepared(data.pixels)], data, 1)
+
+
+def test_dense_is_the_mean_over_windows_of_the_last_pool():
+    """With the paper's head: its fully connected layers at every 7×7 window of the last pool, averaged over space."""
+    net, data = made(head="paper", width=1 / 32, dropout=0.0), images(count=2, height=288, width=256)
+    x = prepared(data.pixels)
+    with torch.no_grad():
+        last = net.features(x)  # (2,16,9,8)
+        windows = [net.classifier(last[:, :, t : t + 7, s : s + 7].flatten(1)) for t in range(3) for s in range(2)]
+        scores = torch.stack(windows).mean(0)
+        assert net.dense(x).shape == (2, 3, 3, 2)
+    torch.testing.assert_close(net.dense(x).mean((2, 3)), scores, rtol=1e-4, atol=1e-5)
+    found = vggfeat.evaluate(net, data, Views(dense=True), **ONE)
+    assert found.loss == pytest.approx(F.cross_entropy(scores, data.labels).item(), rel=1e-4)
+    torch.testing.assert_close(
+        net.dense(x[:, :, :224, :224])[:, :, 0, 0], net(x[:, :, :224, :224]), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(InputError, match="at least 224"):
+        vggfeat.evaluate(net, images(), Views(dense=True), **ONE)
+
+
+def test_figures_by_hand():
+    labels = torch.tensor([0, 0, 1, 2, 2, 2])
+    scores = torch.tensor([
+        [0.50, 0.20, 0.05, 0.05, 0.10, 0.10],
+        [0.10, 0.60, 0.10, 0.10, 0.05, 0.05],
+        [0.20, 0.25, 0.15, 0.15, 0.15, 0.10],
+        [0.20, 0.20, 0.01, 0.20, 0.19, 0.20],
+        [0.00, 0.10, 0.90, 0.00, 0.00, 0.00],
+        [0.50, 0.10, 0.20, 0.10, 0.05, 0.05],
+    ])  # fmt: skip
+    found = _judged(labels, scores, list("uvwxyz"), 1, ["x.png"])
+    assert found.top1 == pytest.approx(3 / 6) and found.top5 == pytest.approx(5 / 6)
+    assert found.confusion[0] == [1, 1, 0, 0, 0, 0] and sum(found.confusion[2]) == 3 and found.confusion[2][2] == 1
+    assert found.by_class == [0.5, 1.0, pytest.approx(1 / 3), None, None, None]
+    logs = torch.tensor([0.5, 0.1, 0.25, 0.01, 0.9, 0.2]).log()
+    assert found.loss == pytest.approx(-logs.mean().item())
+    text = str(found)
+    assert "50.00 %" in text and "83.33 %" in text and "not readable" in text
+    assert json.loads(found.to_json())["confusion"][0][:2] == [1, 1]
+    assert found.to_csv().splitlines()[1] == "u,2,0.5,v (1)"
+
+
+def test_top5_needs_more_than_five_classes():
+    assert _judged(torch.tensor([0]), torch.tensor([[0.6, 0.4]]), ["a", "b"], 1, []).top5 is None
+
+
+def test_a_network_is_left_as_it_was():
+    net = made().train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    vggfeat.evaluate(net, images(), **ONE)
+    assert net.training and all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_bfloat16_is_near():
+    net, data = made(), images(count=64)
+    exact, rough = (vggfeat.evaluate(net, data, precision=p, device="cpu") for p in ("float32", "bfloat16"))
+    assert rough.loss == pytest.approx(exact.loss, rel=0.02)
+
+
+def test_published_weights_are_normalised_as_they_were_trained(torchvision, tmp_path):
+    """A file of torchvision's gives what torchvision's own network and preset give."""
+    torch.manual_seed(0)
+    other = torchvision.models.vgg11_bn(num_classes=3).eval()
+    path = tmp_path / "weights.pth"
+    torch.save(other.state_dict(), path)
+    data = images(count=4, height=64, width=64)
+    found = vggfeat.evaluate(path, data, **ONE)
+    with torch.no_grad():
+        scores = other(prepared(data.pixels))
+    assert found.loss == pytest.approx(F.cross_entropy(scores, data.labels).item(), rel=1e-4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return pictures.folder(tmp_path / "set", pictures.tree(3))
+
+
+def test_class_counts_must_fit(folder):
+    with pytest.raises(InputError, match="has 3 classes, the network 4"):
+        vggfeat.evaluate(made(4), folder, **ONE)
+
+
+def test_class_names_must_fit(folder, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "w.safetensors"
+    state = {key: value.contiguous() for key, value in made().state_dict().items()}
+    save_file(state, path, {"classes": json.dumps(["ant", "cow", "bee"])})
+    with pytest.raises(InputError, match="class 1 is 'bee' in .* and 'cow' in the weights"):
+        vggfeat.evaluate(path, folder, **ONE)
+    save_file(state, path, {"classes": json.dumps(["ant", "bee", "cow"])})
+    assert vggfeat.evaluate(path, folder, **ONE).images == 9
+
+
+def test_weights_without_a_classifier(folder):
+    with pytest.raises(InputError, match="no classifier"):
+        vggfeat.evaluate("bundled", folder, **ONE)
+    with pytest.raises(WeightsError):
+        vggfeat.evaluate("nowhere.pth", folder, **ONE)
+
+
+def test_images_that_are_too_small(folder):
+    with pytest.raises(InputError, match="smaller than size 64"):
+        vggfeat.evaluate(made(), folder, Views(size=64), **ONE)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_several_sizes_one_of_them_damaged(tmp_path, workers):
+    files = pictures.tree(3, width=40, height=36) | {
+        "bee/wide.png": pictures.encoded(pictures.picture("bee", 9, 60, 36))
+    }
+    good, _ = load(pictures.folder(tmp_path / "good", files))
+    assert good.pixels is None
+    views = Views(size=32, scales=(36,))
+    whole = vggfeat.evaluate(made(), good, views, workers=workers, **ONE)
+    assert whole.images == 10
+    files["cow/1.png"] = files["cow/1.png"][:70]
+    bad = pictures.folder(tmp_path / "bad", files)
+    with pytest.raises((InputError, RunError), match=r"cow/1\.png.*--bad-images skip"):
+        vggfeat.evaluate(made(), bad, views, workers=workers, **ONE)
+    found = vggfeat.evaluate(made(), bad, views, workers=workers, bad_images="skip", **ONE)
+    assert found.images == 9 and found.skipped == ["cow/1.png"]
+    lost = [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(found.confusion, whole.confusion, strict=True)]
+    assert [sum(row) for row in lost] == [0, 0, 1]
+
+
+def test_views_that_cannot_be():
+    for options in ({"grid": 0}, {"size": 8}, {"scales": ()}, {"scales": (16,)}, {"dense": True, "grid": 2}):
+        with pytest.raises(InputError):
+            Views(**options)
+
+
+def test_a_picture_of_confusions(tmp_path):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    for n in (3, 40):
+        confusion = torch.randint(0, 9, (n, n), generator=torch.Generator().manual_seed(0)).tolist()
+        report = Evaluation(n, 1.0, 0.5, None, [f"class {i}" for i in range(n)], confusion, 1)
+        path = vggfeat.plot_confusion(report, tmp_path / f"{n}.png")
+        with Image.open(path) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(100000)) > 50

@@ -1,0 +1,633 @@
+"""The training loop: what it computes, what it leaves behind, and how a run stops and goes on."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pictures
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import vggfeat
+from vggfeat.errors import InputError, RunError, WeightsError
+from vggfeat.training import checkpoint, loop
+from vggfeat.training.config import TrainConfig
+from vggfeat.training.distributed import World
+
+REPO = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+TINY = {"arch": "vgg11_bn", "width": 0.125, "batch_size": 8, "epochs": 2, "precision": "float32", "lr": 0.01}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    files = {f"train/{name}": content for name, content in pictures.tree(8).items()}
+    files |= {f"test/{name}": content for name, content in pictures.tree(5, offset=50).items()}
+    return pictures.zipped(tmp_path_factory.mktemp("data") / "set.zip", files)
+
+
+def run(data, folder, resume=False, callback=None, test=None, **changes):
+    return vggfeat.train(data, test, TrainConfig(**TINY | changes), folder, resume=resume, callback=callback)
+
+
+def weights(folder):
+    return load_file(folder / "weights.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def begun(data, folder, **changes):
+    """A run that has made no step yet."""
+    images, test = vggfeat.training.data.load(data)
+    return loop._Run(TrainConfig(**TINY | changes), images, test, World(CPU), folder, None)
+
+
+# ── what it computes ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    steps = []
+    return run(data, folder, callback=steps.append, epochs=8, ema=0.8, lr=0.02), steps
+
+
+def test_it_learns(finished):
+    result, _ = finished
+    first, last = result.history[0], result.history[-1]
+    assert last.train_loss < 0.5 * first.train_loss
+    assert result.evaluation.top1 == last.test_accuracy > 0.8  # three plain colours; chance is a third
+    assert not result.interrupted and not result.damaged
+
+
+def test_the_callback_sees_every_step(finished):
+    _, steps = finished
+    assert [(s.epoch, s.step) for s in steps] == [(e, s) for e in range(1, 9) for s in range(1, 4)]
+    assert all(s.epochs == 8 and s.steps == 3 and s.loss > 0 and s.lr >= 0 for s in steps)
+    assert [s.finished is not None for s in steps] == [False, False, True] * 8
+
+
+def test_what_a_run_leaves(finished, data):
+    result, _ = finished
+    assert {p.name for p in result.folder.iterdir()} - {"tensorboard"} == {
+        "config.json",
+        "log.csv",
+        "checkpoints",
+        "weights.safetensors",
+    }
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["lr"] == 0.02 and config["classes"] == ["ant", "bee", "cow"] and str(data) in config["data"]
+    with (result.folder / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["train_loss"]) for row in rows] == [epoch.train_loss for epoch in result.history]
+    assert len(list((result.folder / "checkpoints").iterdir())) == 2
+
+
+def test_saved_weights_have_torchvisions_keys_and_work_everywhere(finished, torchvision, data):
+    result, _ = finished
+    path = result.folder / "weights.safetensors"
+    other = torchvision.models.vgg11_bn(num_classes=3)
+    ours = {key for key in weights(result.folder) if key.startswith("features.")}
+    assert ours == {key for key in other.state_dict() if key.startswith("features.")}
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == ["ant", "bee", "cow"]
+    images = torch.rand(2, 3, 32, 32)
+    taps = vggfeat.VGGFeatures(["conv3_1", "relu5_2"], weights=path)(images)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        expected = result.net.taps((images - mean) / std, list(taps))
+    for name, value in expected.items():
+        torch.testing.assert_close(taps[name], value, rtol=1e-4, atol=1e-4)
+    assert vggfeat.evaluate(path, data).top1 == result.evaluation.top1
+
+
+def test_tensorboard_has_the_curves(finished):
+    pytest.importorskip("tensorboard")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator(str(finished[0].folder / "tensorboard"))
+    board.Reload()
+    found = [(point.step, point.value) for point in board.Scalars("train_loss")]
+    assert found == [(e.epoch, pytest.approx(e.train_loss)) for e in finished[0].history]
+
+
+def plain(run, steps):
+    """The same steps in the plainest way: torch's modules and optimizer, no helper of ours but the batches."""
+    torch.manual_seed(0)
+    net = loop.network(run.config, 3)
+    net.load_state_dict(run.net.state_dict())
+    for module in net.features:
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = nn.Conv2d
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    rest = [p for p in net.parameters() if p.ndim == 1]
+    optimizer = torch.optim.SGD([{"params": weights, "weight_decay": 5e-4}, {"params": rest}], lr=0.01, momentum=0.9)
+    total = run.config.epochs * run.batches.steps
+    net.train()
+    count = 0
+    for (batch,) in run.batches.epoch(0):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (1 + torch.cos(torch.tensor(torch.pi * count / total)).item()) / 2
+        optimizer.zero_grad()
+        F.cross_entropy(net(batch.images), batch.labels, label_smoothing=run.config.label_smoothing).backward()
+        optimizer.step()
+        count += 1
+        if count == steps:
+            return net.state_dict()
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "vgg11_bn"])
+def test_steps_are_those_of_plain_torch(data, tmp_path, arch):
+    made = begun(data, tmp_path, arch=arch, label_smoothing=0.1)
+    expected = plain(made, 3)
+    made.model.train()
+    for batch in made.batches.epoch(0):
+        made._step(batch)
+        made.step += 1
+    for key, value in made.net.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=2e-3, atol=2e-5, msg=key)
+
+
+def gradients(data, tmp_path, arch="vgg11", **changes):
+    """The gradients of a first step, before they are used."""
+    torch.manual_seed(0)
+    made = begun(data, tmp_path, arch=arch, **changes)
+    made.model.train()
+    caught = {}
+    made.optimizer.register_step_pre_hook(
+        lambda *_: caught.update(
+            {name: p.grad.clone() for name, p in made.net.named_parameters() if p.grad is not None}
+        )
+    )
+    made._step(next(made.batches.epoch(0)))
+    return caught
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(data, tmp_path):
+    whole, parts = (gradients(data, tmp_path, accumulate=n) for n in (1, 4))
+    for name, grad in whole.items():
+        torch.testing.assert_close(parts[name], grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_clipping(data, tmp_path):
+    free, clipped = (gradients(data, tmp_path, clip=c) for c in (0.0, 0.5))
+    norm = torch.stack([g.norm() for g in free.values()]).norm()
+    assert norm > 0.5
+    assert torch.stack([g.norm() for g in clipped.values()]).norm() == pytest.approx(0.5, rel=1e-4)
+    for name, grad in free.items():
+        torch.testing.assert_close(clipped[name], grad * (0.5 / norm), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "vgg11_bn"])
+def test_checkpointing_changes_nothing_but_memory(data, tmp_path, arch):
+    torch.manual_seed(0)
+    results = {}
+    for on in (False, True):
+        made = begun(data, tmp_path, arch=arch, checkpointing=on)
+        made.net.load_state_dict(results.get("start") or results.setdefault("start", made.net.state_dict()))
+        results["start"] = {key: value.clone() for key, value in results["start"].items()}
+        made.model.train()
+        for batch in made.batches.epoch(0):
+            made._step(batch)
+        results[on] = made.net.state_dict()
+    assert same(results[False], results[True])
+    if arch.endswith("bn"):
+        assert int(results[True]["features.1.num_batches_tracked"]) == 3
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_is_near(data, tmp_path, precision):
+    exact, rough = (gradients(data, tmp_path, precision=p) for p in ("float32", precision))
+    for name in ("classifier.1.weight", "features.0.weight"):
+        scale = 1 if precision == "bfloat16" else 2.0**16  # float16's gradients are scaled until the step is made
+        found = rough[name] / (scale if rough[name].norm() > 100 * exact[name].norm() else 1)
+        assert F.cosine_similarity(found.flatten(), exact[name].flatten(), dim=0) > 0.98
+        assert float(found.norm() / exact[name].norm()) == pytest.approx(1, abs=0.1)
+
+
+def test_compiled(data, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    run(data, tmp_path / "r", compile=True, epochs=1)
+    assert len(compiled) == 1
+
+
+def rates(config, steps=10):
+    net = vggfeat.vgg11(num_classes=2, width=0.125, head="slim")
+    optimizer = loop.optimizer(net, config)
+    scheduler = loop.schedule(optimizer, config, steps)
+    found = []
+    for _ in range(config.epochs * steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_schedules():
+    def config(**changes):
+        return TrainConfig(lr=1.0, epochs=10, **changes)
+
+    assert rates(config(schedule="constant")) == [1.0] * 100
+    steps = rates(config(schedule="step", step_size=3, gamma=0.5))
+    assert steps == pytest.approx([1.0] * 30 + [0.5] * 30 + [0.25] * 30 + [0.125] * 10)
+    cosine = rates(config(schedule="cosine"))
+    assert cosine[50] == pytest.approx(0.5) and cosine[0] == 1.0 and cosine[-1] < 1e-3
+    one = rates(config(schedule="onecycle", warmup=2.0))
+    assert max(one) == pytest.approx(1.0, abs=0.01) and abs(one.index(max(one)) - 20) <= 1
+    assert one[0] == pytest.approx(1 / 25) and one[-1] < 2e-3
+    warm = rates(config(schedule="cosine", warmup=2.0))
+    assert warm[:20] == pytest.approx([(i + 1) / 20 - i / 20 / 20 for i in range(20)], abs=0.06)
+    assert warm[20] == pytest.approx(1.0) and warm == pytest.approx(sorted(warm[:21]) + sorted(warm[21:], reverse=True))
+
+
+def test_groups_of_parameters():
+    net = vggfeat.vgg11(num_classes=2, batch_norm=True, width=0.125, head="slim")
+    config = TrainConfig(lr=0.1, features_lr=0.5, weight_decay=1e-3)
+    groups = {(g["lr"], g["weight_decay"]): len(g["params"]) for g in loop.optimizer(net, config).param_groups}
+    assert groups == {(0.05, 1e-3): 8, (0.05, 0.0): 24, (0.1, 1e-3): 1, (0.1, 0.0): 1}
+    groups = loop.optimizer(net, TrainConfig(lr=0.1, decay_all=True)).param_groups
+    assert [len(g["params"]) for g in groups] == [34]
+    kinds = {kind: type(loop.optimizer(net, TrainConfig(optimizer=kind))) for kind in ("sgd", "adam", "adamw")}
+    assert kinds == {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 1.0}])
+def test_mixing(data, tmp_path, options, torchvision):
+    made = begun(data, tmp_path, **options)
+    batch = next(made.batches.epoch(0))[0]
+    torch.manual_seed(0)
+    images, targets = made.mix(batch.images, batch.labels)
+    assert targets.shape == (8, 3) and torch.allclose(targets.sum(1), torch.ones(8))
+    assert targets.gather(1, batch.labels[:, None]).min() > 0 and not torch.equal(images, batch.images)
+    made.model.train()
+    assert torch.isfinite(made._step(next(made.batches.epoch(0))))
+
+
+def test_moving_average(data, tmp_path):
+    made = begun(data, tmp_path, ema=0.75)
+    made.model.train()
+    expected = None
+    for batch in made.batches.epoch(0):
+        made._step(batch)
+        now = {key: value.double() for key, value in made.net.state_dict().items() if value.is_floating_point()}
+        expected = now if expected is None else {k: 0.75 * expected[k] + 0.25 * now[k] for k in now}
+    found = made.tested_net.state_dict()
+    assert made.tested_net is not made.net
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_and_seeds(data, tmp_path):
+    state = torch.get_rng_state()
+    runs = [
+        weights(run(data, tmp_path / str(i), dropout=0.5, epochs=1, seed=seed).folder)
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+    assert torch.equal(state, torch.get_rng_state())  # the caller's own random numbers are untouched
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_algorithms(data, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen = []
+    run(data, tmp_path / "r", deterministic=True, epochs=1,
+        callback=lambda _: seen.append(torch.are_deterministic_algorithms_enabled()))  # fmt: skip
+    assert all(seen) and seen and not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "vgg13_bn", "vgg16-c", "vgg11-lrn", "vgg19_bn"])
+@pytest.mark.parametrize("head", ["slim", "paper"])
+def test_every_network_trains(data, tmp_path, arch, head):
+    made = begun(data, tmp_path, arch=arch, head=head, width=1 / 32, dropout=0.1)
+    made.model.train()
+    before = {name: value.clone() for name, value in made.net.named_parameters()}
+    made._step(next(made.batches.epoch(0)))
+    assert made.net.arch.name == arch and made.net.arch.head == head
+    assert all(not torch.equal(value, before[name]) for name, value in made.net.named_parameters() if value.ndim > 1)
+
+
+# ── transfer learning ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_from_bundled_weights_with_frozen_layers(data, tmp_path):
+    config = {"arch": None, "width": 1.0, "weights": "bundled", "freeze": "relu3_4", "features_lr": 0.1}
+    made = begun(data, tmp_path, **config)
+    assert made.net.arch.channels == (48, 96, 192, 176, 176)
+    before = {name: value.clone() for name, value in made.net.state_dict().items()}
+    made.model.train()
+    made._step(next(made.batches.epoch(0)))
+    moved = {name for name, value in made.net.state_dict().items() if not torch.equal(value, before[name])}
+    numbers = {int(name.split(".")[1]) for name in moved if name.startswith("features.")}
+    assert min(numbers) == made.net.arch.layer("conv4_1").index and "classifier.1.weight" in moved
+    rates = {group["initial_lr"] for group in made.optimizer.param_groups}
+    assert sorted(rates) == pytest.approx([0.001, 0.01])
+
+
+def test_frozen_batch_statistics_stay(finished, data, tmp_path):
+    path = str(finished[0].folder / "weights.safetensors")
+    result = run(data, tmp_path / "r", arch=None, width=1.0, weights=path, freeze="pool2", epochs=1)
+    before, after = weights(finished[0].folder), weights(result.folder)
+    cut = result.net.arch.layer("pool2").index
+    for key, value in after.items():
+        frozen = key.startswith("features.") and int(key.split(".")[1]) < cut
+        if value.is_floating_point():
+            assert torch.equal(value, before[key]) == frozen, key
+
+
+def test_a_new_head_is_asked_for(finished, tmp_path):
+    files = {k: v for k, v in pictures.tree(6).items() if not k.startswith("cow")}
+    two = pictures.folder(tmp_path / "two", files)
+    options = {"arch": None, "width": 1.0, "weights": str(finished[0].folder / "weights.safetensors"), "epochs": 1}
+    with pytest.raises(WeightsError, match=r"slim head for 3 classes.*for 2.*--new-head"):
+        run(two, tmp_path / "a", **options)
+    result = run(two, tmp_path / "b", new_head=True, **options)
+    assert result.net.arch.num_classes == 2 and result.evaluation is None
+    assert result.history[0].test_accuracy is None
+    with pytest.raises(InputError, match="unknown layer 'conv9_9'"):
+        run(two, tmp_path / "c", new_head=True, freeze="conv9_9", **options)
+
+
+def test_holdout(tmp_path):
+    result = run(pictures.folder(tmp_path / "s", pictures.tree(8)), tmp_path / "r", holdout=0.25, epochs=1)
+    assert result.evaluation.images == 6
+
+
+# ── stopping and going on ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_is_never_overwritten(data, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"there already.*--resume"):
+        run(data, tmp_path / "r")
+    assert [p.name for p in (tmp_path / "r").iterdir()] == ["mine.txt"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_at(count):
+    def callback(step):
+        if (step.epoch - 1) * step.steps + step.step == count:
+            raise Interrupted
+
+    return callback
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "dropout": 0.3, "precision": "bfloat16", "schedule": "onecycle"},
+                                     {"optimizer": "adam", "lr": 1e-3, "warmup": 0.5, "arch": "vgg11"}])  # fmt: skip
+def test_going_on_gives_the_same_weights(data, tmp_path, options):
+    whole = run(data, tmp_path / "whole", **options)
+    for count in (1, 3, 5):
+        with pytest.raises(Interrupted):
+            run(data, tmp_path / f"{count}", callback=stop_at(count), save_every=1, **options)
+        assert not (tmp_path / f"{count}" / "weights.safetensors").exists()
+        result = run(data, tmp_path / f"{count}", resume=True, save_every=1, **options)
+        assert same(weights(result.folder), weights(whole.folder))
+        for ours, theirs in zip(result.history, whole.history, strict=True):
+            assert (ours.train_loss, ours.test_loss) == (theirs.train_loss, theirs.test_loss)
+        assert len((result.folder / "log.csv").read_text().splitlines()) == 3
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, data):
+    result = finished[0]
+    before = weights(result.folder)
+    (result.folder / "weights.safetensors").unlink()
+    again = run(data, result.folder, resume=True, epochs=8, ema=0.8, lr=0.02)
+    assert same(before, weights(result.folder)) and again.evaluation.top1 == result.evaluation.top1
+
+
+def test_resuming_with_other_settings_or_data(finished, data, tmp_path):
+    with pytest.raises(InputError, match=r"lr was 0\.02, is 0\.1"):
+        run(data, finished[0].folder, resume=True, epochs=8, ema=0.8, lr=0.1)
+    files = {k: v for k, v in pictures.tree(9).items() if not k.startswith("cow")}
+    other = pictures.folder(tmp_path / "s", files)
+    with pytest.raises(InputError, match=r"24 images of 3 classes.*has 18 of 2"):
+        run(other, finished[0].folder, resume=True, epochs=8, ema=0.8, lr=0.02)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_checkpoint_is_passed_over(data, tmp_path, damage):
+    whole = run(data, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "r", callback=stop_at(4), save_every=1)
+    path = sorted((tmp_path / "r" / "checkpoints").iterdir())[-1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"cut": content[:-1000], "flipped": content, "empty": b""}[damage])
+    result = run(data, tmp_path / "r", resume=True, save_every=1)
+    assert len(result.damaged) == 1 and path.name in result.damaged[0]
+    assert same(weights(result.folder), weights(whole.folder))
+
+
+def test_no_good_checkpoint_is_an_error(data, tmp_path):
+    run(data, tmp_path / "r")
+    for path in (tmp_path / "r" / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint in .* is whole"):
+        run(data, tmp_path / "r", resume=True)
+
+
+def test_a_checkpoint_holds_what_it_must(finished):
+    state, damaged = checkpoint.newest(finished[0].folder / "checkpoints")
+    assert not damaged
+    assert {"net", "optimizer", "scheduler", "ema", "scaler", "rng", "epoch", "step", "config"} <= state.keys()
+    assert (state["epoch"], state["step"]) == (8, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step(data, tmp_path, number):
+    def callback(step):
+        if (step.epoch, step.step) == (1, 2):
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    result = run(data, tmp_path / "r", callback=callback)
+    assert result.interrupted and not result.history and signal.getsignal(number) is before
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints")
+    assert state["step"] in (2, 3)
+    whole = run(data, tmp_path / "whole")
+    assert same(weights(run(data, tmp_path / "r", resume=True).folder), weights(whole.folder))
+
+
+def environment():
+    path = os.pathsep.join(map(str, (REPO, REPO / "cli")))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def command(data, folder, *more):
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | {"epochs": 3}).items()]
+    return [
+        str(data),
+        "--recipe=fast",
+        "--ema=0.9",
+        "--warmup=1",
+        "--save-every=1",
+        f"--output={folder}",
+        *options,
+        *more,
+    ]
+
+
+def test_sigkill_at_random_steps(data, tmp_path):
+    """The process is killed again and again, wherever it happens to be; the weights at the end are the same bits."""
+    python = [sys.executable, "-m", "vggfeat.training"]
+    done = subprocess.run(
+        [*python, *command(data, tmp_path / "whole", "--quiet")], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    generator = random.Random(os.getpid())
+    killed = 0
+    for attempt in range(12):
+        more = ["--quiet", *(["--resume"] if attempt else [])]
+        process = subprocess.Popen(
+            [*python, *command(data, tmp_path / "killed", *more)],
+            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        folder = tmp_path / "killed" / "checkpoints"
+        before = {p.name for p in folder.glob("*.pt")} if folder.exists() else set()
+        limit = time.monotonic() + 120
+        while process.poll() is None and killed < 3 and time.monotonic() < limit:
+            if folder.exists() and {p.name for p in folder.glob("*.pt")} - before:  # it is at work
+                time.sleep(generator.uniform(0, 0.15))
+                process.send_signal(signal.SIGKILL)
+                killed += process.wait() == -signal.SIGKILL
+        error = process.communicate()[1]
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+    assert killed >= 1
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert not list((tmp_path / "killed" / "checkpoints").glob("step-*.tmp"))
+
+
+# ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_loss_that_is_not_finite(data, tmp_path):
+    with pytest.raises(RunError, match=r"not finite at epoch 1, step \d of 3"):
+        run(data, tmp_path / "r", arch="vgg11", lr=1e9, schedule="constant", save_every=1)
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints")
+    assert state is None or all(bool(value.isfinite().all()) for value in state["net"].values())
+    assert not (tmp_path / "r" / "weights.safetensors").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
+def test_a_full_disk(data, tmp_path):
+    """With a limit on the size of files, as near to a full disk as a test gets: one line, and what was there stays."""
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "vggfeat.training", *command(data, tmp_path / "r", "--quiet")],
+        env=environment(), capture_output=True, text=True, preexec_fn=limit,
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "cannot write checkpoint" in last and "Traceback" not in done.stderr
+    assert not list((tmp_path / "r" / "checkpoints").iterdir())
+
+
+def test_pictures_that_are_too_small(tmp_path):
+    small = pictures.folder(tmp_path / "s", pictures.tree(8, width=20, height=20))
+    with pytest.raises(InputError, match="20 pixels are smaller than 32"):
+        run(small, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_device_that_is_not_there(data, tmp_path):
+    with pytest.raises(InputError, match="cannot use device 'cuda:97'"):
+        run(data, tmp_path / "r", device="cuda:97")
+
+
+# ── several processes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def launched(count, data, folder, *more):
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0"]
+    start += ["--standalone"] if count > 1 else []
+    done = subprocess.run(
+        [*start, "-m", "vggfeat.training", *command(data, folder, *more)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return weights(folder), json.loads(done.stdout[done.stdout.index("{") :])
+
+
+def test_two_processes_are_one(data, tmp_path):
+    """The same global batch in one process and in two: the same network to rounding, and the same test exactly."""
+    options = ["--json", "--quiet", "--lr=0.02", "--epochs=1", "--warmup=0.3", "--accumulate=2"]
+    one = run(data, tmp_path / "one", **vars_of("fast", lr=0.02, epochs=1, warmup=0.3, accumulate=2, ema=0.9))
+    two, summary = launched(2, data, tmp_path / "two", *options)
+    for key, value in weights(one.folder).items():
+        torch.testing.assert_close(two[key], value, rtol=5e-3, atol=5e-4, msg=key)
+    row, other = summary["history"][0], one.history[0]
+    assert row["train_loss"] == pytest.approx(other.train_loss, rel=1e-3)
+    assert row["test_loss"] == pytest.approx(other.test_loss, rel=1e-2)
+    found = vggfeat.evaluate(tmp_path / "two" / "weights.safetensors", data)
+    assert found.images == 15 and row["test_accuracy"] == found.top1  # 15 is odd: nothing was padded
+
+
+def vars_of(name, **changes):
+    return vggfeat.recipe(name, **TINY | changes).to_dict()
+
+
+def test_batch_norm_over_processes_is_that_of_the_whole_batch(tmp_path):
+    """Value, gradients and statistics in two processes, against torch's on the whole batch."""
+    script = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from vggfeat.training.distributed import World, synchronised
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+x, grad = torch.randn(2, 6, 5, 4, 4).unbind()
+plain = nn.BatchNorm2d(5)
+nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
+import copy
+ours = synchronised(nn.Sequential(copy.deepcopy(plain)), World(torch.device("cpu"), rank, 2))[0]
+whole = x.clone().requires_grad_()
+plain(whole).backward(grad)
+part = slice(0, 2) if rank == 0 else slice(2, 6)
+mine = x[part].clone().requires_grad_()
+ours(mine).backward(grad[part])
+for p in ours.parameters():
+    dist.all_reduce(p.grad)
+torch.testing.assert_close(mine.grad, whole.grad[part], rtol=1e-4, atol=1e-5)
+for a, b in zip(ours.parameters(), plain.parameters()):
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+for (name, a), (_, b) in zip(ours.named_buffers(), plain.named_buffers()):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+print("good")
+"""
+    (tmp_path / "check.py").write_text(script)
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run([*start, str(tmp_path / "check.py")], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("good") == 2
+
+
+def test_the_run_is_a_zip_of_plain_values(finished):
+    """A checkpoint holds tensors and plain values only, so that reading it can run no code."""
+    path = sorted((finished[0].folder / "checkpoints").iterdir())[-1]
+    assert zipfile.is_zipfile(path)
+    assert torch.load(path, weights_only=True)["classes"] == ["ant", "bee", "cow"]

@@ -1,0 +1,416 @@
+"""What `vggfeat.training.data` reads, and the batches made of it."""
+
+import pickle
+import zipfile
+
+import numpy
+import pictures
+import pytest
+import torch
+from PIL import Image
+
+import vggfeat
+from vggfeat.errors import InputError, RunError
+from vggfeat.training.batches import Batches, normalised, seeded
+from vggfeat.training.config import TrainConfig
+from vggfeat.training.data import load
+from vggfeat.weights import IMAGENET
+
+CPU = torch.device("cpu")
+
+# ── sources ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("version", ["python", "binary"])
+@pytest.mark.parametrize("where", ["folder", "around", "archive"])
+def test_cifar_as_published(tmp_path, classes, version, where):
+    name = {10: "cifar-10-batches-py", 100: "cifar-100-python"}[classes]
+    parts, names = pictures.cifar(tmp_path / name, classes, version)
+    path = {"folder": tmp_path / name, "around": tmp_path}.get(where) or pictures.archived(
+        tmp_path / f"{name}.tar.gz", tmp_path / name
+    )
+    for found, (pixels, labels) in zip(load(path), parts, strict=True):
+        assert found.classes == names and found.labels.tolist() == labels
+        assert numpy.array_equal(found.pixels.permute(0, 3, 1, 2).reshape(-1, 3072).numpy(), pixels)
+        assert numpy.array_equal(numpy.asarray(found.read(2)).transpose(2, 0, 1).ravel(), pixels[2])
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    pictures.cifar(tmp_path / "c")
+    (tmp_path / "c" / "data_batch_3").write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(InputError, match="not allowed"):
+        load(tmp_path / "c")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "labels"])
+def test_damaged_cifar_is_a_message(tmp_path, damage):
+    pictures.cifar(tmp_path / "c", version="binary")
+    file = tmp_path / "c" / "data_batch_2.bin"
+    content = {"cut": file.read_bytes()[:-7], "empty": b"", "labels": b"\xff" + file.read_bytes()[1:]}[damage]
+    file.write_bytes(content)
+    if damage == "empty":  # the other files still make a whole number of images
+        assert len(load(tmp_path / "c")[0]) == 24
+        return
+    with pytest.raises(InputError, match="CIFAR|whole number"):
+        load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip in folders"])
+def test_class_folders(tmp_path, kind):
+    files = pictures.tree(3) | {"bee/sub/deep.png": pictures.encoded(pictures.picture("bee", 9)), "bee/notes.txt": b"-"}
+    if kind == "folder":
+        path = pictures.folder(tmp_path / "set", files | {".hidden/x.png": b"-"})
+    else:
+        before = "caltech/images/" if "in" in kind else ""
+        named = {before + name: content for name, content in files.items()}
+        path = pictures.zipped(tmp_path / "set.zip", named | {"__MACOSX/ant/._0.png": b"-"})
+    found, test = load(path)
+    assert test is None
+    assert found.classes == ["ant", "bee", "cow"]
+    assert found.labels.bincount().tolist() == [3, 4, 3]
+    assert found.pixels.shape == (10, 32, 32, 3)
+    for i in (0, 4, 9):
+        assert numpy.array_equal(found.pixels[i].numpy(), numpy.asarray(found.read(i)))
+    number = found.names.index("cow/1.png")
+    assert numpy.array_equal(found.pixels[number].numpy(), numpy.asarray(pictures.picture("cow", 201)))
+
+
+@pytest.mark.parametrize("second", ["test", "val"])
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_train_and_test_in_one(tmp_path, kind, second):
+    files = {f"train/{k}": v for k, v in pictures.tree(3).items()}
+    files |= {f"{second}/{k}": v for k, v in pictures.tree(2, offset=50).items()}
+    path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
+    train, test = load(path)
+    assert (len(train), len(test)) == (9, 6)
+    assert numpy.array_equal(test.pixels[0].numpy(), numpy.asarray(pictures.picture("ant", 50)))
+
+
+def test_two_places(tmp_path):
+    train, test = load(
+        pictures.folder(tmp_path / "a", pictures.tree(3)), pictures.zipped(tmp_path / "b.zip", pictures.tree(1))
+    )
+    assert (len(train), len(test)) == (9, 3)
+
+
+def test_a_test_set_of_other_classes_is_refused(tmp_path):
+    other = {name.replace("cow", "cat"): content for name, content in pictures.tree(1).items()}
+    with pytest.raises(InputError, match="3 classes.*not in both: cat, cow"):
+        load(pictures.folder(tmp_path / "a", pictures.tree(1)), pictures.folder(tmp_path / "b", other))
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(InputError, match="no images at"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="expected class folders"):
+        load(tmp_path / "empty")
+    (tmp_path / "text.zip").write_text("no zip")
+    with pytest.raises(InputError, match="no zip, or a damaged one"):
+        load(tmp_path / "text.zip")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_class_without_an_image_is_named(tmp_path, kind):
+    files = pictures.tree(2)
+    if kind == "folder":
+        path = pictures.folder(tmp_path / "s", files)
+        (path / "dodo").mkdir()
+    else:
+        path = pictures.zipped(tmp_path / "s.zip", files)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("dodo/", "")
+    with pytest.raises(InputError, match="without an image: dodo"):
+        load(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_unreadable_images_are_named_and_counted(tmp_path, kind):
+    files = pictures.tree(3)
+    files["ant/1.png"] = files["ant/1.png"][:60]
+    files["cow/0.png"] = b"no image"
+    path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
+    with pytest.raises(InputError, match=r"2 of 9 images cannot be read: .*ant/1\.png.*cow/0\.png.*--bad-images skip"):
+        load(path)
+    found, _ = load(path, bad_images="skip")
+    assert found.skipped == ["ant/1.png", "cow/0.png"]
+    assert len(found) == len(found.names) == 7 and found.labels.bincount().tolist() == [2, 3, 2]
+    number = found.names.index("ant/2.png")
+    assert numpy.array_equal(found.pixels[number].numpy(), numpy.asarray(found.read(number)))
+    assert numpy.array_equal(found.pixels[number].numpy(), numpy.asarray(pictures.picture("ant", 2)))
+
+
+def test_a_damaged_zip_entry_is_an_unreadable_image(tmp_path):
+    path = pictures.zipped(tmp_path / "s.zip", pictures.tree(2))
+    content = bytearray(path.read_bytes())
+    content[200] ^= 255  # in the first image, so that its checksum fails
+    path.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="1 of 6 images cannot be read: .*ant/0.png: damaged in the archive"):
+        load(path)
+
+
+def test_a_class_of_which_nothing_can_be_read(tmp_path):
+    files = pictures.tree(1) | {"bee/0.png": b"no image"}
+    with pytest.raises(InputError, match="class bee"):
+        load(pictures.folder(tmp_path / "s", files), bad_images="skip")
+
+
+def test_images_of_several_sizes_stay_on_disk(tmp_path):
+    files = pictures.tree(2) | {"ant/wide.png": pictures.encoded(pictures.picture("ant", 7, width=50))}
+    path = pictures.folder(tmp_path / "s", files)
+    assert load(path)[0].pixels is None
+    assert load(path, resize=(32, 40))[0].pixels is None
+    square = pictures.folder(tmp_path / "t", pictures.tree(2, width=64, height=64))
+    assert load(square, resize=(40,))[0].pixels.shape == (6, 40, 40, 3)
+
+
+# ── batches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def ramp():
+    """Twelve images whose pixel says where it is: red the row, green the column, blue the number of the image."""
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    pixels = torch.stack([torch.stack([rows, columns, torch.full_like(rows, i)], -1) for i in range(12)])
+    labels = torch.arange(12) % 3
+    from vggfeat.training.data import ImageSet
+
+    return ImageSet("ramp", ["a", "b", "c"], labels, [str(i) for i in range(12)], None, pixels.byte())
+
+
+def raw(images):
+    """Back from normalised to 0..255, (n,H,W,3)."""
+    mean, std = (torch.tensor(v) for v in (IMAGENET.mean, IMAGENET.std))
+    return ((images.permute(0, 2, 3, 1) * std + mean) * 255).round().long()
+
+
+def epoch(images, number=0, size=32, first=0, rank=0, world=1, **changes):
+    config = TrainConfig(**{"batch_size": 4, "flip": "none", "pad": 0} | changes)
+    return list(Batches(images, config, CPU, size, rank, world).epoch(number, first))
+
+
+def test_normalised_as_torchvision(torchvision):
+    pixels = torch.randint(0, 256, (2, 5, 6, 3), dtype=torch.uint8)
+    scaled = pixels.permute(0, 3, 1, 2).float() / 255
+    expected = torchvision.transforms.functional.normalize(scaled, IMAGENET.mean, IMAGENET.std)
+    torch.testing.assert_close(normalised(pixels), expected)
+
+
+def test_an_epoch_is_every_image_once(ramp):
+    batches = [parts[0] for parts in epoch(ramp)]
+    assert [b.images.shape for b in batches] == [(4, 3, 32, 32)] * 3
+    assert all(b.images.is_contiguous(memory_format=torch.channels_last) for b in batches)
+    numbers = torch.cat([raw(b.images)[:, 0, 0, 2] for b in batches])
+    assert sorted(numbers.tolist()) == list(range(12))
+    assert torch.equal(torch.cat([b.labels for b in batches]), numbers % 3)
+    assert numbers.tolist() != torch.cat([raw(p[0].images)[:, 0, 0, 2] for p in epoch(ramp, 1)]).tolist()
+
+
+def test_crops_are_windows_of_the_padded_image(ramp):
+    seen = set()
+    for number in range(6):
+        for (batch,) in epoch(ramp, number, pad=4):
+            for image in raw(batch.images):
+                top, left = image[16, 16, 0] - 16, image[16, 16, 1] - 16
+                seen.add(int(top))
+                blue = image[16, 16, 2]
+                full = torch.nn.functional.pad(ramp.pixels[blue].permute(2, 0, 1).long(), (4,) * 4, value=-1)
+                window = full[:, top + 4 : top + 36, left + 4 : left + 36].permute(1, 2, 0)
+                grey = torch.tensor(IMAGENET.mean).mul(255).round().long()
+                assert torch.equal(image, torch.where(window < 0, grey, window))
+    assert seen == set(range(-4, 5))
+
+
+def test_reflected_padding_is_torchs(ramp):
+    for (batch,) in epoch(ramp, pad=4, pad_mode="reflect"):
+        for image in raw(batch.images):
+            whole = ramp.pixels[int(image[0, 0, 2])].permute(2, 0, 1).float()
+            full = torch.nn.functional.pad(whole[None], (4,) * 4, mode="reflect")[0].permute(1, 2, 0).long()
+            found = [
+                (top, left)
+                for top in range(9)
+                for left in range(9)
+                if torch.equal(full[top : top + 32, left : left + 32], image)
+            ]
+            assert found
+
+
+def test_smaller_crops(ramp):
+    for (batch,) in epoch(ramp, size=20):
+        for image in raw(batch.images):
+            assert image.shape == (20, 20, 3)
+            assert torch.equal(image[:, 0, 0] - image[0, 0, 0], torch.arange(20))
+    with pytest.raises(InputError, match="smaller than size 64"):
+        epoch(ramp, size=64)
+
+
+def mirrored(images):
+    return (raw(images)[:, 0, 0, 1] > raw(images)[:, 0, 31, 1]).tolist()
+
+
+def test_random_flips_mirror_about_half(ramp):
+    found = [
+        m for number in range(40) for (batch,) in epoch(ramp, number, flip="random") for m in mirrored(batch.images)
+    ]
+    assert 0.4 < sum(found) / len(found) < 0.6
+
+
+def test_alternating_flips_mirror_every_second_epoch(ramp):
+    by_epoch = []
+    for number in range(3):
+        turned = {}
+        for (batch,) in epoch(ramp, number, flip="alternating"):
+            turned |= dict(zip(raw(batch.images)[:, 0, 0, 2].tolist(), mirrored(batch.images), strict=True))
+        by_epoch.append([turned[i] for i in range(12)])
+    assert by_epoch[0] == by_epoch[2] == [not turn for turn in by_epoch[1]]
+    assert 0 < sum(by_epoch[0]) < 12
+
+
+def test_cutout_blanks_a_square(ramp):
+    sizes = set()
+    for number in range(4):
+        for (batch,) in epoch(ramp, number, cutout=8):
+            for image in batch.images:
+                blank = (image == 0).all(0)
+                rows, columns = blank.any(1).nonzero(), blank.any(0).nonzero()
+                height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+                assert blank.sum() == height * width <= 64
+                sizes.add(int(height))
+    assert max(sizes) == 8 and min(sizes) < 8  # at the border it is cut
+
+
+def test_accumulation_parts_the_same_batch(ramp):
+    options = {"pad": 4, "flip": "random", "cutout": 4}
+    for (whole,), parts in zip(epoch(ramp, **options), epoch(ramp, accumulate=2, **options), strict=True):
+        assert [len(p.labels) for p in parts] == [2, 2]
+        assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_part_the_same_batch(ramp, world):
+    options = {"pad": 4, "flip": "random", "cutout": 4}
+    parts = [epoch(ramp, rank=rank, world=world, **options) for rank in range(world)]
+    for step, (whole,) in enumerate(epoch(ramp, **options)):
+        assert torch.equal(torch.cat([part[step][0].images for part in parts]), whole.images)
+        assert torch.equal(torch.cat([part[step][0].labels for part in parts]), whole.labels)
+
+
+def test_going_on_in_the_middle_of_an_epoch(ramp):
+    options = {"pad": 4, "flip": "random", "cutout": 4}
+    whole = epoch(ramp, 3, **options)
+    rest = epoch(ramp, 3, first=2, **options)
+    assert len(rest) == 1 and torch.equal(rest[0][0].images, whole[2][0].images)
+
+
+def test_seeds(ramp):
+    def images(**changes):
+        return torch.cat([b.images for (b,) in epoch(ramp, pad=4, flip="random", **changes)])
+
+    assert torch.equal(images(), images())
+    assert not torch.equal(images(), images(seed=1))
+    streams = {
+        tuple(torch.rand(3, generator=seeded(*n)).tolist()) for n in [(0,), (1,), (0, 0), (0, 1), (1, 0), (2, -1)]
+    }
+    assert len(streams) == 6
+
+
+def test_batches_that_cannot_be(ramp):
+    with pytest.raises(InputError, match="12 images, fewer than batch_size 16"):
+        epoch(ramp, batch_size=16)
+    with pytest.raises(InputError, match="cannot be parted among 3"):
+        epoch(ramp, world=3)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Images of two sizes, so that they are read in every epoch."""
+    files = pictures.tree(4, width=48, height=40) | {
+        "ant/tall.png": pictures.encoded(pictures.picture("ant", 7, 40, 60))
+    }
+    return files, tmp_path / "s"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_read_in_every_epoch(mixed, workers, torchvision):
+    found, _ = load(pictures.folder(mixed[1], mixed[0]))
+    options = {"resize": (32, 36), "pad": 2, "flip": "random", "workers": workers}
+    batches = epoch(found, size=32, **options)
+    assert [b.images.shape for (b,) in batches] == [(4, 3, 32, 32)] * 3
+    again = epoch(found, size=32, first=1, **options | {"workers": 0})
+    assert torch.equal(again[0][0].images, batches[1][0].images)  # whoever reads them, and wherever it begins
+    for (batch,) in batches:  # each class has its colour
+        strongest = raw(batch.images).float().mean((1, 2)).argmax(1)
+        assert torch.equal(strongest, batch.labels)
+
+
+def test_an_image_that_fails_on_the_way(mixed, torchvision):
+    files = mixed[0] | {"cow/1.png": b"no image"}
+    found, _ = load(pictures.folder(mixed[1], files), bad_images="skip")
+    options = {"resize": (32,), "workers": 0, "batch_size": 13}
+    with pytest.raises(RunError, match=r"cow/1\.png.*--bad-images skip"):
+        epoch(found, **options)
+    config = TrainConfig(flip="none", pad=0, bad_images="skip", **options)
+    batches = Batches(found, config, CPU, 32)
+    ((batch,),) = batches.epoch(0)
+    assert len(batch.labels) == 12 and len(batches.skipped) == 1 and "cow/1.png" in next(iter(batches.skipped))
+
+
+def test_a_parted_set_is_the_whole(tmp_path):
+    from vggfeat.training.loop import _parted
+
+    found, _ = load(pictures.folder(tmp_path / "s", pictures.tree(8)))
+    train, test = _parted(found, TrainConfig(holdout=0.25))
+    assert (len(train), len(test)) == (18, 6)
+    assert test.labels.bincount().tolist() == [2, 2, 2]
+    assert sorted([*train.names, *test.names]) == sorted(found.names)
+    for part in (train, test):
+        i = 3
+        assert numpy.array_equal(part.pixels[i].numpy(), numpy.asarray(part.read(i)))
+        assert part.names[i].startswith(found.classes[part.labels[i]])
+
+
+def test_settings_that_cannot_be():
+    for changes, said in (
+        ({"epochs": 0}, "epochs"),
+        ({"lr": 0.0}, "lr"),
+        ({"optimizer": "sdg"}, "did you mean sgd"),
+        ({"batch_size": 10, "accumulate": 3}, "parted"),
+        ({"warmup": 20.0}, "warmup"),
+        ({"size": 16}, "size"),
+        ({"resize": (64, 32)}, "resize"),
+        ({"freeze": "conv1_1"}, "weights"),
+        ({"weights": "bundled", "width": 0.5}, "width"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"label_smoothing": float("nan")}, "label_smoothing"),
+        ({"nesterov": True, "optimizer": "adam"}, "nesterov"),
+        ({"arch": "vgg17"}, "vgg17"),
+    ):
+        with pytest.raises(InputError, match=said):
+            TrainConfig(**changes)
+    with pytest.raises(InputError, match="did you mean fast"):
+        vggfeat.recipe("fats")
+    with pytest.raises(InputError, match="did you mean epochs"):
+        vggfeat.recipe("fast", epoch=3)
+
+
+def test_recipes_say_what_chapter_and_paper_say():
+    chapter = vggfeat.recipe("chapter")
+    assert (chapter.optimizer, chapter.lr, chapter.weight_decay, chapter.batch_size) == ("adam", 1e-3, 5e-4, 64)
+    assert (chapter.epochs, chapter.schedule, chapter.step_size, chapter.gamma) == (100, "step", 30, 0.1)
+    assert (chapter.pad, chapter.flip) == (4, "random")
+    paper = vggfeat.recipe("paper")
+    assert (paper.optimizer, paper.lr, paper.momentum, paper.weight_decay) == ("sgd", 1e-2, 0.9, 5e-4)
+    assert (paper.batch_size, paper.epochs, paper.dropout, paper.gamma) == (256, 74, 0.5, 0.1)
+    assert (paper.epochs - 1) // paper.step_size == 3  # the rate is divided three times
+    assert vggfeat.recipe("paper", epochs=3).epochs == 3
+
+
+def test_pictures_are_what_they_are_called():
+    assert isinstance(pictures.picture("ant", 0), Image.Image)
+    assert not numpy.array_equal(numpy.asarray(pictures.picture("ant", 0)), numpy.asarray(pictures.picture("ant", 1)))

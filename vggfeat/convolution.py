@@ -1,0 +1,115 @@
+"""Convolutions of very small maps on a CPU, as matrix products.
+
+The deep layers of a VGG on 32×32 images see maps of 4×4 and 2×2. There oneDNN's convolutions reach a tenth to a third
+of the processor's rate, and their weight gradients less (`python -m tests.bench.training`): they block over space, and
+there is none. A matrix product has the whole batch as its rows instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Conv2d", "small"]
+
+SMALLEST, SMALL = 2, 4  # sides: up to 2 one matrix takes a whole map to a whole map, up to 4 the windows are laid out
+ROWS = 128  # fewer and the work around the product is more than it saves
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d`, faster where a 3×3 convolution of stride 1 meets a batch of small maps on a CPU."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        fits = self.kernel_size == (3, 3) and self.padding == (1, 1) and self.stride == (1, 1) == self.dilation
+        if fits and self.groups == 1 and self.padding_mode == "zeros" and small(input):
+            return conv3x3(input, weight, bias)
+        return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+
+
+def small(x: Tensor) -> bool:
+    """Whether a 3×3 convolution of (N,C,H,W) is better done by `conv3x3`; decided by shape, so that runs repeat."""
+    if x.device.type != "cpu" or x.ndim != 4:
+        return False
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():  # an exported graph serves any batch
+        return False
+    side = max(x.shape[2:])
+    return (
+        side <= SMALLEST and x.shape[0] >= ROWS // 4 or side <= SMALL and x.shape[0] * x.shape[2] * x.shape[3] >= ROWS
+    )
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `F.conv2d(x, weight, bias, padding=1)` gives, as a matrix product, to rounding.
+
+    Args:
+        x: (N,C,H,W), H and W at least 1.
+        weight: (K,C,3,3).
+        bias: (K,) or None.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+    if max(x.shape[2:]) > SMALLEST:
+        y: Tensor = _Windows.apply(x, weight)
+    else:
+        n, _, h, w = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(n, -1)  # (N,HWC)
+        y = (rows @ _whole_map(weight, h, w).t()).view(n, h, w, -1).permute(0, 3, 1, 2)
+    return y if bias is None else y + bias[:, None, None]
+
+
+def _whole_map(weight: Tensor, h: int, w: int) -> Tensor:
+    """The (HWK,HWC) matrix of a 3×3 convolution with padding 1 on maps of at most 2×2, where each output sees all."""
+    taps = weight.permute(0, 2, 3, 1)  # (K,3,3,C), where channels lie side by side
+    # output (i,j) sees input (y,x) through tap (y-i+1, x-j+1)
+    return torch.cat([taps[:, 1 - i : 1 - i + h, 1 - j : 1 - j + w].flatten(1) for i in range(h) for j in range(w)])
+
+
+def _windows(x: Tensor) -> Tensor:
+    """(N,C,H,W) to the rows (NHW, 9C) of its 3×3 windows, zeros beyond the border."""
+    n, c, h, w = x.shape
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (N,H+2,W+2,C), contiguous
+    image, row, pixel, _ = padded.stride()
+    # three neighbours of a row lie side by side: each window is three runs of 3C numbers
+    return padded.as_strided((n, h, w, 3, 3 * c), (image, row, pixel, row, 1)).reshape(n * h * w, 9 * c)
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """The windows of (N,C,H,W) times (9C,K), as (N,K,H,W)."""
+    n, _, h, w = x.shape
+    return (_windows(x) @ matrix).view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+class _Windows(torch.autograd.Function):
+    """A 3×3 convolution with padding 1 as a product of windows and weights, and so both gradients."""
+
+    generate_vmap_rule = True  # and no jvp: with one, torch.compile could not trace it
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return _product(x, weight.permute(0, 2, 3, 1).flatten(1).t())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x = to_weight = None
+        if torch.is_grad_enabled():  # a second derivative is wanted: torch knows that of its own convolutions
+            to_x, to_weight, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (*ctx.needs_input_grad, False)
+            )
+            return to_x, to_weight
+        if ctx.needs_input_grad[0]:
+            # taps the other way round; one below the other, since so each is copied row by row
+            to_x = _product(grad, torch.cat([weight[:, :, 2 - i, 2 - j] for i in range(3) for j in range(3)]))
+        if ctx.needs_input_grad[1]:
+            columns = grad.permute(1, 0, 2, 3).flatten(1)  # (K,NHW)
+            k, c = weight.shape[:2]
+            to_weight = (columns @ _windows(x)).view(k, 3, 3, c).permute(0, 3, 1, 2)
+        return to_x, to_weight

@@ -1,0 +1,39 @@
+"""What both dataclasses of settings are made of: fields with a help text, values in the type they are declared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+from vggfeat.errors import InputError
+
+__all__ = ["option", "typed"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with a default, and the text that the commands show for its flag."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def typed(name: str, kind: str, value: Any) -> Any:
+    """A field's value in the type it is declared with: a path becomes text, a whole number a float where one is due."""
+    if value is None and kind.endswith(" | None"):
+        return None
+    kind = kind.removesuffix(" | None")
+    if kind.startswith("tuple["):
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise InputError(f"{name} must be a tuple, got {value!r}: write ({value!r},)")
+        return tuple(typed(name, kind[len("tuple[") : -len(", ...]")], item) for item in value)
+    if kind == "str" and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "int" and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind == "float" and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    expected = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number"}[kind]
+    raise InputError(f"{name} must be {expected}, got {value!r}")

@@ -1,0 +1,218 @@
+"""Training batches: shuffled, cropped, mirrored and blanked on the device.
+
+A set that is in memory is kept on the device as one uint8 tensor, and a batch of crops is one gather from it: no worker
+processes. Other sets are read image by image, by workers, in every epoch.
+
+Everything that is drawn depends on the seed, the epoch and the step alone. So a run that goes on after a stop sees what
+the unbroken one would have seen, and of several processes each draws for the whole batch and keeps its own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vggfeat.errors import DependencyError, ImageError, InputError, RunError
+from vggfeat.training.config import TrainConfig
+from vggfeat.training.data import ImageSet
+from vggfeat.weights import IMAGENET
+
+__all__ = ["Batch", "Batches", "normalised", "seeded", "transforms"]
+
+_FILL = tuple(round(255 * value) for value in IMAGENET.mean)  # what is nearest to 0 once it is normalised
+
+
+class Batch(NamedTuple):
+    """Images (n,3,size,size) float32, normalised, channels_last, and labels (n,), both on the device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator on the CPU whose stream depends on these numbers alone."""
+    mixed = 0
+    for number in numbers:  # splitmix64 (Steele et al. 2014): neighbouring steps get unrelated streams
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed % 2**63)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """uint8 (N,H,W,3) to float32 (N,3,H,W), channels_last, by ImageNet's mean and standard deviation.
+
+    All of vggfeat's networks see images so, whatever they were trained on: saved weights then serve anywhere.
+    """
+    mean, std = (torch.tensor(values, device=pixels.device) * 255 for values in (IMAGENET.mean, IMAGENET.std))
+    return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def transforms() -> Any:
+    """The module `transforms.v2` of torchvision.
+
+    Raises:
+        DependencyError: torchvision is missing or does not work.
+    """
+    try:
+        from torchvision.transforms import v2
+    except (ImportError, RuntimeError) as error:
+        raise DependencyError(
+            f"this needs torchvision, which does not work here ({str(error).splitlines()[0]}): "
+            "pip install torch torchvision brings two that fit"
+        ) from error
+    return v2
+
+
+class Batches:
+    """The training batches of a set, as a configuration says.
+
+    Args:
+        images: the training set.
+        config: the settings.
+        device: where batches are made.
+        size: side of the crops.
+        rank: number of this process.
+        world: number of processes; each gets an equal part of every batch.
+
+    Attributes:
+        steps: batches of an epoch; images that fill none are left out, others in every epoch.
+        skipped: names of images that could not be read on the way.
+
+    Raises:
+        InputError: fewer images than a batch, a batch that cannot be parted, or images smaller than the crops.
+        DependencyError: a set that does not fit into memory, where torchvision does not work.
+    """
+
+    def __init__(
+        self, images: ImageSet, config: TrainConfig, device: torch.device, size: int, rank: int = 0, world: int = 1
+    ) -> None:
+        parts = world * config.accumulate
+        if config.batch_size % parts:
+            raise InputError(f"batch_size {config.batch_size} cannot be parted among {parts} (processes × accumulate)")
+        if len(images) < config.batch_size:
+            raise InputError(
+                f"{images.label} has {len(images)} images, fewer than batch_size {config.batch_size}: lower that"
+            )
+        self.images, self.config, self.device, self.size = images, config, device, size
+        # of each part every process has a piece, so that parts are the same however many processes there are
+        self.own = torch.arange(config.batch_size).view(config.accumulate, world, -1)[:, rank].flatten()
+        self.part = config.batch_size // parts
+        self.steps = len(images) // config.batch_size
+        self.skipped: set[str] = set()
+        self.labels = images.labels.to(device)
+        self.pixels = None if images.pixels is None else images.pixels.to(device)
+        if self.pixels is None:
+            self.crops = _Crops(images, config, size)
+        else:
+            height, width = self.pixels.shape[1:3]
+            if min(height, width) + 2 * config.pad < size:
+                raise InputError(
+                    f"images of {width}×{height} with pad {config.pad} are smaller than size {size}: set resize"
+                )
+        # which images are mirrored in even epochs, and which in odd ones
+        self.turns = torch.rand(len(images), generator=seeded(config.seed)) < 0.5
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
+        """The batches of an epoch from step `first` on, each as its `accumulate` parts."""
+        order = torch.randperm(len(self.images), generator=seeded(self.config.seed, epoch))
+        chosen = order[: self.steps * self.config.batch_size].view(self.steps, -1)[:, self.own]  # (steps,n)
+        steps = range(first, self.steps)
+        found = self._read(chosen, epoch, steps) if self.pixels is None else self._gathered(chosen, epoch, steps)
+        for step, (numbers, images) in zip(steps, found, strict=True):
+            images = self._augmented(numbers, images, epoch, step).contiguous(memory_format=torch.channels_last)
+            labels = self.labels[numbers.to(self.device)]
+            yield [Batch(*part) for part in zip(images.split(self.part), labels.split(self.part), strict=True)]
+
+    def _gathered(self, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self.pixels is not None
+        config, device = self.config, self.device
+        span = torch.arange(self.size, device=device)
+        for step in steps:
+            generator = seeded(config.seed, epoch, step, 0)
+            rows, columns = (
+                torch.randint(
+                    -config.pad, side + config.pad - self.size + 1, (config.batch_size, 1), generator=generator
+                )[self.own].to(device)
+                + span
+                for side in self.pixels.shape[1:3]
+            )  # (n,size), beyond the border where there is padding
+            inside = _inside(rows, self.pixels.shape[1])[:, :, None] & _inside(columns, self.pixels.shape[2])[:, None]
+            rows, columns = _reflected(rows, self.pixels.shape[1]), _reflected(columns, self.pixels.shape[2])
+            images = normalised(self.pixels[chosen[step].to(device)[:, None, None], rows[:, :, None], columns[:, None]])
+            if config.pad and config.pad_mode == "zeros":
+                images = images * inside[:, None]
+            yield chosen[step], images
+
+    def _read(self, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
+        config = self.config
+        plan = [[(i, (config.seed, epoch, i)) for i in chosen[step].tolist()] for step in steps]
+        for read in DataLoader(self.crops, batch_sampler=plan, num_workers=config.workers, collate_fn=list):
+            bad = [pixels for _, pixels in read if isinstance(pixels, str)]
+            if bad and config.bad_images == "fail":
+                raise RunError(f"{bad[0]}; leave such images out with bad_images='skip' (--bad-images skip)")
+            self.skipped.update(bad)
+            good = [(number, pixels) for number, pixels in read if not isinstance(pixels, str)]
+            if not good:
+                raise RunError(f"no image of a whole batch can be read, such as {bad[0]}")
+            numbers, crops = zip(*good, strict=True)
+            yield torch.tensor(numbers), normalised(torch.stack(crops).to(self.device))
+
+    def _augmented(self, numbers: Tensor, images: Tensor, epoch: int, step: int) -> Tensor:
+        """Mirror and blank: what needs no more than the crops themselves."""
+        config, count = self.config, len(numbers)
+        generator = seeded(config.seed, epoch, step, 1)
+        flips = (torch.rand(config.batch_size, generator=generator) < 0.5)[self.own][:count]
+        if config.flip == "alternating":
+            flips = self.turns[numbers] ^ bool(epoch % 2)
+        if config.flip != "none":
+            images = torch.where(flips.to(self.device)[:, None, None, None], images.flip(3), images)
+        if config.cutout:
+            span = torch.arange(self.size, device=self.device)
+            corners = torch.randint(self.size, (2, config.batch_size, 1), generator=generator) - config.cutout // 2
+            rows, columns = (
+                _inside(span - corner[self.own][:count].to(self.device), config.cutout) for corner in corners
+            )
+            images = images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
+        return images
+
+
+def _inside(lines: Tensor, side: int) -> Tensor:
+    return (lines >= 0) & (lines < side)
+
+
+def _reflected(lines: Tensor, side: int) -> Tensor:
+    """Numbers of rows or columns, those beyond the border mirrored in it; up to one side's length beyond."""
+    return (side - 1 - (side - 1 - lines.abs()).abs()).clamp(0, side - 1)
+
+
+class _Crops(Dataset[Any]):
+    """Images read one by one, scaled and cropped at random; a message in place of one that cannot be read."""
+
+    def __init__(self, images: ImageSet, config: TrainConfig, size: int) -> None:
+        v2 = transforms()
+        resize = config.resize or (size * 8 // 7,)
+        mode = {"zeros": "constant", "reflect": "reflect"}[config.pad_mode]
+        self.images = images
+        self.transform = v2.Compose(
+            [
+                v2.RandomShortestSize(list(range(resize[0], resize[-1] + 1))),
+                v2.RandomCrop(size, padding=config.pad or None, padding_mode=mode, fill=_FILL),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> tuple[int, Tensor | str]:
+        number, seeds = item
+        try:
+            image = self.images.read(number)
+        except ImageError as error:
+            return number, str(error)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(seeded(*seeds).get_state())  # torchvision draws from the global generator
+            return number, self.transform(image).permute(1, 2, 0)  # (size,size,3)

@@ -1,0 +1,69 @@
+"""Checkpoints: written whole or not at all, checked when they are read, the newest good one found."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vggfeat.errors import RunError
+from vggfeat.files import new_file
+
+__all__ = ["newest", "save"]
+
+KEPT = 2  # the one before the newest is for the case that the newest is damaged
+
+
+def save(folder: Path, steps: int, state: Mapping[str, Any]) -> Path:
+    """Write the state after so many steps of the run, and remove all but the newest two checkpoints.
+
+    Raises:
+        RunError: it cannot be written, as on a full disk; those that are there stay.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{steps:09d}.pt"
+    try:
+        with new_file(path, overwrite=True) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch reports what its writer ran into as a RuntimeError
+        kept = _files(folder)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        rest = f"the run can go on from {kept[0]}" if kept else "there is no earlier one"
+        raise RunError(f"cannot write checkpoint {path}: {reason}; free some space; {rest}") from error
+    for old in _files(folder)[KEPT:]:
+        old.unlink()
+    return path
+
+
+def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that is whole, None where there is none, and what was wrong with newer ones.
+
+    Checksums of all parts are compared, and nothing is unpickled that could run code.
+    """
+    wrong: list[str] = []
+    for path in _files(folder):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"checksum of {damaged} does not fit")
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state, wrong
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            zipfile.BadZipFile,
+            pickle.UnpicklingError,
+        ) as error:
+            wrong.append(f"{path} is damaged ({str(error).splitlines()[0]})")
+    return None, wrong
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.pt"), reverse=True)

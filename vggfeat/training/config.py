@@ -1,0 +1,246 @@
+"""The settings of a training run, and recipes by name: every default is stated here and nowhere else. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from vggfeat.arch import parse, unit_of
+from vggfeat.errors import InputError, nearest
+from vggfeat.settings import option, typed
+
+__all__ = ["RECIPES", "TrainConfig", "recipe"]
+
+CHOICES = {
+    "head": ("paper", "slim"),
+    "init": ("kaiming", "paper"),
+    "optimizer": ("sgd", "adam", "adamw"),
+    "schedule": ("constant", "step", "cosine", "onecycle"),
+    "flip": ("none", "random", "alternating"),
+    "pad_mode": ("zeros", "reflect"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
+    "bad_images": ("fail", "skip"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `train`; each is a flag of `vggfeat train` with the same name in dashes.
+
+    The defaults are those of a plain run; `recipe("fast")` and its like set many at once.
+
+    Attributes:
+        arch: `vgg16`, `vgg16_bn`, …; None means the weights' own, and vgg16_bn where there are none.
+        head: `slim` (global average pool and one linear layer) or `paper` (fc6, fc7, fc8).
+        width: factor on every channel count; 1 where weights are given.
+        dropout: probability in the head.
+        init: `kaiming` or `paper`, see `vggfeat.VGG`.
+        weights: where to start: what `vggfeat.weights.load` knows; None means a fresh draw.
+        new_head: with weights, draw the classifier anew, for other classes.
+        freeze: with weights, leave everything up to this layer as it is (`relu3_3`, `pool4`), batch statistics
+            included.
+        features_lr: factor on the learning rate of the convolutional part, against the head's.
+        epochs: passes over the training set.
+        batch_size: images of a step, over all processes, gathered in `accumulate` parts.
+        accumulate: parts that a step's batch is computed in, one after the other.
+        optimizer: `sgd` (with momentum), `adam` (weight decay coupled, as in the chapter) or `adamw`.
+        lr: the highest learning rate.
+        momentum: of SGD; Adam's first beta.
+        nesterov: Nesterov's form of it.
+        weight_decay: of weights; see `decay_all`.
+        decay_all: decay biases and batch normalisation's parameters too.
+        clip: largest norm of the gradient; 0 means any.
+        schedule: `constant`, `step` (times `gamma` every `step_size` epochs), `cosine` (to 0), `onecycle` (up, and down
+            to almost 0; Smith and Topin 2019, arXiv:1708.07120).
+        step_size: epochs of a step of `step`.
+        gamma: factor of a step.
+        warmup: epochs that the rate takes to rise, part of `epochs`; for `onecycle` 0 means three tenths of them.
+        label_smoothing: share of the target spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
+        mixup: alpha of mixup (Zhang et al. 2018, arXiv:1710.09412); 0 means none.
+        cutmix: alpha of CutMix (Yun et al. 2019, arXiv:1905.04899); 0 means none. With both, one of them a batch.
+        size: side of the square that the network sees; None means the images' own side where they have one, else 224.
+        resize: shorter side that images are brought to before cropping, one number or the range that it is drawn from;
+            None means as they are where they have one size, else 8/7 of `size`.
+        pad: pixels added around each image before cropping.
+        pad_mode: `zeros` (the mean colour) or `reflect`.
+        flip: `none`, `random`, or `alternating`: each image is mirrored in every second epoch (Jordan 2024,
+            arXiv:2404.00498, section 3.6).
+        cutout: side of a square set to the mean colour at a random place (DeVries and Taylor 2017, arXiv:1708.04552).
+        ema: decay, per step, of a moving average of the weights, which is then what is tested and saved; 0 means none.
+        precision: `auto` (bfloat16 where the device has matrix units for it, else float32), `float32`, `bfloat16`,
+            `float16` (with a gradient scaler). Weights and their sums are float32 in each.
+        compile: compile the network with `torch.compile`.
+        checkpointing: keep each block's input alone and compute the rest again in the backward (Chen et al. 2016,
+            arXiv:1604.06174).
+        deterministic: ask torch for deterministic algorithms, on GPUs too.
+        holdout: share of the training images that is set aside for testing, where no test set is given.
+        bad_images: `fail` at an image that cannot be read, or `skip` it; skipped ones are named and counted.
+        workers: processes that read images which do not fit into memory; they make no difference to the result.
+        save_every: steps between checkpoints; 0 means at the end of each epoch only.
+        seed: of everything that is drawn.
+        device: `auto` (CUDA, else the CPU), or a torch device.
+
+    Raises:
+        InputError: a value that is out of range or not among the choices.
+    """
+
+    arch: str | None = option(None, "vgg16_bn (default), vgg11, …; the weights' own where they are given.")
+    head: str = option("slim", "Classifier.")
+    width: float = option(1.0, "Factor on every channel count.")
+    dropout: float = option(0.0, "Dropout in the head.")
+    init: str = option("kaiming", "How fresh weights are drawn.")
+    weights: str | None = option(None, "Start from imagenet, caffe, bundled, random or a file.")
+    new_head: bool = option(False, "With --weights, draw the classifier anew.")
+    freeze: str | None = option(None, "With --weights, leave everything up to this layer as it is.")
+    features_lr: float = option(1.0, "Factor on the learning rate of the convolutions.")
+    epochs: int = option(20, "Passes over the training set.")
+    batch_size: int = option(128, "Images of a step, over all processes.")
+    accumulate: int = option(1, "Parts that a step's batch is computed in.")
+    optimizer: str = option("sgd", "Optimizer.")
+    lr: float = option(0.05, "Highest learning rate.")
+    momentum: float = option(0.9, "Of SGD; Adam's first beta.")
+    nesterov: bool = option(False, "Nesterov's form of momentum.")
+    weight_decay: float = option(5e-4, "Weight decay.")
+    decay_all: bool = option(False, "Decay biases and batch normalisation too.")
+    clip: float = option(0.0, "Largest norm of the gradient; 0 means any.")
+    schedule: str = option("cosine", "Course of the learning rate.")
+    step_size: int = option(30, "Epochs of a step of the step schedule.")
+    gamma: float = option(0.1, "Factor of a step.")
+    warmup: float = option(0.0, "Epochs that the learning rate takes to rise.")
+    label_smoothing: float = option(0.0, "Share of the target spread over all classes.")
+    mixup: float = option(0.0, "Alpha of mixup; 0 means none.")
+    cutmix: float = option(0.0, "Alpha of CutMix; 0 means none.")
+    size: int | None = option(None, "Side that the network sees; the images' own, else 224.")
+    resize: tuple[int, ...] | None = option(None, "Shorter side before cropping, or two between which it is drawn.")
+    pad: int = option(4, "Pixels added around each image before cropping.")
+    pad_mode: str = option("zeros", "What is added: the mean colour, or a reflection.")
+    flip: str = option("random", "Mirroring.")
+    cutout: int = option(0, "Side of a square that is blanked; 0 means none.")
+    ema: float = option(0.0, "Decay per step of an average of the weights; 0 means none.")
+    precision: str = option("auto", "Precision of the network.")
+    compile: bool = option(False, "Compile the network.")
+    checkpointing: bool = option(False, "Recompute each block in the backward, to save memory.")
+    deterministic: bool = option(False, "Ask for deterministic algorithms, on GPUs too.")
+    holdout: float = option(0.0, "Share set aside for testing where no test set is given.")
+    bad_images: str = option("fail", "What to do with an image that cannot be read.")
+    workers: int = option(2, "Processes that read images which do not fit into memory.")
+    save_every: int = option(0, "Steps between checkpoints; 0 means every epoch.")
+    seed: int = option(0, "Seed of everything that is drawn.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            object.__setattr__(self, each.name, typed(each.name, str(each.type), getattr(self, each.name)))
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), choices)}")
+        if self.arch is not None:
+            parse(self.arch)
+        unit_of(self.width)
+        for name in ("epochs", "batch_size", "accumulate", "step_size"):
+            _within(self, name, 1, math.inf)
+        for name in ("pad", "cutout", "workers", "save_every", "clip", "warmup", "mixup", "cutmix", "weight_decay"):
+            _within(self, name, 0, math.inf)
+        for name in ("dropout", "momentum", "label_smoothing", "ema", "holdout"):
+            _within(self, name, 0, 1)
+        for name in ("lr", "gamma", "features_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a positive number, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+        if self.warmup >= self.epochs:
+            raise InputError(f"warmup ({self.warmup:g} epochs) must be shorter than epochs ({self.epochs})")
+        if self.batch_size % self.accumulate:
+            raise InputError(f"batch_size {self.batch_size} cannot be parted into accumulate = {self.accumulate} parts")
+        if self.size is not None and self.size < 32:
+            raise InputError(f"size must be at least 32, five pools' stride, got {self.size}")
+        if self.resize is not None:
+            if len(self.resize) not in (1, 2) or not 0 < self.resize[0] <= self.resize[-1]:
+                raise InputError(f"resize must be a number of pixels, or a rising pair, got {self.resize}")
+            if self.resize[0] + 2 * self.pad < (self.size or 0):
+                raise InputError(f"resize {self.resize[0]} with pad {self.pad} is smaller than size {self.size}")
+        if self.weights is None and (self.new_head or self.freeze):
+            raise InputError("new_head and freeze go with weights: name some to start from")
+        if self.weights is not None and self.width != 1:
+            raise InputError("weights have their own width: leave width at 1")
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise InputError("nesterov is for SGD with momentum")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _within(config: TrainConfig, name: str, low: float, high: float) -> None:
+    value = getattr(config, name)
+    if not low <= value < high:
+        what = f"from {low} to under {high}" if high < math.inf else f"a number of at least {low}"
+        raise InputError(f"{name} must be {what}, got {value}")
+
+
+# The chapter: Adam, batch 64, steps of 30 epochs, crop and flip. The paper (section 3.1): SGD, batch 256, 74 epochs,
+# the rate divided by ten three times (there when validation stalls); its scale jitter is resize=(256, 512), size=224.
+# Fast is ours, for small images: measured in README.
+RECIPES: dict[str, dict[str, Any]] = {
+    "chapter": {
+        "head": "paper",
+        "dropout": 0.5,
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "weight_decay": 5e-4,
+        "decay_all": True,
+        "schedule": "step",
+        "step_size": 30,
+        "epochs": 100,
+        "batch_size": 64,
+    },
+    "paper": {
+        "head": "paper",
+        "dropout": 0.5,
+        "lr": 1e-2,
+        "weight_decay": 5e-4,
+        "decay_all": True,
+        "schedule": "step",
+        "step_size": 20,
+        "epochs": 74,
+        "batch_size": 256,
+        "pad": 0,
+    },
+    "fast": {
+        "epochs": 20,
+        "batch_size": 256,
+        "lr": 0.2,
+        "nesterov": True,
+        "schedule": "onecycle",
+        "warmup": 4.0,
+        "label_smoothing": 0.1,
+        "pad_mode": "reflect",
+        "flip": "alternating",
+        "cutout": 8,
+        "ema": 0.995,
+    },
+}
+
+
+def recipe(name: str, **changes: Any) -> TrainConfig:
+    """The settings of a recipe, with changes.
+
+    >>> recipe("chapter", epochs=3).lr
+    0.001
+
+    Args:
+        name: `chapter` (the chapter's), `paper` (Simonyan and Zisserman's) or `fast` (ours).
+        changes: fields of `TrainConfig`.
+
+    Raises:
+        InputError: an unknown recipe or field, or a value out of range.
+    """
+    if name not in RECIPES:
+        raise InputError(f"unknown recipe {name!r}: {nearest(name, RECIPES)}")
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    for key in changes:
+        if key not in fields:
+            raise InputError(f"unknown setting {key!r}: {nearest(key, fields)}")
+    return TrainConfig(**RECIPES[name] | changes)

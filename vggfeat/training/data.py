@@ -1,0 +1,374 @@
+"""Images with labels: CIFAR as it is published, folders of class folders, and zips of them read in place."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vggfeat.errors import ImageError, InputError
+from vggfeat.image import open_image
+
+__all__ = ["ImageSet", "load"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+SETS = ("train", "test")
+TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
+NAMED = 5  # unreadable images that a message names
+
+
+@dataclass
+class ImageSet:
+    """Images with labels.
+
+    Attributes:
+        label: what a person calls it.
+        classes: their names, in the order of the labels.
+        labels: (N,) int64.
+        names: of the images, for messages.
+        read: gives image number i, RGB.
+        pixels: (N,H,W,3) uint8 where all of them are in memory, else None.
+        skipped: names of those that could not be read and were left out.
+    """
+
+    label: str
+    classes: list[str]
+    labels: Tensor
+    names: Sequence[str]
+    read: Callable[[int], Image.Image]
+    pixels: Tensor | None = None
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, chosen: Tensor) -> ImageSet:
+        """The images of these numbers."""
+        numbers, read = chosen.tolist(), self.read
+        return ImageSet(
+            self.label,
+            self.classes,
+            self.labels[chosen],
+            [self.names[i] for i in numbers],
+            lambda i: read(numbers[i]),
+            None if self.pixels is None else self.pixels[chosen],
+            list(self.skipped),
+        )
+
+
+# ── sources ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load(
+    data: str | os.PathLike[str] | ImageSet,
+    test: str | os.PathLike[str] | ImageSet | None = None,
+    *,
+    resize: tuple[int, ...] | None = None,
+    bad_images: str = "fail",
+) -> tuple[ImageSet, ImageSet | None]:
+    """Read the training set and, where there is one, the test set.
+
+    Args:
+        data: CIFAR-10 or CIFAR-100 as published (the folder or the .tar.gz, Python's or the binary version); a folder
+            of class folders, or a zip of one, read in place; or either of them with `train` and `test` (`val`) in it.
+            A set that was read already is passed on.
+        test: the same for the test set, where `data` holds none.
+        resize: shorter side that the images are brought to, one number or a range.
+        bad_images: `fail` or `skip`.
+
+    Raises:
+        InputError: nothing there, no image, a class without one, other classes in the test set, or, with
+            `bad_images="fail"`, images that cannot be read, named and counted.
+    """
+    train, tested = _load(data, resize, bad_images)
+    if test is not None:
+        first, second = _load(test, resize, bad_images)
+        tested = second or first
+    if tested is not None and tested.classes != train.classes:
+        odd = sorted(set(tested.classes) ^ set(train.classes))
+        raise InputError(
+            f"{tested.label} has {len(tested.classes)} classes, {train.label} {len(train.classes)}; "
+            f"not in both: {', '.join(odd[:NAMED])}"
+        )
+    return train, tested
+
+
+def _load(
+    data: str | os.PathLike[str] | ImageSet, resize: tuple[int, ...] | None, bad_images: str
+) -> tuple[ImageSet, ImageSet | None]:
+    if isinstance(data, ImageSet):
+        return data, None
+    path = Path(data)
+    if not path.exists():
+        raise InputError(f"no images at {path}: give a folder of class folders, a zip of one, or CIFAR's folder")
+    found = _cifar(path) or [_class_folders(path, part) for part in _parts(path)]
+    for each in found:
+        _keep(each, resize, bad_images)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """What is under a folder or in a zip: paths with slashes, of files and of folders."""
+
+    path: Path
+    prefix: str
+    files: list[str]
+    folders: list[str]
+
+
+def _parts(path: Path) -> list[_Tree]:
+    """The folder of class folders at `path`, or the two of them in its `train` and `test`."""
+    if path.is_dir():
+        files, folders = [], []
+        for here, below, names in os.walk(path, followlinks=True):
+            root = Path(here).relative_to(path)
+            files += [(root / name).as_posix() for name in names]
+            folders += [(root / name).as_posix() for name in below]
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (OSError, zipfile.BadZipFile) as error:
+            what = getattr(error, "strerror", None) or "no zip, or a damaged one"
+            raise InputError(f"cannot read {path}: {what}; give a folder of class folders, or a zip of one") from error
+        files = [name for name in names if not name.endswith("/")]
+        folders = [name.rstrip("/") for name in names if name.endswith("/")]
+    tree = _stripped(_Tree(path, "", sorted(filter(_visible, files)), sorted(filter(_visible, folders))))
+    tops = {name.split("/")[0] for name in tree.files if "/" in name}
+    trains, tests = ([name for name in wanted if name in tops] for wanted in (TRAIN, TEST))
+    if trains and tests and tops <= {*TRAIN, *TEST}:
+        return [_stripped(_under(tree, part)) for part in (trains[0], tests[0])]
+    return [tree]
+
+
+def _visible(name: str) -> bool:
+    parts = name.split("/")
+    return not any(part.startswith((".", "__MACOSX")) for part in parts)
+
+
+def _under(tree: _Tree, folder: str) -> _Tree:
+    files, folders = (
+        [n[len(folder) + 1 :] for n in names if n.startswith(folder + "/")] for names in (tree.files, tree.folders)
+    )
+    return _Tree(tree.path, f"{tree.prefix}{folder}/", files, folders)
+
+
+def _stripped(tree: _Tree) -> _Tree:
+    """The tree without the folders that hold nothing but one folder of folders, such as an archive's own name."""
+    while True:
+        images = [name for name in tree.files if name.lower().endswith(SUFFIXES)]
+        tops = {name.split("/")[0] for name in images}
+        if len(tops) != 1 or any(name.count("/") < 2 for name in images):
+            return tree
+        tree = _under(tree, tops.pop())
+
+
+def _class_folders(path: Path, tree: _Tree) -> ImageSet:
+    names = [name for name in tree.files if name.lower().endswith(SUFFIXES) and "/" in name]
+    classes = sorted({name.split("/")[0] for name in names})
+    if not names:
+        raise InputError(
+            f"no images in {path}/{tree.prefix}: expected class folders with {', '.join(SUFFIXES)} files in them"
+        )
+    empty = sorted({name.split("/")[0] for name in tree.folders} - set(classes))
+    if empty:
+        raise InputError(
+            f"{path}: {len(empty)} class folder(s) without an image: {', '.join(empty[:NAMED])}; "
+            f"fill or remove {'it' if len(empty) == 1 else 'them'}"
+        )
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number[name.split("/")[0]] for name in names])
+    return ImageSet(f"{path}/{tree.prefix}".rstrip("/"), classes, labels, names, _Reader(path, tree.prefix, names))
+
+
+class _Reader:
+    """Reads image number i of a folder or a zip; in a worker process, too."""
+
+    def __init__(self, path: Path, prefix: str, names: list[str]) -> None:
+        self.path, self.prefix, self.names = path, prefix, names
+        self.archive: zipfile.ZipFile | None = None
+        self.owner = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"archive": None, "owner": 0}
+
+    def __call__(self, i: int) -> Image.Image:
+        name = self.prefix + self.names[i]
+        if self.path.is_dir():
+            return open_image(self.path / name)
+        if self.archive is None or self.owner != os.getpid():  # a forked process shares the file's position
+            self.archive, self.owner = zipfile.ZipFile(self.path), os.getpid()
+        try:
+            content = self.archive.read(name)
+        except Exception as error:  # a damaged entry is a BadZipFile, zlib.error, EOFError, NotImplementedError, …
+            raise ImageError(f"{self.path}/{name}: damaged in the archive ({error})") from error
+        return open_image(self.path / name, io.BytesIO(content))
+
+
+def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> None:
+    """Bring a set into memory, in place, if its images have one size and take at most a quarter of the memory."""
+    if images.pixels is not None and resize is None:
+        return
+    images.pixels = None
+    if resize is not None and len(resize) > 1:
+        return  # each epoch wants it in another size
+    good: list[int] = []
+    bad: list[tuple[int, str]] = []
+    store = torch.empty(0)
+    for i in range(len(images)):
+        try:
+            image = scaled(images.read(i), resize)
+        except ImageError as error:
+            bad.append((i, str(error)))
+            continue
+        if not good:
+            shape = (image.height, image.width, 3)
+            if 3 * image.height * image.width * len(images) > _memory() // 4:
+                return
+            store = torch.empty(len(images), *shape, dtype=torch.uint8)
+        elif (image.height, image.width, 3) != shape:
+            return
+        store[len(good)] = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(shape)
+        good.append(i)
+    if bad and (bad_images == "fail" or not good):
+        named = "; ".join(message for _, message in bad[:NAMED])
+        raise InputError(
+            f"{len(bad)} of {len(images)} images cannot be read: {named}{' …' * (len(bad) > NAMED)}; "
+            "mend or remove them, or leave them out with bad_images='skip' (--bad-images skip)"
+        )
+    images.skipped = [images.names[i] for i, _ in bad]
+    if bad:
+        read, numbers = images.read, good
+        images.read = lambda i: read(numbers[i])
+        images.labels, images.names = images.labels[torch.tensor(good)], [images.names[i] for i in good]
+        if lost := set(range(len(images.classes))) - set(images.labels.tolist()):
+            name = images.classes[min(lost)]
+            raise InputError(f"class {name} of {images.label} has no image that can be read")
+    images.pixels = store[: len(good)]
+
+
+def scaled(image: Image.Image, resize: tuple[int, ...] | None) -> Image.Image:
+    """The picture with a shorter side of `resize[0]` pixels, the aspect kept."""
+    if resize is None:
+        return image
+    short = min(image.size)
+    width, height = (max(1, round(side * resize[0] / short)) for side in image.size)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return 8 << 30
+
+
+# ── CIFAR ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# by version: files of the training set, of the test set, of the class names, and where names and labels are. In the
+# binary version the label is the last byte before an image's 3072: CIFAR-100 has the coarse one before it.
+_TEN = [f"data_batch_{i}" for i in range(1, 6)]
+_BINARY = (
+    ([name + ".bin" for name in _TEN], ["test_batch.bin"], "batches.meta.txt", 1),
+    (["train.bin"], ["test.bin"], "fine_label_names.txt", 2),
+)
+_PYTHON = (
+    (_TEN, ["test_batch"], "batches.meta", b"label_names", b"labels"),
+    (["train"], ["test"], "meta", b"fine_label_names", b"fine_labels"),
+)
+_Part = tuple[Tensor, list[int]]  # (N,3072) uint8, labels
+
+
+def _cifar(path: Path) -> list[ImageSet]:
+    """CIFAR-10 or CIFAR-100 at `path` (its folder, the folder around it, or the .tar.gz), training set first."""
+    files = _cifar_files(path)
+    for train, test, meta, head in _BINARY:
+        if {*train, *test} <= files.keys():
+            names = files[meta]().decode().split() if meta in files else None
+            parts = [_binary(path, b"".join(files[name]() for name in part), head) for part in (train, test)]
+            return [_cifar_set(f"{path}, {what}", *part, names) for what, part in zip(SETS, parts, strict=True)]
+    for train, test, meta, names_key, labels_key in _PYTHON:
+        if {*train, *test, meta} <= files.keys():
+            try:
+                names = [name.decode() for name in _unpickled(files[meta]())[names_key]]
+                parts = [_batches([_unpickled(files[name]()) for name in part], labels_key) for part in (train, test)]
+            except Exception as error:  # a damaged pickle fails in every way there is
+                raise InputError(f"{path} is damaged or not CIFAR as published: {error}") from error
+            return [_cifar_set(f"{path}, {what}", *part, names) for what, part in zip(SETS, parts, strict=True)]
+    return []
+
+
+def _cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
+    """What reads each of the files, by their bare names."""
+    if path.is_dir():
+        for folder in (path, *(below for below in sorted(path.glob("cifar-10*")) if below.is_dir())):
+            found = {file.name: file.read_bytes for file in folder.iterdir() if file.is_file()}
+            if {"test_batch", "test_batch.bin", "test", "test.bin"} & found.keys():
+                return found
+        return {}
+    if not path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        return {}
+    contents = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if file := archive.extractfile(member):
+                    contents[PurePosixPath(member.name).name] = file.read()
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise InputError(f"cannot read {path}: {error}; fetch it again") from error
+    return {name: functools.partial(bytes, content) for name, content in contents.items()}
+
+
+def _binary(path: Path, content: bytes, head: int) -> _Part:
+    if not content or len(content) % (head + 3072):
+        raise InputError(f"{path}: {len(content)} bytes are no whole number of images of {head + 3072}; fetch it again")
+    rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, head + 3072)
+    return rows[:, head:], rows[:, head - 1].tolist()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads NumPy arrays, texts and numbers, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import numpy
+
+        allowed: dict[str, Any] = {"encode": codecs.encode, "ndarray": numpy.ndarray, "dtype": numpy.dtype}
+        allowed["_reconstruct"] = numpy.empty(0).__reduce__()[0]
+        if module in ("_codecs", "numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in allowed:
+            return allowed[name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
+
+
+def _unpickled(content: bytes) -> Any:
+    return _Unpickler(io.BytesIO(content), encoding="bytes").load()
+
+
+def _batches(batches: list[Any], labels_key: bytes) -> _Part:
+    pixels = torch.cat([torch.from_numpy(batch[b"data"]).view(-1, 3072) for batch in batches])
+    return pixels, [int(label) for batch in batches for label in batch[labels_key]]
+
+
+def _cifar_set(label: str, pixels: Tensor, labels: list[int], names: list[str] | None) -> ImageSet:
+    classes = names or [str(i) for i in range(max(labels) + 1)]
+    if len(pixels) != len(labels) or not all(0 <= each < len(classes) for each in labels):
+        raise InputError(f"{label} is not CIFAR as published: {len(pixels)} images, {len(labels)} labels")
+    images = pixels.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()  # (N,H,W,3)
+
+    def read(i: int) -> Image.Image:
+        return Image.frombytes("RGB", (32, 32), bytes(images[i].flatten().tolist()))
+
+    return ImageSet(label, classes, torch.tensor(labels), [f"image {i}" for i in range(len(labels))], read, images)

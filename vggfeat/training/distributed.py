@@ -1,0 +1,134 @@
+"""Several processes that train one network: who is who, sums over all, and batch normalisation over the whole batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vggfeat.errors import InputError
+
+__all__ = ["World", "joined", "summed", "synchronised"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`, and its device."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes files."""
+        return self.rank == 0
+
+
+def resolve(device: str) -> torch.device:
+    """`auto` or a name to a device that is there.
+
+    Raises:
+        InputError: it is not.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+    return found
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """The processes that `torchrun` started, or this one alone where it did not.
+
+    With `cuda` or `auto` each takes the GPU of its local number and they talk over NCCL, else over gloo. A process
+    group that exists already is used and left.
+
+    Raises:
+        InputError: a device that is not there.
+    """
+    if not dist.is_available() or ("WORLD_SIZE" not in os.environ and not dist.is_initialized()):
+        yield World(resolve(device))
+        return
+    found = resolve(device)
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(found)
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    try:
+        yield World(found, dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # one that leaves while another still works would break the connection
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def summed(values: Tensor, world: World) -> Tensor:
+    """The sum over all processes, in place."""
+    if world.size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over all processes, for each of which its gradient is the sum of all gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class _BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of all processes' images, on any device; torch's own is for GPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        wide = x.float()
+        count = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
+        sums = _Sum.apply(torch.cat([wide.sum((0, 2, 3)), count]))  # parts may differ where images were skipped
+        total = sums[-1].detach()
+        mean = sums[:-1] / total
+        away = wide - mean[:, None, None]
+        variance = _Sum.apply(away.square().sum((0, 2, 3))) / total
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * total / (total - 1), self.momentum)  # unbiased, as torch has it
+        scale = self.weight * (variance + self.eps).rsqrt()
+        out: Tensor = away * scale[:, None, None] + self.bias[:, None, None]
+        return out.to(x.dtype)
+
+
+def synchronised(net: nn.Module, world: World) -> nn.Module:
+    """Have batch normalisation use the whole batch's statistics, as one process with that batch would; in place."""
+    if world.size == 1:
+        return net
+    if world.device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return converted
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = _BatchNorm
+    return net

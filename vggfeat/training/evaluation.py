@@ -1,0 +1,311 @@
+"""How good a classifier is: top-1, top-5, by class, confusions; by one view of each image or the paper's many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from vggfeat.errors import ImageError, InputError, RunError
+from vggfeat.features import bfloat16_is_fast
+from vggfeat.network import VGG
+from vggfeat.tables import Column, Report, Table
+from vggfeat.training.batches import normalised
+from vggfeat.training.data import ImageSet, load, scaled
+from vggfeat.training.distributed import World, joined, summed
+from vggfeat.weights import WeightsLike, classes_of
+from vggfeat.weights import load as load_weights_of
+
+__all__ = ["Evaluation", "Views", "autocast_dtype", "evaluate", "tested"]
+
+_percent = "{:.2f} %".format
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a network sees of each test image; the probabilities of all views are averaged (paper, section 3.2).
+
+    Attributes:
+        size: side of the crops; None means the image's own where all have one, else 224.
+        scales: shorter sides that each image is brought to in turn; None means as it is, or 8/7 of `size` where images
+            differ in size.
+        grid: crops are taken on a regular grid of so many by so many; 1 is the centre alone, 5 the paper's.
+        flip: see each view mirrored, too.
+        dense: run the network over the whole image, the fully connected layers as convolutions, and average the class
+            scores over space, instead of crops.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    size: int | None = None
+    scales: tuple[int, ...] | None = None
+    grid: int = 1
+    flip: bool = False
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        if self.grid < 1 or (self.size is not None and self.size < 32):
+            raise InputError(f"expected grid of at least 1 and size of at least 32, got {self.grid} and {self.size}")
+        if self.scales is not None and (not self.scales or min(self.scales) < 32):
+            raise InputError(f"scales must be shorter sides of at least 32 pixels, got {self.scales}")
+        if self.dense and self.grid > 1:
+            raise InputError("dense looks at the whole image: leave grid at 1")
+
+
+@dataclass(frozen=True)
+class Evaluation(Report):
+    """What came of a test.
+
+    Attributes:
+        images: how many were tested.
+        loss: mean cross-entropy of the averaged probabilities.
+        top1: share of images whose class has the highest probability.
+        top5: share of images whose class is among the five highest; None with five classes or fewer.
+        classes: their names.
+        confusion: for each true class, how many images were taken for each class.
+        views: views of each image.
+        skipped: names of images that could not be read.
+    """
+
+    images: int
+    loss: float
+    top1: float
+    top5: float | None
+    classes: list[str]
+    confusion: list[list[int]]
+    views: int
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def by_class(self) -> list[float | None]:
+        """Share of each class' images that were recognised; None for a class without images."""
+        return [row[i] / sum(row) if sum(row) else None for i, row in enumerate(self.confusion)]
+
+    def tables(self) -> list[Table]:
+        """Accuracy of each class, and of all."""
+        columns = [
+            Column("class", "class", left=True),
+            Column("images", "images"),
+            Column("accuracy", "accuracy", lambda v: _percent(100 * v)),
+            Column("mistaken_for", "most often taken for", left=True),
+        ]
+        rows = []
+        for i, (name, row, share) in enumerate(zip(self.classes, self.confusion, self.by_class, strict=True)):
+            wrong = [0 if j == i else count for j, count in enumerate(row)]
+            worst = max(range(len(row)), key=wrong.__getitem__)
+            rows.append((name, sum(row), share, f"{self.classes[worst]} ({wrong[worst]})" if wrong[worst] else None))
+        total = [
+            ("images", f"{self.images:,}"),
+            ("views of each", str(self.views)),
+            ("top-1", _percent(100 * self.top1)),
+            ("top-5", None if self.top5 is None else _percent(100 * self.top5)),
+            ("cross-entropy", f"{self.loss:.4f}"),
+            *([("not readable", str(len(self.skipped)))] if self.skipped else []),
+        ]
+        sums = [Column("measure", "", left=True), Column("value", "")]
+        return [Table("By class", columns, rows), Table("All", sums, total)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values; accuracies are shares from 0 to 1."""
+        names = ("images", "views", "top1", "top5", "loss", "classes", "by_class", "confusion", "skipped")
+        return {name: getattr(self, name) for name in names}
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that convolutions are computed in."""
+    if precision == "auto":
+        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def evaluate(
+    weights: VGG | WeightsLike,
+    data: str | os.PathLike[str] | ImageSet,
+    views: Views | None = None,
+    *,
+    arch: str | None = None,
+    batch_size: int = 256,
+    precision: str = "auto",
+    device: str = "auto",
+    bad_images: str = "fail",
+    workers: int = 2,
+) -> Evaluation:
+    """Test a classifier.
+
+    Args:
+        weights: a network, or what `vggfeat.weights.load` knows with a classifier in it.
+        data: what `vggfeat.training.data.load` knows, its test set where it has one, else all of it; or one set that it
+            gave.
+        views: what is seen of each image; one centre crop by default.
+        arch: the network, where the weights do not say.
+        batch_size: images at a time.
+        precision: `auto`, `float32` or `bfloat16`.
+        device: `auto`, or a torch device.
+        bad_images: `fail` at an image that cannot be read, or `skip` it.
+        workers: processes that read images which do not fit into memory.
+
+    Raises:
+        InputError: data that cannot be read, another number of classes than the weights', or images that are too small.
+        WeightsError: weights that cannot be had or have no classifier.
+        RunError: an image that cannot be read on the way, with `bad_images="fail"`.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if bad_images not in ("fail", "skip") or precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"unknown bad_images {bad_images!r} or precision {precision!r}")
+    net, names = weights if isinstance(weights, VGG) else _network(weights, arch), None
+    if isinstance(weights, str | os.PathLike):
+        names = classes_of(weights)
+    if not isinstance(data, ImageSet):
+        first, second = load(data, bad_images=bad_images)
+        data = second or first
+    if len(data.classes) != net.arch.num_classes:
+        raise InputError(
+            f"{data.label} has {len(data.classes)} classes, the network {net.arch.num_classes}: "
+            "test it on the classes that it was trained for"
+        )
+    if names is not None and names != data.classes:
+        i = next(i for i, pair in enumerate(zip(names, data.classes, strict=True)) if pair[0] != pair[1])
+        raise InputError(
+            f"class {i} is {data.classes[i]!r} in {data.label} and {names[i]!r} in the weights: these are other classes"
+        )
+    with joined(device) as world:
+        home = next(net.parameters()).device
+        training = net.training
+        net = net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        try:
+            dtype = autocast_dtype(precision, world.device)
+            return tested(net, data, views or Views(), world, dtype, batch_size, bad_images, workers)
+        finally:
+            net.train(training).to(home)
+
+
+def _network(weights: WeightsLike, arch: str | None) -> VGG:
+    loaded = load_weights_of(weights, arch)
+    if loaded.arch.head is None:
+        raise InputError(f"weights {loaded.label} have no classifier to test")
+    from vggfeat.network import VGG
+    from vggfeat.weights import load_weights
+
+    with torch.device("meta"):
+        net = VGG(loaded.arch)
+    return load_weights(net, loaded)
+
+
+@torch.inference_mode()
+def tested(
+    net: VGG,
+    images: ImageSet,
+    views: Views,
+    world: World,
+    dtype: torch.dtype,
+    batch_size: int = 256,
+    bad_images: str = "fail",
+    workers: int = 0,
+) -> Evaluation:
+    """Test a network that is on `world.device`; every image once, shared among the processes."""
+    size = views.size or (min(images.pixels.shape[1:3]) if images.pixels is not None else 224)
+    scales: tuple[int | None, ...] = views.scales or (None if images.pixels is not None else size * 8 // 7,)
+    net.eval()
+    scores = torch.zeros(len(images), net.arch.num_classes, device=world.device)
+    own = torch.arange(len(images))[world.rank :: world.size]
+    bad: set[int] = set()
+    count = 0
+    with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+        for scale in scales:
+            count += (1 if views.dense else views.grid**2) * (2 if views.flip else 1)
+            for numbers, pixels in _read(images, own, scale, batch_size, workers, bad_images, bad):
+                whole = normalised(pixels.to(world.device))
+                for seen in (whole, whole.flip(3)) if views.flip else (whole,):
+                    if views.dense:
+                        scores[numbers] += net.dense(seen).float().mean((2, 3)).softmax(1)
+                        continue
+                    for crop in _crops(seen, size, views.grid, images.label):
+                        crop = crop.contiguous(memory_format=torch.channels_last)
+                        scores[numbers] += net(crop).float().softmax(1)
+    missing = torch.zeros(len(images), device=world.device)
+    missing[sorted(bad)] = 1
+    summed(scores, world), summed(missing, world)
+    good = (missing == 0).cpu()
+    if not good.any():
+        raise RunError(f"no image of {images.label} could be read")
+    labels, scores = images.labels[good], scores.cpu()[good] / count
+    skipped = images.skipped + [images.names[i] for i in (~good).nonzero().flatten().tolist()]
+    return _judged(labels, scores, images.classes, count, skipped)
+
+
+def _judged(labels: Tensor, scores: Tensor, classes: list[str], views: int, skipped: list[str]) -> Evaluation:
+    n = len(classes)
+    top = scores.topk(min(5, n), dim=1).indices == labels[:, None]
+    confusion = torch.bincount(labels * n + scores.argmax(1), minlength=n * n).view(n, n)
+    loss = F.nll_loss(scores.clamp_min(1e-12).log(), labels)
+    return Evaluation(
+        images=len(labels),
+        loss=loss.item(),
+        top1=confusion.trace().item() / len(labels),
+        top5=top.any(1).double().mean().item() if n > 5 else None,
+        classes=classes,
+        confusion=confusion.tolist(),
+        views=views,
+        skipped=skipped,
+    )
+
+
+def _crops(images: Tensor, size: int, grid: int, label: str) -> Iterator[Tensor]:
+    """Crops of (n,3,H,W) on a regular grid that reaches the borders; for `grid` 1 the centre."""
+    height, width = images.shape[2:]
+    if min(height, width) < size:
+        raise InputError(f"images of {label} are {width}×{height}, smaller than size {size}: scale them up with scales")
+    tops, lefts = (
+        [(side - size) // 2] if grid == 1 else [round(i * (side - size) / (grid - 1)) for i in range(grid)]
+        for side in (height, width)
+    )
+    for top in tops:
+        for left in lefts:
+            yield images[:, :, top : top + size, left : left + size]
+
+
+class _Whole(Dataset[Any]):
+    """Images read one by one and scaled; a message in place of one that cannot be read."""
+
+    def __init__(self, images: ImageSet, scale: int | None) -> None:
+        self.images, self.scale = images, scale
+
+    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
+        try:
+            image = scaled(self.images.read(number), None if self.scale is None else (self.scale,))
+        except ImageError as error:
+            return number, str(error)
+        return number, torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
+            image.height, image.width, 3
+        )
+
+
+def _read(
+    images: ImageSet, own: Tensor, scale: int | None, batch_size: int, workers: int, bad_images: str, bad: set[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Numbers and (n,H,W,3) uint8 of the images, `batch_size` at a time or as many of one size as there are in them."""
+    if scale is None and images.pixels is not None:
+        for numbers in own.split(batch_size):
+            yield numbers, images.pixels[numbers]
+        return
+    plan = [numbers.tolist() for numbers in own.split(batch_size)]
+    for read in DataLoader(_Whole(images, scale), batch_sampler=plan, num_workers=workers, collate_fn=list):
+        by_shape: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        for number, pixels in read:
+            if not isinstance(pixels, str):
+                by_shape.setdefault(pixels.shape, []).append((number, pixels))
+            elif bad_images == "fail":
+                raise RunError(f"{pixels}; leave such images out with bad_images='skip' (--bad-images skip)")
+            else:
+                bad.add(number)
+        for group in by_shape.values():
+            numbers, stack = zip(*group, strict=True)
+            yield torch.tensor(numbers), torch.stack(stack)

@@ -1,0 +1,633 @@
+"""The training loop: what a step does, what an epoch reports, and how a run stops and goes on.
+
+A run folder holds `config.json`, `log.csv` (a row an epoch), `checkpoints/` and, at the end, `weights.safetensors`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vggfeat.arch import Arch, parse, unit_of
+from vggfeat.errors import InputError, RunError, WeightsError
+from vggfeat.files import new_file
+from vggfeat.network import VGG
+from vggfeat.training import checkpoint
+from vggfeat.training.batches import Batch, Batches, seeded, transforms
+from vggfeat.training.config import TrainConfig
+from vggfeat.training.data import ImageSet, load
+from vggfeat.training.distributed import World, joined, summed, synchronised
+from vggfeat.training.evaluation import Evaluation, Views, autocast_dtype, tested
+from vggfeat.weights import load as load_set
+from vggfeat.weights import load_weights
+
+__all__ = ["Epoch", "TrainResult", "TrainStep", "train"]
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to; a row of `log.csv`. Accuracies are shares from 0 to 1.
+
+    Attributes:
+        epoch: its number, from 1.
+        lr: the learning rate at its end.
+        train_loss: mean of the loss that was trained on, label smoothing included.
+        train_accuracy: on the augmented images, as they were trained on.
+        test_loss: cross-entropy on the test set; None without one, as the next two.
+        test_accuracy: top-1.
+        test_top5: None with five classes or fewer, too.
+        seconds: of training, without the test.
+        images_per_second: of training.
+        skipped: images so far that could not be read.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    test_loss: float | None
+    test_accuracy: float | None
+    test_top5: float | None
+    seconds: float
+    images_per_second: float
+    skipped: int
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What a callback gets after each step.
+
+    Attributes:
+        epoch: its number, from 1.
+        epochs: how many there are.
+        step: number of the step in the epoch, from 1.
+        steps: how many an epoch has.
+        loss: of this step; on a GPU read back only every so often, and the last one known.
+        lr: the learning rate of this step.
+        finished: the epoch, where this step was its last.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    finished: Epoch | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        net: the network, in evaluation mode; with `ema`, the averaged one.
+        history: the epochs.
+        evaluation: of the last epoch's test; None without a test set or when the run was stopped.
+        folder: of the run.
+        interrupted: whether it was stopped before its end; `train(..., resume=True)` goes on.
+        damaged: checkpoints that could not be used on resuming, and why.
+    """
+
+    net: VGG
+    history: list[Epoch]
+    evaluation: Evaluation | None
+    folder: Path
+    interrupted: bool
+    damaged: list[str]
+
+
+def train(
+    data: PathLike | ImageSet,
+    test: PathLike | ImageSet | None = None,
+    config: TrainConfig | None = None,
+    folder: PathLike = "run",
+    *,
+    resume: bool = False,
+    callback: Callable[[TrainStep], None] | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Train a classifier.
+
+    Under `torchrun` every process calls this, and the result is that of one process with the same batch, to rounding,
+    but for dropout, mixup and cutmix, which each process draws for its own part.
+
+    Ctrl-C and SIGTERM end the run after the step that is being made and save a checkpoint. After a SIGKILL at any time,
+    `resume=True` goes on from the newest good checkpoint; on a CPU the weights at the end are those of the unbroken
+    run, bit for bit.
+
+    Args:
+        data: what `vggfeat.training.data.load` knows: CIFAR's folder, a folder or a zip of class folders; or what it
+            gave.
+        test: the same for the test set, where `data` holds none.
+        config: the settings, such as `recipe("fast")`.
+        folder: of the run, new or empty unless it is resumed.
+        resume: go on with the run in `folder`, whose settings must be these; begin where it has no checkpoint yet.
+        callback: called after each step, in the first process.
+        announce: called with a line for people, such as what is trained on what.
+
+    Raises:
+        InputError: data or settings that cannot be used, another run in `folder`.
+        WeightsError: weights that cannot be had or do not fit.
+        RunError: the loss is not finite, a checkpoint cannot be written, or an image cannot be read on the way.
+    """
+    config, folder = config or TrainConfig(), Path(folder)
+    with joined(config.device) as world, _repeatable(config, world):
+        says = announce if announce is not None and world.first else lambda text: None
+        if not resume and world.first and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} is there already: choose another folder, or go on with resume=True (--resume)")
+        images, test_images = load(data, test, resize=config.resize, bad_images=config.bad_images)
+        if test_images is None and config.holdout:
+            images, test_images = _parted(images, config)
+        run = _Run(config, images, test_images, world, folder, callback if world.first else None)
+        state, damaged = _begin(folder, config, images, world, resume)
+        for text in run.summary(damaged):
+            says(text)
+        if state is not None:
+            run.load(state)
+            says(f"going on after {run.done} of {config.epochs * run.batches.steps} steps")
+        return run.finish(damaged)
+
+
+def _parted(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet]:
+    """Training and held-out images, each class parted in the same proportion."""
+    order = torch.randperm(len(images), generator=seeded(config.seed, -2))
+    out = []
+    for number in range(len(images.classes)):
+        mine = order[images.labels[order] == number]
+        out.append(mine[: round(config.holdout * len(mine))])
+    chosen = torch.cat(out).sort().values
+    if not len(chosen):
+        raise InputError(f"holdout {config.holdout} of {len(images)} images is none of any class: raise it")
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[chosen] = False
+    return images.subset(rest.nonzero().flatten()), images.subset(chosen)
+
+
+def _begin(
+    folder: Path, config: TrainConfig, images: ImageSet, world: World, resume: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Make the run's folder, or find where the run in it is."""
+    state, damaged = checkpoint.newest(folder / "checkpoints") if resume else (None, [])
+    if resume and damaged and state is None:
+        raise InputError(f"no checkpoint in {folder} is whole: {'; '.join(damaged)}")
+    if state is not None:
+        before = {key: tuple(v) if isinstance(v, list) else v for key, v in state["config"].items()}
+        free = ("device", "workers", "save_every", "compile")
+        odd = [name for name, value in config.to_dict().items() if before.get(name) != value and name not in free]
+        if odd:
+            said = ", ".join(f"{name} was {before.get(name)}, is {getattr(config, name)}" for name in odd)
+            raise InputError(f"the run in {folder} has other settings: {said}")
+        if (state["classes"], state["images"]) != (images.classes, len(images)):
+            raise InputError(
+                f"the run in {folder} was on {state['images']} images of {len(state['classes'])} classes, "
+                f"{images.label} has {len(images)} of {len(images.classes)}"
+            )
+    elif world.first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"classes": images.classes, "data": images.label} | config.to_dict(), indent=2)
+            with new_file(folder / "config.json", overwrite=True) as file:
+                file.write((text + "\n").encode())
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    return state, damaged
+
+
+@contextmanager
+def _repeatable(config: TrainConfig, world: World) -> Iterator[None]:
+    """Seed torch's global generators for what draws from them, and leave them and its settings as they were."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
+        torch.manual_seed(seeded(config.seed, -3).initial_seed())
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
+            torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+# ── what a run is made of ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def network(config: TrainConfig, num_classes: int) -> VGG:
+    """The network that a configuration begins with.
+
+    Raises:
+        InputError: a layer to freeze that it lacks.
+        WeightsError: weights of another network, or with another number of classes and no `new_head`.
+    """
+    if config.weights is None:
+        arch = parse(config.arch or "vgg16_bn")
+        arch = Arch(arch.config, arch.batch_norm, unit_of(config.width), config.head, num_classes)
+        return VGG(arch, config.dropout, config.init)
+    weights = load_set(config.weights, config.arch)
+    theirs = weights.arch
+    net = VGG(
+        Arch(theirs.config, theirs.batch_norm, theirs.unit, config.head, num_classes, theirs.blocks),
+        config.dropout,
+        config.init,
+    )
+    head = theirs.head is not None and not config.new_head
+    if head and (theirs.head, theirs.num_classes) != (config.head, num_classes):
+        raise WeightsError(
+            f"weights {weights.label} have a {theirs.head} head for {theirs.num_classes} classes, asked for is a "
+            f"{config.head} head for {num_classes}: draw it anew with new_head=True (--new-head)"
+        )
+    load_weights(net, weights, head=head)
+    if config.freeze is not None:
+        net.arch.check([config.freeze])
+        for layer in net.arch.until([config.freeze]):
+            net.features[layer.index].requires_grad_(False)
+    return net
+
+
+def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW, with two learning rates; biases and batch normalisation do not decay unless asked for."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, value in net.named_parameters():
+        if value.requires_grad:
+            rate = config.lr * (config.features_lr if name.startswith("features.") else 1.0)
+            decay = config.weight_decay if value.ndim > 1 or config.decay_all else 0.0
+            groups.setdefault((rate, decay), []).append(value)
+    parameters = [{"params": values, "lr": lr, "weight_decay": decay} for (lr, decay), values in groups.items()]
+    if not parameters:
+        raise InputError("every layer is frozen: there is nothing to train")
+    fused = next(net.parameters()).device.type in ("cpu", "cuda")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, betas=(config.momentum, 0.999), fused=fused)
+
+
+def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
+    """The learning rate's course, by steps."""
+    total, warmup = config.epochs * steps, round(config.warmup * steps)
+    if config.schedule == "onecycle":
+        return lr_scheduler.OneCycleLR(
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+            total_steps=total + 1,  # the last step is made before the rate's end, not after it
+            pct_start=warmup / total if warmup else 0.3,
+            cycle_momentum=False,
+        )
+    main: lr_scheduler.LRScheduler
+    if config.schedule == "cosine":
+        main = lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warmup))
+    elif config.schedule == "step":
+        main = lr_scheduler.StepLR(optimizer, config.step_size * steps, config.gamma)
+    else:
+        main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if not warmup:
+        return main
+    rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rise, main], [warmup])
+
+
+def mixing(config: TrainConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Mixup, CutMix (both torchvision's), or one of both for each batch; None for neither.
+
+    Raises:
+        DependencyError: torchvision does not work.
+    """
+    if not (config.mixup or config.cutmix):
+        return None
+    v2 = transforms()
+    made = [v2.MixUp(alpha=config.mixup, num_classes=num_classes)] if config.mixup else []
+    made += [v2.CutMix(alpha=config.cutmix, num_classes=num_classes)] if config.cutmix else []
+    found: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = v2.RandomChoice(made) if len(made) > 1 else made[0]
+    return found
+
+
+class _Run:
+    """A run in progress: what a checkpoint holds, and the loop over it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        images: ImageSet,
+        test: ImageSet | None,
+        world: World,
+        folder: Path,
+        callback: Callable[[TrainStep], None] | None,
+    ) -> None:
+        self.config, self.images, self.test, self.world = config, images, test, world
+        self.folder, self.callback = folder, callback
+        self.size = config.size or (min(images.pixels.shape[1:3]) if images.pixels is not None else 224)
+        if self.size < 32:
+            raise InputError(
+                f"images of {self.size} pixels are smaller than 32, five pools' stride: set resize and size"
+            )
+        self.dtype = autocast_dtype(config.precision, world.device)
+        self.batches = Batches(images, config, world.device, self.size, world.rank, world.size)
+        net = network(config, len(images.classes))
+        self.net = net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net.checkpointing = config.checkpointing
+        self.frozen = [
+            module
+            for module in self.net.features
+            if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters())
+        ]
+        average = get_ema_multi_avg_fn(config.ema)
+        self.ema = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True) if config.ema else None
+        self.model: nn.Module = synchronised(self.net, world)
+        if config.compile:
+            self.model = torch.compile(self.model)  # type: ignore[assignment]
+        if world.size > 1:
+            self.model = DistributedDataParallel(self.model)
+        self.optimizer = optimizer(self.net, config)
+        self.scheduler = schedule(self.optimizer, config, self.batches.steps)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
+        self.mix = mixing(config, len(images.classes))
+        self.epoch = self.step = 0  # done so far; steps of the epoch in progress
+        self.history: list[Epoch] = []
+        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, right, images of the epoch so far
+        self.seconds = 0.0
+        self.stop = False
+
+    @property
+    def done(self) -> int:
+        """Steps since the beginning."""
+        return self.epoch * self.batches.steps + self.step
+
+    @property
+    def tested_net(self) -> VGG:
+        """What is tested and saved."""
+        found = self.net if self.ema is None or not self.ema.n_averaged else self.ema.module
+        assert isinstance(found, VGG)
+        return found
+
+    def summary(self, damaged: list[str]) -> Iterator[str]:
+        """What people are told before it begins."""
+        arch, config = self.net.arch, self.config
+        count = sum(value.numel() for value in self.net.parameters())
+        learning = sum(value.numel() for value in self.net.parameters() if value.requires_grad)
+        yield f"{arch.name}, {arch.head} head, {count / 1e6:.2f} M parameters" + (
+            f", {learning / 1e6:.2f} M of them learning" if learning < count else ""
+        )
+        where = "in memory" if self.images.pixels is not None else "read in every epoch"
+        test = f"{len(self.test):,} for the test" if self.test is not None else "no test set"
+        yield f"{len(self.images):,} images of {len(self.images.classes)} classes at {self.size} px, {where}; {test}"
+        precision, device = str(self.dtype).removeprefix("torch."), str(self.world.device)
+        several = f", {self.world.size} processes" if self.world.size > 1 else ""
+        yield f"{config.epochs} epochs of {self.batches.steps} steps, {precision} on {device}{several}"
+        for each in (self.images, self.test):
+            if each is not None and each.skipped:
+                named = ", ".join(each.skipped[:5]) + " …" * (len(each.skipped) > 5)
+                yield f"left out {len(each.skipped)} images of {each.label} that cannot be read: {named}"
+        yield from damaged
+
+    # ── the state ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def save(self) -> None:
+        """Write a checkpoint, in the first process, unless the network is no longer finite."""
+        if not self.world.first:
+            return
+        if not all(bool(value.isfinite().all()) for value in self.net.state_dict().values()):
+            raise self._diverged()
+        state = {
+            "config": self.config.to_dict(),
+            "classes": self.images.classes,
+            "images": len(self.images),
+            "epoch": self.epoch,
+            "step": self.step,
+            "net": self.net.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "sums": self.sums,
+            "seconds": self.seconds,
+            "skipped": sorted(self.batches.skipped),
+            "history": [asdict(epoch) for epoch in self.history],
+        }
+        checkpoint.save(self.folder / "checkpoints", self.done, state)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go back to where a checkpoint was written."""
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.net.load_state_dict(state["net"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        self.sums.copy_(state["sums"])
+        self.batches.skipped.update(state["skipped"])
+        self.history = [Epoch(**row) for row in state["history"]]
+
+    # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def finish(self, damaged: list[str]) -> TrainResult:
+        """Train from where it is to the end."""
+        evaluation = None
+        board = _Board(self.folder / "tensorboard") if self.world.first else None
+        with _signals(self) if self.world.size == 1 else nullcontext():
+            while self.epoch < self.config.epochs and not self.stop:
+                evaluation = self._epoch(board)
+        if complete := self.epoch == self.config.epochs:
+            evaluation = evaluation or self._test()  # a run that had ended before
+            if self.world.first:
+                self._log()
+                self._save_weights()
+        if board is not None:
+            board.close()
+        self.model = self.net  # what held on to the process group goes before the group does
+        return TrainResult(self.tested_net.eval(), self.history, evaluation, self.folder, not complete, damaged)
+
+    def _epoch(self, board: _Board | None) -> Evaluation | None:
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+        config, steps = self.config, self.batches.steps
+        begun = time.perf_counter()
+        loss, lr = math.nan, math.nan
+        for batch in self.batches.epoch(self.epoch, self.step):
+            lr = float(self.scheduler.get_last_lr()[-1])
+            value = self._step(batch)
+            self.step += 1
+            last = self.step == steps
+            saves = config.save_every > 0 and self.done % config.save_every == 0 and not last
+            if self.world.device.type == "cpu" or last or saves or self.done % 50 == 0:  # on a GPU, reading it waits
+                loss = value.item()
+                if not math.isfinite(self.sums[0].item()):
+                    raise self._diverged()
+            if self.callback is not None and not last:
+                self.callback(TrainStep(self.epoch + 1, config.epochs, self.step, steps, loss, lr))
+            stops = self.stop and not last
+            if saves or stops:
+                self.seconds += time.perf_counter() - begun
+                begun = time.perf_counter()
+                self.save()
+            if stops:
+                return None
+        self.seconds += time.perf_counter() - begun
+        evaluation = self._test()
+        self._close_epoch(lr, evaluation)
+        if self.world.first:
+            self._log()
+            if board is not None:
+                board.write(self.history[-1])
+        self.save()
+        if self.callback is not None:
+            self.callback(TrainStep(self.epoch, config.epochs, steps, steps, loss, lr, self.history[-1]))
+        return evaluation
+
+    def _step(self, parts: list[Batch]) -> Tensor:
+        """One step of the optimizer; returns the mean loss of this process' images."""
+        config = self.config
+        # what torch and torchvision draw depends on the step alone, too
+        torch.manual_seed(seeded(config.seed, self.epoch, self.step, 2, self.world.rank).initial_seed())
+        total = torch.zeros((), device=self.world.device)
+        for number, (images, labels) in enumerate(parts, start=1):
+            targets = labels
+            if self.mix is not None:
+                images, targets = self.mix(images, labels)
+            waits = isinstance(self.model, DistributedDataParallel) and number < len(parts)
+            with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    scores = self.model(images)
+                loss = F.cross_entropy(scores.float(), targets, label_smoothing=config.label_smoothing)
+                self.scaler.scale(loss / len(parts)).backward()
+            total += loss.detach() / len(parts)
+            right = (scores.argmax(1) == labels).sum()
+            self.sums += torch.stack(
+                [loss.detach().double() * len(labels), right.double(), right.new_tensor(len(labels))]
+            )
+        self.scaler.unscale_(self.optimizer)
+        if config.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.net)
+        return total
+
+    def _diverged(self) -> RunError:
+        return RunError(
+            f"the loss is not finite at epoch {self.epoch + 1}, step {self.step} of {self.batches.steps}: lower lr, or "
+            f"set warmup or clip; any checkpoint in {self.folder} is from before"
+        )
+
+    def _test(self) -> Evaluation | None:
+        if self.test is None:
+            return None
+        size = self.size if self.test.pixels is None or self.config.size else None
+        scales = None if self.test.pixels is not None else (self.config.resize or (self.size * 8 // 7,))[-1:]
+        config = self.config
+        views = Views(size, scales)
+        return tested(self.tested_net, self.test, views, self.world, self.dtype, 256, config.bad_images, config.workers)
+
+    def _close_epoch(self, lr: float, evaluation: Evaluation | None) -> None:
+        loss, right, count = summed(self.sums, self.world).tolist()
+        self.history.append(
+            Epoch(
+                epoch=self.epoch + 1,
+                lr=lr,
+                train_loss=loss / count,
+                train_accuracy=right / count,
+                test_loss=evaluation.loss if evaluation else None,
+                test_accuracy=evaluation.top1 if evaluation else None,
+                test_top5=evaluation.top5 if evaluation else None,
+                seconds=self.seconds,
+                images_per_second=count / self.seconds,
+                skipped=len(self.images.skipped) + len(self.batches.skipped),
+            )
+        )
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self.sums.zero_()
+
+    def _log(self) -> None:
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [each.name for each in fields(Epoch)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(epoch) for epoch in self.history)
+        self._write("log.csv", out.getvalue().encode())
+
+    def _save_weights(self) -> None:
+        from safetensors.torch import save
+
+        state = {key: value.detach().contiguous().cpu() for key, value in self.tested_net.state_dict().items()}
+        facts = {"format": "pt", "arch": self.net.arch.name, "classes": json.dumps(self.images.classes)}
+        self._write("weights.safetensors", save(state, facts))
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            with new_file(self.folder / name, overwrite=True) as file:
+                file.write(content)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.folder / name}: {error.strerror}; the run can go on from its checkpoints"
+            ) from error
+
+
+@contextmanager
+def _signals(run: _Run) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run after the step in progress; a second Ctrl-C at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if run.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.stop = True
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Board:
+    """TensorBoard's log, where it is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.writer = None
+        else:
+            self.writer = SummaryWriter(str(folder))
+
+    def write(self, epoch: Epoch) -> None:
+        """A point on every curve."""
+        if self.writer is None:
+            return
+        for name, value in asdict(epoch).items():
+            if value is not None and name != "epoch":
+                self.writer.add_scalar(name, value, epoch.epoch)
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self.writer is not None:
+            self.writer.close()
