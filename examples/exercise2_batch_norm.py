@@ -27,10 +27,8 @@ def main(*zips, epochs=5, limit=2000, arch="vgg11", width=0.25, lr=0.02, batch=6
     print("       training loss       test accuracy       seconds")
     print("epoch  plain  with BN     plain  with BN   plain  with BN")
     for number, (plain, bn) in enumerate(zip(*runs.values(), strict=True), start=1):
-        print(
-            f"{number:5} {plain.train_loss:6.3f} {bn.train_loss:8.3f} {plain.test_accuracy:9.1%} {bn.test_accuracy:8.1%}",
-            end="",
-        )
+        print(f"{number:5} {plain.train_loss:6.3f} {bn.train_loss:8.3f}", end="")
+        print(f" {plain.test_accuracy:9.1%} {bn.test_accuracy:8.1%}", end="")
         print(f" {plain.seconds:7.1f} {bn.seconds:8.1f}")
     best = {name: max(epoch.test_accuracy for epoch in history) for name, history in runs.items()}
     first, second = sorted(best, key=best.get, reverse=True)

@@ -63,9 +63,8 @@ def main(*zips, epochs=3, limit=2000, width=0.25, lr=0.05, batch=64, seed=0, plo
     for name, history in runs.items():
         (params, work), last = costs[name], history[-1]
         seconds = min(epoch.seconds for epoch in history)
-        print(
-            f"{name:10} {params:10,} {work / 1e6:8.1f} {last.train_loss:14.3f} {last.test_accuracy:14.1%} {seconds:17.1f}"
-        )
+        print(f"{name:10} {params:10,} {work / 1e6:8.1f} {last.train_loss:14.3f}", end="")
+        print(f" {last.test_accuracy:14.1%} {seconds:17.1f}")
     if plot:
         print(vggfeat.plot_training(runs, plot, overwrite=True))
     return {name: (*costs[name], history) for name, history in runs.items()}
