@@ -1,11 +1,11 @@
 """Do the deep blocks of the bundled weights help a style transfer? A measure that is stated here, before it was taken.
 
-Six pairs of photograph and painting by which nothing was chosen: those of `score.py`, the paintings moved on by two. Each
-is stylised twice with the bundled weights, at 384 px:
+Six pairs of photograph and painting by which nothing was chosen: those of `score.py`, the paintings moved on by two.
+Each is stylised twice with the bundled weights, at 384 px:
 
 - default: `vggstyle`'s own layers (style relu1_1 … relu5_1, content relu4_2) and its content weight;
-- shallow: style relu1_1 relu2_1 relu3_1, content relu3_3, with the content weight, found by bisection, at which Oxford's
-  relu3_3 says that it is as far from the photograph as the default's picture is, within 10 %.
+- shallow: style relu1_1 relu2_1 relu3_1, content relu3_3, with the content weight, found by bisection, at which
+  Oxford's relu3_3 says that it is as far from the photograph as the default's picture is, within 10 %.
 
 The measure is "long" of `score.py`: the relative squared error, against the painting, of the covariances of Oxford's
 relu3_1 with itself 16, 32 and 64 pixels away. The claim is that the default is better; it holds if "long" is lower for
