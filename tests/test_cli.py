@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import click
+import pictures
 import pytest
 import torch
 from PIL import Image
@@ -499,3 +500,102 @@ def test_ctrl_c_while_fetching(vgg, monkeypatch, real_sigint):
     monkeypatch.setattr(weights, "find", lambda *_: signal.raise_signal(signal.SIGINT))
     code, out, err = vgg("weights", "fetch", "imagenet")
     assert (code, out) == (130, "") and "interrupted" in one_line(err.lstrip("\n"), "vggfeat")
+
+
+# ── vggfeat train, vggfeat evaluate ───────────────────────────────────────────────────────────────────────────────────
+
+SMALL = ["--arch=vgg11_bn", "--width=0.125", "--batch-size=8", "--epochs=2", "--warmup=0.5", "--lr=0.02", "--ema=0.8"]
+SMALL += ["--precision=float32"]
+
+
+@pytest.fixture
+def labelled(tmp_path, monkeypatch):
+    """The working folder, with set.zip in it."""
+    files = {f"train/{name}": content for name, content in pictures.tree(8).items()}
+    files |= {f"test/{name}": content for name, content in pictures.tree(4, offset=50).items()}
+    pictures.zipped(tmp_path / "set.zip", files)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_train_and_evaluate(vgg, labelled):
+    pytest.importorskip("matplotlib")
+    code, out, err = vgg("train", "set.zip", *SMALL, "--plot", "curves.png")
+    assert (code, out) == (0, "vgg11_bn-fast\n")
+    lines = err.splitlines()
+    assert lines[0].startswith("recipe fast: ") and "lr=0.02" in lines[0] and "label_smoothing=0.1" in lines[0]
+    assert "24 images of 3 classes at 32 px, in memory; 12 for the test" in err
+    assert [line.split("  ")[0] for line in lines if line.startswith("epoch ")] == ["epoch 1/2", "epoch 2/2"]
+    assert lines[-1].startswith("test accuracy ")
+    code, out, err = vgg(
+        "evaluate", "vgg11_bn-fast", "set.zip", "--precision=float32", "--format", "json", "--plot", "confusion.png"
+    )
+    found = json.loads(out)
+    assert (code, err, found["images"]) == (0, "", 12)
+    assert f"test accuracy {100 * found['top1']:.2f} %" == lines[-1].removesuffix(" after 2 epochs")
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(name) as image:
+            assert min(image.size) > 300
+    assert vgg("train", "set.zip", *SMALL, "--quiet")[1] == "vgg11_bn-fast-2\n"  # the first run stays
+    code, out, err = vgg("train", "set.zip", *SMALL, "-o", "vgg11_bn-fast", "--resume", "--json", "--quiet")
+    summary = json.loads(out)
+    assert code == 0 and summary["folder"] == "vgg11_bn-fast" and len(summary["history"]) == 2
+    assert summary["history"][-1]["test_accuracy"] == found["top1"] and summary["config"]["batch_size"] == 8
+
+
+def test_a_recipe_s_flag_can_be_taken_back(vgg, labelled):
+    code, _, err = vgg("train", "set.zip", *SMALL, "--no-nesterov", "--epochs=1", "--resize=32", "--quiet")
+    assert code == 0 and "nesterov=False" in err and "resize=(32,)" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "nowhere"], "no images at nowhere"),
+        (["train", "set.zip"], "fewer than batch_size 256"),
+        (["train", "set.zip", "--resume"], "--output"),
+        (["train", "set.zip", "--lr", "-1"], "lr must be a positive number"),
+        (["train", "set.zip", "--lr", "much"], "--lr"),
+        (["train", "set.zip", "--recipe", "fats"], "chapter"),
+        (["train", "set.zip", "--device", "cuda:97"], "cannot use device"),
+        (["train", "set.zip", "--batch-size=8", "--weights", "gone.pth"], "no weights at gone.pth"),
+        (["train", "set.zip", "--batch-size=8", "--weights", "bundled", "--freeze", "conv9_1"], "conv9_1"),
+        (["train", "set.zip", "--batch-size=8", "--size=64"], "smaller than size 64"),
+        (["train", "set.zip", "--plot", "gone/x.png"], "expected a folder at gone"),
+        (["train", "set.zip", "-o", "set.zip"], "there already"),
+        (["train", "broken.zip"], "no zip, or a damaged one"),
+        (["evaluate", "gone.pth", "set.zip"], "no weights at gone.pth"),
+        (["evaluate", "bundled", "set.zip"], "no classifier"),
+        (["evaluate", "w.safetensors", "set.zip"], "has 3 classes, the network 5"),
+        (["evaluate", "w.safetensors", "nowhere"], "no images at nowhere"),
+        (["evaluate", "w.safetensors", "set.zip", "--grid", "0"], "grid"),
+        (["evaluate", "w.safetensors", "set.zip", "--plot", "x.gif"], ".gif"),
+        (["evaluate", "w.safetensors"], "DATA"),
+    ],
+)
+def test_what_cannot_be_trained_or_tested_is_one_line(vgg, labelled, words, says):
+    Path("broken.zip").write_bytes(b"PK\x03\x04 and nothing")
+    save_file(vggfeat.vgg11(5, width=0.125, head="slim").state_dict(), "w.safetensors")
+    before = sorted(labelled.iterdir())
+    code, out, err = vgg(*words)
+    assert (code, out) == (2, "") and says in one_line(err, "vggfeat")
+    assert sorted(labelled.iterdir()) == before
+
+
+def test_ctrl_c_while_training_can_be_gone_on_from(vgg, labelled, monkeypatch, real_sigint):
+    from vggfeat.training import loop
+
+    real, count = loop._Run._step, [0]
+
+    def step(run, batch):
+        count[0] += 1
+        if count[0] == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(run, batch)
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    code, out, err = vgg("train", "set.zip", *SMALL, "-o", "run", "--quiet")
+    assert (code, out) == (130, "run\n") and "interrupted" in err.splitlines()[-1] and "--resume" in err
+    assert count == [2] and not Path("run/weights.safetensors").exists()
+    assert vgg("train", "set.zip", *SMALL, "-o", "run", "--resume", "--quiet")[0] == 0
+    assert count == [6] and Path("run/weights.safetensors").exists()

@@ -81,7 +81,7 @@ def test_scales():
     net, data = made(), images(height=40, width=60)
     crops = []
     for scale in (32, 48):
-        small = [data.read(i).resize((round(60 * scale / 40), scale), 3) for i in range(len(data))]
+        small = [data.read(i).resize((round(60 * scale / 40), scale), 2) for i in range(len(data))]
         x = prepared(
             torch.stack([torch.frombuffer(bytearray(s.tobytes()), dtype=torch.uint8).view(scale, -1, 3) for s in small])
         )
@@ -181,10 +181,10 @@ def test_class_names_must_fit(folder, tmp_path):
 
     path = tmp_path / "w.safetensors"
     state = {key: value.contiguous() for key, value in made().state_dict().items()}
-    save_file(state, path, {"classes": json.dumps(["ant", "cow", "bee"])})
+    save_file(state, path, {"vggfeat": json.dumps({"classes": ["ant", "cow", "bee"]})})
     with pytest.raises(InputError, match="class 1 is 'bee' in .* and 'cow' in the weights"):
         vggfeat.evaluate(path, folder, **ONE)
-    save_file(state, path, {"classes": json.dumps(["ant", "bee", "cow"])})
+    save_file(state, path, {"vggfeat": json.dumps({"classes": ["ant", "bee", "cow"]})})
     assert vggfeat.evaluate(path, folder, **ONE).images == 9
 
 
@@ -193,6 +193,14 @@ def test_weights_without_a_classifier(folder):
         vggfeat.evaluate("bundled", folder, **ONE)
     with pytest.raises(WeightsError):
         vggfeat.evaluate("nowhere.pth", folder, **ONE)
+
+
+def test_weights_that_are_not_numbers(folder):
+    net = made()
+    with torch.no_grad():
+        net.classifier[1].bias[0] = float("nan")
+    with pytest.raises(RunError, match="not finite"):
+        vggfeat.evaluate(net, folder, **ONE)
 
 
 def test_images_that_are_too_small(folder):

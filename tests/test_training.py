@@ -103,7 +103,8 @@ def test_saved_weights_have_torchvisions_keys_and_work_everywhere(finished, torc
     ours = {key for key in weights(result.folder) if key.startswith("features.")}
     assert ours == {key for key in other.state_dict() if key.startswith("features.")}
     with safe_open(path, "pt") as file:
-        assert json.loads(file.metadata()["classes"]) == ["ant", "bee", "cow"]
+        facts = json.loads(file.metadata()["vggfeat"])
+    assert facts == {"classes": ["ant", "bee", "cow"], "size": 32, "scales": None}
     images = torch.rand(2, 3, 32, 32)
     taps = vggfeat.VGGFeatures(["conv3_1", "relu5_2"], weights=path)(images)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -428,7 +429,8 @@ def test_a_damaged_checkpoint_is_passed_over(data, tmp_path, damage):
         run(data, tmp_path / "r", callback=stop_at(4), save_every=1)
     path = sorted((tmp_path / "r" / "checkpoints").iterdir())[-1]
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    for i in range(len(content) // 2, len(content) // 2 + 200):  # more than the padding between two parts
+        content[i] ^= 1
     path.write_bytes({"cut": content[:-1000], "flipped": content, "empty": b""}[damage])
     result = run(data, tmp_path / "r", resume=True, save_every=1)
     assert len(result.damaged) == 1 and path.name in result.damaged[0]
@@ -447,7 +449,7 @@ def test_a_checkpoint_holds_what_it_must(finished):
     state, damaged = checkpoint.newest(finished[0].folder / "checkpoints")
     assert not damaged
     assert {"net", "optimizer", "scheduler", "ema", "scaler", "rng", "epoch", "step", "config"} <= state.keys()
-    assert (state["epoch"], state["step"]) == (8, 0)
+    assert (state["epoch"], state["step"]) == (7, 3)  # before the last test
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -513,7 +515,7 @@ def test_sigkill_at_random_steps(data, tmp_path):
         assert process.returncode == -signal.SIGKILL, error
     assert killed >= 1
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert not list((tmp_path / "killed" / "checkpoints").glob("step-*.tmp"))
+    assert all(path.suffix == ".pt" for path in (tmp_path / "killed" / "checkpoints").iterdir())
 
 
 # ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -542,7 +544,7 @@ def test_a_full_disk(data, tmp_path):
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert "cannot write checkpoint" in last and "Traceback" not in done.stderr
-    assert not list((tmp_path / "r" / "checkpoints").iterdir())
+    assert not (tmp_path / "r" / "checkpoints").exists() or not list((tmp_path / "r" / "checkpoints").iterdir())
 
 
 def test_pictures_that_are_too_small(tmp_path):
@@ -631,3 +633,112 @@ def test_the_run_is_a_zip_of_plain_values(finished):
     path = sorted((finished[0].folder / "checkpoints").iterdir())[-1]
     assert zipfile.is_zipfile(path)
     assert torch.load(path, weights_only=True)["classes"] == ["ant", "bee", "cow"]
+
+
+# ── found by reading ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_resuming_takes_over_nobody_elses_folder(data, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text("mine")
+    (theirs / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="no checkpoint to go on from"):
+        run(data, theirs, resume=True)
+    assert (theirs / "config.json").read_text() == "mine"
+    result = run(data, tmp_path / "new", resume=True, epochs=1)  # a run that was killed before it began
+    assert (result.folder / "weights.safetensors").exists()
+
+
+def test_a_test_that_fails_costs_no_epoch(tmp_path, torchvision):
+    train = pictures.folder(tmp_path / "train", pictures.tree(8))
+    files = pictures.tree(3, width=40) | {"ant/0.png": b"no image"}
+    test = pictures.folder(
+        tmp_path / "test", files | {"bee/w.png": pictures.encoded(pictures.picture("bee", 1, 50, 36))}
+    )
+    options = {"epochs": 1, "workers": 0}
+    good, _ = vggfeat.training.data.load(train)
+    tested = vggfeat.training.data.ImageSet(**vars(vggfeat.training.data.load(test, bad_images="skip")[0]))
+    assert tested.pixels is None  # so that the damaged image is met on the way
+    with pytest.raises(RunError, match=r"ant/0\.png.*--bad-images skip"):
+        run(good, tmp_path / "r", test=tested, **options)
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints")
+    assert (state["epoch"], state["step"]) == (0, 3)
+    result = run(good, tmp_path / "r", test=tested, resume=True, bad_images="skip", **options)
+    assert result.evaluation.images == 9 and result.evaluation.skipped == ["ant/0.png"]
+
+
+def test_test_images_are_scaled_as_training_images_are(tmp_path):
+    mixed = pictures.tree(8, width=48, height=40) | {"ant/t.png": pictures.encoded(pictures.picture("ant", 7, 40, 60))}
+    images, _ = vggfeat.training.data.load(pictures.folder(tmp_path / "a", mixed))
+    test, _ = vggfeat.training.data.load(pictures.folder(tmp_path / "b", pictures.tree(2, width=90, height=90)))
+    config = TrainConfig(**TINY | {"size": 32, "resize": (34, 40), "pad": 0})
+    made = loop._Run(config, images, test, World(CPU), tmp_path, None)
+    assert (made.views.size, made.views.scales) == (32, (40,))
+    with pytest.raises(InputError, match="resize 128 with pad 4 is smaller than size 224"):
+        loop._Run(TrainConfig(**TINY | {"resize": (128,)}), images, test, World(CPU), tmp_path, None)
+    images, _ = vggfeat.training.data.load(tmp_path / "b")
+    small, _ = vggfeat.training.data.load(pictures.folder(tmp_path / "c", pictures.tree(2)))
+    with pytest.raises(InputError, match="smaller than size 90"):
+        loop._Run(TrainConfig(**TINY | {"batch_size": 2}), images, small, World(CPU), tmp_path, None)
+
+
+def test_a_run_is_evaluated_as_it_was_tested(tmp_path):
+    big = pictures.folder(tmp_path / "s", pictures.tree(8, width=48, height=48))
+    result = run(big, tmp_path / "r", size=32, holdout=0.5, epochs=1)
+    images = vggfeat.training.data.load(big)[0]
+    found = vggfeat.evaluate(tmp_path / "r", images, precision="float32")
+    explicit = vggfeat.evaluate(result.net, images, vggfeat.Views(size=32), precision="float32")
+    assert found.loss == pytest.approx(explicit.loss, rel=1e-5)
+    assert found.loss != pytest.approx(vggfeat.evaluate(result.net, images, precision="float32").loss, rel=1e-5)
+
+
+def test_what_freezes_is_the_convolutional_part(data, tmp_path):
+    with pytest.raises(InputError, match="one of the head's layers"):
+        begun(data, tmp_path, arch="vgg11", width=1.0, weights="random", new_head=True, head="paper", freeze="fc7")
+
+
+def test_synchronised_layers_are_batch_normalisation_too():
+    from vggfeat.network import _still
+
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
+    assert not isinstance(block[0], nn.BatchNorm2d)
+    with _still(block):
+        assert block[0].momentum == 0.0
+    assert block[0].momentum == 0.1
+
+
+def test_what_a_kill_left_is_cleared_away(data, tmp_path):
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "r", callback=stop_at(2), save_every=1)
+    folder = tmp_path / "r" / "checkpoints"
+    (folder / ".vggfeat-0123456789abcdef.tmp").write_bytes(b"half a checkpoint")
+    (folder / "step-000000099.pt").write_bytes(b"damaged")
+    good = {path.name for path in folder.glob("step-00000000?.pt")}
+    state, damaged = checkpoint.newest(folder)
+    assert state["step"] == 1 and len(damaged) == 1
+    assert {path.name for path in folder.iterdir()} == good
+
+
+def test_recipes_bend():
+    assert vggfeat.recipe("fast", epochs=1).epochs == 1
+    assert not vggfeat.recipe("fast", optimizer="adamw", lr=1e-3).nesterov
+
+
+def test_a_refusal_reaches_every_process(data, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "mine.txt").write_text("mine")
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        "-m",
+        "vggfeat.training",
+    ]
+    done = subprocess.run(
+        [*start, *command(data, tmp_path / "r")], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0 and "r is there already" in done.stderr
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["mine.txt"]

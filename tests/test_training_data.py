@@ -99,6 +99,26 @@ def test_two_places(tmp_path):
     assert (len(train), len(test)) == (9, 3)
 
 
+def test_a_split_by_other_names(tmp_path):
+    files = {f"Train/{k}": v for k, v in pictures.tree(2).items()} | {
+        f"Test/{k}": v for k, v in pictures.tree(1).items()
+    }
+    train, test = load(pictures.folder(tmp_path / "s", files))
+    assert (len(train), len(test)) == (6, 3)
+    pictures.folder(tmp_path / "s", {"Meta/0.png": pictures.encoded(pictures.picture("ant", 0))})
+    with pytest.raises(InputError, match="has Meta, Test, Train: expected class folders"):
+        load(tmp_path / "s")
+
+
+def test_sets_can_be_sent_to_other_processes(tmp_path):
+    files = pictures.tree(3) | {"ant/1.png": b"no image"}
+    pictures.cifar(tmp_path / "c")
+    for found in (load(pictures.folder(tmp_path / "s", files), bad_images="skip")[0], load(tmp_path / "c")[0]):
+        part = found.subset(torch.tensor([1, 3]))
+        copy = pickle.loads(pickle.dumps(part))
+        assert numpy.array_equal(numpy.asarray(copy.read(1)), numpy.asarray(found.read(3)))
+
+
 def test_a_test_set_of_other_classes_is_refused(tmp_path):
     other = {name.replace("cow", "cat"): content for name, content in pictures.tree(1).items()}
     with pytest.raises(InputError, match="3 classes.*not in both: cat, cow"):
@@ -358,7 +378,8 @@ def test_an_image_that_fails_on_the_way(mixed, torchvision):
     config = TrainConfig(flip="none", pad=0, bad_images="skip", **options)
     batches = Batches(found, config, CPU, 32)
     ((batch,),) = batches.epoch(0)
-    assert len(batch.labels) == 12 and len(batches.skipped) == 1 and "cow/1.png" in next(iter(batches.skipped))
+    assert len(batches.skipped) == 1 and "cow/1.png" in next(iter(batches.skipped))
+    assert len(batch.labels) == 13 and len(batch.images.flatten(1).unique(dim=0)) == 12  # one of them twice
 
 
 def test_a_parted_set_is_the_whole(tmp_path):

@@ -12,7 +12,9 @@ from typing import IO
 
 from vggfeat.errors import InputError
 
-__all__ = ["check_path", "free_name", "new_file", "taken"]
+__all__ = ["TEMPORARY", "check_path", "free_name", "new_file", "taken"]
+
+TEMPORARY = ".vggfeat-*.tmp"  # what a file is called while it is being written
 
 
 def check_path(
@@ -72,7 +74,9 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
         FileExistsError: the name is taken by now and must not be.
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".vggfeat-{secrets.token_hex(8)}.tmp")  # a link or a rename needs the same file system
+    temporary = path.with_name(
+        TEMPORARY.replace("*", secrets.token_hex(8))
+    )  # a link or a rename needs the same file system
     try:
         with open(temporary, "x+b") as file:  # not tempfile, whose files are 0600 whatever the umask says
             yield file

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is one, and no BatchNorm2d
 from torch.utils.checkpoint import checkpoint
 
 from vggfeat.arch import LRN, Arch, Layer, parse, unit_of
@@ -44,7 +45,7 @@ def _module(layer: Layer) -> nn.Module:
 @contextmanager
 def _still(block: nn.Module) -> Iterator[None]:
     """Batch normalisation normalises as in training, but its running statistics and counters stay as they are."""
-    layers = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    layers = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     before = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in layers if bn.num_batches_tracked is not None]
     for bn in layers:
         bn.momentum = 0.0

@@ -429,19 +429,19 @@ def read(path: Path) -> Mapping[str, Any]:
     return raw
 
 
-def classes_of(weights: str | os.PathLike[str]) -> list[str] | None:
-    """The class names that `vggfeat.train` stored in a `.safetensors` file, None where there are none."""
+def facts_of(weights: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `vggfeat.train` says of a `.safetensors` file that it wrote (classes, size, scales); empty for any other."""
     path = Path(weights)
     if path.suffix.lower() != ".safetensors" or not path.is_file():
-        return None
+        return {}
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {}).get("classes", "null"))
+            found = json.loads((file.metadata() or {}).get("vggfeat", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is damaged or no safetensors file: {error}") from error
-    return found if isinstance(found, list) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _magic(path: Path) -> bytes:

@@ -63,19 +63,21 @@ def train(
         raise vggfeat.InputError("--resume needs the run's folder: name it with --output")
     if first:
         check_outputs(None, plot, overwrite=resume)
-        said = "  ".join(f"{key}={value}" for key, value in config.to_dict().items() if value is not None)
-        click.echo(f"recipe {name}: {said}", err=True)
     folder = Path(output) if output else free_name(Path(f"{config.arch or 'vgg16_bn'}-{name}"))
+    said = "  ".join(f"{key}={value}" for key, value in config.to_dict().items() if value is not None)
+    lines = [f"recipe {name}: {said}"]  # told with the first line of the run, once it is clear that there will be one
+
+    def announce(text: str) -> None:
+        while lines:
+            click.echo(lines.pop(), err=True)
+        click.echo(text, err=True)
+
     with _Progress(config.epochs, disable=quiet or not first) as progress:
-        result = vggfeat.train(
-            data,
-            test,
-            config,
-            folder,
-            resume=resume,
-            callback=progress,
-            announce=lambda text: click.echo(text, err=True),
-        )
+        try:
+            result = vggfeat.train(data, test, config, folder, resume=resume, callback=progress, announce=announce)
+        except KeyboardInterrupt:  # a second one, or one of several processes
+            click.echo(f"vggfeat train: interrupted; --resume goes on from what was saved in {folder}", err=True)
+            return INTERRUPTED
     if not first:
         return 0
     if plot is not None and result.history:
@@ -174,11 +176,10 @@ def evaluate(
     DATA is CIFAR's folder, a folder of class folders or a zip of one; its test set, where it has one.
     """
     check_outputs(output, plot, overwrite)
-    in_folder = Path(weights) / "weights.safetensors"
     from vggfeat.training.evaluation import Views
 
     views = Views(size, scales, grid, flip, dense)
-    report = vggfeat.evaluate(in_folder if in_folder.is_file() else weights, data, views, **options)
+    report = vggfeat.evaluate(weights, data, views, **options)
     if plot is not None:
         from vggfeat.plots import plot_confusion
 

@@ -9,6 +9,7 @@ the unbroken one would have seen, and of several processes each draws for the wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet
 from vggfeat.weights import IMAGENET
 
-__all__ = ["Batch", "Batches", "normalised", "seeded", "transforms"]
+__all__ = ["LEAVE_OUT", "Batch", "Batches", "normalised", "scale_for", "seeded", "transforms"]
 
+LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 _FILL = tuple(round(255 * value) for value in IMAGENET.mean)  # what is nearest to 0 once it is normalised
 
 
@@ -49,8 +51,19 @@ def normalised(pixels: Tensor) -> Tensor:
 
     All of vggfeat's networks see images so, whatever they were trained on: saved weights then serve anywhere.
     """
-    mean, std = (torch.tensor(values, device=pixels.device) * 255 for values in (IMAGENET.mean, IMAGENET.std))
+    mean, std = _convention(pixels.device)
     return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _convention(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device) * 255 for values in (IMAGENET.mean, IMAGENET.std))
+    return mean, std
+
+
+def scale_for(size: int) -> int:
+    """The shorter side that images of several sizes are brought to before crops of `size` are taken: 256 for 224."""
+    return size * 8 // 7
 
 
 def transforms() -> Any:
@@ -82,7 +95,7 @@ class Batches:
 
     Attributes:
         steps: batches of an epoch; images that fill none are left out, others in every epoch.
-        skipped: names of images that could not be read on the way.
+        skipped: images that could not be read on the way, and why.
 
     Raises:
         InputError: fewer images than a batch, a batch that cannot be parted, or images smaller than the crops.
@@ -108,7 +121,10 @@ class Batches:
         self.labels = images.labels.to(device)
         self.pixels = None if images.pixels is None else images.pixels.to(device)
         if self.pixels is None:
-            self.crops = _Crops(images, config, size)
+            resize = config.resize or (scale_for(size),)
+            if resize[0] + 2 * config.pad < size:
+                raise InputError(f"resize {resize[0]} with pad {config.pad} is smaller than size {size}")
+            self.crops = _Crops(images, config, resize, size)
         else:
             height, width = self.pixels.shape[1:3]
             if min(height, width) + 2 * config.pad < size:
@@ -152,22 +168,23 @@ class Batches:
     def _read(self, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         config = self.config
         plan = [[(i, (config.seed, epoch, i)) for i in chosen[step].tolist()] for step in steps]
-        for read in DataLoader(self.crops, batch_sampler=plan, num_workers=config.workers, collate_fn=list):
-            bad = [pixels for _, pixels in read if isinstance(pixels, str)]
+        for numbers, crops, bad in DataLoader(
+            self.crops, batch_sampler=plan, num_workers=config.workers, collate_fn=_stacked
+        ):
             if bad and config.bad_images == "fail":
-                raise RunError(f"{bad[0]}; leave such images out with bad_images='skip' (--bad-images skip)")
-            self.skipped.update(bad)
-            good = [(number, pixels) for number, pixels in read if not isinstance(pixels, str)]
-            if not good:
+                raise RunError(f"{bad[0]}; {LEAVE_OUT}")
+            if not len(numbers):
                 raise RunError(f"no image of a whole batch can be read, such as {bad[0]}")
-            numbers, crops = zip(*good, strict=True)
-            yield torch.tensor(numbers), normalised(torch.stack(crops).to(self.device))
+            self.skipped.update(bad)
+            # in the place of one that cannot be read comes another of the batch, so that batches keep their size
+            places = torch.arange(len(numbers) + len(bad)) % len(numbers)
+            yield numbers[places], normalised(crops[places].to(self.device))
 
     def _augmented(self, numbers: Tensor, images: Tensor, epoch: int, step: int) -> Tensor:
         """Mirror and blank: what needs no more than the crops themselves."""
-        config, count = self.config, len(numbers)
+        config = self.config
         generator = seeded(config.seed, epoch, step, 1)
-        flips = (torch.rand(config.batch_size, generator=generator) < 0.5)[self.own][:count]
+        flips = (torch.rand(config.batch_size, generator=generator) < 0.5)[self.own]
         if config.flip == "alternating":
             flips = self.turns[numbers] ^ bool(epoch % 2)
         if config.flip != "none":
@@ -175,9 +192,7 @@ class Batches:
         if config.cutout:
             span = torch.arange(self.size, device=self.device)
             corners = torch.randint(self.size, (2, config.batch_size, 1), generator=generator) - config.cutout // 2
-            rows, columns = (
-                _inside(span - corner[self.own][:count].to(self.device), config.cutout) for corner in corners
-            )
+            rows, columns = (_inside(span - corner[self.own].to(self.device), config.cutout) for corner in corners)
             images = images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
         return images
 
@@ -191,12 +206,22 @@ def _reflected(lines: Tensor, side: int) -> Tensor:
     return (side - 1 - (side - 1 - lines.abs()).abs()).clamp(0, side - 1)
 
 
+def _stacked(read: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor, list[str]]:
+    """Numbers and pixels of the images that could be read, each as one tensor, and what was wrong with the others."""
+    good = [(number, pixels) for number, pixels in read if isinstance(pixels, Tensor)]
+    crops = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0)
+    return (
+        torch.tensor([number for number, _ in good]),
+        crops,
+        [pixels for _, pixels in read if isinstance(pixels, str)],
+    )
+
+
 class _Crops(Dataset[Any]):
     """Images read one by one, scaled and cropped at random; a message in place of one that cannot be read."""
 
-    def __init__(self, images: ImageSet, config: TrainConfig, size: int) -> None:
+    def __init__(self, images: ImageSet, config: TrainConfig, resize: tuple[int, ...], size: int) -> None:
         v2 = transforms()
-        resize = config.resize or (size * 8 // 7,)
         mode = {"zeros": "constant", "reflect": "reflect"}[config.pad_mode]
         self.images = images
         self.transform = v2.Compose(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vggfeat.errors import RunError
-from vggfeat.files import new_file
+from vggfeat.files import TEMPORARY, new_file
 
 __all__ = ["newest", "save"]
 
@@ -24,9 +24,9 @@ def save(folder: Path, steps: int, state: Mapping[str, Any]) -> Path:
     Raises:
         RunError: it cannot be written, as on a full disk; those that are there stay.
     """
-    folder.mkdir(exist_ok=True)
     path = folder / f"step-{steps:09d}.pt"
     try:
+        folder.mkdir(exist_ok=True)
         with new_file(path, overwrite=True) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch reports what its writer ran into as a RuntimeError
@@ -42,16 +42,18 @@ def save(folder: Path, steps: int, state: Mapping[str, Any]) -> Path:
 def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest checkpoint that is whole, None where there is none, and what was wrong with newer ones.
 
-    Checksums of all parts are compared, and nothing is unpickled that could run code.
+    Checksums of all parts are compared, and nothing is unpickled that could run code. What a kill left half written is
+    removed, and so is what is damaged, once there is something better.
     """
-    wrong: list[str] = []
+    wrong: dict[Path, str] = {}
+    for rest in folder.glob(TEMPORARY):
+        rest.unlink()
     for path in _files(folder):
         try:
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise zipfile.BadZipFile(f"checksum of {damaged} does not fit")
+                if part := archive.testzip():
+                    raise zipfile.BadZipFile(f"checksum of {part} does not fit")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return state, wrong
         except (
             OSError,
             EOFError,
@@ -61,8 +63,12 @@ def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             zipfile.BadZipFile,
             pickle.UnpicklingError,
         ) as error:
-            wrong.append(f"{path} is damaged ({str(error).splitlines()[0]})")
-    return None, wrong
+            wrong[path] = f"{path} is damaged ({str(error).splitlines()[0]})"
+        else:
+            for damaged in wrong:
+                damaged.unlink()
+            return state, list(wrong.values())
+    return None, list(wrong.values())
 
 
 def _files(folder: Path) -> list[Path]:

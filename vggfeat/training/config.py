@@ -38,9 +38,9 @@ class TrainConfig:
         dropout: probability in the head.
         init: `kaiming` or `paper`, see `vggfeat.VGG`.
         weights: where to start: what `vggfeat.weights.load` knows; None means a fresh draw.
-        new_head: with weights, draw the classifier anew, for other classes.
-        freeze: with weights, leave everything up to this layer as it is (`relu3_3`, `pool4`), batch statistics
-            included.
+        new_head: with weights, draw the classifier anew, all of it, for other classes.
+        freeze: with weights, leave everything up to this layer of the convolutional part as it is (`relu3_3`, `pool4`),
+            batch statistics included.
         features_lr: factor on the learning rate of the convolutional part, against the head's.
         epochs: passes over the training set.
         batch_size: images of a step, over all processes, gathered in `accumulate` parts.
@@ -56,7 +56,7 @@ class TrainConfig:
             to almost 0; Smith and Topin 2019, arXiv:1708.07120).
         step_size: epochs of a step of `step`.
         gamma: factor of a step.
-        warmup: epochs that the rate takes to rise, part of `epochs`; for `onecycle` 0 means three tenths of them.
+        warmup: epochs that the rate takes to rise, part of `epochs`; for `onecycle` 0 means a fifth of them.
         label_smoothing: share of the target spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
         mixup: alpha of mixup (Zhang et al. 2018, arXiv:1710.09412); 0 means none.
         cutmix: alpha of CutMix (Yun et al. 2019, arXiv:1905.04899); 0 means none. With both, one of them a batch.
@@ -75,7 +75,8 @@ class TrainConfig:
         checkpointing: keep each block's input alone and compute the rest again in the backward (Chen et al. 2016,
             arXiv:1604.06174).
         deterministic: ask torch for deterministic algorithms, on GPUs too.
-        holdout: share of the training images that is set aside for testing, where no test set is given.
+        holdout: share of the training images that is set aside for testing, where no test set is given. Which they are
+            depends on the seed; `evaluate` knows nothing of it and tests all images that it is given.
         bad_images: `fail` at an image that cannot be read, or `skip` it; skipped ones are named and counted.
         workers: processes that read images which do not fit into memory; they make no difference to the result.
         save_every: steps between checkpoints; 0 means at the end of each epoch only.
@@ -214,7 +215,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 0.2,
         "nesterov": True,
         "schedule": "onecycle",
-        "warmup": 4.0,
         "label_smoothing": 0.1,
         "pad_mode": "reflect",
         "flip": "alternating",
@@ -243,4 +243,7 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
     for key in changes:
         if key not in fields:
             raise InputError(f"unknown setting {key!r}: {nearest(key, fields)}")
-    return TrainConfig(**RECIPES[name] | changes)
+    settings = RECIPES[name] | changes
+    if settings.get("optimizer", "sgd") != "sgd" and "nesterov" not in changes:
+        settings.pop("nesterov", None)  # which is the recipe's SGD's
+    return TrainConfig(**settings)

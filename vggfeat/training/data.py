@@ -22,7 +22,7 @@ from torch import Tensor
 from vggfeat.errors import ImageError, InputError
 from vggfeat.image import open_image
 
-__all__ = ["ImageSet", "load"]
+__all__ = ["ImageSet", "load", "load_test"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 SETS = ("train", "test")
@@ -57,13 +57,13 @@ class ImageSet:
 
     def subset(self, chosen: Tensor) -> ImageSet:
         """The images of these numbers."""
-        numbers, read = chosen.tolist(), self.read
+        numbers = chosen.tolist()
         return ImageSet(
             self.label,
             self.classes,
             self.labels[chosen],
             [self.names[i] for i in numbers],
-            lambda i: read(numbers[i]),
+            _Some(self.read, numbers),
             None if self.pixels is None else self.pixels[chosen],
             list(self.skipped),
         )
@@ -95,8 +95,7 @@ def load(
     """
     train, tested = _load(data, resize, bad_images)
     if test is not None:
-        first, second = _load(test, resize, bad_images)
-        tested = second or first
+        tested, _ = _load(test, resize, bad_images, last=True)
     if tested is not None and tested.classes != train.classes:
         odd = sorted(set(tested.classes) ^ set(train.classes))
         raise InputError(
@@ -106,8 +105,13 @@ def load(
     return train, tested
 
 
+def load_test(data: str | os.PathLike[str] | ImageSet, *, bad_images: str = "fail") -> ImageSet:
+    """The test set of what `load` knows, where it has one, else all of it; the rest is not read."""
+    return _load(data, None, bad_images, last=True)[0]
+
+
 def _load(
-    data: str | os.PathLike[str] | ImageSet, resize: tuple[int, ...] | None, bad_images: str
+    data: str | os.PathLike[str] | ImageSet, resize: tuple[int, ...] | None, bad_images: str, last: bool = False
 ) -> tuple[ImageSet, ImageSet | None]:
     if isinstance(data, ImageSet):
         return data, None
@@ -115,6 +119,7 @@ def _load(
     if not path.exists():
         raise InputError(f"no images at {path}: give a folder of class folders, a zip of one, or CIFAR's folder")
     found = _cifar(path) or [_class_folders(path, part) for part in _parts(path)]
+    found = found[-1:] if last else found
     for each in found:
         _keep(each, resize, bad_images)
     return found[0], found[1] if len(found) > 1 else None
@@ -149,10 +154,15 @@ def _parts(path: Path) -> list[_Tree]:
         folders = [name.rstrip("/") for name in names if name.endswith("/")]
     tree = _stripped(_Tree(path, "", sorted(filter(_visible, files)), sorted(filter(_visible, folders))))
     tops = {name.split("/")[0] for name in tree.files if "/" in name}
-    trains, tests = ([name for name in wanted if name in tops] for wanted in (TRAIN, TEST))
-    if trains and tests and tops <= {*TRAIN, *TEST}:
-        return [_stripped(_under(tree, part)) for part in (trains[0], tests[0])]
-    return [tree]
+    trains, tests = (sorted(name for name in tops if name.lower() in wanted) for wanted in (TRAIN, TEST))
+    if not (trains and tests):
+        return [tree]
+    if len(tops) > 2:
+        raise InputError(
+            f"{path} has {', '.join(sorted(tops))}: expected class folders, or one folder for training and one for the "
+            "test; name the two as DATA and --test (test=)"
+        )
+    return [_stripped(_under(tree, part)) for part in (trains[0], tests[0])]
 
 
 def _visible(name: str) -> bool:
@@ -252,8 +262,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
         )
     images.skipped = [images.names[i] for i, _ in bad]
     if bad:
-        read, numbers = images.read, good
-        images.read = lambda i: read(numbers[i])
+        images.read = _Some(images.read, good)
         images.labels, images.names = images.labels[torch.tensor(good)], [images.names[i] for i in good]
         if lost := set(range(len(images.classes))) - set(images.labels.tolist()):
             name = images.classes[min(lost)]
@@ -267,7 +276,7 @@ def scaled(image: Image.Image, resize: tuple[int, ...] | None) -> Image.Image:
         return image
     short = min(image.size)
     width, height = (max(1, round(side * resize[0] / short)) for side in image.size)
-    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _memory() -> int:
@@ -275,6 +284,28 @@ def _memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows
         return 8 << 30
+
+
+@dataclass(frozen=True)
+class _Some:
+    """Reads image number i of those chosen; a class, since worker processes may get it pickled, as the next."""
+
+    read: Callable[[int], Image.Image]
+    numbers: list[int]
+
+    def __call__(self, i: int) -> Image.Image:
+        return self.read(self.numbers[i])
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """Image number i of (N,H,W,3) uint8."""
+
+    images: Tensor
+
+    def __call__(self, i: int) -> Image.Image:
+        height, width, _ = self.images.shape[1:]
+        return Image.frombytes("RGB", (width, height), bytes(self.images[i].flatten().tolist()))
 
 
 # ── CIFAR ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -368,7 +399,5 @@ def _cifar_set(label: str, pixels: Tensor, labels: list[int], names: list[str] |
         raise InputError(f"{label} is not CIFAR as published: {len(pixels)} images, {len(labels)} labels")
     images = pixels.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()  # (N,H,W,3)
 
-    def read(i: int) -> Image.Image:
-        return Image.frombytes("RGB", (32, 32), bytes(images[i].flatten().tolist()))
-
-    return ImageSet(label, classes, torch.tensor(labels), [f"image {i}" for i in range(len(labels))], read, images)
+    names = [f"image {i}" for i in range(len(labels))]
+    return ImageSet(label, classes, torch.tensor(labels), names, _Pixels(images), images)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from vggfeat.errors import InputError
 
-__all__ = ["World", "joined", "summed", "synchronised"]
+__all__ = ["World", "agreed", "gathered", "joined", "resolve", "summed", "synchronised"]
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,12 @@ def joined(device: str) -> Iterator[World]:
     if not dist.is_available() or ("WORLD_SIZE" not in os.environ and not dist.is_initialized()):
         yield World(resolve(device))
         return
-    found = resolve(device)
-    if found.type == "cuda" and found.index is None:
-        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(found)
     own = not dist.is_initialized()
+    if device in ("auto", "cuda") and torch.cuda.is_available():  # before anything is put on the first GPU
+        index = int(os.environ["LOCAL_RANK"]) if own and "LOCAL_RANK" in os.environ else torch.cuda.current_device()
+        device = f"cuda:{index}"
+        torch.cuda.set_device(index)
+    found = resolve(device)
     if own:
         dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     try:
@@ -79,6 +82,32 @@ def summed(values: Tensor, world: World) -> Tensor:
     if world.size > 1:
         dist.all_reduce(values)
     return values
+
+
+def gathered(values: set[str], world: World) -> set[str]:
+    """What any process has."""
+    if world.size == 1:
+        return values
+    found: list[set[str]] = [set() for _ in range(world.size)]
+    dist.all_gather_object(found, values)
+    return set().union(*found)
+
+
+def agreed(decide: Callable[[], Result], world: World) -> Result:
+    """What the first process decides, in all of them; what it raises, too."""
+    if world.size == 1:
+        return decide()
+    told: list[Any] = [None]
+    if world.first:
+        try:
+            told = [(decide(), None)]
+        except Exception as error:  # passed on, so that no process waits for one that has gone
+            told = [(None, error)]
+    dist.broadcast_object_list(told)
+    found, trouble = told[0]
+    if trouble is not None:
+        raise trouble
+    return found  # type: ignore[no-any-return]
 
 
 class _Sum(torch.autograd.Function):

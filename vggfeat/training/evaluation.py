@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from vggfeat.errors import ImageError, InputError, RunError
 from vggfeat.features import bfloat16_is_fast
 from vggfeat.network import VGG
 from vggfeat.tables import Column, Report, Table
-from vggfeat.training.batches import normalised
-from vggfeat.training.data import ImageSet, load, scaled
+from vggfeat.training.batches import LEAVE_OUT, normalised, scale_for
+from vggfeat.training.data import ImageSet, load_test, scaled
 from vggfeat.training.distributed import World, joined, summed
-from vggfeat.weights import WeightsLike, classes_of
-from vggfeat.weights import load as load_weights_of
+from vggfeat.weights import WeightsLike, facts_of, load_weights
+from vggfeat.weights import load as load_set
 
 __all__ = ["Evaluation", "Views", "autocast_dtype", "evaluate", "tested"]
 
@@ -140,10 +141,11 @@ def evaluate(
     """Test a classifier.
 
     Args:
-        weights: a network, or what `vggfeat.weights.load` knows with a classifier in it.
+        weights: a network, a run's folder, or what `vggfeat.weights.load` knows with a classifier in it.
         data: what `vggfeat.training.data.load` knows, its test set where it has one, else all of it; or one set that it
             gave.
-        views: what is seen of each image; one centre crop by default.
+        views: what is seen of each image; one centre crop by default, of the size and scale that a run of `train` was
+            tested at.
         arch: the network, where the weights do not say.
         batch_size: images at a time.
         precision: `auto`, `float32` or `bfloat16`.
@@ -160,12 +162,20 @@ def evaluate(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if bad_images not in ("fail", "skip") or precision not in ("auto", "float32", "bfloat16"):
         raise InputError(f"unknown bad_images {bad_images!r} or precision {precision!r}")
-    net, names = weights if isinstance(weights, VGG) else _network(weights, arch), None
-    if isinstance(weights, str | os.PathLike):
-        names = classes_of(weights)
+    names, views = None, views or Views()
+    if isinstance(weights, VGG):
+        net = weights
+    else:
+        if isinstance(weights, str | os.PathLike):
+            if (inside := Path(weights) / "weights.safetensors").is_file():
+                weights = inside
+            facts = facts_of(weights)
+            names = facts.get("classes")
+            if views.size is None and views.scales is None and "size" in facts:
+                views = replace(views, size=facts["size"], scales=facts["scales"] and tuple(facts["scales"]))
+        net = _network(weights, arch)
     if not isinstance(data, ImageSet):
-        first, second = load(data, bad_images=bad_images)
-        data = second or first
+        data = load_test(data, bad_images=bad_images)
     if len(data.classes) != net.arch.num_classes:
         raise InputError(
             f"{data.label} has {len(data.classes)} classes, the network {net.arch.num_classes}: "
@@ -182,18 +192,15 @@ def evaluate(
         net = net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
             dtype = autocast_dtype(precision, world.device)
-            return tested(net, data, views or Views(), world, dtype, batch_size, bad_images, workers)
+            return tested(net, data, views, world, dtype, batch_size, bad_images, workers)
         finally:
             net.train(training).to(home)
 
 
 def _network(weights: WeightsLike, arch: str | None) -> VGG:
-    loaded = load_weights_of(weights, arch)
+    loaded = load_set(weights, arch)
     if loaded.arch.head is None:
         raise InputError(f"weights {loaded.label} have no classifier to test")
-    from vggfeat.network import VGG
-    from vggfeat.weights import load_weights
-
     with torch.device("meta"):
         net = VGG(loaded.arch)
     return load_weights(net, loaded)
@@ -212,7 +219,7 @@ def tested(
 ) -> Evaluation:
     """Test a network that is on `world.device`; every image once, shared among the processes."""
     size = views.size or (min(images.pixels.shape[1:3]) if images.pixels is not None else 224)
-    scales: tuple[int | None, ...] = views.scales or (None if images.pixels is not None else size * 8 // 7,)
+    scales: tuple[int | None, ...] = views.scales or (None if images.pixels is not None else scale_for(size),)
     net.eval()
     scores = torch.zeros(len(images), net.arch.num_classes, device=world.device)
     own = torch.arange(len(images))[world.rank :: world.size]
@@ -233,6 +240,8 @@ def tested(
     missing = torch.zeros(len(images), device=world.device)
     missing[sorted(bad)] = 1
     summed(scores, world), summed(missing, world)
+    if not scores.isfinite().all():
+        raise RunError("the network's scores are not finite: its weights are damaged, or precision float16 overflows")
     good = (missing == 0).cpu()
     if not good.any():
         raise RunError(f"no image of {images.label} could be read")
@@ -245,7 +254,7 @@ def _judged(labels: Tensor, scores: Tensor, classes: list[str], views: int, skip
     n = len(classes)
     top = scores.topk(min(5, n), dim=1).indices == labels[:, None]
     confusion = torch.bincount(labels * n + scores.argmax(1), minlength=n * n).view(n, n)
-    loss = F.nll_loss(scores.clamp_min(1e-12).log(), labels)
+    loss = F.nll_loss(scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), labels)
     return Evaluation(
         images=len(labels),
         loss=loss.item(),
@@ -297,15 +306,24 @@ def _read(
             yield numbers, images.pixels[numbers]
         return
     plan = [numbers.tolist() for numbers in own.split(batch_size)]
-    for read in DataLoader(_Whole(images, scale), batch_sampler=plan, num_workers=workers, collate_fn=list):
-        by_shape: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-        for number, pixels in read:
-            if not isinstance(pixels, str):
-                by_shape.setdefault(pixels.shape, []).append((number, pixels))
-            elif bad_images == "fail":
-                raise RunError(f"{pixels}; leave such images out with bad_images='skip' (--bad-images skip)")
-            else:
-                bad.add(number)
-        for group in by_shape.values():
-            numbers, stack = zip(*group, strict=True)
-            yield torch.tensor(numbers), torch.stack(stack)
+    for groups, wrong in DataLoader(
+        _Whole(images, scale), batch_sampler=plan, num_workers=workers, collate_fn=_by_shape
+    ):
+        for number, message in wrong:
+            if bad_images == "fail":
+                raise RunError(f"{message}; {LEAVE_OUT}")
+            bad.add(number)
+        yield from groups
+
+
+def _by_shape(read: list[tuple[int, Tensor | str]]) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, str]]]:
+    """Numbers and stacked pixels of the images of each shape, and what was wrong with others."""
+    shapes: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    for number, pixels in read:
+        if isinstance(pixels, Tensor):
+            shapes.setdefault(pixels.shape, []).append((number, pixels))
+    groups = [
+        (torch.tensor([number for number, _ in group]), torch.stack([pixels for _, pixels in group]))
+        for group in shapes.values()
+    ]
+    return groups, [(number, pixels) for number, pixels in read if isinstance(pixels, str)]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -31,10 +32,10 @@ from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.files import new_file
 from vggfeat.network import VGG
 from vggfeat.training import checkpoint
-from vggfeat.training.batches import Batch, Batches, seeded, transforms
+from vggfeat.training.batches import Batch, Batches, scale_for, seeded, transforms
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
-from vggfeat.training.distributed import World, joined, summed, synchronised
+from vggfeat.training.distributed import World, agreed, gathered, joined, summed, synchronised
 from vggfeat.training.evaluation import Evaluation, Views, autocast_dtype, tested
 from vggfeat.weights import load as load_set
 from vggfeat.weights import load_weights
@@ -132,9 +133,9 @@ def train(
     Under `torchrun` every process calls this, and the result is that of one process with the same batch, to rounding,
     but for dropout, mixup and cutmix, which each process draws for its own part.
 
-    Ctrl-C and SIGTERM end the run after the step that is being made and save a checkpoint. After a SIGKILL at any time,
-    `resume=True` goes on from the newest good checkpoint; on a CPU the weights at the end are those of the unbroken
-    run, bit for bit.
+    Ctrl-C and SIGTERM end a run of one process after the step that is being made, and save a checkpoint. After a
+    SIGKILL at any time, of one process or of several, `resume=True` goes on from the newest good checkpoint; on a CPU
+    the weights at the end are those of the unbroken run, bit for bit.
 
     Args:
         data: what `vggfeat.training.data.load` knows: CIFAR's folder, a folder or a zip of class folders; or what it
@@ -142,7 +143,7 @@ def train(
         test: the same for the test set, where `data` holds none.
         config: the settings, such as `recipe("fast")`.
         folder: of the run, new or empty unless it is resumed.
-        resume: go on with the run in `folder`, whose settings must be these; begin where it has no checkpoint yet.
+        resume: go on with the run in `folder`, whose settings must be these; begin it where it has no checkpoint yet.
         callback: called after each step, in the first process.
         announce: called with a line for people, such as what is trained on what.
 
@@ -153,14 +154,13 @@ def train(
     """
     config, folder = config or TrainConfig(), Path(folder)
     with joined(config.device) as world, _repeatable(config, world):
-        says = announce if announce is not None and world.first else lambda text: None
-        if not resume and world.first and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} is there already: choose another folder, or go on with resume=True (--resume)")
+        says = announce if announce is not None and world.first else _silent
+        agreed(lambda: _check(folder, resume), world)
         images, test_images = load(data, test, resize=config.resize, bad_images=config.bad_images)
         if test_images is None and config.holdout:
             images, test_images = _parted(images, config)
-        run = _Run(config, images, test_images, world, folder, callback if world.first else None)
-        state, damaged = _begin(folder, config, images, world, resume)
+        run = _Run(config, images, test_images, world, folder, callback if world.first else None, says)
+        state, damaged = agreed(lambda: _begin(folder, config, images, resume), world)
         for text in run.summary(damaged):
             says(text)
         if state is not None:
@@ -175,7 +175,7 @@ def _parted(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet]:
     out = []
     for number in range(len(images.classes)):
         mine = order[images.labels[order] == number]
-        out.append(mine[: round(config.holdout * len(mine))])
+        out.append(mine[: min(round(config.holdout * len(mine)), len(mine) - 1)])
     chosen = torch.cat(out).sort().values
     if not len(chosen):
         raise InputError(f"holdout {config.holdout} of {len(images)} images is none of any class: raise it")
@@ -184,8 +184,24 @@ def _parted(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet]:
     return images.subset(rest.nonzero().flatten()), images.subset(chosen)
 
 
+def _silent(text: str) -> None:
+    pass
+
+
+def _check(folder: Path, resume: bool) -> None:
+    """Make sure that nothing in the folder will be lost: a run is gone on with, and only what is empty is filled."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not resume:
+        raise InputError(f"{folder} is there already: choose another folder, or go on with resume=True (--resume)")
+    if not any((folder / "checkpoints").glob("*.pt")) and (
+        not folder.is_dir() or {path.name for path in folder.iterdir()} - {"config.json", "checkpoints", "tensorboard"}
+    ):
+        raise InputError(f"{folder} has no checkpoint to go on from: choose another folder")
+
+
 def _begin(
-    folder: Path, config: TrainConfig, images: ImageSet, world: World, resume: bool
+    folder: Path, config: TrainConfig, images: ImageSet, resume: bool
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Make the run's folder, or find where the run in it is."""
     state, damaged = checkpoint.newest(folder / "checkpoints") if resume else (None, [])
@@ -193,7 +209,7 @@ def _begin(
         raise InputError(f"no checkpoint in {folder} is whole: {'; '.join(damaged)}")
     if state is not None:
         before = {key: tuple(v) if isinstance(v, list) else v for key, v in state["config"].items()}
-        free = ("device", "workers", "save_every", "compile")
+        free = ("device", "workers", "save_every", "compile", "bad_images")
         odd = [name for name, value in config.to_dict().items() if before.get(name) != value and name not in free]
         if odd:
             said = ", ".join(f"{name} was {before.get(name)}, is {getattr(config, name)}" for name in odd)
@@ -203,10 +219,10 @@ def _begin(
                 f"the run in {folder} was on {state['images']} images of {len(state['classes'])} classes, "
                 f"{images.label} has {len(images)} of {len(images.classes)}"
             )
-    elif world.first:
+    else:
+        text = json.dumps({"classes": images.classes, "data": images.label} | config.to_dict(), indent=2)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"classes": images.classes, "data": images.label} | config.to_dict(), indent=2)
             with new_file(folder / "config.json", overwrite=True) as file:
                 file.write((text + "\n").encode())
         except OSError as error:
@@ -258,7 +274,7 @@ def network(config: TrainConfig, num_classes: int) -> VGG:
         )
     load_weights(net, weights, head=head)
     if config.freeze is not None:
-        net.arch.check([config.freeze])
+        net.arch.layer(config.freeze)
         for layer in net.arch.until([config.freeze]):
             net.features[layer.index].requires_grad_(False)
     return net
@@ -290,7 +306,7 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
             optimizer,
             [group["lr"] for group in optimizer.param_groups],
             total_steps=total + 1,  # the last step is made before the rate's end, not after it
-            pct_start=warmup / total if warmup else 0.3,
+            pct_start=warmup / total if warmup else 0.2,
             cycle_momentum=False,
         )
     main: lr_scheduler.LRScheduler
@@ -332,9 +348,10 @@ class _Run:
         world: World,
         folder: Path,
         callback: Callable[[TrainStep], None] | None,
+        announce: Callable[[str], None] = _silent,
     ) -> None:
         self.config, self.images, self.test, self.world = config, images, test, world
-        self.folder, self.callback = folder, callback
+        self.folder, self.callback, self.announce = folder, callback, announce
         self.size = config.size or (min(images.pixels.shape[1:3]) if images.pixels is not None else 224)
         if self.size < 32:
             raise InputError(
@@ -345,25 +362,37 @@ class _Run:
         net = network(config, len(images.classes))
         self.net = net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net.checkpointing = config.checkpointing
-        self.frozen = [
-            module
-            for module in self.net.features
-            if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters())
-        ]
         average = get_ema_multi_avg_fn(config.ema)
         self.ema = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True) if config.ema else None
         self.model: nn.Module = synchronised(self.net, world)
+        self.frozen = [
+            module
+            for module in self.net.features
+            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters())
+        ]
         if config.compile:
             self.model = torch.compile(self.model)  # type: ignore[assignment]
         if world.size > 1:
             self.model = DistributedDataParallel(self.model)
+        if test is not None:  # at its own size where training is, else scaled as the training images are in the mean
+            whole = images.pixels is not None and test.pixels is not None
+            scale = (config.resize or (scale_for(self.size),))[-1]
+            self.views = Views(self.size, None if whole else (scale,))
+            side = min(test.pixels.shape[1:3]) if whole and test.pixels is not None else scale
+            if side < self.size:
+                raise InputError(
+                    f"images of {test.label} are {side} pixels high or wide, smaller than size {self.size}"
+                )
         self.optimizer = optimizer(self.net, config)
         self.scheduler = schedule(self.optimizer, config, self.batches.steps)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.mix = mixing(config, len(images.classes))
         self.epoch = self.step = 0  # done so far; steps of the epoch in progress
         self.history: list[Epoch] = []
-        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, right, images of the epoch so far
+        wide = torch.float32 if world.device.type == "mps" else torch.float64  # which MPS lacks
+        self.sums = torch.zeros(3, dtype=wide, device=world.device)  # loss, right, images of the epoch so far
+        self.bad = torch.full((), -1, device=world.device)  # the first step whose loss was not finite
+        self.loss = self.lr = math.nan  # of the last step, as far as known
         self.seconds = 0.0
         self.stop = False
 
@@ -403,10 +432,12 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint, in the first process, unless the network is no longer finite."""
+        sums = summed(self.sums.clone(), self.world)
+        self.batches.skipped = gathered(self.batches.skipped, self.world)
         if not self.world.first:
             return
         if not all(bool(value.isfinite().all()) for value in self.net.state_dict().values()):
-            raise self._diverged()
+            raise self._diverged(self.step)
         state = {
             "config": self.config.to_dict(),
             "classes": self.images.classes,
@@ -419,7 +450,9 @@ class _Run:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
-            "sums": self.sums,
+            "sums": sums,
+            "lr": self.lr,
+            "loss": self.loss,
             "seconds": self.seconds,
             "skipped": sorted(self.batches.skipped),
             "history": [asdict(epoch) for epoch in self.history],
@@ -436,7 +469,9 @@ class _Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        self.sums.copy_(state["sums"])
+        if self.world.first:  # they are the sums of all processes
+            self.sums.copy_(state["sums"])
+        self.lr, self.loss = state["lr"], state["loss"]
         self.batches.skipped.update(state["skipped"])
         self.history = [Epoch(**row) for row in state["history"]]
 
@@ -450,7 +485,6 @@ class _Run:
             while self.epoch < self.config.epochs and not self.stop:
                 evaluation = self._epoch(board)
         if complete := self.epoch == self.config.epochs:
-            evaluation = evaluation or self._test()  # a run that had ended before
             if self.world.first:
                 self._log()
                 self._save_weights()
@@ -463,38 +497,37 @@ class _Run:
         self.model.train()
         for module in self.frozen:
             module.eval()
-        config, steps = self.config, self.batches.steps
+        config, steps, known = self.config, self.batches.steps, set(self.batches.skipped)
         begun = time.perf_counter()
-        loss, lr = math.nan, math.nan
         for batch in self.batches.epoch(self.epoch, self.step):
-            lr = float(self.scheduler.get_last_lr()[-1])
+            self.lr = float(self.scheduler.get_last_lr()[-1])
             value = self._step(batch)
             self.step += 1
             last = self.step == steps
-            saves = config.save_every > 0 and self.done % config.save_every == 0 and not last
-            if self.world.device.type == "cpu" or last or saves or self.done % 50 == 0:  # on a GPU, reading it waits
-                loss = value.item()
-                if not math.isfinite(self.sums[0].item()):
-                    raise self._diverged()
+            saves = last or (config.save_every > 0 and self.done % config.save_every == 0)
+            if self.world.device.type == "cpu" or saves or self.step == 1 or self.done % 50 == 0:  # a GPU is waited for
+                self.loss = value.item()
+                if (bad := int(self.bad)) >= 0:
+                    raise self._diverged(bad % steps + 1)
             if self.callback is not None and not last:
-                self.callback(TrainStep(self.epoch + 1, config.epochs, self.step, steps, loss, lr))
-            stops = self.stop and not last
-            if saves or stops:
+                self.callback(TrainStep(self.epoch + 1, config.epochs, self.step, steps, self.loss, self.lr))
+            if saves or self.stop:
                 self.seconds += time.perf_counter() - begun
+                self.save()  # before the test, which may fail
                 begun = time.perf_counter()
-                self.save()
-            if stops:
+            if self.stop:
                 return None
-        self.seconds += time.perf_counter() - begun
+        if new := sorted(self.batches.skipped - known):
+            self.announce(f"{len(new)} images left out: {'; '.join(new)}")
         evaluation = self._test()
-        self._close_epoch(lr, evaluation)
+        self._close_epoch(evaluation)
         if self.world.first:
             self._log()
             if board is not None:
                 board.write(self.history[-1])
-        self.save()
         if self.callback is not None:
-            self.callback(TrainStep(self.epoch, config.epochs, steps, steps, loss, lr, self.history[-1]))
+            done = self.history[-1]
+            self.callback(TrainStep(self.epoch, config.epochs, steps, steps, self.loss, self.lr, done))
         return evaluation
 
     def _step(self, parts: list[Batch]) -> Tensor:
@@ -515,9 +548,8 @@ class _Run:
                 self.scaler.scale(loss / len(parts)).backward()
             total += loss.detach() / len(parts)
             right = (scores.argmax(1) == labels).sum()
-            self.sums += torch.stack(
-                [loss.detach().double() * len(labels), right.double(), right.new_tensor(len(labels))]
-            )
+            self.sums += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
+        self.bad = torch.where((self.bad < 0) & ~total.isfinite(), self.done, self.bad)
         self.scaler.unscale_(self.optimizer)
         if config.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), config.clip)
@@ -529,27 +561,24 @@ class _Run:
             self.ema.update_parameters(self.net)
         return total
 
-    def _diverged(self) -> RunError:
+    def _diverged(self, step: int) -> RunError:
         return RunError(
-            f"the loss is not finite at epoch {self.epoch + 1}, step {self.step} of {self.batches.steps}: lower lr, or "
+            f"the loss is not finite at epoch {self.epoch + 1}, step {step} of {self.batches.steps}: lower lr, or "
             f"set warmup or clip; any checkpoint in {self.folder} is from before"
         )
 
     def _test(self) -> Evaluation | None:
         if self.test is None:
             return None
-        size = self.size if self.test.pixels is None or self.config.size else None
-        scales = None if self.test.pixels is not None else (self.config.resize or (self.size * 8 // 7,))[-1:]
-        config = self.config
-        views = Views(size, scales)
-        return tested(self.tested_net, self.test, views, self.world, self.dtype, 256, config.bad_images, config.workers)
+        bad_images, workers = self.config.bad_images, self.config.workers
+        return tested(self.tested_net, self.test, self.views, self.world, self.dtype, 256, bad_images, workers)
 
-    def _close_epoch(self, lr: float, evaluation: Evaluation | None) -> None:
+    def _close_epoch(self, evaluation: Evaluation | None) -> None:
         loss, right, count = summed(self.sums, self.world).tolist()
         self.history.append(
             Epoch(
                 epoch=self.epoch + 1,
-                lr=lr,
+                lr=self.lr,
                 train_loss=loss / count,
                 train_accuracy=right / count,
                 test_loss=evaluation.loss if evaluation else None,
@@ -574,8 +603,9 @@ class _Run:
         from safetensors.torch import save
 
         state = {key: value.detach().contiguous().cpu() for key, value in self.tested_net.state_dict().items()}
-        facts = {"format": "pt", "arch": self.net.arch.name, "classes": json.dumps(self.images.classes)}
-        self._write("weights.safetensors", save(state, facts))
+        views = {"size": self.size, "scales": self.views.scales} if self.test is not None else {}
+        facts = {"classes": self.images.classes} | views
+        self._write("weights.safetensors", save(state, {"format": "pt", "vggfeat": json.dumps(facts)}))
 
     def _write(self, name: str, content: bytes) -> None:
         try:
