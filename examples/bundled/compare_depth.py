@@ -1,4 +1,4 @@
-"""Do the deep blocks of the bundled weights help a style transfer? Measures that are stated here, before they are taken.
+"""Do the deep blocks of the bundled weights help? Measures that are stated here before they are taken.
 
 Pairs of photograph and painting by which nothing was chosen: those of `score.py`, the paintings moved on. Each is
 stylised twice with the bundled weights, at 384 px:
@@ -8,13 +8,13 @@ stylised twice with the bundled weights, at 384 px:
   Oxford's relu3_3 says that it is as far from the photograph as the default's picture is, within 10 %.
 
 The first measure, on the paintings moved on by two, was "long" of `score.py`: the relative squared error, against the
-painting, of the covariances of Oxford's relu3_1 with itself 16, 32 and 64 pixels away. The claim was that it is lower for
-the default in at least five of six pairs. It was in three: the claim did not hold.
+painting, of the covariances of Oxford's relu3_1 with itself 16, 32 and 64 pixels away. The claim was that it is lower
+for the default in at least five of six pairs. It was in three: the claim did not hold.
 
-Those pictures suggested another: at the same distance in relu3_3 the default keeps the subject, where the shallow layers
-keep texture and lose the lion's face. The second measure, "structure", is the SSIM (Wang et al. 2004; window 11) of the
-luminances of picture and photograph, both reduced to a long side of 96 pixels. Stated before it is taken on fresh pairs,
-the paintings moved on by four: it is higher for the default in at least five of six.
+Those pictures suggested another: at the same distance in relu3_3 the default keeps the subject, where the shallow
+layers keep texture and lose the lion's face. The second measure, "structure", is the SSIM (Wang et al. 2004; window 11)
+of the luminances of picture and photograph, both reduced to a long side of 96 pixels. Stated before it is taken on
+fresh pairs, the paintings moved on by four: it is higher for the default in at least five of six.
 
     python examples/bundled/compare_depth.py --moved 4 --out pictures/
 """
