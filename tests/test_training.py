@@ -668,7 +668,7 @@ def test_a_test_that_fails_costs_no_epoch(tmp_path, torchvision):
     assert result.evaluation.images == 9 and result.evaluation.skipped == ["ant/0.png"]
 
 
-def test_test_images_are_scaled_as_training_images_are(tmp_path):
+def test_test_images_are_scaled_as_training_images_are(tmp_path, torchvision):
     mixed = pictures.tree(8, width=48, height=40) | {"ant/t.png": pictures.encoded(pictures.picture("ant", 7, 40, 60))}
     images, _ = vggfeat.training.data.load(pictures.folder(tmp_path / "a", mixed))
     test, _ = vggfeat.training.data.load(pictures.folder(tmp_path / "b", pictures.tree(2, width=90, height=90)))
