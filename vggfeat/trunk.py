@@ -491,8 +491,7 @@ class _Flow:
                 self.own(torch.ops.aten.threshold_backward(self.grad, values, 0))
         else:
             assert packed is not None
-            sign = _unpack(packed, self.grad.shape).to(self.grad.dtype)
-            self.own(self.grad.mul_(sign) if self.ours else self.grad * sign)
+            self.mask(_unpack(packed, self.grad.shape).to(self.grad.dtype), None)
 
 
 def _laid(grad: Tensor) -> Tensor:
@@ -571,7 +570,7 @@ def _pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
     y = torch.maximum(top, bottom)
     # of equals the first wins, as in torch.nn.MaxPool2d
     down = bottom > top
-    right = torch.where(down, d > c, b > a)
+    right = ((d > c) & down) | ((b > a) & ~down)
     if keep == "values":
         return y, down.to(torch.uint8).mul_(2).add_(right)
     return y, torch.stack([_pack(down), _pack(right), _pack(y)], dim=1)
@@ -581,7 +580,7 @@ def _max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled:
     """Each gradient goes to the winner of its window, and nowhere where the winner was not positive."""
     if pooled is None:
         down, right, alive = (_unpack(bits, grad.shape).to(grad.dtype) for bits in route.unbind(1))
-        grad = grad * alive
+        grad = torch.ops.aten.threshold_backward(grad, alive, 0)
     else:
         grad = torch.ops.aten.threshold_backward(grad, pooled, 0)
         if route.dtype == torch.int64:  # torch's own, on a CPU; on CUDA it adds atomically, in no fixed order
@@ -592,11 +591,11 @@ def _max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled:
         down, right = (route >= 2).to(grad.dtype), (route & 1).to(grad.dtype)
     out = _unpooled(grad, height, width)
     a, b, c, d = _quarters(out, *grad.shape[2:])
-    bottom = grad * down
+    bottom = torch.ops.aten.threshold_backward(grad, down, 0)
     top = grad.sub_(bottom)
-    torch.mul(top, right, out=b)
+    torch.ops.aten.threshold_backward.grad_input(top, right, 0, grad_input=b)
     torch.sub(top, b, out=a)
-    torch.mul(bottom, right, out=d)
+    torch.ops.aten.threshold_backward.grad_input(bottom, right, 0, grad_input=d)
     torch.sub(bottom, d, out=c)
     return out
 
@@ -654,8 +653,8 @@ _SPREAD = 0x0101010101010101
 
 def _pack(x: Tensor) -> Tensor:
     """One bit for each value, set where it is positive: (N,C,H,W) channels_last to uint8 (N, ceil(C·H·W / 8))."""
-    if x.dtype == torch.bfloat16:
-        x = x.view(torch.int16)  # of the same sign, and compared twice as fast
+    if x.dtype == torch.bfloat16:  # after a ReLU only the sign of 0 can be set: without it, what is not 0 is positive
+        x = x.view(torch.int16).bitwise_left_shift(1).to(torch.bool)  # faster than a comparison
     flat = (x if x.dtype == torch.bool else x > 0).permute(0, 2, 3, 1).flatten(1)
     if flat.shape[1] % 8:
         flat = F.pad(flat, (0, 8 - flat.shape[1] % 8))
@@ -663,10 +662,13 @@ def _pack(x: Tensor) -> Tensor:
 
 
 def _unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `_pack`: bool (N,C,H,W), channels_last."""
+    """The inverse of `_pack`: uint8 (N,C,H,W), channels_last, above 0 where the bit was set.
+
+    Not bool, which a CPU takes several times as long to convert to bfloat16.
+    """
     n, c, h, w = shape
     spread = bits.to(torch.int64).mul_(_SPREAD).bitwise_and_(_SELECT)
-    return spread.view(torch.uint8)[:, : c * h * w].ne(0).view(n, h, w, c).permute(0, 3, 1, 2)
+    return spread.view(torch.uint8)[:, : c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 # ── what compilers and vmap need to know of the operators ─────────────────────────────────────────────────────────────
