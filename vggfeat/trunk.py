@@ -484,14 +484,13 @@ class _Flow:
     def mask(self, values: Tensor | None, packed: Tensor | None) -> None:
         """Let through only where the ReLU did."""
         assert self.grad is not None
-        if values is not None:
-            if self.ours:
-                torch.ops.aten.threshold_backward.grad_input(self.grad, values, 0, grad_input=self.grad)
-            else:
-                self.own(torch.ops.aten.threshold_backward(self.grad, values, 0))
-        else:
+        if values is None:
             assert packed is not None
-            self.mask(_unpack(packed, self.grad.shape).to(self.grad.dtype), None)
+            values = _unpack(packed, self.grad.shape).to(self.grad.dtype)
+        if self.ours:
+            torch.ops.aten.threshold_backward.grad_input(self.grad, values, 0, grad_input=self.grad)
+        else:
+            self.own(torch.ops.aten.threshold_backward(self.grad, values, 0))
 
 
 def _laid(grad: Tensor) -> Tensor:
@@ -652,8 +651,11 @@ _SPREAD = 0x0101010101010101
 
 
 def _pack(x: Tensor) -> Tensor:
-    """One bit for each value, set where it is positive: (N,C,H,W) channels_last to uint8 (N, ceil(C·H·W / 8))."""
-    if x.dtype == torch.bfloat16:  # after a ReLU only the sign of 0 can be set: without it, what is not 0 is positive
+    """One bit for each value, set where it is positive: (N,C,H,W) channels_last to uint8 (N, ceil(C·H·W / 8)).
+
+    Values are bool or come out of a ReLU: none is below 0.
+    """
+    if x.dtype == torch.bfloat16:  # only the sign of 0 can be set: without it, what is not 0 is positive
         x = x.view(torch.int16).bitwise_left_shift(1).to(torch.bool)  # faster than a comparison
     flat = (x if x.dtype == torch.bool else x > 0).permute(0, 2, 3, 1).flatten(1)
     if flat.shape[1] % 8:
