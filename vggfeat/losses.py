@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
 from vggfeat.features import VGGFeatures, count_and_size
-from vggfeat.functional import CRITERIA, gram, masked_mean, unit_normalize, wide
+from vggfeat.functional import CRITERIA, gram, in_functorch, masked_mean, unit_normalize, wide
 from vggfeat.weights import DEFAULT, WeightsLike
 
 __all__ = ["EncodedTarget", "PerceptualLoss", "StyleLoss"]
@@ -118,20 +119,30 @@ class _FeatureLoss(nn.Module):
         step = self._images_at_a_time(input)
         if step < images and count == 1 and isinstance(target, Tensor):  # looked at once, not once for every part
             target = EncodedTarget(self._represent(target, mask), size, self._signature)
-        parts = [
-            self._compare(
-                input[i : i + step],
-                target if len(target) == 1 else target[i : i + step],
-                mask if mask is None or len(mask) == 1 else mask[i : i + step],
-            )
-            for i in range(0, max(1, images), step)
-        ]
-        total = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self._at_once(input, target, mask):
+            total: Tensor = _AtOnce.apply(input, self, target, mask, step)
+        else:
+            parts = [self._compare(*part) for part in _parts(input, target, mask, step)]
+            total = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.reduction == "none":
             if total.ndim != 1:
                 raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
             return total
         return total.mean() if self.reduction == "mean" else total.sum()
+
+    def _at_once(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
+        """Whether the gradient can be had with the value: where it is wanted of `input` alone, image by image."""
+        return (
+            torch.is_grad_enabled()
+            and input.requires_grad
+            and input.device.type in ("cpu", "cuda")  # where the trunk is written by hand
+            and not (isinstance(target, Tensor) and target.requires_grad)
+            and not (mask is not None and mask.requires_grad)
+            and isinstance(self.criterion, str)
+            and not torch.compiler.is_compiling()
+            and not in_functorch(input)
+            and forward_ad._current_level < 0
+        )
 
     def _images_at_a_time(self, input: Tensor) -> int:
         """How many images to run together: on a CPU so few that what passes between layers stays in its caches.
@@ -179,6 +190,64 @@ class _FeatureLoss(nn.Module):
         """What `print` shows."""
         named = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "function")
         return f"criterion={named}, reduction={self.reduction}, layer_weights={self.layer_weights}"
+
+
+def _parts(
+    input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None, step: int
+) -> Iterator[tuple[Tensor, Tensor | EncodedTarget, Tensor | None]]:
+    """`step` images at a time, each with its target and mask."""
+    for i in range(0, max(1, len(input)), step):
+        yield (
+            input[i : i + step],
+            target if len(target) == 1 else target[i : i + step],
+            mask if mask is None or len(mask) == 1 else mask[i : i + step],
+        )
+
+
+class _AtOnce(torch.autograd.Function):
+    """The losses (N,) of images, and with them their gradients, so that nothing else has to be kept for the backward.
+
+    Who asks for a loss of something that requires a gradient will ask for the gradient. Computed while one part of the
+    batch is at hand, it needs no memory for the others, and what one image's layers need may be kept as it comes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        loss: _FeatureLoss,
+        target: Tensor | EncodedTarget,
+        mask: Tensor | None,
+        step: int,
+    ) -> Tensor:
+        kind = input.device.type
+        ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+        ctx.loss, ctx.target, ctx.mask, ctx.step = loss, target, mask, step
+        losses, gradients = [], []
+        # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            for images, theirs, weights in _parts(input, target, mask, step):
+                leaf = wide(images.detach()).requires_grad_()  # float16 would lose small gradients before they are scaled
+                value = loss._compare(leaf, theirs, weights)
+                gradients += torch.autograd.grad(value.sum(), leaf)
+                losses.append(value.detach())
+        ctx.save_for_backward(input, torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative was asked for
+            with torch.autocast(input.device.type, **ctx.autocast):
+                parts = [ctx.loss._compare(*part) for part in _parts(input, ctx.target, ctx.mask, ctx.step)]
+            (found,) = torch.autograd.grad(torch.cat(parts), input, grad, create_graph=True)
+        else:
+            found = (gradient * grad[:, None, None, None]).to(input.dtype)
+        return found, None, None, None, None
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class PerceptualLoss(_FeatureLoss):
