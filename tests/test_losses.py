@@ -505,6 +505,65 @@ def test_vmap_and_grad_of_torch_func(pair, make):
     close(each, leaf.grad, rtol=1e-4)
 
 
+# ── value and gradient at once ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_computed_with_the_value_equal_those_computed_after_it(pair, make, masked):
+    """A target that requires a gradient is the way to have them computed in the backward."""
+    x, y = (image.double() for image in pair)
+    mask = torch.rand(2, 1, 24, 32) if masked else None
+    loss = make(["relu1_2", "conv3_1"], reduction="none", normalize_features=True)
+    upstream = torch.tensor([0.5, -3.0], dtype=torch.float64)
+    found = []
+    for target in (y, y.clone().requires_grad_()):
+        leaf = x.clone().requires_grad_()
+        value = loss(leaf, target, mask)
+        assert ("AtOnce" in type(value.grad_fn).__name__) == (not target.requires_grad)
+        first = torch.autograd.grad(value, leaf, upstream, retain_graph=True)[0]
+        assert torch.equal(torch.autograd.grad(value, leaf, upstream)[0], first)
+        with pytest.raises(RuntimeError, match="second time"):
+            value.sum().backward()
+        found.append(first)
+    assert found[0][1].abs().max() > 0
+    close(found[0], found[1], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_only_images_and_their_gradient_are_held(pair, make):
+    x, y = pair
+    held = []
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        make(["relu1_2", "relu3_1"], reduction="none")(x, y)
+    assert [tuple(t.shape) for t in held] == [tuple(x.shape)] * 2
+    assert held[0] is x or held[0].data_ptr() == x.data_ptr()
+
+
+def test_small_gradients_of_float16_images_survive_a_gradient_scaler(pair):
+    x, y = (image.half() for image in pair)
+    scale, tiny = 2.0**24, 2.0**-20  # gradients of about 1e-9, where float16 ends at 6e-8
+    loss = perceptual(layer_weights=[tiny])
+    half, full = x.clone().requires_grad_(), x.float().requires_grad_()
+    (loss(half, y) * scale).backward()
+    (loss(full, y.float()) * scale).backward()
+    assert 0 < full.grad.abs().max() / scale < 6e-8
+    assert half.grad.dtype == torch.float16
+    close(half.grad.float(), full.grad, rtol=2e-3, atol=1e-3 * float(full.grad.abs().max()))
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_second_derivatives_follow_the_autocast_of_the_forward(pair, make):
+    x, y = pair
+    loss, leaf = make(precision="bfloat16"), x.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(leaf, y), leaf, create_graph=True)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        value = make()(leaf, y)
+    found = torch.autograd.grad(value, leaf, create_graph=True)[0]
+    assert torch.equal(found, expected)
+
+
 # ── precision ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -227,7 +227,7 @@ class _AtOnce(torch.autograd.Function):
         # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
             for images, theirs, weights in _parts(input, target, mask, step):
-                leaf = wide(images.detach()).requires_grad_()  # float16 would lose small gradients before they are scaled
+                leaf = wide(images.detach()).requires_grad_()  # unscaled, small gradients would be lost in float16
                 value = loss._compare(leaf, theirs, weights)
                 gradients += torch.autograd.grad(value.sum(), leaf)
                 losses.append(value.detach())
@@ -258,6 +258,11 @@ class PerceptualLoss(_FeatureLoss):
     In another model it is as good as invisible: no parameters, nothing in `state_dict()`, the same in train and eval
     mode, computed wherever the images are. Gradients flow to `input`, and to `target` where it requires them.
 
+    The gradient with respect to `input` is computed together with the value, image by image, and is all that is held
+    until `backward`: ask for a value that is only to be looked at under `torch.no_grad()`. Where the target or mask
+    requires a gradient too, for a criterion of your own, under `torch.compile` and `torch.func`, it is computed in the
+    backward.
+
         >>> import torch, vggfeat
         >>> loss = vggfeat.PerceptualLoss(layers=["relu1_2", "relu2_2"], weights="random")
         >>> output = torch.rand(2, 3, 64, 64, requires_grad=True)
@@ -279,7 +284,7 @@ class PerceptualLoss(_FeatureLoss):
         pooling: `"max"`, `"average"` or `"l2"`.
         padding: `"zeros"`, `"reflect"` or `"replicate"`.
         repeat_grey: accept one channel and repeat it.
-        keep: `"bits"` or `"values"`, see `VGGFeatures`.
+        keep: `"bits"` or `"values"`, see `VGGFeatures`: kept of the images at hand until their gradient is known.
 
     `forward(input, target, mask=None)` takes input (N,3,H,W), target (N,3,H,W) or (1,3,H,W) or what `encode` made of
     it, and a mask (N,1,H,W) or (1,1,H,W), in [0,1]: its area average over each feature's pixels weighs the mean.
