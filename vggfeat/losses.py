@@ -223,7 +223,8 @@ class _AtOnce(torch.autograd.Function):
         kind = input.device.type
         ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
         ctx.loss, ctx.target, ctx.mask, ctx.step = loss, target, mask, step
-        losses, gradients = [], []
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
         # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
             for images, theirs, weights in _parts(input, target, mask, step):
