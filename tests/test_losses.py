@@ -531,6 +531,19 @@ def test_gradients_computed_with_the_value_equal_those_computed_after_it(pair, m
 
 
 @pytest.mark.parametrize("make", [perceptual, style])
+def test_one_target_for_all_gets_its_gradient_from_every_part(pair, make, monkeypatch):
+    x, y = (image.double() for image in pair)
+    loss, found = make(), []
+    for values in (1, 1 << 30):  # image by image, and all at once
+        monkeypatch.setattr("vggfeat.losses.VALUES_AT_A_TIME", values)
+        leaf, target = x.clone().requires_grad_(), y[:1].clone().requires_grad_()
+        found.append(torch.autograd.grad(loss(leaf, target), (leaf, target)))
+    for one, other in zip(*found, strict=True):
+        assert one.abs().max() > 0
+        close(one, other, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
 def test_only_images_and_their_gradient_are_held(pair, make):
     x, y = pair
     held = []

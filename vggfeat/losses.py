@@ -122,8 +122,7 @@ class _FeatureLoss(nn.Module):
         if self._at_once(input, target, mask):
             total: Tensor = _AtOnce.apply(input, self, target, mask, step)
         else:
-            parts = [self._compare(*part) for part in _parts(input, target, mask, step)]
-            total = parts[0] if len(parts) == 1 else torch.cat(parts)
+            total = self._compare_parts(input, target, mask, step)
         if self.reduction == "none":
             if total.ndim != 1:
                 raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
@@ -132,12 +131,13 @@ class _FeatureLoss(nn.Module):
 
     def _at_once(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
         """Whether the gradient can be had with the value: where it is wanted of `input` alone, image by image."""
+        others = [*target.values.values()] if isinstance(target, EncodedTarget) else [target]
+        others += [] if mask is None else [mask]
         return (
             torch.is_grad_enabled()
             and input.requires_grad
             and input.device.type in ("cpu", "cuda")  # where the trunk is written by hand
-            and not (isinstance(target, Tensor) and target.requires_grad)
-            and not (mask is not None and mask.requires_grad)
+            and not any(other.requires_grad for other in others)
             and isinstance(self.criterion, str)
             and not torch.compiler.is_compiling()
             and not in_functorch(input)
@@ -156,6 +156,10 @@ class _FeatureLoss(nn.Module):
             return images
         values = input.shape[2] * input.shape[3] * self.features.arch.layers[0].channels
         return min(images, max(1, VALUES_AT_A_TIME // max(1, values)))
+
+    def _compare_parts(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None, step: int) -> Tensor:
+        parts = [self._compare(*part) for part in _parts(input, target, mask, step)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part may be a scalar, of the user's criterion
 
     def _compare(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> Tensor:
         ours = self._represent(input, mask)
@@ -240,8 +244,8 @@ class _AtOnce(torch.autograd.Function):
         input, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative was asked for
             with torch.autocast(input.device.type, **ctx.autocast):
-                parts = [ctx.loss._compare(*part) for part in _parts(input, ctx.target, ctx.mask, ctx.step)]
-            (found,) = torch.autograd.grad(torch.cat(parts), input, grad, create_graph=True)
+                losses = ctx.loss._compare_parts(input, ctx.target, ctx.mask, ctx.step)
+            (found,) = torch.autograd.grad(losses, input, grad, create_graph=True)
         else:
             found = (gradient * grad[:, None, None, None]).to(input.dtype)
         return found, None, None, None, None
