@@ -292,6 +292,40 @@ def test_mean_of_values_without_positions():
     assert torch.equal(VF.masked_mean(torch.tensor([[1.0, 3.0], [2.0, 2.0]])), torch.tensor([2.0, 2.0]))
 
 
+@pytest.mark.parametrize("name", VF.SLOPES)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("masks", [None, 1, 2])
+def test_distance_and_gradient_are_those_of_autograd(name, normalize, masks, monkeypatch):
+    monkeypatch.setattr(VF, "BAND", 2 * 5 * 4 * 3)  # three rows at a time, and one at the end
+    a = torch.randn(2, 5, 7, 4).double().contiguous(memory_format=torch.channels_last).requires_grad_()
+    b = torch.randn(1, 5, 7, 4).double()
+    with torch.no_grad():
+        a[0, :, 2, 1] = b[0, :, 2, 1]  # equal, and zero
+        a[1, :, 6, 3] = 0
+    mask = None if masks is None else torch.rand(masks, 1, 7, 4).double()
+    if masks == 2:
+        mask[1] = 0  # looks nowhere
+    x, y = (VF.unit_normalize(a), VF.unit_normalize(b)) if normalize else (a, b)
+    expected = VF.masked_mean(VF.CRITERIA[name](x, y), mask)
+    (gradient,) = torch.autograd.grad(expected.sum(), a)
+    found, by_hand = VF.distance_and_gradient(a.detach(), b, name, normalize, mask)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(by_hand, gradient, rtol=1e-10, atol=1e-14)
+    assert by_hand.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", VF.SLOPES)
+def test_distance_and_gradient_change_nothing_and_sum_in_float32(name):
+    a, b = torch.rand(1, 4, 3, 3), torch.rand(1, 4, 3, 3)
+    before = a.clone(), b.clone()
+    exact, slope = VF.distance_and_gradient(a, b, name)
+    assert torch.equal(a, before[0]) and torch.equal(b, before[1])
+    coarse, half = VF.distance_and_gradient(a.bfloat16(), b.bfloat16(), name)
+    assert (exact.dtype, slope.dtype, coarse.dtype, half.dtype) == (*[torch.float32] * 3, torch.bfloat16)
+    wide, _ = VF.distance_and_gradient(a.bfloat16().double(), b.bfloat16().double(), name)
+    assert relative(coarse, wide) < 1e-6  # only the features are coarse
+
+
 def test_total_variation_of_known_numbers():
     image = torch.tensor([[0.0, 1.0, 3.0], [2.0, 2.0, 2.0]])[None, None]
     down = (4 + 1 + 1) / 3

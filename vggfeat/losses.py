@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,16 @@ from torch.nn import functional as F
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
 from vggfeat.features import VGGFeatures, count_and_size
-from vggfeat.functional import CRITERIA, gram, in_functorch, masked_mean, unit_normalize, wide
+from vggfeat.functional import (
+    CRITERIA,
+    SLOPES,
+    distance_and_gradient,
+    gram,
+    in_functorch,
+    masked_mean,
+    unit_normalize,
+    wide,
+)
 from vggfeat.weights import DEFAULT, WeightsLike
 
 __all__ = ["EncodedTarget", "PerceptualLoss", "StyleLoss"]
@@ -116,13 +126,10 @@ class _FeatureLoss(nn.Module):
         self._check_sizes(own_size, size, mask is not None and isinstance(target, Tensor))
         if mask is not None:
             mask = _checked_mask(mask, input)
-        step = self._images_at_a_time(input)
-        if step < images and count == 1 and isinstance(target, Tensor):  # looked at once, not once for every part
-            target = EncodedTarget(self._represent(target, mask), size, self._signature)
         if self._at_once(input, target, mask):
-            total: Tensor = _AtOnce.apply(input, self, target, mask, step)
+            total: Tensor = _AtOnce.apply(input, self, target, mask)
         else:
-            total = self._compare_parts(input, target, mask, step)
+            total = self._compare_parts(input, target, mask)
         if self.reduction == "none":
             if total.ndim != 1:
                 raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
@@ -157,21 +164,32 @@ class _FeatureLoss(nn.Module):
         values = input.shape[2] * input.shape[3] * self.features.arch.layers[0].channels
         return min(images, max(1, VALUES_AT_A_TIME // max(1, values)))
 
-    def _compare_parts(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None, step: int) -> Tensor:
-        parts = [self._compare(*part) for part in _parts(input, target, mask, step)]
+    def _parts(
+        self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | EncodedTarget, Tensor | None]]:
+        """Some images at a time, each with its target and mask."""
+        step, images = self._images_at_a_time(input), len(input)
+        if step < images and len(target) == 1 and isinstance(target, Tensor):  # looked at once, not for every part
+            target = EncodedTarget(self._represent(target, mask), count_and_size(target)[1], self._signature)
+        for i in range(0, max(1, images), step):
+            yield (
+                input[i : i + step],
+                target if len(target) == 1 else target[i : i + step],
+                mask if mask is None or len(mask) == 1 else mask[i : i + step],
+            )
+
+    def _compare_parts(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> Tensor:
+        parts = [self._compare(*part) for part in self._parts(input, target, mask)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part may be a scalar, of the user's criterion
 
     def _compare(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> Tensor:
         ours = self._represent(input, mask)
         theirs = target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
-        criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
-        total: Tensor | None = None
         with torch.autocast(input.device.type, enabled=False):
-            for name, weight in self.layer_weights.items():
-                distance = self._reduced(criterion(wide(ours[name]), wide(theirs[name])), mask)
-                total = weight * distance if total is None else total + weight * distance
-        assert total is not None
-        return total
+            parts = [
+                weight * self._distance(ours[name], theirs[name], mask) for name, weight in self.layer_weights.items()
+            ]
+        return functools.reduce(torch.add, parts)
 
     @property
     def _signature(self) -> tuple[object, ...]:
@@ -179,13 +197,24 @@ class _FeatureLoss(nn.Module):
         return (type(self).__name__, features.plan, features.trunk.key, self.normalize_features)
 
     def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        taps = self.features(images)
-        if self.normalize_features:
-            taps = {name: unit_normalize(tap) for name, tap in taps.items()}
-        return taps  # type: ignore[no-any-return]
-
-    def _reduced(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """By layer, what two images are compared by."""
         raise NotImplementedError
+
+    def _distance(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+        """Of two representations of a layer: (N,), or a scalar where the user's criterion gives one."""
+        raise NotImplementedError
+
+    def _distance_and_gradient(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The distance (N,) and its gradient with respect to `ours`, which is in no graph."""
+        with torch.enable_grad():
+            leaf = ours.requires_grad_()
+            distance = self._distance(leaf, theirs, mask)
+            (gradient,) = torch.autograd.grad(distance.sum(), leaf)
+        return distance.detach(), gradient
+
+    def _criterion(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
+        return criterion(wide(ours), wide(theirs))
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         raise NotImplementedError
@@ -194,18 +223,6 @@ class _FeatureLoss(nn.Module):
         """What `print` shows."""
         named = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "function")
         return f"criterion={named}, reduction={self.reduction}, layer_weights={self.layer_weights}"
-
-
-def _parts(
-    input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None, step: int
-) -> Iterator[tuple[Tensor, Tensor | EncodedTarget, Tensor | None]]:
-    """`step` images at a time, each with its target and mask."""
-    for i in range(0, max(1, len(input)), step):
-        yield (
-            input[i : i + step],
-            target if len(target) == 1 else target[i : i + step],
-            mask if mask is None or len(mask) == 1 else mask[i : i + step],
-        )
 
 
 class _AtOnce(torch.autograd.Function):
@@ -222,20 +239,18 @@ class _AtOnce(torch.autograd.Function):
         loss: _FeatureLoss,
         target: Tensor | EncodedTarget,
         mask: Tensor | None,
-        step: int,
     ) -> Tensor:
         kind = input.device.type
         ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
-        ctx.loss, ctx.target, ctx.mask, ctx.step = loss, target, mask, step
+        ctx.loss, ctx.target, ctx.mask = loss, target, mask
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
-            for images, theirs, weights in _parts(input, target, mask, step):
-                leaf = wide(images.detach()).requires_grad_()  # unscaled, small gradients would be lost in float16
-                value = loss._compare(leaf, theirs, weights)
-                gradients += torch.autograd.grad(value.sum(), leaf)
-                losses.append(value.detach())
+            for part in loss._parts(input, target, mask):
+                value, gradient = _value_and_gradient(loss, *part)
+                losses.append(value)
+                gradients.append(gradient)
         ctx.save_for_backward(input, torch.cat(gradients))
         return torch.cat(losses)
 
@@ -244,11 +259,28 @@ class _AtOnce(torch.autograd.Function):
         input, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative was asked for
             with torch.autocast(input.device.type, **ctx.autocast):
-                losses = ctx.loss._compare_parts(input, ctx.target, ctx.mask, ctx.step)
+                losses = ctx.loss._compare_parts(input, ctx.target, ctx.mask)
             (found,) = torch.autograd.grad(losses, input, grad, create_graph=True)
         else:
             found = (gradient * grad[:, None, None, None]).to(input.dtype)
-        return found, None, None, None, None
+        return found, None, None, None
+
+
+def _value_and_gradient(
+    loss: _FeatureLoss, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The losses (N,) and their gradients (N,3,H,W): the distances' by hand or by autograd, then back by the trunk."""
+    theirs = target.values if isinstance(target, EncodedTarget) else loss._represent(target, mask)
+    leaf = wide(images.detach()).requires_grad_()  # in float16, small gradients would be lost: they are not scaled yet
+    ours = loss._represent(leaf, mask)
+    values, seeds = [], []
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        for name, weight in loss.layer_weights.items():
+            value, seed = loss._distance_and_gradient(ours[name].detach(), theirs[name], mask)
+            values.append(weight * value)
+            seeds.append(seed if weight == 1 else seed.mul_(weight))
+    (gradient,) = torch.autograd.grad([ours[name] for name in loss.layer_weights], leaf, seeds)
+    return functools.reduce(torch.add, values), gradient
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -310,12 +342,26 @@ class PerceptualLoss(_FeatureLoss):
             raise InputError("a perceptual target is encoded whole; give the mask to the comparison")
         return super().encode(target)
 
-    def _reduced(self, values: Tensor, mask: Tensor | None) -> Tensor:
+    def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        taps: dict[str, Tensor] = self.features(images)
+        return taps
+
+    def _distance(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+        if self.normalize_features:
+            ours, theirs = unit_normalize(ours), unit_normalize(theirs)
+        values = self._criterion(ours, theirs)
         if mask is not None:
             if values.ndim != 4:
                 raise InputError(f"a mask needs a criterion that gives (N,C,h,w), got shape {tuple(values.shape)}")
             mask = F.adaptive_avg_pool2d(mask, values.shape[2:])  # type: ignore[arg-type]
         return masked_mean(values, mask)
+
+    def _distance_and_gradient(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.criterion not in SLOPES or ours.ndim != 4:
+            return super()._distance_and_gradient(ours, theirs, mask)
+        if mask is not None:
+            mask = F.adaptive_avg_pool2d(mask, ours.shape[2:])  # type: ignore[arg-type]
+        return distance_and_gradient(ours, theirs, str(self.criterion), self.normalize_features, mask)
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         if input != target:
@@ -347,14 +393,16 @@ class StyleLoss(_FeatureLoss):
         return super().encode(target, None if mask is None else _checked_mask(mask, target))
 
     def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        taps = super()._represent(images, mask)
+        taps = self.features(images)
+        if self.normalize_features:
+            taps = {name: unit_normalize(tap) for name, tap in taps.items()}
         return {
-            name: gram(tap, None if mask is None else F.adaptive_avg_pool2d(mask, tap.shape[2:]))  # type: ignore[arg-type]
+            name: gram(tap, None if mask is None else F.adaptive_avg_pool2d(mask, tap.shape[2:]))
             for name, tap in taps.items()
         }
 
-    def _reduced(self, values: Tensor, mask: Tensor | None) -> Tensor:
-        return masked_mean(values)
+    def _distance(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+        return masked_mean(self._criterion(ours, theirs))
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         if masked and input != target:
