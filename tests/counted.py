@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from torchvision import models
 
-from vggfeat import analysis
+from vggfeat.analysis import comparison
 from vggfeat.arch import parse
 from vggfeat.errors import InputError
 
@@ -27,6 +27,6 @@ def names() -> list[str]:
 
 
 if __name__ == "__main__":
-    nets = [asdict(analysis._uncounted(name, 1000, None)[1]()) for name in names()]
-    analysis.COUNTED.write_text("[\n" + ",\n".join(map(json.dumps, nets)) + "\n]\n")
-    print(f"{len(nets)} networks, {analysis.COUNTED.stat().st_size} bytes")
+    nets = [asdict(comparison._uncounted(name, 1000, None)[1]()) for name in names()]
+    comparison.COUNTED.write_text("[\n" + ",\n".join(map(json.dumps, nets)) + "\n]\n")
+    print(f"{len(nets)} networks, {comparison.COUNTED.stat().st_size} bytes")

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vggfeat_cli import main as vggfeat_command
 
 import vggfeat
-from vggfeat import DependencyError, InputError, analysis, compare, describe, stacked_3x3
-from vggfeat.analysis import ACCURACY, effective_field, saved_for_backward
+from vggfeat import DependencyError, InputError, compare, describe, stacked_3x3
+from vggfeat.analysis import ACCURACY, PeakMemory, comparison, effective_field, saved_for_backward
 from vggfeat.arch import BLOCKS, Arch
 from vggfeat.network import VGG
 from vggfeat.trunk import Plan
@@ -336,13 +336,13 @@ def test_compare_torchvision(torchvision):
     }
     assert efficient.published["IMAGENET1K_V1"][0] == 77.692
     # the same network counted as one of torchvision's, by running it
-    name, look, _ = analysis._uncounted("vgg11_bn", 1000, None)
+    name, look, _ = comparison._uncounted("vgg11_bn", 1000, None)
     assert look() == ours and name == "vgg11_bn"
 
 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "alexnet"])
 def test_what_was_counted_is_what_is_there(torchvision, name):
-    assert analysis._counted()[name] == analysis._uncounted(name, 1000, None)[1]()
+    assert comparison._counted()[name] == comparison._uncounted(name, 1000, None)[1]()
     small = compare([name], input_size=64).nets[0]  # counted on the spot, with another size and without an accuracy
     assert 0 < small.macs < compare([name]).nets[0].macs / 4 and not small.published
 
@@ -351,19 +351,19 @@ def test_what_was_counted_is_what_is_there(torchvision, name):
 def test_every_network_was_counted(torchvision):
     from tests import counted
 
-    assert {name: analysis._uncounted(name, 1000, None)[1]() for name in counted.names()} == analysis._counted()
+    assert {name: comparison._uncounted(name, 1000, None)[1]() for name in counted.names()} == comparison._counted()
 
 
 @pytest.mark.parametrize("name", ["regnet_y_400mf", "swin_t"])  # widths computed with tensors; attention
 def test_compare_agrees_with_what_torchvision_publishes(torchvision, name):
-    net = analysis._uncounted(name, 1000, None)[1]()
+    net = comparison._uncounted(name, 1000, None)[1]()
     meta = next(iter(torchvision.models.get_model_weights(name))).meta
     assert net.params == meta["num_params"]
     assert net.macs / 1e9 == pytest.approx(meta["_ops"], abs=1e-3)
 
 
 def test_auxiliary_heads_do_not_count(torchvision):
-    net = analysis._uncounted("googlenet", 1000, None)[1]()
+    net = comparison._uncounted("googlenet", 1000, None)[1]()
     meta = torchvision.models.get_model_weights("googlenet")["IMAGENET1K_V1"].meta
     assert net.params == meta["num_params"]
     assert net.macs / 1e9 == pytest.approx(meta["_ops"], abs=1e-3)
@@ -405,7 +405,7 @@ def test_measured():
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="resident memory is read on Linux")
 def test_peak_memory():
-    gauge = analysis.PeakMemory(torch.device("cpu"))
+    gauge = PeakMemory(torch.device("cpu"))
     torch.ones(50_000_000).sum()
     assert gauge.read() == pytest.approx(200e6, rel=0.2)
     gauge.reset()

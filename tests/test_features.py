@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import vggfeat
-from vggfeat import trunk as trunk_module
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures, bfloat16_is_fast, trunk_dtype
+from vggfeat.trunk import Trunk
 from vggfeat.weights import Weights, load
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # torchvision's documentation
@@ -432,7 +432,7 @@ def test_equal_weights_share_one_trunk(state):
 def test_a_trunk_is_freed_with_its_last_module():
     key = VGGFeatures(["relu1_1"], weights=small("B").state_dict()).trunk.key
     gc.collect()
-    assert not [other for other in trunk_module.Trunk._live if other[1:] == key]
+    assert not [other for other in Trunk._live if other[1:] == key]
 
 
 def test_a_shallow_module_and_a_deeper_one(net, state):

@@ -35,10 +35,21 @@ ROOMS = {
     "vggfeat.weights": {"arch", "errors", "fetch"},
     "vggfeat.convolution": set(),
     "vggfeat.network": {"arch", "convolution", "errors", "weights"},
-    "vggfeat.trunk": {"arch", "errors"},
+    "vggfeat.trunk": {"trunk.autograd", "trunk.filters", "trunk.layers", "trunk.plain", "trunk.plan"},
+    "vggfeat.trunk.plan": {"arch", "errors"},
+    "vggfeat.trunk.filters": {"arch", "trunk.plan"},
+    "vggfeat.trunk.bits": set(),
+    "vggfeat.trunk.layers": {"arch", "trunk.bits"},
+    "vggfeat.trunk.plain": {"arch", "trunk.layers", "trunk.plan"},
+    "vggfeat.trunk.operators": {"arch", "trunk.bits", "trunk.layers", "trunk.plan"},
+    "vggfeat.trunk.autograd": {"trunk.operators", "trunk.plain", "trunk.plan"},
     "vggfeat.features": {"arch", "errors", "functional", "trunk", "weights"},
     "vggfeat.tables": {"errors", "files"},
-    "vggfeat.analysis": {"arch", "errors", "features", "network", "tables"},
+    "vggfeat.analysis": {"analysis.comparison", "analysis.fields", "analysis.layers", "analysis.measure"},
+    "vggfeat.analysis.layers": {"arch", "errors", "tables"},
+    "vggfeat.analysis.measure": {"errors"},
+    "vggfeat.analysis.comparison": {"analysis.layers", "analysis.measure", "arch", "errors", "network", "tables"},
+    "vggfeat.analysis.fields": {"arch", "errors", "features", "tables"},
     "vggfeat.plots": {"analysis", "arch", "errors", "files", "image", "tables", "weights"},
     "vggfeat.losses": {"arch", "errors", "features", "functional", "weights"},
     "vggfeat.transfer": set(),
@@ -134,7 +145,8 @@ ROOMS = {
 }
 # modules that must not need more than this to be imported
 LIGHT = {"vggfeat", "vggfeat.errors", "vggfeat.arch", "vggfeat.transfer", "vggfeat.transfer.config", "vggfeat_cli"}
-LIGHT |= {"vggfeat.files", "vggfeat.tables", "vggfeat.analysis", "vggfeat.plots", "vggfeat_cli.analyse"}
+LIGHT |= {"vggfeat.files", "vggfeat.tables", "vggfeat.plots", "vggfeat_cli.analyse", "vggfeat.analysis"}
+LIGHT |= {f"vggfeat.analysis.{name}" for name in ("comparison", "fields", "layers", "measure")}
 LIGHT |= {"vggfeat.settings", "vggfeat.training", "vggfeat.training.config"}
 LIGHT |= {"vggfeat_cli.pictures", "vggfeat_cli.learn", "vggfeat_cli.options", "vggfeat_cli.reports"}
 LIGHT |= {"vggfeat_cli.run", "vggfeat_cli.style", "vggfeat_cli.main"}

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vggfeat import trunk as trunk_module
 from vggfeat import vgg16
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError
 from vggfeat.features import VGGFeatures
-from vggfeat.trunk import Plan, Trunk, plain, run
+from vggfeat.trunk import Plan, Trunk, layers, operators, plain, run
+from vggfeat.trunk.bits import pack, unpack
 from vggfeat.weights import load
 
 # Table 1 of the paper: channels as multiples of the first block's, M for a pool; "c1" is a 1×1 convolution
@@ -229,9 +229,9 @@ def test_ties_go_to_the_first_of_equals(trunks, kind, keep):
 
 def test_l2_pooling_by_hand(trunks):
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)[None, None].requires_grad_()
-    y = trunk_module._pool(x, "l2", "none")[0]
+    y = layers.pool(x, "l2", "none")[0]
     assert y.item() == pytest.approx((30 / 4) ** 0.5)
-    back = trunk_module._pool_back(torch.ones(1, 1, 1, 1, dtype=torch.float64), 2, 2, "l2", x.detach())
+    back = layers.pool_back(torch.ones(1, 1, 1, 1, dtype=torch.float64), 2, 2, "l2", x.detach())
     torch.testing.assert_close(back, x.detach() / (4 * 7.5**0.5))  # d/dx of sqrt(mean x²)
 
 
@@ -522,8 +522,8 @@ def test_nothing_is_kept_without_gradient(trunks):
 def test_nothing_past_the_deepest_tap_is_run(trunks, monkeypatch, arch, names, forward):
     arch = ARCHS[arch]
     calls = []
-    real = trunk_module._conv
-    monkeypatch.setattr(trunk_module, "_conv", lambda *args, **kw: calls.append(1) or real(*args, **kw))
+    real = layers.conv
+    monkeypatch.setattr(layers, "conv", lambda *args, **kw: calls.append(1) or real(*args, **kw))
     plan = Plan(arch, names)
     x = images(1, 3, 16, 16).requires_grad_()
     taps = run(x, trunks(arch).filters(plan, x.device, x.dtype), plan)
@@ -540,8 +540,8 @@ def test_backward_runs_nothing_below_the_shallowest_gradient(trunks, monkeypatch
     x = images(1, 3, 16, 16).requires_grad_()
     shallow, _ = run(x, trunks(arch).filters(plan, x.device, x.dtype), plan)
     calls = []
-    real = trunk_module._conv
-    monkeypatch.setattr(trunk_module, "_conv", lambda *args, **kw: calls.append(1) or real(*args, **kw))
+    real = layers.conv
+    monkeypatch.setattr(layers, "conv", lambda *args, **kw: calls.append(1) or real(*args, **kw))
     shallow.sum().backward()
     assert len(calls) == 1
 
@@ -551,14 +551,14 @@ def test_pack_round_trip(shape):
     x = images(*shape)
     x.flatten()[::3] = 0
     for laid in (x, x.contiguous(memory_format=torch.channels_last)):
-        bits = trunk_module._pack(laid)
+        bits = pack(laid)
         assert bits.dtype == torch.uint8
         assert bits.shape == (shape[0], -(-x[:1].numel() // 8) if shape[0] else bits.shape[1])
-        assert torch.equal(trunk_module._unpack(bits, shape) > 0, x > 0)
-        assert torch.equal(trunk_module._unpack(trunk_module._pack(laid > 0), shape) > 0, x > 0)
+        assert torch.equal(unpack(bits, shape) > 0, x > 0)
+        assert torch.equal(unpack(pack(laid > 0), shape) > 0, x > 0)
         rectified = laid.relu().bfloat16()
         signed = torch.where(rectified == 0, -rectified, rectified)  # a ReLU may leave zeros with a sign
-        assert torch.equal(trunk_module._unpack(trunk_module._pack(signed), shape) > 0, signed > 0)
+        assert torch.equal(unpack(pack(signed), shape) > 0, signed > 0)
 
 
 # ── plans ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -619,14 +619,14 @@ def test_opcheck(trunks, arch, names, pooling, padding, keep):
         x = images(2, 3, 9, 14, dtype=dtype).contiguous(memory_format=torch.channels_last)
         filters = trunks(arch).filters(plan, x.device, dtype)
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(trunk_module._forward, (x, filters, plan.code, "none"), test_utils=tests)
-        torch.library.opcheck(trunk_module._forward, (x, filters, plan.code, keep), test_utils=tests)
-        found = trunk_module._forward(x, filters, plan.code, keep)
+        torch.library.opcheck(operators.trunk_forward, (x, filters, plan.code, "none"), test_utils=tests)
+        torch.library.opcheck(operators.trunk_forward, (x, filters, plan.code, keep), test_utils=tests)
+        found = operators.trunk_forward(x, filters, plan.code, keep)
         taps, kept = found[: len(names)], found[len(names) :]
-        again = [taps[i] for i in trunk_module.reread(plan, keep)]
+        again = [taps[i] for i in operators.reread(plan, keep)]
         present = list(range(len(names)))
         args = (taps, present, again, kept, filters, list(x.shape), plan.code, keep)
-        torch.library.opcheck(trunk_module._backward, args, test_utils=tests)
+        torch.library.opcheck(operators.trunk_backward, args, test_utils=tests)
 
 
 class Host(torch.nn.Module):

@@ -1,0 +1,295 @@
+"""Networks side by side: ours by arithmetic, torchvision's by counting while they run on no device."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vggfeat.analysis.layers import describe
+from vggfeat.analysis.measure import Measured, device_of, machine, measure_net, saved_for_backward
+from vggfeat.arch import ARCHS, Arch, parse
+from vggfeat.errors import DependencyError, InputError, nearest
+from vggfeat.tables import Column, Report, Table, mega
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["ACCURACY", "Comparison", "Net", "compare"]
+
+COUNTED = Path(__file__).parents[1] / "assets" / "torchvision.json"  # written by `python -m tests.counted`
+
+# top-1 and top-5 in per cent on ImageNet's validation set, one 224 px crop, of torchvision's IMAGENET1K_V1 weights;
+# repeated here (and compared in the tests) because VGGs are compared without torchvision, too
+ACCURACY: dict[str, tuple[float, float]] = {
+    "vgg11": (69.020, 88.628),
+    "vgg11_bn": (70.370, 89.810),
+    "vgg13": (69.928, 89.246),
+    "vgg13_bn": (71.586, 90.374),
+    "vgg16": (71.592, 90.382),
+    "vgg16_bn": (73.360, 91.516),
+    "vgg19": (72.376, 90.876),
+    "vgg19_bn": (74.218, 91.842),
+}
+
+
+@dataclass(frozen=True)
+class Net:
+    """One network of a comparison.
+
+    Attributes:
+        name: as asked for.
+        input_size: side of the image in pixels.
+        params: learnt numbers, those of auxiliary heads left out.
+        macs: MACs of one image's forward.
+        activation_bytes: of one image: itself and the outputs of convolutions, pools, linear layers and attention.
+        saved_bytes: what autograd keeps of one image for the backward of a training step; None where the network cannot
+            be trained on a single image.
+        published: top-1 and top-5 accuracy on ImageNet in per cent by weight set, oldest recipe first; empty where none
+            is known for this size and number of classes.
+        measured: what it took here, where that was asked for.
+    """
+
+    name: str
+    input_size: int
+    params: int
+    macs: int
+    activation_bytes: int
+    saved_bytes: int | None
+    published: dict[str, tuple[float, float]]
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Comparison(Report):
+    """Networks side by side; see `compare`.
+
+    Attributes:
+        nets: in the order asked for.
+        batch: images at a time where it was measured.
+        machine: what it was measured on; empty where it was not.
+    """
+
+    nets: tuple[Net, ...]
+    batch: int
+    machine: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers; counts in units, sizes in bytes, times in seconds, accuracies in per cent."""
+        nets = [asdict(net) | {"flops": 2 * net.macs} for net in self.nets]
+        return {"nets": nets, "batch": self.batch, "machine": self.machine}
+
+    def tables(self) -> list[Table]:
+        """One table."""
+        percent, rate = "{:.2f}".format, "{:,.1f}".format
+        columns = [
+            Column("name", "network", left=True),
+            Column("input_size", "px"),
+            Column("params", "M params", mega),
+            Column("macs", "G MACs", lambda value: mega(value / 1e3, 3)),
+            Column("activation_bytes", "activations MB", mega),
+            Column("saved_bytes", "autograd MB", mega),
+            Column("top1", "top-1 %", percent),
+            Column("top5", "top-5 %", percent),
+            Column("best_top1", "best recipe %", percent),
+        ]
+        rows: list[tuple[Any, ...]] = []
+        for net in self.nets:
+            scores = list(net.published.values())
+            first, best = (scores[0], scores[-1][0]) if scores else ((None, None), None)
+            rows.append((net.name, net.input_size, net.params, net.macs, net.activation_bytes, net.saved_bytes))
+            rows[-1] += (*first, best)
+        title = "Networks, one image, float32"
+        if self.machine:
+            title += f"; measured with {self.batch} images (latency: 1) on {self.machine}"
+            columns += [
+                Column("latency", "latency ms", lambda value: f"{1e3 * value:.1f}"),
+                Column("throughput", "images/s", rate),
+                Column("memory", "peak MB", lambda value: mega(value, 0)),
+                Column("train_throughput", "train images/s", rate),
+                Column("train_memory", "train peak MB", lambda value: mega(value, 0)),
+            ]
+            empty = (None,) * 5
+            rows = [
+                row + (tuple(asdict(net.measured).values()) if net.measured else empty)
+                for row, net in zip(rows, self.nets, strict=True)
+            ]
+        return [Table(title, columns, rows)]
+
+
+def compare(
+    names: Iterable[str | Arch],
+    *,
+    num_classes: int = 1000,
+    input_size: int | None = None,
+    measure: bool = False,
+    batch: int = 8,
+    device: str | None = None,
+    seconds: float = 1.0,
+    callback: Callable[[str], None] | None = None,
+) -> Comparison:
+    """VGGs and any classifiers of torchvision side by side: size, cost, published accuracy, and what they take here.
+
+    VGGs are computed as `describe` does; other networks are built without memory (torch's meta device) and counted
+    while they run there (`torch.utils.flop_counter`). What that gives at the usual size and for 1000 classes is kept
+    in `assets/torchvision.json`, so that it need not be counted again.
+
+    Args:
+        names: a VGG's name (or `Arch`), or a name that `torchvision.models.list_models` has, such as `resnet50`.
+        num_classes: outputs.
+        input_size: side of the image in pixels; None means what each network's published weights were tested at.
+        measure: run each network, randomly initialised, for latency, throughput and peak memory.
+        batch: images at a time when measured.
+        device: where to measure; None means a CUDA device where there is one.
+        seconds: how long to repeat each of the three timings, at least three times.
+        callback: told each network's name before it is looked at.
+
+    Raises:
+        InputError: no name, an unknown one, or a size or batch that the network cannot take.
+        DependencyError: a network of torchvision's where torchvision is missing or broken.
+    """
+    names = list(names)
+    if not names:
+        raise InputError("nothing to compare: name at least one network, such as 'vgg16'")
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, got {batch}")
+    builders = [_builder(name, num_classes, input_size) for name in names]  # all names are good before work begins
+    nets = []
+    where = ""
+    for label, look, build in builders:
+        if callback:
+            callback(label)
+        net = look()
+        if measure:
+            place = device_of(device)
+            where = machine(place)
+            net = replace(net, measured=measure_net(build, net.input_size, batch, place, seconds))
+        nets.append(net)
+    return Comparison(tuple(nets), batch, where)
+
+
+_Builder = tuple[str, Callable[[], Net], Callable[[], "nn.Module"]]
+
+
+def _builder(name: str | Arch, num_classes: int, input_size: int | None) -> _Builder:
+    """What to call the network, what tells its costs, and what builds it."""
+    try:
+        arch = name if isinstance(name, Arch) else replace(parse(name), num_classes=num_classes)
+    except InputError:
+        if not isinstance(name, str) or num_classes < 1:
+            raise
+        return _torchvision_builder(name, num_classes, input_size)
+    size = 224 if input_size is None else input_size
+    report = describe(arch, input_size=size)
+
+    def build() -> nn.Module:
+        from vggfeat.network import VGG
+
+        return VGG(arch)
+
+    paper = arch == parse(arch.name) and size == 224  # what the published accuracies are of
+    published = {"IMAGENET1K_V1": ACCURACY[arch.name]} if paper and arch.name in ACCURACY else {}
+    costs = (report.params, report.macs, report.activation_bytes, report.saved_bytes)
+    return report.label, lambda: Net(report.label, size, *costs, published), build
+
+
+@functools.cache
+def _counted() -> dict[str, Net]:
+    """Torchvision's classifiers at their own size and 1000 classes, counted once: importing torch takes seconds."""
+    nets = json.loads(COUNTED.read_text())
+    return {net["name"]: Net(**net | {"published": {k: tuple(v) for k, v in net["published"].items()}}) for net in nets}
+
+
+def _torchvision_builder(name: str, num_classes: int, input_size: int | None) -> _Builder:
+    net = _counted().get(name)
+    if net is not None and num_classes == 1000 and input_size in (None, net.input_size):
+        return name, lambda: net, functools.partial(_torchvision_net, name, num_classes)
+    return _uncounted(name, num_classes, input_size)
+
+
+def _uncounted(name: str, num_classes: int, input_size: int | None) -> _Builder:
+    models = _torchvision_models(name)
+    known = models.list_models(module=models)
+    if name not in known:
+        ours = [f"{vgg}{bn}" for vgg in ARCHS for bn in ("", "_bn")]
+        raise InputError(f"unknown network {name!r}: {nearest(name, dict.fromkeys([*ours, *known]))}")
+    weights = [entry for entry in models.get_model_weights(name) if entry.name.startswith("IMAGENET1K_V")]
+    own = weights[0].transforms.keywords["crop_size"] if weights else 224
+    size = own if input_size is None else input_size
+    if size < 1:
+        raise InputError(f"images need at least 1 pixel on each side, got {size}")
+    published = {}
+    for entry in weights:
+        score = entry.meta["_metrics"]["ImageNet-1K"]
+        if num_classes == 1000 and entry.transforms.keywords["crop_size"] == size:
+            published[entry.name] = (score["acc@1"], score["acc@5"])
+    build = functools.partial(_torchvision_net, name, num_classes)
+    return name, lambda: _count(name, build, size, published), build
+
+
+def _torchvision_net(name: str, num_classes: int) -> nn.Module:
+    models = _torchvision_models(name)
+    with warnings.catch_warnings():  # GoogLeNet and Inception speak of a default that will change
+        warnings.simplefilter("ignore", FutureWarning)
+        net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
+    for child, _ in list(net.named_children()):
+        if child.lower().startswith("aux"):  # heads that help training and are not in the published counts
+            setattr(net, child, None)
+            net.aux_logits = False  # type: ignore[assignment]
+    return net
+
+
+def _torchvision_models(name: str) -> Any:
+    try:
+        from torchvision import models
+    except (ImportError, RuntimeError, AttributeError) as error:  # built for another torch: RuntimeError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DependencyError(
+            f"{name!r} is no VGG ({', '.join(ARCHS)}, '_bn' behind), and torchvision, which may know it, does not work "
+            f"here ({reason}): install the torchvision that belongs to your torch"
+        ) from error
+    return models
+
+
+def _count(name: str, build: Callable[[], nn.Module], size: int, published: dict[str, tuple[float, float]]) -> Net:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    class Outputs(TorchDispatchMode):
+        """Adds up the bytes that layers with arithmetic or pooling give."""
+
+        total = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if any(part in func.__name__ for part in ("convolution", "mm", "max_pool", "avg_pool2d", "attention")):
+                first = out[0] if isinstance(out, tuple) else out
+                if "adaptive" not in func.__name__:
+                    self.total += first.numel() * first.element_size()
+            return out
+
+    try:
+        with torch.device("meta"):
+            net = build().eval()
+    except NotImplementedError:  # RegNets compute their widths with tensors, whose values a meta tensor lacks
+        net = build().to("meta").eval()
+    image = torch.empty(1, 3, size, size, device="meta")
+    counter, outputs = FlopCounterMode(display=False), Outputs()  # type: ignore[no-untyped-call]
+    try:
+        with counter, outputs:  # with gradient: without, attention takes a way that the counter does not know
+            net(image)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name} cannot take images of {size}×{size}: {reason}") from error
+    try:
+        saved: int | None = saved_for_backward(net.train(), image)
+    except ValueError:  # BN of a single value
+        saved = None
+    params = sum(p.numel() for p in net.parameters())
+    activations = image.numel() * image.element_size() + outputs.total
+    return Net(name, size, params, counter.get_total_flops() // 2, activations, saved, published)

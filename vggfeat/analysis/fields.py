@@ -1,0 +1,174 @@
+"""How far a VGG sees: stacked 3×3 convolutions against one large one, and the receptive field as measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vggfeat.arch import Arch
+from vggfeat.errors import InputError
+from vggfeat.tables import Column, Report, Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vggfeat.weights import Weights, WeightsLike
+
+__all__ = ["EffectiveField", "Stacked", "effective_field", "stacked_3x3"]
+
+
+@dataclass(frozen=True)
+class Stacked(Report):
+    """1 to `n` stacked 3×3 convolutions against one large one that sees as much; see `stacked_3x3`.
+
+    Attributes:
+        n: how many 3×3 convolutions are stacked.
+    """
+
+    n: int
+
+    @property
+    def receptive_field(self) -> int:
+        """Side of what one output sees, of the stack and of the one convolution alike: each 3×3 adds two pixels."""
+        return 2 * self.n + 1
+
+    @property
+    def stacked_params(self) -> int:
+        """Weights of the stack in units of C², C channels in and out; as many MACs a pixel."""
+        return self.n * 3**2
+
+    @property
+    def single_params(self) -> int:
+        """Weights of the one large convolution in units of C²."""
+        return self.receptive_field**2
+
+    @property
+    def saving(self) -> float:
+        """The share of the large convolution's weights that the stack does without."""
+        return 1 - self.stacked_params / self.single_params
+
+    @property
+    def nonlinearities(self) -> int:
+        """ReLUs in the stack, where the large convolution has one."""
+        return self.n
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry for each stack of 1 to `n`."""
+        names = ("n", "receptive_field", "stacked_params", "single_params", "saving", "nonlinearities")
+        return {"stacks": [{name: getattr(stack, name) for name in names} for stack in self._upwards()]}
+
+    def _upwards(self) -> list[Stacked]:
+        return [Stacked(n) for n in range(1, self.n + 1)]
+
+    def tables(self) -> list[Table]:
+        """One table."""
+        columns = [
+            Column("n", "stacked 3×3"),
+            Column("kernel", "or one", lambda side: f"{side}×{side}"),
+            Column("receptive_field", "field px"),
+            Column("stacked_params", "weights / C²"),
+            Column("single_params", "of the one"),
+            Column("saving", "fewer", "{:.1%}".format),
+            Column("nonlinearities", "ReLUs"),
+            Column("single_nonlinearities", "of the one"),
+        ]
+        rows = [
+            (s.n, s.receptive_field, s.receptive_field)
+            + (s.stacked_params, s.single_params, s.saving, s.nonlinearities, 1)
+            for s in self._upwards()
+        ]
+        return [Table("Stacked 3×3 convolutions against one that sees as much, C channels in and out", columns, rows)]
+
+
+def stacked_3x3(n: int) -> Stacked:
+    """Why VGG stacks 3×3 convolutions: n of them see what one (2n+1)×(2n+1) sees (paper, section 2.3).
+
+    >>> print(stacked_3x3(3))
+    Stacked 3×3 convolutions against one that sees as much, C channels in and out
+    stacked 3×3  or one  field px  weights / C²  of the one  fewer  ReLUs  of the one
+              1     3×3         3             9           9   0.0%      1           1
+              2     5×5         5            18          25  28.0%      2           1
+              3     7×7         7            27          49  44.9%      3           1
+
+    Raises:
+        InputError: n outside 1 to 50.
+    """
+    if not 1 <= n <= 50:
+        raise InputError(f"n must be from 1 to 50, got {n}")
+    return Stacked(n)
+
+
+@dataclass(frozen=True)
+class EffectiveField:
+    """What a unit in the middle of a layer depends on, as measured; see `effective_field`.
+
+    Attributes:
+        layer: its name.
+        theoretical: side of the square that the architecture lets it see, in pixels.
+        support: (height, width) of the box around every pixel whose gradient is not 0.
+        effective: root of the number of pixels that count, in pixels: those with more than 4.55 % of the largest
+            gradient (two standard deviations of a Gaussian; Luo et al. 2016, section 3).
+        gradient: mean absolute gradient (theoretical, theoretical) of the square, its largest value 1.
+    """
+
+    layer: str
+    theoretical: int
+    support: tuple[int, int]
+    effective: float
+    gradient: Tensor
+
+
+def effective_field(
+    layer: str,
+    arch: str | Arch | None = None,
+    *,
+    weights: WeightsLike | Weights = "auto",
+    samples: int = 8,
+    seed: int = 0,
+) -> EffectiveField:
+    """Measure a layer's receptive field: the gradient of a unit in the middle, averaged over random images.
+
+    Luo et al. 2016, "Understanding the effective receptive field" (arXiv:1701.04128): the gradient of all channels
+    together at one place, its magnitude averaged over noise images and colours. A max pool lets one pixel of each
+    window through, so a single image shows less than the whole square.
+
+    Args:
+        layer: a name of the convolutional part, such as `conv3_3`.
+        arch: the network; None means what the weights imply.
+        weights: as in `VGGFeatures`; `"auto"` is ImageNet's where they can be had, else others, see
+            `vggfeat.weights.load`.
+        samples: images of uniform noise.
+        seed: of the noise.
+
+    Raises:
+        InputError: a layer that the convolutional part lacks, or no samples.
+        WeightsError: weights that cannot be had or do not reach the layer.
+    """
+    import torch
+
+    from vggfeat.features import VGGFeatures
+
+    if samples < 1:
+        raise InputError(f"samples must be at least 1, got {samples}")
+    features = VGGFeatures([layer], arch, weights)
+    found = features.arch.layer(layer)
+    field, stride = found.receptive_field, found.stride
+    middle = math.ceil(field / stride / 2)  # units on each side, so that the image has the whole square
+    side = stride * (2 * middle + 1)
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(side, side)
+    for _ in range(samples):
+        image = torch.rand(1, 3, side, side, generator=generator).requires_grad_()
+        unit = features(image)[layer][0, :, middle, middle].sum()
+        total += torch.autograd.grad(unit, image)[0][0].abs().mean(0)
+    rows, columns = (total.amax(1) > 0).nonzero(), (total.amax(0) > 0).nonzero()
+    if not len(rows):
+        raise InputError(f"no gradient reaches the image from the middle of {layer}: try more samples")
+    support = (int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1)
+    start = (side - field) // 2
+    square = (total / total.max())[start : start + field, start : start + field]
+    return EffectiveField(layer, field, support, float((square > 1 - _TWO_SIGMA).sum()) ** 0.5, square)
+
+
+_TWO_SIGMA = math.erf(2 / math.sqrt(2))

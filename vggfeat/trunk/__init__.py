@@ -1,0 +1,21 @@
+"""The frozen trunk: VGG's convolutions forward, and backward to the image alone, written by hand.
+
+A loss network is frozen, which autograd does not know: it keeps every convolution's input, every ReLU's output, every
+pool's input and 64-bit indices. All that the gradient with respect to the image needs is the weights, the sign of each
+ReLU's output and the winner of each pooling window. The forward keeps just that, as single bits (`keep="bits"`), or
+the ReLU outputs themselves where memory does not matter and time does (`keep="values"`); the backward walks back.
+
+Everything runs in channels_last, in which these convolutions are fastest on CPUs and GPUs alike. `plain` is the same
+computation in ordinary differentiable operations: for second derivatives, for export, and to test against.
+
+From the outside in: `plan.py` says what to run and `filters.py` with which weights, `autograd.py` is what is called,
+`operators.py` walks forward and back, on the operations of `layers.py` and the packed signs of `bits.py`.
+"""
+
+from vggfeat.trunk.autograd import run
+from vggfeat.trunk.filters import Trunk
+from vggfeat.trunk.layers import has_onednn, no_autocast
+from vggfeat.trunk.plain import plain
+from vggfeat.trunk.plan import PADDINGS, POOLINGS, Plan, Stage
+
+__all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage", "Trunk", "has_onednn", "no_autocast", "plain", "run"]

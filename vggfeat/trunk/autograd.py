@@ -1,0 +1,103 @@
+"""The trunk as autograd sees it: gradients to the images alone, and derivatives of those by ordinary operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from vggfeat.trunk.operators import reread, trunk_backward, trunk_forward
+from vggfeat.trunk.plain import plain
+from vggfeat.trunk.plan import Plan
+
+__all__ = ["run"]
+
+
+def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits") -> list[Tensor]:
+    """The taps in the order of `plan.names`; gradients flow to `x` alone.
+
+    Args:
+        x: normalised images (N,3,H,W), float32 for bfloat16 filters, else in the filters' type.
+        filters: of `Trunk.filters` for the same plan.
+        plan: what to run.
+        keep: what to remember for the backward: "bits" (a tenth of autograd's memory and less) or "values" (faster).
+    """
+    if forward_ad._current_level >= 0:  # forward-mode derivatives want ordinary operations
+        found: Sequence[Tensor] = plain(x, filters, plan)
+    elif torch.is_grad_enabled() and x.requires_grad:
+        found = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep), *filters)
+    else:
+        found = trunk_forward(x, filters, plan.code, "none")
+    return [found[i] for i in plan.order]
+
+
+class _Trunk(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, code: str, keep: str, count: int, again: tuple[int, ...], *filters: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple(trunk_forward(x, filters, code, keep))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.code, ctx.keep, ctx.count, again, *filters = inputs
+        taps, kept = output[: ctx.count], output[ctx.count :]
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.split = (len(again), len(kept))
+        ctx.save_for_backward(x, *[taps[i] for i in again], *kept, *filters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        x, *rest = ctx.saved_tensors
+        nothing = (None,) * (4 + len(rest) - sum(ctx.split))
+        present = [i for i, grad in enumerate(grads[: ctx.count]) if grad is not None]
+        if not present:
+            return (None, *nothing)
+        # called plainly where that does: torch.compile of torch 2.13 gives `apply` in a backward one argument too many
+        back: Any = _Back.apply if torch.is_grad_enabled() else _Back.forward
+        return (back(x, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest), *nothing)
+
+
+class _Back(torch.autograd.Function):
+    """The backward as a function of its own, so that it can be differentiated in its turn."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, code: str, keep: str, split: tuple[int, int], present: list[int], *rest: Tensor) -> Tensor:
+        n, (again, kept) = len(present), split
+        grads, rest = rest[:n], rest[n:]
+        taps, rest = rest[:again], rest[again:]
+        found: Tensor = trunk_backward(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), code, keep)
+        return found.to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.code, _, split, ctx.present, *rest = inputs
+        n = len(ctx.present)
+        ctx.nothing = (None,) * (len(rest) - n)
+        ctx.save_for_backward(x, *rest[:n], *rest[n + sum(split) :])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # second derivatives are rare: recompute with ordinary operations, which can be differentiated without end
+        n = len(ctx.present)
+        x, *rest = ctx.saved_tensors
+        plan = Plan.decode(ctx.code)
+
+        def taps(x: Tensor) -> list[Tensor]:
+            found = plain(x, rest[n:], plan)
+            return [found[i] for i in ctx.present]
+
+        def first(x: Tensor, grads: list[Tensor]) -> Tensor:
+            found: Tensor = torch.func.vjp(taps, x)[1](grads)[0]
+            return found
+
+        of_x, of_grads = torch.func.vjp(first, x, rest[:n])[1](grad)
+        return (of_x, None, None, None, None, *of_grads, *ctx.nothing)

@@ -1,0 +1,40 @@
+"""Signs as single bits: what the backward needs to know of a ReLU, in a thirty-second of a float32's memory."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["pack", "unpack"]
+
+# eight bytes of 0 or 1 times this number have their eight bits side by side in the topmost byte
+_GATHER = 0x0102040810204080
+_SELECT = struct.unpack("<q", bytes(1 << i for i in range(8)))[0]  # byte i has bit i
+_SPREAD = 0x0101010101010101
+
+
+def pack(x: Tensor) -> Tensor:
+    """One bit for each value, set where it is positive: (N,C,H,W) channels_last to uint8 (N, ceil(C·H·W / 8)).
+
+    Values are bool or come out of a ReLU: none is below 0.
+    """
+    if x.dtype == torch.bfloat16:  # only the sign of 0 can be set: without it, what is not 0 is positive
+        x = x.view(torch.int16).bitwise_left_shift(1).to(torch.bool)  # faster than a comparison
+    flat = (x if x.dtype == torch.bool else x > 0).permute(0, 2, 3, 1).flatten(1)
+    if flat.shape[1] % 8:
+        flat = F.pad(flat, (0, 8 - flat.shape[1] % 8))
+    return flat.view(torch.int64).mul(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `pack`: uint8 (N,C,H,W), channels_last, above 0 where the bit was set.
+
+    Not bool, which a CPU takes several times as long to convert to bfloat16.
+    """
+    n, c, h, w = shape
+    spread = bits.to(torch.int64).mul_(_SPREAD).bitwise_and_(_SELECT)
+    return spread.view(torch.uint8)[:, : c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)

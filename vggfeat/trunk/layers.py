@@ -1,0 +1,185 @@
+"""What a stage is made of, forward and back: convolution, pooling, local response normalisation.
+
+Tensors are (N,C,H,W), laid out channels_last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vggfeat.arch import LRN
+from vggfeat.trunk.bits import pack, unpack
+
+
+def no_autocast(device: torch.device) -> Any:
+    """Autocast is answered once, by the choice of the trunk's precision; inside it must not cast again."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _fused_conv_works(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and has_onednn()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
+def has_onednn() -> bool:
+    """Whether this torch can use oneDNN's kernels."""
+    return bool(torch.backends.mkldnn.is_available())
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: bool = False) -> Tensor:
+    """Convolution with stride 1, and its ReLU where oneDNN can do it on the way out."""
+    if _fused_conv_works(x):
+        attr = "relu" if relu else "none"
+        ones, pads = [1, 1], [pad, pad]
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pads, ones, ones, 1, attr, [], "")  # type: ignore[no-any-return]
+    y = F.conv2d(x, weight, bias, padding=pad)
+    return y.relu_() if relu else y
+
+
+def conv_back(grad: Tensor, back: Tensor, pad: int, padding: str, height: int, width: int) -> Tensor:
+    """Gradient with respect to a convolution's input (before its padding) of that height and width."""
+    kernel = back.shape[-1]
+    if padding == "zeros" or not pad:
+        return conv(grad, back, None, kernel - 1 - pad)
+    full = conv(grad, back, None, kernel - 1)  # with respect to the padded input
+    like = full.new_empty(full.shape[0], full.shape[1], height, width)
+    fold = (
+        torch.ops.aten.reflection_pad2d_backward if padding == "reflect" else torch.ops.aten.replication_pad2d_backward
+    )
+    return laid(fold(full, like, [pad] * 4))
+
+
+def doubled(x: Tensor, weight: Tensor) -> Tensor:
+    """What the first convolution takes: the images, or for bfloat16 their upper and lower halves, (N,9,H,W).
+
+    Eight bits of mantissa are fewer than a photograph has, and conv1_1 takes differences of neighbours. With image and
+    weight as sums of two bfloat16 numbers, x w ≈ xₕwₕ + xₗwₕ + xₕwₗ is exact to 16 bits, and 9 channels cost a
+    convolution unit no more than 3: it works on 16 or more at a time.
+    """
+    if weight.dtype != torch.bfloat16 or weight.shape[1] != 9:
+        return x
+    high = x.to(weight.dtype)
+    low = (x - high.to(x.dtype)).to(weight.dtype)
+    return torch.cat([high, low, high], dim=1)
+
+
+def padded(x: Tensor, pad: int, padding: str) -> Tensor:
+    """Padded on each side where the convolution does not do it itself, with zeros."""
+    return x if padding == "zeros" or not pad else F.pad(x, (pad,) * 4, mode=padding)
+
+
+def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
+    """The pooled tensor and, of a max pool, the way back: who won in each window."""
+    if pooling != "max":
+        return plain_pool(x, pooling), None
+    if keep == "none":
+        return F.max_pool2d(x, 2), None
+    if keep == "values" and x.device.type == "cpu":
+        found: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
+        return found
+    a, b, c, d = _quarters(x, x.shape[2] // 2, x.shape[3] // 2)
+    top, bottom = torch.maximum(a, b), torch.maximum(c, d)
+    y = torch.maximum(top, bottom)
+    # of equals the first wins, as in torch.nn.MaxPool2d
+    down = bottom > top
+    right = ((d > c) & down) | ((b > a) & ~down)
+    if keep == "values":
+        return y, down.to(torch.uint8).mul_(2).add_(right)
+    return y, torch.stack([pack(down), pack(right), pack(y)], dim=1)
+
+
+def plain_pool(x: Tensor, pooling: str) -> Tensor:
+    """2×2 pooling in ordinary operations, an odd last row or column left out."""
+    if pooling == "max":
+        return F.max_pool2d(x, 2)
+    if pooling == "average":
+        return F.avg_pool2d(x, 2)
+    square = F.avg_pool2d(x * x, 2)
+    alive = square > 0  # the root's slope at 0 is infinite; the gradient there is 0
+    return torch.where(alive, torch.where(alive, square, 1).sqrt(), 0)
+
+
+def max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled: Tensor | None) -> Tensor:
+    """Each gradient goes to the winner of its window, and nowhere where the winner was not positive."""
+    if pooled is None:
+        down, right, alive = (unpack(bits, grad.shape).to(grad.dtype) for bits in route.unbind(1))
+        grad = torch.ops.aten.threshold_backward(grad, alive, 0)
+    else:
+        grad = torch.ops.aten.threshold_backward(grad, pooled, 0)
+        if route.dtype == torch.int64:  # torch's own, on a CPU; on CUDA it adds atomically, in no fixed order
+            size = (*grad.shape[:2], height, width)
+            like = torch.empty(size, dtype=grad.dtype, memory_format=torch.channels_last)
+            back = torch.ops.aten.max_pool2d_with_indices_backward
+            return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, route)  # type: ignore[no-any-return]
+        down, right = (route >= 2).to(grad.dtype), (route & 1).to(grad.dtype)
+    out = _unpooled(grad, height, width)
+    a, b, c, d = _quarters(out, *grad.shape[2:])
+    bottom = torch.ops.aten.threshold_backward(grad, down, 0)
+    top = grad.sub_(bottom)
+    torch.ops.aten.threshold_backward.grad_input(top, right, 0, grad_input=b)
+    torch.sub(top, b, out=a)
+    torch.ops.aten.threshold_backward.grad_input(bottom, right, 0, grad_input=d)
+    torch.sub(bottom, d, out=c)
+    return out
+
+
+def pool_back(grad: Tensor, height: int, width: int, pooling: str, values: Tensor | None) -> Tensor:
+    """Through average pooling, or through l2 pooling of `values`."""
+    out = _unpooled(grad, height, width)
+    if pooling == "average":
+        share = grad / 4
+        for quarter in _quarters(out, *grad.shape[2:]):
+            quarter.copy_(share)
+        return out
+    assert values is not None
+    pooled = plain_pool(values, "l2")
+    share = torch.where(pooled > 0, grad / (4 * pooled), 0)
+    for quarter, value in zip(_quarters(out, *grad.shape[2:]), _quarters(values, *grad.shape[2:]), strict=True):
+        torch.mul(share, value, out=quarter)
+    return out
+
+
+def _unpooled(grad: Tensor, height: int, width: int) -> Tensor:
+    """Room for the gradient of a pool's input; an odd last row or column was never pooled and gets none."""
+    n, c, h, w = grad.shape
+    size = (n, c, height, width)
+    out = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+    if height > 2 * h:
+        out[:, :, -1].zero_()
+    if width > 2 * w:
+        out[:, :, :, -1].zero_()
+    return out
+
+
+def _quarters(x: Tensor, h: int, w: int) -> list[Tensor]:
+    """The four corners of every 2×2 window, (N,C,h,w) views in reading order."""
+    return [x[:, :, i : 2 * h : 2, j : 2 * w : 2] for i in (0, 1) for j in (0, 1)]
+
+
+def lrn_back(grad: Tensor, x: Tensor) -> Tensor:
+    """Of y = x / d^β with d = k + α · mean of x² over the neighbouring channels."""
+    size, alpha, beta, k = LRN
+
+    def neighbours(v: Tensor) -> Tensor:
+        reach = size // 2
+        return F.avg_pool3d(F.pad(v[:, None], (0, 0, 0, 0, reach, reach)), (size, 1, 1), stride=1)[:, 0]
+
+    d = k + alpha * neighbours(x * x)
+    back = neighbours(grad * x * d ** (-beta - 1))
+    return laid(grad * d**-beta - 2 * alpha * beta * x * back)
+
+
+def laid(grad: Tensor) -> Tensor:
+    """In channels_last."""
+    return grad.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,101 @@
+"""What to run: names of taps to stages of a network, as plain data that survives as a string in compiled graphs."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from vggfeat.arch import Arch
+from vggfeat.errors import InputError, nearest
+
+__all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage"]
+
+POOLINGS = ("max", "average", "l2")
+PADDINGS = ("zeros", "reflect", "replicate")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One convolution and what follows it up to the next: [bn] [relu] [lrn] [pool].
+
+    Attributes:
+        conv: name of the convolution.
+        pad: pixels of padding on each side.
+        steps: what follows the convolution before the trunk ends: some of "bn", "relu", "lrn", "pool", in this order.
+        taps: kinds of layer to hand out: "conv" or some of the steps.
+    """
+
+    conv: str
+    pad: int
+    steps: tuple[str, ...]
+    taps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages up to the deepest tap, and how to pool and pad."""
+
+    arch: Arch
+    names: tuple[str, ...]
+    pooling: str = "max"
+    padding: str = "zeros"
+
+    def __post_init__(self) -> None:
+        self.arch.check(self.names)
+        if self.pooling not in POOLINGS:
+            raise InputError(f"unknown pooling {self.pooling!r}: {nearest(str(self.pooling), POOLINGS)}")
+        if self.padding not in PADDINGS:
+            raise InputError(f"unknown padding {self.padding!r}: {nearest(str(self.padding), PADDINGS)}")
+        # computed now, since torch.compile cannot follow a cached property's first use (it takes a lock in Python 3.11)
+        _ = self.code, self.stages, self.order, self.min_size
+
+    @functools.cached_property
+    def code(self) -> str:
+        """The plan as a string, for the operators; `Plan.decode` reads it back."""
+        arch = self.arch
+        return "|".join(
+            (
+                arch.config,
+                str(int(arch.batch_norm)),
+                ",".join(map(str, arch.channels)),
+                ",".join(self.names),
+                self.pooling,
+                self.padding,
+            )
+        )
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def decode(code: str) -> Plan:
+        """The plan of a code."""
+        config, bn, channels, names, pooling, padding = code.split("|")
+        blocks = tuple(map(int, channels.split(",")))
+        return Plan(Arch(config, bool(int(bn)), head=None, blocks=blocks), tuple(names.split(",")), pooling, padding)
+
+    @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """Shallow to deep."""
+        stages: list[Stage] = []
+        for layer in self.arch.until(self.names):
+            tapped = (layer.kind,) if layer.name in self.names else ()
+            if layer.kind == "conv":
+                stages.append(Stage(layer.name, layer.kernel // 2, (), tapped))
+            else:
+                last = stages[-1]
+                stages[-1] = Stage(last.conv, last.pad, (*last.steps, layer.kind), last.taps + tapped)
+        return tuple(stages)
+
+    @functools.cached_property
+    def order(self) -> tuple[int, ...]:
+        """Position of each name among the taps, shallow to deep."""
+        ran = sorted(self.names, key=self.arch.names.index)
+        return tuple(ran.index(name) for name in self.names)
+
+    @functools.cached_property
+    def min_size(self) -> int:
+        """The shortest image side that the deepest tap can be computed of."""
+        layers = self.arch.until(self.names)
+        if self.padding != "reflect":
+            return layers[-1].stride
+        # reflection needs a second pixel at every 3×3 convolution, the pool after the last needs none
+        return max(2 * layer.stride if layer.kind == "conv" and layer.kernel > 1 else layer.stride for layer in layers)
