@@ -3,8 +3,8 @@
 `describe` and `stacked_3x3` compute from plain data and need no torch. All sizes are of float32; MB are 10⁶ bytes; a
 MAC is one multiplication with its addition, and FLOPs are twice the MACs (the papers and torchvision count MACs).
 
-`layers.py` describes one VGG, `comparison.py` sets networks side by side, `measure.py` runs them, `fields.py` has the 3×3
-argument and the receptive fields.
+`layers.py` describes one VGG, `comparison.py` sets networks side by side, `measure.py` runs them, `fields.py` has the
+3×3 argument and the receptive fields.
 """
 
 from vggfeat.analysis.comparison import ACCURACY, Comparison, Net, compare
