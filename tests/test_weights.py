@@ -602,6 +602,8 @@ def test_an_unchanged_file_is_hashed_once(monkeypatch, state):
 def test_sets_that_do_not_exist():
     with pytest.raises(WeightsError, match="unknown weight set 'imagnet': did you mean imagenet"):
         W.find("imagnet")
+    with pytest.raises(WeightsError, match="bundled weights need no file fetched"):
+        W.find("bundled")
     with pytest.raises(WeightsUnavailableError, match="no 'caffe' weights for vgg11: choose from vgg16, vgg19"):
         W.load("caffe", "vgg11")
     with pytest.raises(WeightsUnavailableError, match="no 'imagenet' weights for vgg16 at width 0.5"):

@@ -528,6 +528,8 @@ def find(name: str, arch: str = "vgg16", *, download: bool = True) -> Path:
         WeightsUnavailableError: it is not here and cannot be fetched; the message names the ways out.
         WeightsError: it is here but damaged, or there is no such set.
     """
+    if name in ("bundled", "random"):
+        raise WeightsError(f"{name} weights need no file fetched: ask for them by that name, weights={name!r}")
     if name not in SETS:
         raise WeightsError(f"unknown weight set {name!r}: {nearest(name, SETS)}")
     published = _published(name, parse(arch))
