@@ -105,7 +105,7 @@ class VGG(nn.Module):
         self.features = nn.Sequential(*map(_module, arch.layers))
         channels = arch.layers[-1].channels
         if arch.head == "paper":
-            self.avgpool = _AvgPool(7)
+            self.avgpool: nn.AdaptiveAvgPool2d = _AvgPool(7)
             self.classifier = nn.Sequential(
                 nn.Linear(channels * 49, arch.hidden),
                 nn.ReLU(),

@@ -4,7 +4,8 @@ A set that is in memory is kept on the device as one uint8 tensor, and a batch o
 processes. Other sets are read image by image, by workers, in every epoch.
 
 Everything that is drawn depends on the seed, the epoch and the step alone. So a run that goes on after a stop sees what
-the unbroken one would have seen, and of several processes each draws for the whole batch and keeps its own part.
+the unbroken one would have seen, and of several processes each draws for the whole batch and keeps its own part. It is
+drawn on the CPU and copied to the device without waiting for what that is at.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class Batches:
         found = self._read(chosen, epoch, steps) if self.pixels is None else self._gathered(chosen, epoch, steps)
         for step, (numbers, images) in zip(steps, found, strict=True):
             images = self._augmented(numbers, images, epoch, step).contiguous(memory_format=torch.channels_last)
-            labels = self.labels[numbers.to(self.device)]
+            labels = self.labels[numbers.to(self.device, non_blocking=True)]
             yield [Batch(*part) for part in zip(images.split(self.part), labels.split(self.part), strict=True)]
 
     def _gathered(self, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
@@ -154,13 +155,17 @@ class Batches:
             rows, columns = (
                 torch.randint(
                     -config.pad, side + config.pad - self.size + 1, (config.batch_size, 1), generator=generator
-                )[self.own].to(device)
+                )[self.own].to(device, non_blocking=True)
                 + span
                 for side in self.pixels.shape[1:3]
             )  # (n,size), beyond the border where there is padding
             inside = _inside(rows, self.pixels.shape[1])[:, :, None] & _inside(columns, self.pixels.shape[2])[:, None]
             rows, columns = _reflected(rows, self.pixels.shape[1]), _reflected(columns, self.pixels.shape[2])
-            images = normalised(self.pixels[chosen[step].to(device)[:, None, None], rows[:, :, None], columns[:, None]])
+            images = normalised(
+                self.pixels[
+                    chosen[step].to(device, non_blocking=True)[:, None, None], rows[:, :, None], columns[:, None]
+                ]
+            )
             if config.pad and config.pad_mode == "zeros":
                 images = images * inside[:, None]
             yield chosen[step], images
@@ -178,7 +183,7 @@ class Batches:
             self.skipped.update(bad)
             # in the place of one that cannot be read comes another of the batch, so that batches keep their size
             places = torch.arange(len(numbers) + len(bad)) % len(numbers)
-            yield numbers[places], normalised(crops[places].to(self.device))
+            yield numbers[places], normalised(crops[places].to(self.device, non_blocking=True))
 
     def _augmented(self, numbers: Tensor, images: Tensor, epoch: int, step: int) -> Tensor:
         """Mirror and blank: what needs no more than the crops themselves."""
@@ -188,11 +193,13 @@ class Batches:
         if config.flip == "alternating":
             flips = self.turns[numbers] ^ bool(epoch % 2)
         if config.flip != "none":
-            images = torch.where(flips.to(self.device)[:, None, None, None], images.flip(3), images)
+            images = torch.where(flips.to(self.device, non_blocking=True)[:, None, None, None], images.flip(3), images)
         if config.cutout:
             span = torch.arange(self.size, device=self.device)
             corners = torch.randint(self.size, (2, config.batch_size, 1), generator=generator) - config.cutout // 2
-            rows, columns = (_inside(span - corner[self.own].to(self.device), config.cutout) for corner in corners)
+            rows, columns = (
+                _inside(span - corner[self.own].to(self.device, non_blocking=True), config.cutout) for corner in corners
+            )
             images = images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
         return images
 

@@ -233,16 +233,18 @@ def _begin(
 @contextmanager
 def _repeatable(config: TrainConfig, world: World) -> Iterator[None]:
     """Seed torch's global generators for what draws from them, and leave them and its settings as they were."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before, chosen = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(seeded(config.seed, -3).initial_seed())
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
             torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = not config.deterministic  # all steps have the same shapes
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+            torch.backends.cudnn.benchmark = chosen
 
 
 # ── what a run is made of ─────────────────────────────────────────────────────────────────────────────────────────────
