@@ -575,10 +575,14 @@ def launched(count, data, folder, *more):
     return weights(folder), json.loads(done.stdout[done.stdout.index("{") :])
 
 
-def test_two_processes_are_one(data, tmp_path):
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.5, "cutmix": 1.0}])
+def test_two_processes_are_one(data, tmp_path, mixing, request):
     """The same global batch in one process and in two: the same network to rounding, and the same test exactly."""
+    if mixing:
+        request.getfixturevalue("torchvision")
     options = ["--json", "--quiet", "--lr=0.02", "--epochs=1", "--warmup=0.3", "--accumulate=2"]
-    one = run(data, tmp_path / "one", **vars_of("fast", lr=0.02, epochs=1, warmup=0.3, accumulate=2, ema=0.9))
+    options += [f"--{name}={value}" for name, value in mixing.items()]
+    one = run(data, tmp_path / "one", **vars_of("fast", lr=0.02, epochs=1, warmup=0.3, accumulate=2, ema=0.9, **mixing))
     two, summary = launched(2, data, tmp_path / "two", *options)
     for key, value in weights(one.folder).items():
         torch.testing.assert_close(two[key], value, rtol=5e-3, atol=5e-4, msg=key)

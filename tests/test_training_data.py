@@ -215,6 +215,20 @@ def epoch(images, number=0, size=32, first=0, rank=0, world=1, **changes):
     return list(Batches(images, config, CPU, size, rank, world).epoch(number, first))
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_what_is_mixed_in_comes_before_it(ramp, world):
+    """torchvision mixes each image with the one before it, the first with the last of the part, over all processes."""
+    whole = [parts for parts in epoch(ramp, batch_size=8, accumulate=2, pad=4, cutout=8)]
+    for rank in range(world):
+        mixed = epoch(ramp, batch_size=8, accumulate=2, pad=4, cutout=8, rank=rank, world=world, mixup=0.5)
+        for parts, all_parts in zip(mixed, whole, strict=True):
+            for part, everything in zip(parts, all_parts, strict=True):
+                size = 4 // world
+                places = [(rank * size + i) % 4 for i in range(-(world > 1), size)]
+                assert torch.equal(part.images, everything.images[places])
+                assert torch.equal(part.labels, everything.labels[places])
+
+
 def test_normalised_as_torchvision(torchvision):
     pixels = torch.randint(0, 256, (2, 5, 6, 3), dtype=torch.uint8)
     scaled = pixels.permute(0, 3, 1, 2).float() / 255

@@ -97,6 +97,7 @@ class Batches:
     Attributes:
         steps: batches of an epoch; images that fill none are left out, others in every epoch.
         skipped: images that could not be read on the way, and why.
+        extra: 1 where each part begins with the image before this process' own, which is to be mixed and then left.
 
     Raises:
         InputError: fewer images than a batch, a batch that cannot be parted, or images smaller than the crops.
@@ -115,8 +116,13 @@ class Batches:
             )
         self.images, self.config, self.device, self.size = images, config, device, size
         # of each part every process has a piece, so that parts are the same however many processes there are
-        self.own = torch.arange(config.batch_size).view(config.accumulate, world, -1)[:, rank].flatten()
-        self.part = config.batch_size // parts
+        places = torch.arange(config.batch_size).view(config.accumulate, -1)
+        own = torch.arange(places.shape[1]).view(world, -1)[rank]
+        self.extra = int(world > 1 and bool(config.mixup or config.cutmix))
+        if self.extra:  # which mix each image with the one before it
+            own = torch.cat([own[:1] - 1, own])
+        self.own = places[:, own].flatten()
+        self.part = len(own)
         self.steps = len(images) // config.batch_size
         self.skipped: set[str] = set()
         self.labels = images.labels.to(device)

@@ -131,7 +131,7 @@ def train(
     """Train a classifier.
 
     Under `torchrun` every process calls this, and the result is that of one process with the same batch, to rounding,
-    but for dropout, mixup and cutmix, which each process draws for its own part.
+    but for dropout, which each process draws for its own part.
 
     Ctrl-C and SIGTERM end a run of one process after the step that is being made, and save a checkpoint. After a
     SIGKILL at any time, of one process or of several, `resume=True` goes on from the newest good checkpoint; on a CPU
@@ -535,13 +535,16 @@ class _Run:
     def _step(self, parts: list[Batch]) -> Tensor:
         """One step of the optimizer; returns the mean loss of this process' images."""
         config = self.config
-        # what torch and torchvision draw depends on the step alone, too
-        torch.manual_seed(seeded(config.seed, self.epoch, self.step, 2, self.world.rank).initial_seed())
         total = torch.zeros((), device=self.world.device)
         for number, (images, labels) in enumerate(parts, start=1):
+            # what torch and torchvision draw depends on the step alone, too; how to mix, in all processes alike
+            drawn = (config.seed, self.epoch, self.step, number)
             targets = labels
             if self.mix is not None:
-                images, targets = self.mix(images, labels)
+                torch.manual_seed(seeded(*drawn, 2).initial_seed())
+                images, targets = (value[self.batches.extra :] for value in self.mix(images, labels))
+                labels = labels[self.batches.extra :]
+            torch.manual_seed(seeded(*drawn, 3, self.world.rank).initial_seed())
             waits = isinstance(self.model, DistributedDataParallel) and number < len(parts)
             with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
