@@ -593,6 +593,28 @@ def test_two_processes_are_one(data, tmp_path, mixing, request):
     assert found.images == 15 and row["test_accuracy"] == found.top1  # 15 is odd: nothing was padded
 
 
+def test_a_signal_to_one_process_ends_all(data, tmp_path):
+    """After the same step; and going on, they end where one process ends."""
+    options = vars_of("fast", lr=0.02, epochs=1)
+    script = tmp_path / "signalled.py"
+    script.write_text(f"""
+import os, signal, vggfeat
+def callback(step):  # called in the first process alone
+    if step.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+options = dict(config=vggfeat.TrainConfig(**{options}), folder={str(tmp_path / "r")!r})
+assert vggfeat.train({str(data)!r}, callback=callback, **options).interrupted
+assert [name[-4:] for name in os.listdir({str(tmp_path / "r" / "checkpoints")!r})] == ["2.pt"]
+assert not vggfeat.train({str(data)!r}, resume=True, **options).interrupted
+""")
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run([*start, str(script)], env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = weights(tmp_path / "r")
+    for key, value in weights(run(data, tmp_path / "one", **options).folder).items():
+        torch.testing.assert_close(found[key], value, rtol=5e-3, atol=5e-4, msg=key)
+
+
 def vars_of(name, **changes):
     return vggfeat.recipe(name, **TINY | changes).to_dict()
 

@@ -133,9 +133,9 @@ def train(
     Under `torchrun` every process calls this, and the result is that of one process with the same batch, to rounding,
     but for dropout, which each process draws for its own part.
 
-    Ctrl-C and SIGTERM end a run of one process after the step that is being made, and save a checkpoint. After a
-    SIGKILL at any time, of one process or of several, `resume=True` goes on from the newest good checkpoint; on a CPU
-    the weights at the end are those of the unbroken run, bit for bit.
+    Ctrl-C and SIGTERM end a run after the step that is being made (of several processes on GPUs, within 50 steps) and
+    save a checkpoint. After a SIGKILL at any time, of one process or of several, `resume=True` goes on from the newest
+    good checkpoint; on a CPU the weights at the end are those of the unbroken run, bit for bit.
 
     Args:
         data: what `vggfeat.training.data.load` knows: CIFAR's folder, a folder or a zip of class folders; or what it
@@ -396,7 +396,8 @@ class _Run:
         self.bad = torch.full((), -1, device=world.device)  # the first step whose loss was not finite
         self.loss = self.lr = math.nan  # of the last step, as far as known
         self.seconds = 0.0
-        self.stop = False
+        self.asked = False  # this process, by a signal
+        self.stop = False  # all of them
 
     @property
     def done(self) -> int:
@@ -483,9 +484,10 @@ class _Run:
         """Train from where it is to the end."""
         evaluation = None
         board = _Board(self.folder / "tensorboard") if self.world.first else None
-        with _signals(self) if self.world.size == 1 else nullcontext():
+        with _signals(self):
             while self.epoch < self.config.epochs and not self.stop:
                 evaluation = self._epoch(board)
+                self._agree()
         if complete := self.epoch == self.config.epochs:
             if self.world.first:
                 self._log()
@@ -507,12 +509,15 @@ class _Run:
             self.step += 1
             last = self.step == steps
             saves = last or (config.save_every > 0 and self.done % config.save_every == 0)
-            if self.world.device.type == "cpu" or saves or self.step == 1 or self.done % 50 == 0:  # a GPU is waited for
+            waits = self.world.device.type == "cpu" or saves or self.step == 1 or self.done % 50 == 0  # for a GPU
+            if waits:
                 self.loss = value.item()
                 if (bad := int(self.bad)) >= 0:
                     raise self._diverged(bad % steps + 1)
             if self.callback is not None and not last:
                 self.callback(TrainStep(self.epoch + 1, config.epochs, self.step, steps, self.loss, self.lr))
+            if waits or self.world.size == 1:
+                self._agree()
             if saves or self.stop:
                 self.seconds += time.perf_counter() - begun
                 self.save()  # before the test, which may fail
@@ -531,6 +536,12 @@ class _Run:
             done = self.history[-1]
             self.callback(TrainStep(self.epoch, config.epochs, steps, steps, self.loss, self.lr, done))
         return evaluation
+
+    def _agree(self) -> None:
+        """Stop, all processes after the same step, where any was asked to."""
+        self.stop = self.asked
+        if self.world.size > 1:
+            self.stop = summed(torch.tensor(float(self.asked), device=self.world.device), self.world).item() > 0
 
     def _step(self, parts: list[Batch]) -> Tensor:
         """One step of the optimizer; returns the mean loss of this process' images."""
@@ -624,15 +635,18 @@ class _Run:
 
 @contextmanager
 def _signals(run: _Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after the step in progress; a second Ctrl-C at once."""
+    """Ctrl-C and SIGTERM end the run after the step in progress; a second Ctrl-C at once.
+
+    Of several processes each may get a Ctrl-C twice, from the terminal and from `torchrun`: the second is ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: object) -> None:
-        if run.stop and number == signal.SIGINT:
+        if run.asked and number == signal.SIGINT and run.world.size == 1:
             raise KeyboardInterrupt
-        run.stop = True
+        run.asked = True
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
