@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.training import checkpoint, loop
+from vggfeat.training.batches import parted
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World
 
@@ -363,8 +364,18 @@ def test_a_new_head_is_asked_for(finished, tmp_path):
 
 
 def test_holdout(tmp_path):
-    result = run(pictures.folder(tmp_path / "s", pictures.tree(8)), tmp_path / "r", holdout=0.25, epochs=1)
+    source = pictures.folder(tmp_path / "s", pictures.tree(8))
+    result = run(source, tmp_path / "r", holdout=0.25, epochs=1)
     assert result.evaluation.images == 6
+    # later, on the set it was trained on, from wherever it lies by then: what was held out, and no other
+    Path(source).rename(tmp_path / "moved")
+    found = vggfeat.evaluate(tmp_path / "r", tmp_path / "moved", batch_size=6)
+    assert (found.images, found.confusion) == (6, result.evaluation.confusion)
+    assert found.loss == pytest.approx(result.evaluation.loss, rel=1e-4)
+    other = {name.replace("0.", "x."): content for name, content in pictures.tree(8).items()}
+    assert vggfeat.evaluate(tmp_path / "r", pictures.folder(tmp_path / "other", other)).images == 24
+    few = {name: content for name, content in pictures.tree(8).items() if "0." in name}
+    assert vggfeat.evaluate(tmp_path / "r", pictures.folder(tmp_path / "few", few)).images == len(few)
 
 
 # ── stopping and going on ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -714,9 +725,10 @@ def test_a_run_is_evaluated_as_it_was_tested(tmp_path):
     result = run(big, tmp_path / "r", size=32, holdout=0.5, epochs=1)
     images = vggfeat.training.data.load(big)[0]
     found = vggfeat.evaluate(tmp_path / "r", images, precision="float32")
-    explicit = vggfeat.evaluate(result.net, images, vggfeat.Views(size=32), precision="float32")
+    held = parted(images, 0.5, 0)[1]
+    explicit = vggfeat.evaluate(result.net, held, vggfeat.Views(size=32), precision="float32")
     assert found.loss == pytest.approx(explicit.loss, rel=1e-5)
-    assert found.loss != pytest.approx(vggfeat.evaluate(result.net, images, precision="float32").loss, rel=1e-5)
+    assert found.loss != pytest.approx(vggfeat.evaluate(result.net, held, precision="float32").loss, rel=1e-5)
 
 
 def test_what_freezes_is_the_convolutional_part(data, tmp_path):

@@ -397,10 +397,10 @@ def test_an_image_that_fails_on_the_way(mixed, torchvision):
 
 
 def test_a_parted_set_is_the_whole(tmp_path):
-    from vggfeat.training.loop import _parted
+    from vggfeat.training.batches import parted
 
     found, _ = load(pictures.folder(tmp_path / "s", pictures.tree(8)))
-    train, test = _parted(found, TrainConfig(holdout=0.25))
+    train, test = parted(found, 0.25, 0)
     assert (len(train), len(test)) == (18, 6)
     assert test.labels.bincount().tolist() == [2, 2, 2]
     assert sorted([*train.names, *test.names]) == sorted(found.names)

@@ -173,7 +173,8 @@ def evaluate(
 ) -> None:
     """Test WEIGHTS (a run's folder, a file, or imagenet) on DATA: accuracy, by class, and what is taken for what.
 
-    DATA is CIFAR's folder, a folder of class folders or a zip of one; its test set, where it has one.
+    DATA is CIFAR's folder, a folder of class folders or a zip of one; its test set, where it has one; of a run with
+    --holdout and its own images, those that were held out.
     """
     check_outputs(output, plot, overwrite)
     from vggfeat.training.evaluation import Views

@@ -23,7 +23,7 @@ from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet
 from vggfeat.weights import IMAGENET
 
-__all__ = ["LEAVE_OUT", "Batch", "Batches", "normalised", "scale_for", "seeded", "transforms"]
+__all__ = ["LEAVE_OUT", "Batch", "Batches", "normalised", "parted", "scale_for", "seeded", "transforms"]
 
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 _FILL = tuple(round(255 * value) for value in IMAGENET.mean)  # what is nearest to 0 once it is normalised
@@ -45,6 +45,25 @@ def seeded(*numbers: int) -> torch.Generator:
         mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
         mixed ^= mixed >> 31
     return torch.Generator().manual_seed(mixed % 2**63)
+
+
+def parted(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Training and held-out images, each class parted in the same proportion.
+
+    Raises:
+        InputError: a share that is no image of any class.
+    """
+    order = torch.randperm(len(images), generator=seeded(seed, -2))
+    out = []
+    for number in range(len(images.classes)):
+        mine = order[images.labels[order] == number]
+        out.append(mine[: min(round(share * len(mine)), len(mine) - 1)])
+    chosen = torch.cat(out).sort().values
+    if not len(chosen):
+        raise InputError(f"holdout {share} of {len(images)} images is none of any class: raise it")
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[chosen] = False
+    return images.subset(rest.nonzero().flatten()), images.subset(chosen)
 
 
 def normalised(pixels: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import hashlib
 import io
 import os
 import pickle
@@ -54,6 +55,12 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """Of names and labels: what tells one set from another."""
+        rows = (f"{name}\0{label}\n" for name, label in zip(self.names, self.labels.tolist(), strict=True))
+        return hashlib.sha256("".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
 
     def subset(self, chosen: Tensor) -> ImageSet:
         """The images of these numbers."""

@@ -17,7 +17,7 @@ from vggfeat.errors import ImageError, InputError, RunError
 from vggfeat.features import bfloat16_is_fast
 from vggfeat.network import VGG
 from vggfeat.tables import Column, Report, Table
-from vggfeat.training.batches import LEAVE_OUT, normalised, scale_for
+from vggfeat.training.batches import LEAVE_OUT, normalised, parted, scale_for
 from vggfeat.training.data import ImageSet, load_test, scaled
 from vggfeat.training.distributed import World, joined, summed
 from vggfeat.weights import WeightsLike, facts_of, load_weights
@@ -143,7 +143,7 @@ def evaluate(
     Args:
         weights: a network, a run's folder, or what `vggfeat.weights.load` knows with a classifier in it.
         data: what `vggfeat.training.data.load` knows, its test set where it has one, else all of it; or one set that it
-            gave.
+            gave. Of the very set that a run was trained on but for a share held out, that share.
         views: what is seen of each image; one centre crop by default, of the size and scale that a run of `train` was
             tested at.
         arch: the network, where the weights do not say.
@@ -162,7 +162,7 @@ def evaluate(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if bad_images not in ("fail", "skip") or precision not in ("auto", "float32", "bfloat16"):
         raise InputError(f"unknown bad_images {bad_images!r} or precision {precision!r}")
-    names, views = None, views or Views()
+    names, held, views = None, None, views or Views()
     if isinstance(weights, VGG):
         net = weights
     else:
@@ -170,7 +170,7 @@ def evaluate(
             if (inside := Path(weights) / "weights.safetensors").is_file():
                 weights = inside
             facts = facts_of(weights)
-            names = facts.get("classes")
+            names, held = facts.get("classes"), facts.get("holdout")
             if views.size is None and views.scales is None and "size" in facts:
                 views = replace(views, size=facts["size"], scales=facts["scales"] and tuple(facts["scales"]))
         net = _network(weights, arch)
@@ -186,6 +186,8 @@ def evaluate(
         raise InputError(
             f"class {i} is {data.classes[i]!r} in {data.label} and {names[i]!r} in the weights: these are other classes"
         )
+    if held is not None and (rest := _held_out(data, **held)) is not None:
+        data = rest
     with joined(device) as world:
         home = next(net.parameters()).device
         training = net.training
@@ -195,6 +197,15 @@ def evaluate(
             return tested(net, data, views, world, dtype, batch_size, bad_images, workers)
         finally:
             net.train(training).to(home)
+
+
+def _held_out(images: ImageSet, share: float, seed: int, digest: str) -> ImageSet | None:
+    """The part of a training set that a run had set aside; None where this is another set."""
+    try:
+        rest = parted(images, share, seed)[1]
+    except InputError:  # too few to be parted
+        return None
+    return rest if rest.digest == digest else None
 
 
 def _network(weights: WeightsLike, arch: str | None) -> VGG:

@@ -32,7 +32,7 @@ from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.files import new_file
 from vggfeat.network import VGG
 from vggfeat.training import checkpoint
-from vggfeat.training.batches import Batch, Batches, scale_for, seeded, transforms
+from vggfeat.training.batches import Batch, Batches, parted, scale_for, seeded, transforms
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
 from vggfeat.training.distributed import World, agreed, gathered, joined, summed, synchronised
@@ -158,7 +158,7 @@ def train(
         agreed(lambda: _check(folder, resume), world)
         images, test_images = load(data, test, resize=config.resize, bad_images=config.bad_images)
         if test_images is None and config.holdout:
-            images, test_images = _parted(images, config)
+            images, test_images = parted(images, config.holdout, config.seed)
         run = _Run(config, images, test_images, world, folder, callback if world.first else None, says)
         state, damaged = agreed(lambda: _begin(folder, config, images, resume), world)
         for text in run.summary(damaged):
@@ -167,21 +167,6 @@ def train(
             run.load(state)
             says(f"going on after {run.done} of {config.epochs * run.batches.steps} steps")
         return run.finish(damaged)
-
-
-def _parted(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet]:
-    """Training and held-out images, each class parted in the same proportion."""
-    order = torch.randperm(len(images), generator=seeded(config.seed, -2))
-    out = []
-    for number in range(len(images.classes)):
-        mine = order[images.labels[order] == number]
-        out.append(mine[: min(round(config.holdout * len(mine)), len(mine) - 1)])
-    chosen = torch.cat(out).sort().values
-    if not len(chosen):
-        raise InputError(f"holdout {config.holdout} of {len(images)} images is none of any class: raise it")
-    rest = torch.ones(len(images), dtype=torch.bool)
-    rest[chosen] = False
-    return images.subset(rest.nonzero().flatten()), images.subset(chosen)
 
 
 def _silent(text: str) -> None:
@@ -620,7 +605,9 @@ class _Run:
 
         state = {key: value.detach().contiguous().cpu() for key, value in self.tested_net.state_dict().items()}
         views = {"size": self.size, "scales": self.views.scales} if self.test is not None else {}
-        facts = {"classes": self.images.classes} | views
+        facts: dict[str, Any] = {"classes": self.images.classes} | views
+        if self.test is not None and self.config.holdout:
+            facts["holdout"] = {"share": self.config.holdout, "seed": self.config.seed, "digest": self.test.digest}
         self._write("weights.safetensors", save(state, {"format": "pt", "vggfeat": json.dumps(facts)}))
 
     def _write(self, name: str, content: bytes) -> None:
