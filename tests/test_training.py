@@ -609,7 +609,8 @@ def test_a_signal_to_one_process_ends_all(data, tmp_path):
     options = vars_of("fast", lr=0.02, epochs=1)
     script = tmp_path / "signalled.py"
     script.write_text(f"""
-import os, signal, vggfeat
+import os, signal, torch.distributed as dist, vggfeat
+dist.init_process_group("gloo")  # one for both runs
 def callback(step):  # called in the first process alone
     if step.step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -617,6 +618,7 @@ options = dict(config=vggfeat.TrainConfig(**{options}), folder={str(tmp_path / "
 assert vggfeat.train({str(data)!r}, callback=callback, **options).interrupted
 assert [name[-4:] for name in os.listdir({str(tmp_path / "r" / "checkpoints")!r})] == ["2.pt"]
 assert not vggfeat.train({str(data)!r}, resume=True, **options).interrupted
+dist.destroy_process_group()
 """)
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run([*start, str(script)], env=environment(), capture_output=True, text=True, timeout=200)

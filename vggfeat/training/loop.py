@@ -6,6 +6,7 @@ A run folder holds `config.json`, `log.csv` (a row an epoch), `checkpoints/` and
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import math
@@ -131,7 +132,8 @@ def train(
     """Train a classifier.
 
     Under `torchrun` every process calls this, and the result is that of one process with the same batch, to rounding,
-    but for dropout, which each process draws for its own part.
+    but for dropout, which each process draws for its own part. A script that trains or evaluates more than once makes
+    the process group itself, `torch.distributed.init_process_group()`: torch is not sure to make a second one.
 
     Ctrl-C and SIGTERM end a run after the step that is being made (of several processes on GPUs, within 50 steps) and
     save a checkpoint. After a SIGKILL at any time, of one process or of several, `resume=True` goes on from the newest
@@ -479,7 +481,11 @@ class _Run:
                 self._save_weights()
         if board is not None:
             board.close()
-        self.model = self.net  # what held on to the process group goes before the group does
+        self.model = self.net
+        if (
+            self.world.size > 1
+        ):  # what held on to the process group goes now: at the interpreter's end, its threads abort
+            gc.collect()
         return TrainResult(self.tested_net.eval(), self.history, evaluation, self.folder, not complete, damaged)
 
     def _epoch(self, board: _Board | None) -> Evaluation | None:
