@@ -18,7 +18,7 @@ from vggfeat.transfer import objective as objective_module
 from vggfeat.transfer import stylize as stylize_module
 from vggfeat.transfer.config import CHOICES
 from vggfeat.transfer.objective import Objective
-from vggfeat.transfer.optimize import LBFGS, Adam
+from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
 
 UNIT = 8  # channels of conv1_1: a VGG-19 an eighth as wide
 STAGES = (2, 2, 4, 4, 4)
@@ -257,10 +257,10 @@ def test_lbfgs_reaches_the_minimum_of_a_narrow_valley():
     torch.testing.assert_close(image, centre, rtol=0, atol=1e-4)
 
 
-def inverse_hessian(pairs, gamma):
+def inverse_hessian(pairs, guess):
     """BFGS' matrix, dense, from pairs (s, y): Nocedal and Wright 2006, eq. 7.16, without the two loops."""
     unit = torch.eye(len(pairs[0][0]), dtype=torch.float64) if pairs else 1.0
-    matrix = gamma * unit
+    matrix = guess * unit if isinstance(guess, float) else guess
     for s, y in pairs:
         rho = 1 / (s @ y)
         left = unit - rho * torch.outer(s, y)
@@ -289,6 +289,82 @@ def test_lbfgs_skips_pairs_without_positive_curvature():
         image = optimizer.step(image, grad)
         torch.testing.assert_close(image, expected, rtol=1e-9, atol=1e-12)
     assert len(pairs) in (5, 6, 7)  # of 8, at least the two spoilt ones were left out
+
+
+def by_definition(pairs, shape, bands):
+    """H₀ of `Spectrum`, dense, over the full spectrum: for each band √(Σ|S|² / Σ|Y|²), such that yᵀH₀y = sᵀy."""
+    channels, height, width = shape[1:]
+    frequencies = [torch.fft.fftfreq(n, dtype=torch.float64) for n in (height, width)]
+    length = torch.hypot(frequencies[0][:, None], frequencies[1])
+    edges = torch.logspace(math.log10(1 / min(height, width)), math.log10(math.sqrt(0.5)), bands + 1).double()
+    band = (length[..., None] >= edges[1:-1] * (1 + 1e-6)).sum(-1).expand(channels, -1, -1).clone()
+    band[1:] += bands
+    spectra = [[torch.fft.fftn(v.view(shape)[0], norm="ortho").abs().square() for v in pair] for pair in pairs[-3:]]
+    factors = torch.zeros(channels, height, width, dtype=torch.float64)
+    for number in range(2 * bands):
+        of_steps, of_changes = (sum(float(pair[i][band == number].sum()) for pair in spectra) for i in (0, 1))
+        factors[band == number] = math.sqrt(of_steps / of_changes) if of_changes else 1.0
+    units = torch.eye(channels * height * width, dtype=torch.float64).view(-1, channels, height, width)
+    dims = (-3, -2, -1)
+    matrix = torch.fft.ifftn(torch.fft.fftn(units, dim=dims) * factors, dim=dims).real.flatten(1).T
+    s, y = pairs[-1]
+    return matrix * (s @ y) / (y @ matrix @ y)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7)])
+def test_lbfgs_with_a_spectrum_is_bfgs_from_that_matrix(size):
+    shape, bands = (1, 3, *size), 3
+    count = math.prod(shape)
+    gradient, _ = quadratic(count, 30)
+    image = torch.zeros(shape, dtype=torch.float64)
+    optimizer = LBFGS(history=4, first=0.05, spectrum=Spectrum(image, bands=bands))
+    pairs, last = [], None
+    for _ in range(8):
+        grad = gradient(image)
+        if last is None:
+            expected = image - 0.05 / grad.abs().mean() * grad
+        else:
+            pairs.append(((image - last[0]).flatten(), (grad - last[1]).flatten()))
+            guess = by_definition(pairs, shape, bands)
+            expected = image - (inverse_hessian(pairs[-4:], guess) @ grad.flatten()).view(shape)
+        last = (image, grad)
+        image = optimizer.step(image, grad)
+        torch.testing.assert_close(image, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_spectrum_finds_the_way_where_fine_patterns_curve_more():
+    """A quadratic whose curvature rises 20,000-fold from the broadest to the finest waves."""
+    shape = (1, 3, 32, 32)
+    length = torch.hypot(torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)).double()
+    curvature = (1 + 200 * length).square()
+    target = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def gradient(x):
+        return torch.fft.irfft2(torch.fft.rfft2(x - target) * curvature, s=shape[2:])
+
+    def needed(spectrum):
+        optimizer, image = LBFGS(history=5, spectrum=spectrum), torch.zeros(shape, dtype=torch.float64)
+        for step in range(400):
+            if (image - target).norm() < 1e-3 * target.norm():
+                return step
+            image = optimizer.step(image, gradient(image))
+        return 400
+
+    assert needed(Spectrum(target)) < needed(None) / 3
+
+
+def test_a_spectrum_survives_pairs_without_curvature_and_a_restart():
+    shape = (1, 3, 8, 8)
+    image, optimizer = torch.zeros(shape), LBFGS(first=0.02, spectrum=Spectrum(torch.zeros(shape)))
+    slope = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(5):  # the gradient never changes: nothing is learnt, each step is like the first
+        after = optimizer.step(image, slope)
+        torch.testing.assert_close(after, image - 0.02 * slope / slope.abs().mean())
+        image = after
+    optimizer.step(image, slope * 2)
+    optimizer.restart()
+    torch.testing.assert_close(optimizer.step(image, slope) - image, -0.01 * slope / slope.abs().mean())
+    assert torch.equal(LBFGS(spectrum=Spectrum(image)).step(image, torch.zeros(shape)), image)
 
 
 def test_lbfgs_on_a_slope_and_at_rest():
@@ -472,6 +548,36 @@ def test_scales_go_from_coarse_to_fine(config, width, height):
     assert {step.scales for step in seen} == {len(sizes)}
 
 
+def test_the_last_scale_gets_all_steps_and_the_others_half(config):
+    result = stylize(scene(90, 60), scene(40, 40, seed=3), config(size=72, start_size=18, steps=5))
+    counts = [sum(record["scale"] == scale for record in result.history) for scale in range(1, 4)]
+    assert counts == [3, 3, 5]
+
+
+@pytest.mark.parametrize("init", ["content", "file"])
+def test_a_scale_begins_with_the_detail_of_the_picture_and_the_change_so_far(config, tmp_path, monkeypatch, init):
+    """Each scale makes the picture 0.02 brighter: the next begins with the picture at its size, that much brighter."""
+    content, style = scene(72, 48), scene(40, 40, seed=3)
+    begun = to_pil(scene(72, 48, seed=9) if init == "file" else content)
+    begun.save(tmp_path / "begun.png")
+    seen = []
+    value_and_grad = Objective.value_and_grad
+
+    def ever_better(self, image):
+        seen.append(image)
+        total, *rest = value_and_grad(self, image)
+        return total / 2 ** len(seen), *rest
+
+    monkeypatch.setattr(Objective, "value_and_grad", ever_better)
+    monkeypatch.setattr(LBFGS, "step", lambda self, image, grad: image + 0.02)
+    init = str(tmp_path / "begun.png") if init == "file" else init
+    stylize(content, style, config(size=72, start_size=18, steps=4, init=init))
+    assert [image.shape[3] for image in seen] == [18, 18, 36, 36, 72, 72, 72, 72]
+    for number, image in enumerate((seen[0], seen[2], seen[4])):
+        expected = to_tensor(resize(begun, image.shape[3], image.shape[2])) + 0.02 * number
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("start", [72, 500])
 def test_one_scale_where_the_coarsest_is_the_finest(config, start):
     result = stylize(scene(90, 60), scene(40, 40, seed=3), config(size=72, start_size=start, steps=2))
@@ -615,7 +721,7 @@ def test_an_error_in_the_callback_is_the_callers(config, pair):
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 5, 7])
 def test_ctrl_c_gives_the_best_picture_so_far(state, config, pair, stop, monkeypatch):
-    config = config(start_size=24, steps=4)
+    config = config(start_size=24, steps=5)
     calls = []
     value_and_grad = Objective.value_and_grad
 

@@ -522,8 +522,8 @@ def test_nothing_is_kept_without_gradient(trunks):
 def test_nothing_past_the_deepest_tap_is_run(trunks, monkeypatch, arch, names, forward):
     arch = ARCHS[arch]
     calls = []
-    real = layers.conv
-    monkeypatch.setattr(layers, "conv", lambda *args, **kw: calls.append(1) or real(*args, **kw))
+    real = layers.direct
+    monkeypatch.setattr(layers, "direct", lambda *args, **kw: calls.append(1) or real(*args, **kw))
     plan = Plan(arch, names)
     x = images(1, 3, 16, 16).requires_grad_()
     taps = run(x, trunks(arch).filters(plan, x.device, x.dtype), plan)
@@ -540,8 +540,8 @@ def test_backward_runs_nothing_below_the_shallowest_gradient(trunks, monkeypatch
     x = images(1, 3, 16, 16).requires_grad_()
     shallow, _ = run(x, trunks(arch).filters(plan, x.device, x.dtype), plan)
     calls = []
-    real = layers.conv
-    monkeypatch.setattr(layers, "conv", lambda *args, **kw: calls.append(1) or real(*args, **kw))
+    real = layers.direct
+    monkeypatch.setattr(layers, "direct", lambda *args, **kw: calls.append(1) or real(*args, **kw))
     shallow.sum().backward()
     assert len(calls) == 1
 

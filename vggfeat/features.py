@@ -125,7 +125,9 @@ class VGGFeatures(nn.Module):
         """As a call of the module, for images (N,3,H,W) known to be good: nothing is looked at."""
         dtype = trunk_dtype(self.precision, images)
         linear = [LINEAR[name] for name in self._head if name in LINEAR]
-        filters = self.trunk.filters(self.plan, images.device, dtype, linear)
+        # an exported graph serves any size
+        size = None if torch.compiler.is_exporting() else (images.shape[2], images.shape[3])
+        filters = self.trunk.filters(self.plan, images.device, dtype, linear, size)
         with _trunk.no_autocast(images.device):  # its wish is in the dtype
             return self._run(self._normalised(images), filters)
 

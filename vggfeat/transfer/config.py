@@ -46,7 +46,7 @@ class StyleConfig:
         init: `content`, `noise`, or an image file to start from.
         optimizer: `lbfgs` or `adam`.
         learning_rate: Adam's step, in units of the full range of a pixel.
-        steps: steps at the finest scale; each coarser one gets as many.
+        steps: steps at the finest scale; each coarser one gets half as many.
         start_size: long side of the coarsest scale; at least `size` means a single scale.
         seed: of the noise.
         device: `auto` (CUDA, else the CPU), or a torch device.
@@ -77,7 +77,7 @@ class StyleConfig:
     init: str = option("content", "Where to start: content, noise, or an image file.")
     optimizer: str = option("lbfgs", "How the picture is improved.")
     learning_rate: float = option(0.04, "Step of Adam.")
-    steps: int = option(60, "Steps at each scale.")
+    steps: int = option(70, "Steps at the finest scale; coarser ones get half as many.")
     start_size: int = option(128, "Long side of the coarsest scale.")
     seed: int = option(0, "Seed of the noise.")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, …")

@@ -5,12 +5,13 @@ Neither reads a number back from the device, so that a step on a GPU never waits
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["LBFGS", "Adam", "Optimizer"]
+__all__ = ["LBFGS", "Adam", "Optimizer", "Spectrum"]
 
 
 class Optimizer(Protocol):
@@ -23,17 +24,81 @@ class Optimizer(Protocol):
         """Forget what was seen and be more careful from here on."""
 
 
+class Spectrum:
+    """How far to go in each band of spatial frequencies: L-BFGS's first guess of the inverse Hessian, H₀.
+
+    A style's terms curve ten to a hundred times more along fine patterns than along broad ones, which the usual
+    multiple of the identity knows nothing of. Here H₀ is diagonal in the Fourier domain, with a factor for each band,
+    brightness and colour apart: √(Σ|S|² / Σ|Y|²) over the spectra of the last steps s and gradient changes y. What
+    these leave open, one factor for all, is the optimiser's.
+
+    Args:
+        image: (N,C,H,W); only its shape and device matter.
+        bands: how many, of equal width in the logarithm of the frequency.
+        pairs: how many of the last steps to look at.
+    """
+
+    def __init__(self, image: Tensor, bands: int = 12, pairs: int = 3) -> None:
+        self.shape, self.bands, self.pairs = image.shape, bands, pairs
+        channels, height, width = image.shape[1:]
+        down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
+        frequency = torch.hypot(down, across)  # in cycles per pixel, up to √½
+        lowest = 1 / min(height, width)
+        position = (frequency.clamp_min(lowest) / lowest).log() / max(math.log(math.sqrt(0.5) / lowest), 1e-6)
+        band = (position * bands).long().clamp_(max=bands - 1)
+        # a Fourier transform over the channels has their mean, the brightness, first and differences behind it
+        apart = torch.arange(channels)[:, None, None].clamp_(max=1)
+        self.band = (band + bands * apart).to(image.device)
+        # half of the spectrum says all: what is left out is the mirror image of what lies between the outer columns
+        outer = (across == 0) | (across == 0.5)
+        self.count = torch.where(outer, 1.0, 2.0).to(image.device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all pairs."""
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def see(self, step: Tensor, change: Tensor) -> None:
+        """Remember a step and the change of the gradient along it, each with as many values as the image."""
+        self.seen.append((self._energies(step), self._energies(change)))
+        del self.seen[: -self.pairs]
+
+    def factors(self) -> Tensor:
+        """Of each band, brightness first, (2·bands,); their mean over the last changes' energy is 1."""
+        steps, changes = (torch.stack(energies).sum(0).clamp_min(1e-30) for energies in zip(*self.seen, strict=True))
+        found = (steps / changes).sqrt()
+        return found * (changes.sum() / found.dot(changes))
+
+    def apply(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """H₀ v and yᵀ H₀ y, for the last change y."""
+        factors = self.factors()
+        spectrum = self._spectrum(value) * factors[self.band]
+        found = torch.fft.irfftn(spectrum, s=self.shape[1:], dim=(-3, -2, -1), norm="ortho")
+        return found.reshape(value.shape), factors.dot(self.seen[-1][1])
+
+    def _spectrum(self, value: Tensor) -> Tensor:
+        # the last dimension named is the one that is halved
+        return torch.fft.rfftn(value.view(self.shape), dim=(-3, -2, -1), norm="ortho")
+
+    def _energies(self, value: Tensor) -> Tensor:
+        spectrum = self._spectrum(value)
+        power = ((spectrum.real.square() + spectrum.imag.square()) * self.count).sum(0).flatten()
+        return power.new_zeros(2 * self.bands).index_add_(0, self.band.flatten(), power)
+
+
 class LBFGS:
     """Limited-memory BFGS with unit steps (Nocedal 1980; Nocedal and Wright 2006, algorithm 7.4).
 
     Args:
         history: pairs of steps and gradient changes to remember.
         first: length of the first step, as a mean change of a value.
+        spectrum: the first guess of the inverse Hessian; None means a multiple of the identity, sᵀy / yᵀy.
     """
 
-    def __init__(self, history: int = 20, first: float = 0.01) -> None:
+    def __init__(self, history: int = 20, first: float = 0.01, spectrum: Spectrum | None = None) -> None:
         self.history = history
         self.first = first
+        self.spectrum = spectrum
         self.scale = 1.0
         self._forget()
 
@@ -42,6 +107,8 @@ class LBFGS:
         self.changes: list[Tensor] = []
         self.curvatures: list[Tensor] = []  # 1 / sᵀy
         self.last: tuple[Tensor, Tensor] | None = None
+        if self.spectrum is not None:
+            self.spectrum.forget()
 
     def restart(self) -> None:
         """Drop the history and halve the steps."""
@@ -61,19 +128,25 @@ class LBFGS:
             self.curvatures.append(torch.where(good, 1 / sy, 0))
             if len(self.steps) > self.history:
                 del self.steps[0], self.changes[0], self.curvatures[0]
+            if self.spectrum is not None:
+                self.spectrum.see(self.steps[-1], self.changes[-1])
         direction = -g
         alphas = []
         for s, y, rho in zip(self.steps[::-1], self.changes[::-1], self.curvatures[::-1], strict=True):
             alphas.append(rho * s.dot(direction))
             direction = torch.addcmul(direction, y, -alphas[-1])
+        careful = self.first / g.abs().mean().clamp_min(1e-30)
         if self.last is None:
-            direction = direction * (self.first / g.abs().mean().clamp_min(1e-30))
+            direction = direction * careful
         else:
             y = self.changes[-1]
-            # γ = sᵀy / yᵀy scales the unknown rest of the Hessian; without a good pair the first step's rule serves
-            gamma = 1 / (self.curvatures[-1] * y.dot(y))
-            gamma = torch.where(self.curvatures[-1] > 0, gamma, self.first / g.abs().mean().clamp_min(1e-30))
-            direction = direction * gamma
+            if self.spectrum is None:
+                length = y.dot(y)
+            else:
+                direction, length = self.spectrum.apply(direction)
+            # γ = sᵀy / yᵀH₀y scales the unknown rest of the Hessian; without a good pair the first step's rule serves
+            gamma = 1 / (self.curvatures[-1] * length)
+            direction = direction * torch.where(self.curvatures[-1] > 0, gamma, careful)
         for s, y, rho, alpha in zip(self.steps, self.changes, self.curvatures, alphas[::-1], strict=True):
             direction = torch.addcmul(direction, s, alpha - rho * y.dot(direction))
         self.last = (x, g)

@@ -21,7 +21,7 @@ from vggfeat.features import VGGFeatures, bfloat16_is_fast
 from vggfeat.image import fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.objective import Objective
-from vggfeat.transfer.optimize import LBFGS, Adam, Optimizer
+from vggfeat.transfer.optimize import LBFGS, Adam, Optimizer, Spectrum
 from vggfeat.weights import load
 
 __all__ = ["StyleResult", "StyleStep", "stylize"]
@@ -30,7 +30,7 @@ ImageLike = str | os.PathLike[str] | Image.Image | Tensor
 Callback = Callable[["StyleStep"], object]
 
 EXPLODED = 4.0  # a total this many times the best one of its scale is given up
-FIRST = 0.03  # first step of L-BFGS at the coarsest scale, as a mean change of a value
+FIRST, LATER = 0.03, 0.02  # first step of L-BFGS at the coarsest scale and at others, as a mean change of a value
 RESTARTS = 5  # at one scale, before it is left with its best picture
 
 
@@ -182,7 +182,7 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.interrupted = False
         self.start = time.perf_counter()
-        self.work = sum(width * height for width, height in self.sizes) * config.steps
+        self.work = sum(w * h * self._steps(number) for number, (w, h) in enumerate(self.sizes, start=1))
         self.done = 0
         self.image = self._initial(*self.sizes[0])
         self.objective: Objective | None = None
@@ -198,6 +198,25 @@ class _Run:
             return (0.5 + 0.2 * torch.randn(1, 3, height, width, generator=generator)).clamp(0, 1).to(self.device)
         return self._tensor(open_image(self.config.init), width, height)
 
+    def _steps(self, number: int) -> int:
+        """How many steps a scale gets: the last one all, the others half as many, since that is where it shows."""
+        return self.config.steps if number == len(self.sizes) else math.ceil(self.config.steps / 2)
+
+    def _enlarged(self, width: int, height: int) -> Tensor:
+        """The picture at the next scale, with the detail of the picture that it began as.
+
+        What is enlarged is the change that was made to that picture, as in a Laplacian pyramid. The picture itself,
+        enlarged, would be smooth, and the next scale would spend its first steps on sharpening it.
+        """
+
+        def up(image: Tensor) -> Tensor:
+            return F.interpolate(image, size=(height, width), mode="bicubic", align_corners=False)
+
+        if self.config.init == "noise":  # every scale's is another
+            return up(self.image).clamp(0, 1)
+        coarse = self._initial(self.image.shape[3], self.image.shape[2])
+        return (self._initial(width, height) + up(self.image - coarse)).clamp(0, 1)
+
     def _objective(self, width: int, height: int) -> Objective:
         styles = []
         for picture in self.styles:
@@ -212,23 +231,26 @@ class _Run:
         try:
             for number, (width, height) in enumerate(self.sizes, start=1):
                 if self.image.shape[2:] != (height, width):
-                    up = F.interpolate(self.image, size=(height, width), mode="bicubic", align_corners=False)
-                    self.image = up.clamp(0, 1)
+                    self.image = self._enlarged(width, height)
                 self.objective = self._objective(width, height)
                 self._scale(number, width, height, self.objective)
         except KeyboardInterrupt:
             self.interrupted = True
 
     def _scale(self, number: int, width: int, height: int, objective: Objective) -> None:
-        config = self.config
-        first = FIRST if number == 1 else FIRST / 3  # a finer scale starts from a good picture
-        optimizer: Optimizer = LBFGS(first=first) if config.optimizer == "lbfgs" else Adam(config.learning_rate)
-        best, restarts = math.inf, 0
+        config, steps = self.config, self._steps(number)
         image = self.image
-        for step in range(1, config.steps + 1):
+        optimizer: Optimizer
+        if config.optimizer == "lbfgs":
+            optimizer = LBFGS(first=FIRST if number == 1 else LATER, spectrum=Spectrum(image))
+        else:
+            optimizer = Adam(config.learning_rate)
+        best, restarts = math.inf, 0
+        for step in range(1, steps + 1):
             total, terms, grad = objective.value_and_grad(image)
-            value = float(total)
-            losses = {"total": sum(float(v) for v in terms.values())} | {k: float(v) for k, v in terms.items()}
+            # read back together: each reading waits for the device
+            value, *parts = torch.stack([total, *terms.values()]).tolist()
+            losses = {"total": sum(parts)} | dict(zip(terms, parts, strict=True))
             if value < best:
                 best, self.image = value, image
             if not value <= EXPLODED * best:  # NaN included
@@ -247,13 +269,13 @@ class _Run:
             self.history.append({"scale": number, "step": step, "width": width, "height": height} | losses)
             if self.callback is not None:
                 elapsed, progress = time.perf_counter() - self.start, self.done / self.work
-                where = (number, len(self.sizes), step, config.steps, width, height)
+                where = (number, len(self.sizes), step, steps, width, height)
                 self.callback(StyleStep(*where, losses, elapsed, progress, self.features.weights, self.image))
 
     def result(self) -> StyleResult:
         """The picture as it is saved, and what is known of it."""
         width, height = self.sizes[-1]
-        picture = resize(to_pil(self.image), width, height)
+        picture = to_pil(self.image if self.image.shape[2:] == (height, width) else self._enlarged(width, height))
         if self.config.keep_color:
             picture = _with_colors_of(resize(self.content, width, height), picture)
         losses: dict[str, float] = {}

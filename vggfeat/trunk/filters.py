@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vggfeat.arch import Arch
+from vggfeat.trunk import winograd
 from vggfeat.trunk.plan import Plan
 
 __all__ = ["Trunk"]
@@ -51,8 +52,18 @@ class Trunk:
     def __reduce__(self) -> tuple[Callable[..., Trunk], tuple[Any, ...]]:
         return Trunk.shared, (self.arch, self.state, self.key)
 
-    def filters(self, plan: Plan, device: torch.device, dtype: torch.dtype, linear: Sequence[int] = ()) -> list[Tensor]:
-        """For each stage: weight, bias and the weight that carries the gradient back; twice where BN is tapped around.
+    def filters(
+        self,
+        plan: Plan,
+        device: torch.device,
+        dtype: torch.dtype,
+        linear: Sequence[int] = (),
+        size: tuple[int, int] | None = None,
+    ) -> list[Tensor]:
+        """For each stage three: weight, bias and what carries the gradient back; twice where BN is tapped around.
+
+        What carries the gradient back is the turned kernel (C,K,3,3), or where that is faster for images of `size`
+        the kernel at the points of a tile (36,C,K), which serves both ways (`winograd.py`).
 
         BN of a frozen network is a factor and a shift per channel, folded into the convolution. A tap on the
         convolution itself then comes of a second, unfolded convolution, so that the stream below it does not depend on
@@ -60,10 +71,13 @@ class Trunk:
         at what is ready does not see what comes later.
         """
         names: list[str] = []
-        for stage in plan.stages:
-            names.append("folded " * ("bn" in stage.steps) + stage.conv)
-            if "bn" in stage.steps and "conv" in stage.taps:
-                names.append(stage.conv)
+        sizes = plan.sizes(*size) if size else [(0, 0)] * len(plan.stages)
+        for stage, (height, width) in zip(plan.stages, sizes, strict=True):
+            layer = self.arch.layer(stage.conv)
+            tiled = layer.kernel == 3 and winograd.pays(device, dtype, layer.in_channels, layer.channels, height, width)
+            bn, aside = "bn" in stage.steps, "conv" in stage.taps
+            for kernel in [f"folded {stage.conv}"] * bn + [stage.conv] * (aside or not bn):
+                names += [kernel, f"{'tiles' if tiled else 'back'} {kernel}"]
         found = self._get((*names, *(f"classifier.{index}" for index in linear)), device, dtype)
         return [value for values in found[: len(names)] for value in values]
 
@@ -89,7 +103,22 @@ class Trunk:
     def _prepare(self, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         if name.startswith("classifier."):
             return tuple(self.state[f"{name}.{part}"].to(device, dtype) for part in ("weight", "bias"))
-        folded, _, conv = name.rpartition(" ")
+        *how, conv = name.split()
+        weight, bias = self._kernel(conv, "folded" in how)
+        if "tiles" in how:
+            return (winograd.transformed(weight).to(device, dtype),)
+        if "back" in how:
+            # the gradient of a convolution is a convolution with the kernel turned round and channels exchanged
+            back = weight.flip(2, 3).transpose(0, 1)
+            return (back.to(device, dtype).contiguous(memory_format=torch.channels_last).clone(),)
+        if dtype == torch.bfloat16 and self.arch.layer(conv).index == 0:
+            high = weight.to(dtype).to(weight.dtype)
+            weight = torch.cat([high, high, weight - high], dim=1)  # meets `layers.doubled`
+        weight = weight.to(device, dtype).contiguous(memory_format=torch.channels_last).clone()
+        return weight, bias.to(device, dtype).clone()
+
+    def _kernel(self, conv: str, folded: bool) -> tuple[Tensor, Tensor]:
+        """Weight and bias in float64, with the batch normalisation behind it where it is to be folded in."""
         index = self.arch.layer(conv).index
         weight, bias = (self.state[f"features.{index}.{part}"].to(torch.float64) for part in ("weight", "bias"))
         if folded:
@@ -99,13 +128,7 @@ class Trunk:
             )
             scale = gamma / torch.sqrt(var + 1e-5)
             weight, bias = weight * scale[:, None, None, None], (bias - mean) * scale + beta
-        # the gradient of a convolution is a convolution with the kernel turned round and channels exchanged
-        back = weight.flip(2, 3).transpose(0, 1)
-        if dtype == torch.bfloat16 and index == 0:
-            high = weight.to(dtype).to(weight.dtype)
-            weight = torch.cat([high, high, weight - high], dim=1)  # meets `layers.doubled`
-        layouts = ((weight, torch.channels_last), (bias, torch.contiguous_format), (back, torch.channels_last))
-        return tuple(value.to(device, dtype).contiguous(memory_format=layout).clone() for value, layout in layouts)
+        return weight, bias
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Tensors are (N,C,H,W), laid out channels_last.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.arch import LRN
+from vggfeat.trunk import winograd
 from vggfeat.trunk.bits import pack, unpack
 
 
@@ -37,27 +39,45 @@ def has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available())
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: bool = False) -> Tensor:
-    """Convolution with stride 1, and its ReLU where oneDNN can do it on the way out."""
+def conv(x: Tensor, filters: Sequence[Tensor], pad: int, *, relu: bool = False) -> Tensor:
+    """Convolution with stride 1, and its ReLU on the way out; `filters` are a stage's three of `Trunk.filters`."""
+    weight, bias, back = filters
+    if _by_tiles(back):
+        return winograd.convolve(x, back, bias, pad, relu=relu)
+    return direct(x, weight, bias, pad, relu)
+
+
+def conv_back(grad: Tensor, back: Tensor, pad: int, padding: str, height: int, width: int) -> Tensor:
+    """Gradient with respect to a convolution's input (before its padding) of that height and width."""
+    kernel = 3 if _by_tiles(back) else back.shape[-1]
+    folded = padding != "zeros" and pad > 0
+    # of the input as it was padded, where its border was made of the input
+    pads = kernel - 1 - (0 if folded else pad)
+    if _by_tiles(back):
+        full = winograd.convolve(grad, back, None, pads, turned=True)
+    else:
+        full = direct(grad, back, None, pads)
+    if not folded:
+        return full
+    like = full.new_empty(full.shape[0], full.shape[1], height, width)
+    fold = (
+        torch.ops.aten.reflection_pad2d_backward if padding == "reflect" else torch.ops.aten.replication_pad2d_backward
+    )
+    return laid(fold(full, like, [pad] * 4))
+
+
+def _by_tiles(back: Tensor) -> bool:
+    return back.ndim == 3
+
+
+def direct(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, relu: bool = False) -> Tensor:
+    """The convolution by oneDNN, with its ReLU, or by torch."""
     if _fused_conv_works(x):
         attr = "relu" if relu else "none"
         ones, pads = [1, 1], [pad, pad]
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pads, ones, ones, 1, attr, [], "")  # type: ignore[no-any-return]
     y = F.conv2d(x, weight, bias, padding=pad)
     return y.relu_() if relu else y
-
-
-def conv_back(grad: Tensor, back: Tensor, pad: int, padding: str, height: int, width: int) -> Tensor:
-    """Gradient with respect to a convolution's input (before its padding) of that height and width."""
-    kernel = back.shape[-1]
-    if padding == "zeros" or not pad:
-        return conv(grad, back, None, kernel - 1 - pad)
-    full = conv(grad, back, None, kernel - 1)  # with respect to the padded input
-    like = full.new_empty(full.shape[0], full.shape[1], height, width)
-    fold = (
-        torch.ops.aten.reflection_pad2d_backward if padding == "reflect" else torch.ops.aten.replication_pad2d_backward
-    )
-    return laid(fold(full, like, [pad] * 4))
 
 
 def doubled(x: Tensor, weight: Tensor) -> Tensor:

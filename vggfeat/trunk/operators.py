@@ -65,11 +65,11 @@ def trunk_forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) ->
             fused = "relu" in stage.steps and not {"conv", "bn"} & set(stage.taps)
             below = layers.padded(x, stage.pad, plan.padding)
             pad = stage.pad if plan.padding == "zeros" else 0
-            x = layers.conv(below, left[0], left[1], pad, relu=fused)
+            x = layers.conv(below, left[:3], pad, relu=fused)
             del left[:3]
             if "conv" in stage.taps:
                 if "bn" in stage.steps:
-                    taps.append(layers.conv(below, left[0], left[1], pad))
+                    taps.append(layers.conv(below, left[:3], pad))
                     del left[:3]
                 else:
                     taps.append(x)
@@ -128,10 +128,10 @@ def trunk_backward(
     again = dict(zip(reread(plan, keep), taps, strict=True))
     left, stack = list(filters), list(kept)
     position = len(plan.names)
-    heights = _sizes(plan, shape)
+    sizes = plan.sizes(*shape[2:])
     flow = _Flow()
     with layers.no_autocast(grads[0].device):
-        for stage, (height, width) in zip(reversed(plan.stages), reversed(heights), strict=True):
+        for stage, (height, width) in zip(reversed(plan.stages), reversed(sizes), strict=True):
             position -= len(stage.taps)
             at = {kind: position + i for i, kind in enumerate(stage.taps)}
             wants = _kept(stage, plan.pooling)
@@ -226,17 +226,6 @@ class _Flow:
             self.own(torch.ops.aten.threshold_backward(self.grad, values, 0))
 
 
-def _sizes(plan: Plan, shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Height and width that each stage works at."""
-    height, width = shape[2], shape[3]
-    sizes = []
-    for stage in plan.stages:
-        sizes.append((height, width))
-        if "pool" in stage.steps:
-            height, width = height // 2, width // 2
-    return sizes
-
-
 # ── what compilers and vmap need to know of the operators ─────────────────────────────────────────────────────────────
 
 
@@ -254,7 +243,7 @@ def _(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor
     def like(c: int, h: int, w: int, dtype: torch.dtype = filters[0].dtype) -> Tensor:
         return torch.empty((x.shape[0], c, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
-    for stage, (h, w) in zip(plan.stages, _sizes(plan, x.shape), strict=True):
+    for stage, (h, w) in zip(plan.stages, plan.sizes(*x.shape[2:]), strict=True):
         c = plan.arch.layer(stage.conv).channels
         wants = _kept(stage, plan.pooling) if keep != "none" else ""
         taps += [like(c, h, w) for kind in stage.taps if kind != "pool"]

@@ -91,6 +91,15 @@ class Plan:
         ran = sorted(self.names, key=self.arch.names.index)
         return tuple(ran.index(name) for name in self.names)
 
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width that each stage works at, for images of that size."""
+        sizes = []
+        for stage in self.stages:
+            sizes.append((height, width))
+            if "pool" in stage.steps:
+                height, width = height // 2, width // 2
+        return sizes
+
     @functools.cached_property
     def min_size(self) -> int:
         """The shortest image side that the deepest tap can be computed of."""

@@ -1,0 +1,153 @@
+"""Convolutions by tiles, against float64 and against direct ones in float32."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import vggfeat
+from vggfeat import VGGFeatures
+from vggfeat.trunk import winograd
+from vggfeat.trunk.winograd import convolve, pays, transformed
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(found, exact):
+    return float(((found.double() - exact).norm() / exact.norm()).detach())
+
+
+def test_a_tile_by_hand():
+    """One tile of one channel: y = Aᵀ [(G g Gᵀ) · (Bᵀ d B)] A, and each y is the sum of nine products."""
+    to_points, of_kernel, back = winograd._matrices()
+    d, g = drawn(6, 6).double(), drawn(3, 3, seed=1).double()
+    found = back @ ((of_kernel @ g @ of_kernel.T) * (to_points @ d @ to_points.T)) @ back.T
+    for i in range(4):
+        for j in range(4):
+            torch.testing.assert_close(found[i, j], (d[i : i + 3, j : j + 3] * g).sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_turned_kernel_is_the_same_numbers_at_other_points():
+    weight = drawn(4, 5, 3, 3).double()
+    turned = transformed(weight.flip(2, 3).transpose(0, 1)).view(6, 6, 4, 5)
+    points = transformed(weight).view(6, 6, 5, 4)[winograd.TURNED][:, winograd.TURNED].transpose(2, 3)
+    torch.testing.assert_close(turned, points, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("pad", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("n", "c", "k", "height", "width"),
+    [(1, 3, 5, 3, 3), (2, 8, 4, 16, 12), (1, 4, 9, 17, 23), (1, 64, 96, 70, 41), (1, 128, 128, 96, 96)],
+)
+def test_equals_the_convolution_and_its_gradient(n, c, k, height, width, pad):
+    x, weight, bias = drawn(n, c, height, width), drawn(k, c, 3, 3, seed=1), drawn(k, seed=2)
+    tiles = transformed(weight)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=pad)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=layout)
+        found = convolve(given, tiles, bias, pad)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert error(found, exact) < 2e-6 and error(convolve(given, tiles, bias, pad, relu=True), exact.relu()) < 2e-6
+    grad = drawn(*exact.shape, seed=3)
+    back = F.conv_transpose2d(grad.double(), weight.double(), padding=pad)
+    assert error(convolve(grad, tiles, None, 2 - pad, turned=True), back) < 2e-6
+
+
+@pytest.mark.parametrize(("channels", "size"), [(128, 96), (256, 64), (512, 32)])
+def test_is_about_as_exact_as_a_direct_convolution(channels, size):
+    x = drawn(1, channels, size, size).relu()
+    weight = drawn(channels, channels, 3, 3, seed=1) * (2 / (9 * channels)) ** 0.5
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    direct = error(F.conv2d(*(v.contiguous(memory_format=torch.channels_last) for v in (x, weight)), padding=1), exact)
+    assert error(convolve(x, transformed(weight), None, 1), exact) < max(3 * direct, 1e-6)
+
+
+def test_large_values_and_what_others_left_behind():
+    """Activations of Oxford's size; and the workspace, which holds what the last call wrote, NaN too, does not leak."""
+    x, weight = drawn(1, 64, 33, 20), drawn(64, 64, 3, 3, seed=1)
+    spoilt = torch.full((1, 64, 33, 20), torch.nan)
+    tiles = transformed(weight)
+    assert convolve(spoilt, tiles, None, 1).isnan().all()
+    exact = F.conv2d(1e4 * x.double(), weight.double(), padding=1)
+    assert error(convolve(1e4 * x, tiles, None, 1), exact) < 2e-6
+
+
+def test_in_inference_mode_and_in_threads():
+    x, weight = drawn(1, 16, 40, 40), drawn(16, 16, 3, 3, seed=1)
+    tiles, exact = transformed(weight), F.conv2d(x.double(), weight.double(), padding=1)
+    winograd._kept.__dict__.clear()
+    with torch.inference_mode():
+        assert error(convolve(x, tiles, None, 1), exact) < 2e-6
+    assert error(convolve(x, tiles, None, 1), exact) < 2e-6
+    errors = []
+
+    def work(seed):
+        mine = drawn(1, 16, 40, 40, seed=seed)
+        right = F.conv2d(mine.double(), weight.double(), padding=1)
+        errors.extend(error(convolve(mine, tiles, None, 1), right) for _ in range(20))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 80 and max(errors) < 2e-6
+
+
+def test_where_it_is_used(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    cpu, large = torch.device("cpu"), (256, 256, 64, 64)
+    assert pays(cpu, torch.float32, *large)
+    assert not pays(torch.device("cuda"), torch.float32, *large)
+    assert not pays(cpu, torch.bfloat16, *large) and not pays(cpu, torch.float64, *large)
+    assert not pays(cpu, torch.float32, 3, 64, 64, 64) and not pays(cpu, torch.float32, 256, 256, 8, 64)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not pays(cpu, torch.float32, *large)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect", "replicate"])
+@pytest.mark.parametrize("keep", ["bits", "values"])
+@pytest.mark.parametrize("arch", ["vgg16", "vgg16_bn"])
+def test_taps_and_gradient_in_float32(arch, keep, padding, monkeypatch):
+    """All of a trunk in tiles where they pay, against float64, with weights that leave no ReLU near its corner."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    net = vggfeat.vgg("D", batch_norm=arch.endswith("bn"), head="slim", num_classes=2)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            fan = module.weight[0].numel()
+            module.weight.data = drawn(*module.weight.shape, seed=fan) / fan
+            module.bias.data.fill_(2)
+    names = ["conv2_2", "relu2_2", "conv3_2", "relu3_3", "pool3"]
+    features = VGGFeatures(names, arch, net.state_dict(), "average", padding, keep=keep)
+    images = torch.rand(2, 3, 76, 84, generator=torch.Generator().manual_seed(0))
+    used = []
+    monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k) or real(*a, **k))
+    found = []
+    for given in (images, images.double()):
+        leaf = given.clone().requires_grad_()
+        taps = list(features(leaf).values())
+        assert min(float(tap.detach().min()) for tap in taps) > 0
+        seeds = [drawn(*tap.shape, seed=i).to(tap.dtype) for i, tap in enumerate(taps)]
+        (gradient,) = torch.autograd.grad(taps, leaf, seeds)
+        found.append([*taps, gradient])
+    assert sum("turned" in each for each in used) == 5 + arch.endswith("bn") * 2 < len(used)
+    assert max(error(ours, exact) for ours, exact in zip(*found, strict=True)) < 2e-6
+
+
+def test_second_derivatives_and_compilation(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    features = VGGFeatures(["relu3_1"], "vgg16", "random")
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def penalty(x):
+        (gradient,) = torch.autograd.grad(features(x)["relu3_1"].square().mean(), x, create_graph=True)
+        return gradient.square().sum()
+
+    first, second = (torch.autograd.grad(penalty(x), x)[0] for x in (image, image.double()))
+    assert error(first, second.detach()) < 1e-2  # ReLUs at their corner fall to either side
