@@ -107,6 +107,13 @@ def test_where_it_is_used(monkeypatch):
     assert not pays(torch.device("cuda"), torch.float32, *large)
     assert not pays(cpu, torch.bfloat16, *large) and not pays(cpu, torch.float64, *large)
     assert not pays(cpu, torch.float32, 3, 64, 64, 64) and not pays(cpu, torch.float32, 256, 256, 8, 64)
+    before = torch.get_float32_matmul_precision()
+    try:  # products of rounded factors were asked for; a convolution's are not meant
+        torch.set_float32_matmul_precision("medium")
+        assert not pays(cpu, torch.float32, *large)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert pays(cpu, torch.float32, *large)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert not pays(cpu, torch.float32, *large)
 
@@ -140,9 +147,13 @@ def test_taps_and_gradient_in_float32(arch, keep, padding, monkeypatch):
     assert max(error(ours, exact) for ours, exact in zip(*found, strict=True)) < 2e-6
 
 
-def test_second_derivatives_and_compilation(monkeypatch):
+@pytest.fixture
+def features(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    features = VGGFeatures(["relu3_1"], "vgg16", "random")
+    return VGGFeatures(["relu3_1"], "vgg16", "random")
+
+
+def test_second_derivatives(features):
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def penalty(x):
@@ -151,3 +162,26 @@ def test_second_derivatives_and_compilation(monkeypatch):
 
     first, second = (torch.autograd.grad(penalty(x), x)[0] for x in (image, image.double()))
     assert error(first, second.detach()) < 1e-2  # ReLUs at their corner fall to either side
+
+
+def test_in_compiled_graphs_and_under_vmap(features, monkeypatch):
+    used = []
+    monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k) or real(*a, **k))
+
+    def step(x):
+        return features(x)["relu3_1"].square().mean()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for side in (32, 96, 128):  # from small maps, which are taken directly, to a graph for any size
+        image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(side))
+        found = []
+        for function in (compiled, step):
+            used.clear()
+            leaf = image.clone().requires_grad_()
+            found += torch.autograd.grad(function(leaf), leaf)
+            assert bool(used) == (side > 32)
+        torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-9)
+
+    several = torch.rand(3, 1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    each = torch.func.vmap(step)(several)
+    torch.testing.assert_close(each, torch.stack([step(image) for image in several]), rtol=1e-5, atol=0)

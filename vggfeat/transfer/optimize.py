@@ -27,10 +27,10 @@ class Optimizer(Protocol):
 class Spectrum:
     """How far to go in each band of spatial frequencies: L-BFGS's first guess of the inverse Hessian, H₀.
 
-    A style's terms curve ten to a hundred times more along fine patterns than along broad ones, which the usual
-    multiple of the identity knows nothing of. Here H₀ is diagonal in the Fourier domain, with a factor for each band,
-    brightness and colour apart: √(Σ|S|² / Σ|Y|²) over the spectra of the last steps s and gradient changes y. What
-    these leave open, one factor for all, is the optimiser's.
+    At 512 pixels a style lets broad patterns go up to fifty times as far as fine ones, which the usual multiple of the
+    identity knows nothing of. Here H₀ is diagonal in the Fourier domain, with a factor for each band, brightness and
+    colour apart: √(Σ|S|² / Σ|Y|²) over the spectra of the last steps s and gradient changes y. What these leave open,
+    one factor for all, is the optimiser's.
 
     Args:
         image: (N,C,H,W); only its shape and device matter.
@@ -78,12 +78,14 @@ class Spectrum:
 
     def _spectrum(self, value: Tensor) -> Tensor:
         # the last dimension named is the one that is halved
-        return torch.fft.rfftn(value.view(self.shape), dim=(-3, -2, -1), norm="ortho")
+        found: Tensor = torch.fft.rfftn(value.view(self.shape), dim=(-3, -2, -1), norm="ortho")
+        return found
 
     def _energies(self, value: Tensor) -> Tensor:
         spectrum = self._spectrum(value)
         power = ((spectrum.real.square() + spectrum.imag.square()) * self.count).sum(0).flatten()
-        return power.new_zeros(2 * self.bands).index_add_(0, self.band.flatten(), power)
+        energies: Tensor = power.new_zeros(2 * self.bands).index_add_(0, self.band.flatten(), power)
+        return energies
 
 
 class LBFGS:

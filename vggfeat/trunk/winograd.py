@@ -3,11 +3,11 @@
 A tile of 4×4 outputs sees 6×6 inputs. Both are polynomials' values in disguise, and a product of polynomials needs one
 multiplication for each point that it is evaluated at: 36 for a tile and a pair of channels instead of 144 (Winograd
 1980; Lavin and Gray 2016, arXiv:1509.09308). Everything here, the changes to points and back included, is a product of
-matrices, which a CPU's BLAS does at the full rate, a band of tiles at a time, so that it stays in the cache.
+matrices, which a CPU's BLAS does at its full rate, a band of tiles at a time, so that it stays in the caches.
 
-The usual points 0, ±1, ±2, ∞ lose a digit. With 0, ±⅔, ±3/2, ∞ a convolution's error is once to twice that of oneDNN's
-(`tests/test_winograd.py`). They are their own reciprocals, and turning a kernel round takes a point to its reciprocal:
-so one set of transformed weights serves forward and backward.
+The points are 0, ±⅔, ±3/2 and ∞. With the usual 0, ±1, ±2, ∞ a convolution's error is three to four times a direct
+one's; with these it is 1.3 to 2.2 times (`tests/test_winograd.py`). They are also their own reciprocals, and turning a
+kernel round takes each point to its reciprocal, so that one set of transformed weights serves forward and backward.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ __all__ = ["convolve", "pays", "transformed"]
 TILE = 4
 POINT = 2 / 3
 TURNED = [5, 3, 4, 1, 2, 0]  # where each of the points 0, p, -p, 1/p, -1/p, ∞ goes when a kernel is turned round
-WORKSPACE = 1 << 19  # values in each half of the workspace, 2 MB: as many tiles are taken at a time as fit,
-LEAST = 96  # but no fewer, since for so many all weights come past once
+WORKSPACE = 1 << 18  # values for each thread in each half of the workspace, 1 MB: as many tiles at a time as fit,
+LEAST = 48  # but no fewer for each thread, since for every band all weights come past once
 
 
 def _matrices() -> tuple[Tensor, Tensor, Tensor]:
@@ -75,9 +76,19 @@ def pays(device: torch.device, dtype: torch.dtype, channels: int, outputs: int, 
         and dtype == torch.float32
         and min(channels, outputs) >= 64 < max(channels, outputs)  # below, the changes cost what the products save
         and min(height, width) >= 16
-        and torch.backends.mkl.is_available()  # elsewhere products of many matrices may be slow
+        and _products_serve()
     )
 
+
+def _products_serve() -> bool:
+    """Whether products of float32 matrices are fast, and not of factors rounded by the user's wish: too coarse."""
+    backends: Any = torch.backends
+    exact = backends.mkldnn.matmul.fp32_precision in ("ieee", "none")
+    return exact and torch.backends.mkl.is_available()  # elsewhere products of many matrices may be slow
+
+
+# looked at while a graph is traced, not traced: torch.compiler.assume_constant_result without importing the compiler
+_products_serve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _kept = threading.local()
 
@@ -116,7 +127,8 @@ def convolve(
     k = tiles.shape[2]
     height, width = h + 2 * pad - 2, w + 2 * pad - 2
     down, across = -(-height // TILE), -(-width // TILE)
-    rows = min(down, max(1, max(LEAST, WORKSPACE // (36 * max(c, k))) // across))  # of tiles, at a time
+    fits = max(LEAST, WORKSPACE // (36 * max(c, k))) * torch.get_num_threads()
+    rows = min(down, max(1, fits // across))  # of tiles, at a time
     count = rows * across
     images, out = x.permute(0, 2, 3, 1), x.new_empty(n, height, width, k)  # channels last
 
@@ -129,9 +141,8 @@ def convolve(
     inputs, halfway, at_points = (_room(where, 6, 6, padded * c) for where in (one, two, one))
     products, partly, outputs = _room(two, 36, padded, k), _room(one, 4, 6, padded * k), _room(two, 4, 4, padded * k)
     gathered = inputs.view(6, 6, padded, c)[:, :, :count].view(6, 6, rows, across, c)
-    found = (
-        outputs.view(4, 4, padded, k)[:, :, :count].view(4, 4, rows, across, k).permute(2, 0, 3, 1, 4)
-    )  # as in `out`
+    found = outputs.view(4, 4, padded, k)[:, :, :count].view(4, 4, rows, across, k)
+    found = found.permute(2, 0, 3, 1, 4)  # as in `out`, row by row
     aside = x.new_empty(TILE * rows, TILE * across, k)
 
     for image, result in zip(images, out, strict=True):
