@@ -18,7 +18,7 @@ def main(
 ):
     picture = vggfeat.image.check_output(vggfeat.image.free_path(picture))
     result = vggfeat.stylize(content, style, vggfeat.StyleConfig(size=size, steps=steps, weights=weights))
-    print(f"{result.arch}, {steps} steps at each scale, weights {result.weights}")
+    print(f"{result.arch}, {steps} steps at the finest scale, weights {result.weights}")
     print("scale        pixels  objective before    after  of it style  content")
     for scale, group in groupby(result.history, key=lambda step: step["scale"]):
         steps = list(group)

@@ -58,7 +58,7 @@ def main() -> None:
         speed = rate(dtype)
         limit = convolutions(384, 512, dtype) / speed
         print(f"convolutions alone at this machine's {dtype} rate of {speed / 1e12:.2f} TFLOP/s: {limit * 1e3:.0f} ms")
-    report("style step, VGG-19 to relu5_1, 512×384", alternate(sides, runs=7), "plain loop, float32")
+    report("style step, VGG-19 to relu5_1, 512×384", alternate(sides, runs=9), "plain loop, float32")
 
 
 if __name__ == "__main__":
