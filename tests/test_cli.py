@@ -363,7 +363,7 @@ def environment():
 def test_a_real_ctrl_c_and_the_progress_bar(folder, quick):
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from vggfeat_cli.style import main; main()"
-    flags = [*quick, "--start-size", "20", "--steps", "100000"]  # click takes the last of a flag given twice
+    flags = [*quick, "--start-size", "20", "--steps", "200000"]  # click takes the last of a flag given twice
     process = subprocess.Popen(
         [sys.executable, "-c", code, *PAIR, *flags],
         env=environment(),
