@@ -59,13 +59,16 @@ def test_equals_the_convolution_and_its_gradient(n, c, k, height, width, pad):
     assert error(convolve(grad, tiles, None, 2 - pad, turned=True), back) < 2e-6
 
 
+@pytest.mark.parametrize("rectified", [True, False])
 @pytest.mark.parametrize(("channels", "size"), [(128, 96), (256, 64), (512, 32)])
-def test_is_about_as_exact_as_a_direct_convolution(channels, size):
-    x = drawn(1, channels, size, size).relu()
+def test_is_about_as_exact_as_a_direct_convolution(channels, size, rectified):
+    x = drawn(1, channels, size, size)
+    x = x.relu() if rectified else x
     weight = drawn(channels, channels, 3, 3, seed=1) * (2 / (9 * channels)) ** 0.5
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     direct = error(F.conv2d(*(v.contiguous(memory_format=torch.channels_last) for v in (x, weight)), padding=1), exact)
-    assert error(convolve(x, transformed(weight), None, 1), exact) < max(3 * direct, 1e-6)
+    found = error(convolve(x, transformed(weight), None, 1), exact)
+    assert found < max(3 * direct, 1.2e-6)  # where direct sums are taken in short blocks, they are the exacter ones
 
 
 def test_large_values_and_what_others_left_behind():
