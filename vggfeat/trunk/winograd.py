@@ -5,9 +5,9 @@ multiplication for each point that it is evaluated at: 36 for a tile and a pair 
 1980; Lavin and Gray 2016, arXiv:1509.09308). Everything here, the changes to points and back included, is a product of
 matrices, which a CPU's BLAS does at its full rate, a band of tiles at a time, so that it stays in the caches.
 
-The points are 0, ±⅔, ±3/2 and ∞, with which a convolution's error is 1.1 to 2.2 times oneDNN's; with ±½ and ±2 it is 1.6
-to 2.9 times (`tests/test_winograd.py`). They are their own reciprocals, and turning a kernel round takes each point to
-its reciprocal, so that one set of transformed weights serves forward and backward.
+The points are 0, ±⅔, ±3/2 and ∞, with which a convolution's error is 1.1 to 2.2 times oneDNN's (with ±½ and ±2 it is
+1.6 to 2.9 times). They are their own reciprocals, and turning a kernel round takes each point to its reciprocal: one set
+of transformed weights serves forward and backward.
 """
 
 from __future__ import annotations
