@@ -6,8 +6,8 @@ multiplication for each point that it is evaluated at: 36 for a tile and a pair 
 matrices, which a CPU's BLAS does at its full rate, a band of tiles at a time, so that it stays in the caches.
 
 The points are 0, ±⅔, ±3/2 and ∞, with which a convolution's error is 1.1 to 2.2 times oneDNN's (with ±½ and ±2 it is
-1.6 to 2.9 times). They are their own reciprocals, and turning a kernel round takes each point to its reciprocal: one set
-of transformed weights serves forward and backward.
+1.6 to 2.9 times). They are their own reciprocals, and turning a kernel round takes each point to its reciprocal, which
+is why one set of transformed weights serves forward and backward.
 """
 
 from __future__ import annotations
