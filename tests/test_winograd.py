@@ -167,6 +167,7 @@ def test_second_derivatives(features):
     assert error(first, second.detach()) < 1e-2  # ReLUs at their corner fall to either side
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own tracer
 def test_in_compiled_graphs_and_under_vmap(features, monkeypatch):
     used = []
     monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k) or real(*a, **k))
