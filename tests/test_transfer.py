@@ -564,6 +564,7 @@ def test_a_scale_begins_with_the_detail_of_the_picture_and_the_change_so_far(con
     value_and_grad = Objective.value_and_grad
 
     def ever_better(self, image):
+        (tmp_path / "begun.png").unlink(missing_ok=True)  # read when the run began, not again
         seen.append(image)
         total, *rest = value_and_grad(self, image)
         return total / 2 ** len(seen), *rest

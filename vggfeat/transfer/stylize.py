@@ -184,6 +184,9 @@ class _Run:
         self.start = time.perf_counter()
         self.work = sum(w * h * self._steps(number) for number, (w, h) in enumerate(self.sizes, start=1))
         self.done = 0
+        # the picture to begin with; a file is read now, since every scale wants it and it may be gone by then
+        starts = {"content": content, "noise": None}
+        self.begun = starts[config.init] if config.init in starts else open_image(config.init)
         self.image = self._initial(*self.sizes[0])
         self.objective: Objective | None = None
 
@@ -191,12 +194,10 @@ class _Run:
         return to_tensor(resize(picture, width, height)).to(self.device)
 
     def _initial(self, width: int, height: int) -> Tensor:
-        if self.config.init == "content":
-            return self._tensor(self.content, width, height)
-        if self.config.init == "noise":
-            generator = torch.Generator().manual_seed(self.config.seed)
-            return (0.5 + 0.2 * torch.randn(1, 3, height, width, generator=generator)).clamp(0, 1).to(self.device)
-        return self._tensor(open_image(self.config.init), width, height)
+        if self.begun is not None:
+            return self._tensor(self.begun, width, height)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return (0.5 + 0.2 * torch.randn(1, 3, height, width, generator=generator)).clamp(0, 1).to(self.device)
 
     def _steps(self, number: int) -> int:
         """How many steps a scale gets: the last one all, the others half as many, since that is where it shows."""
@@ -212,7 +213,7 @@ class _Run:
         def up(image: Tensor) -> Tensor:
             return F.interpolate(image, size=(height, width), mode="bicubic", align_corners=False)
 
-        if self.config.init == "noise":  # every scale's is another
+        if self.begun is None:  # every scale's noise is another
             return up(self.image).clamp(0, 1)
         coarse = self._initial(self.image.shape[3], self.image.shape[2])
         return (self._initial(width, height) + up(self.image - coarse)).clamp(0, 1)

@@ -9,7 +9,8 @@ Everything runs in channels_last, in which these convolutions are fastest on CPU
 computation in ordinary differentiable operations: for second derivatives, for export, and to test against.
 
 From the outside in: `plan.py` says what to run and `filters.py` with which weights, `autograd.py` is what is called,
-`operators.py` walks forward and back, on the operations of `layers.py` and the packed signs of `bits.py`.
+`operators.py` walks forward and back, on the operations of `layers.py`, the convolutions by tiles of `winograd.py` and
+the packed signs of `bits.py`.
 """
 
 from vggfeat.trunk.autograd import run

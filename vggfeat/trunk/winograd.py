@@ -49,7 +49,7 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
     rows.append([0, 1, 0, -both, 0, 1])
     kernel.append([0, 0, 1])
     powers.append([0, 0, 0, 1])
-    to_points, of_kernel, back = (torch.tensor(m, dtype=torch.float64) for m in (rows, kernel, powers))
+    to_points, of_kernel, back = (torch.tensor(m, dtype=torch.float64, device="cpu") for m in (rows, kernel, powers))
     return to_points, of_kernel, back.T
 
 
@@ -98,7 +98,7 @@ def _workspace(size: int) -> Tensor:
     found: Tensor | None = getattr(_kept, "workspace", None)
     if found is None or found.shape[1] < size:
         with torch.inference_mode(False):  # what is made inside it can be written to there alone
-            found = torch.zeros(2, size, dtype=torch.float32)
+            found = torch.zeros(2, size, dtype=torch.float32, device="cpu")
         _kept.workspace = found
     return found
 
