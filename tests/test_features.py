@@ -485,15 +485,16 @@ def test_first_use_inside_a_mode(mode, precision):
     state = {key: value + 1e-3 for key, value in small("A").state_dict().items()}
     state = {key: value * (1.0 if precision == "float32" else 0.9) for key, value in state.items()}
     names = ["relu2_1", "fc6"]
+    span = (0.0, 1 + len(mode.__name__ + precision) / 64)  # constants of its own
     with mode():
-        f = VGGFeatures(names, weights=state, precision=precision)
+        f = VGGFeatures(names, weights=state, input_range=span, precision=precision)
         inside = f(batch())
-        wide = VGGFeatures(names, weights=state)(batch().double())
+        wide = VGGFeatures(names, weights=state, input_range=span)(batch().double())
     assert not any(tap.requires_grad for tap in inside.values())
     equal(f(batch()), inside)
     for x in (batch(), batch().double()):
         x.requires_grad_()
-        g = f if x.dtype == torch.float32 else VGGFeatures(names, weights=state)
+        g = f if x.dtype == torch.float32 else VGGFeatures(names, weights=state, input_range=span)
         taps = g(x)
         equal(taps, inside if g is f else wide)
         sum(tap.float().square().mean() for tap in taps.values()).backward()

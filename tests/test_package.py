@@ -55,6 +55,7 @@ ROOMS = {
     "vggfeat.losses": {"arch", "errors", "features", "functional", "weights"},
     "vggfeat.transfer": set(),
     "vggfeat.transfer.config": {"arch", "errors", "settings"},
+    "vggfeat.transfer.gpu": set(),
     "vggfeat.transfer.optimize": set(),
     "vggfeat.transfer.objective": {"features", "functional", "transfer.config"},
     "vggfeat.transfer.stylize": {
@@ -63,6 +64,7 @@ ROOMS = {
         "features",
         "image",
         "transfer.config",
+        "transfer.gpu",
         "transfer.objective",
         "transfer.optimize",
         "weights",

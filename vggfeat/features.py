@@ -147,9 +147,9 @@ class VGGFeatures(nn.Module):
         images = images.to(work)
         if not in_functorch(images):  # which maps over tensors of another rank
             images = images.contiguous(memory_format=torch.channels_last)
-        scale, shift = (
-            torch.tensor(v, dtype=work, device=images.device)[:, None, None] for v in (self._scale, self._shift)
-        )
+        # a compiler makes constants of them; elsewhere they are kept, since a GPU waits for what is copied to it
+        ready = _channels if torch.compiler.is_compiling() else _kept_channels
+        scale, shift = (ready(v, work, images.device) for v in (self._scale, self._shift))
         return images * scale + shift
 
     def _run_head(self, x: Tensor) -> dict[str, Tensor]:
@@ -205,6 +205,17 @@ class VGGFeatures(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"{', '.join(self.layers)}; {self.arch.name}, weights {self.weights}, {self.precision}"
+
+
+def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(3,1,1), one value a channel."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
+
+
+@functools.cache
+def _kept_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with _trunk.outside():
+        return _channels(values, dtype, device)
 
 
 def count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:

@@ -11,8 +11,9 @@ from vggfeat.features import VGGFeatures
 from vggfeat.functional import gram, total_variation, wide
 from vggfeat.transfer.config import StyleConfig
 
-__all__ = ["Objective"]
+__all__ = ["TERMS", "Objective"]
 
+TERMS = ("style", "content", "tv")
 RANGE_WEIGHT = 10.0  # of the mean squared distance of a value to [0,1], where the terms begin at about 1
 
 
@@ -60,7 +61,7 @@ class Objective:
             self._range_weight = RANGE_WEIGHT * scale
 
     def terms(self, image: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of an image (1,3,H,W), which may leave [0,1]: `style`, `content`, `tv`."""
+        """The weighted terms of an image (1,3,H,W), which may leave [0,1], by the names of `TERMS`."""
         taps = self.features.taps(image)
         paper = self.config.normalization == "gatys"
         zero = image.new_zeros(())
@@ -74,11 +75,8 @@ class Objective:
             content = content + share * error * (0.5 if paper else 1 / self._content_norms[name])
         if self.config.tv_weight:
             smooth = total_variation(image).sum()
-        return {
-            "style": self.style_weight * style,
-            "content": self.content_weight * content,
-            "tv": self.config.tv_weight * smooth,
-        }
+        weighted = (self.style_weight * style, self.content_weight * content, self.config.tv_weight * smooth)
+        return dict(zip(TERMS, weighted, strict=True))
 
     def value_and_grad(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The total that is minimised, its terms, and its gradient with respect to the image.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from vggfeat.errors import InputError, RunError
 from vggfeat.features import VGGFeatures, bfloat16_is_fast
 from vggfeat.image import fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.transfer.config import StyleConfig
-from vggfeat.transfer.objective import Objective
+from vggfeat.transfer.gpu import Reading, ahead, recorded
+from vggfeat.transfer.objective import TERMS, Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Optimizer, Spectrum
 from vggfeat.weights import load
 
@@ -234,11 +236,11 @@ class _Run:
                 if self.image.shape[2:] != (height, width):
                     self.image = self._enlarged(width, height)
                 self.objective = self._objective(width, height)
-                self._scale(number, width, height, self.objective)
+                self._scale(number, self.objective)
         except KeyboardInterrupt:
             self.interrupted = True
 
-    def _scale(self, number: int, width: int, height: int, objective: Objective) -> None:
+    def _scale(self, number: int, objective: Objective) -> None:
         config, steps = self.config, self._steps(number)
         image = self.image
         optimizer: Optimizer
@@ -246,32 +248,40 @@ class _Run:
             optimizer = LBFGS(first=FIRST if number == 1 else LATER, spectrum=Spectrum(image))
         else:
             optimizer = Adam(config.learning_rate)
-        best, restarts = math.inf, 0
-        for step in range(1, steps + 1):
-            total, terms, grad = objective.value_and_grad(image)
-            # read back together: each reading waits for the device
-            value, *parts = torch.stack([total, *terms.values()]).tolist()
-            losses = {"total": sum(parts)} | dict(zip(terms, parts, strict=True))
-            if value < best:
-                best, self.image = value, image
-            if not value <= EXPLODED * best:  # NaN included
-                if best == math.inf and number > 1:
-                    return  # the picture of the coarser scales stands
-                if best == math.inf:
-                    raise RunError(f"the loss is {value} at the start; try --precision float32 or other weights")
-                restarts += 1
-                if restarts > RESTARTS:
-                    break
-                optimizer.restart()
-                image = self.image
-            else:
-                image = optimizer.step(image, grad)
-            self.done += width * height
-            self.history.append({"scale": number, "step": step, "width": width, "height": height} | losses)
-            if self.callback is not None:
-                elapsed, progress = time.perf_counter() - self.start, self.done / self.work
-                where = (number, len(self.sizes), step, steps, width, height)
-                self.callback(StyleStep(*where, losses, elapsed, progress, self.features.weights, self.image))
+        evaluate = recorded(lambda image: _together(*objective.value_and_grad(image)), image)
+        waiting: deque[tuple[int, Tensor, Reading]] = deque()
+        best, restarts, forgiven = math.inf, 0, 0
+        for begun in range(1, steps + 1):
+            numbers, grad = evaluate(image)
+            waiting.append((begun, image, Reading(numbers)))
+            image = optimizer.step(image, grad)
+            while len(waiting) > (ahead(self.device) if begun < steps else 0):
+                step, seen, reading = waiting.popleft()
+                value, *parts = reading.get()
+                if value < best:
+                    best, self.image = value, seen
+                if not value <= EXPLODED * best and step > forgiven:  # NaN included
+                    if best == math.inf and number > 1:
+                        return  # the picture of the coarser scales stands
+                    if best == math.inf:
+                        raise RunError(f"the loss is {value} at the start; try --precision float32 or other weights")
+                    restarts += 1
+                    if restarts > RESTARTS:
+                        return
+                    optimizer.restart()
+                    # what was begun since is of no use, and not to be held against the new start
+                    image, forgiven = self.image, begun
+                self._tell(number, step, steps, {"total": sum(parts)} | dict(zip(TERMS, parts, strict=True)))
+
+    def _tell(self, number: int, step: int, steps: int, losses: dict[str, float]) -> None:
+        """Put a step on record and tell the callback."""
+        width, height = self.sizes[number - 1]
+        self.done += width * height
+        self.history.append({"scale": number, "step": step, "width": width, "height": height} | losses)
+        if self.callback is not None:
+            elapsed, progress = time.perf_counter() - self.start, self.done / self.work
+            where = (number, len(self.sizes), step, steps, width, height)
+            self.callback(StyleStep(*where, losses, elapsed, progress, self.features.weights, self.image))
 
     def result(self) -> StyleResult:
         """The picture as it is saved, and what is known of it."""
@@ -297,6 +307,11 @@ class _Run:
             elapsed=time.perf_counter() - self.start,
             interrupted=self.interrupted,
         )
+
+
+def _together(total: Tensor, terms: dict[str, Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers as one tensor, since each reading waits for the device, and the gradient."""
+    return torch.stack([total, *terms.values()]), grad
 
 
 def _precision(policy: str, device: torch.device) -> str:

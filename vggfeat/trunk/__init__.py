@@ -14,9 +14,9 @@ the packed signs of `bits.py`.
 """
 
 from vggfeat.trunk.autograd import run
-from vggfeat.trunk.filters import Trunk
+from vggfeat.trunk.filters import Trunk, outside
 from vggfeat.trunk.layers import has_onednn, no_autocast
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import PADDINGS, POOLINGS, Plan, Stage
 
-__all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage", "Trunk", "has_onednn", "no_autocast", "plain", "run"]
+__all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage", "Trunk", "has_onednn", "no_autocast", "outside", "plain", "run"]

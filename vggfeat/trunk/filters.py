@@ -15,7 +15,7 @@ from vggfeat.arch import Arch
 from vggfeat.trunk import winograd
 from vggfeat.trunk.plan import Plan
 
-__all__ = ["Trunk"]
+__all__ = ["Trunk", "outside"]
 
 
 class Trunk:
@@ -37,7 +37,7 @@ class Trunk:
     def shared(arch: Arch, state: dict[str, Tensor], key: tuple[object, ...]) -> Trunk:
         """The live trunk of that network and key, given the layers that it lacks, or a new one."""
         trunk = Trunk._live.setdefault((arch, *key), Trunk(arch, {}, key))
-        with _outside():
+        with outside():
             for name, value in state.items():
                 if name not in trunk.state:  # a copy: its owner may go on training it
                     trunk.state[name] = value.detach().clone()
@@ -94,7 +94,7 @@ class Trunk:
         ready = self._ready.setdefault((device, dtype), {})
         for name in names:
             if name not in ready:
-                with _outside():
+                with outside():
                     ready[name] = self._prepare(name, device, dtype)
 
     # run while a graph is traced, not traced: torch.compiler.assume_constant_result without importing the compiler
@@ -132,7 +132,7 @@ class Trunk:
 
 
 @contextlib.contextmanager
-def _outside() -> Iterator[None]:
+def outside() -> Iterator[None]:
     """Outside of whatever the caller is inside of (inference mode, export, vmap): what is kept must be real tensors."""
     with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
         yield

@@ -1,0 +1,284 @@
+"""What a GPU is asked to do. Without one, on tensors that have a device, a shape and no values: torch's fake tensors.
+
+A fake tensor on CUDA refuses to be read and to be mixed with one on the CPU, so that a step which passes here does
+neither. What only a GPU can show is marked `gpu`.
+"""
+
+import contextlib
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vggfeat import PerceptualLoss, StyleConfig, VGGFeatures, stylize
+from vggfeat import features as features_module
+from vggfeat.functional import CRITERIA, distance_and_gradient, gram, total_variation, unit_normalize
+from vggfeat.image import to_tensor
+from vggfeat.transfer import gpu
+from vggfeat.transfer import stylize as stylize_module
+from vggfeat.transfer.objective import Objective
+from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
+from vggfeat.trunk import PADDINGS, POOLINGS, Plan, operators
+from vggfeat.trunk import autograd as autograd_module
+from vggfeat.trunk import filters as filters_module
+
+TAPS = ("relu1_1", "conv2_1", "pool2", "relu3_1")
+
+
+class Strict(TorchDispatchMode):
+    """Refuses every operation that a GPU would have to wait for, or the host for it: one with a tensor on the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs, found)) if isinstance(value, torch.Tensor)]
+        assert all(value.device.type == "cuda" for value in tensors), f"{func} has a tensor on the CPU"
+        return found
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A context in which CUDA tensors can be made, and the trunk runs what its operators are made of."""
+    monkeypatch.setattr(autograd_module, "trunk_forward", operators.trunk_forward._init_fn)
+    monkeypatch.setattr(autograd_module, "trunk_backward", operators.trunk_backward._init_fn)
+    monkeypatch.setattr(filters_module, "outside", contextlib.nullcontext)  # so that weights become fake, too
+    monkeypatch.setattr(features_module._trunk, "outside", contextlib.nullcontext)
+    monkeypatch.setattr(features_module, "bfloat16_is_fast", lambda device: True)
+    monkeypatch.setattr(VGGFeatures, "_check_values", lambda self, images: None)  # which reads the first batch
+    features_module._kept_channels.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+    features_module._kept_channels.cache_clear()
+
+
+def images(count=1, side=64):
+    return torch.empty(count, 3, side, side, device="cuda")
+
+
+def test_the_check_can_fail(fake):
+    with pytest.raises(DataDependentOutputException):
+        images().sum().item()
+    with pytest.raises(AssertionError, match="on the CPU"), Strict():
+        torch.tensor([1.0, 2.0], device="cuda")
+
+
+@pytest.mark.parametrize("keep", ["bits", "values"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_the_trunk_waits_for_nothing(fake, keep, precision, pooling, padding):
+    features = VGGFeatures(TAPS, weights="random", precision=precision, keep=keep, pooling=pooling, padding=padding)
+    x = images(2, 40)
+    features(x)  # weights and constants are brought over once
+    with Strict():
+        taps = features(x)
+        shapes = [tuple(tap.shape) for tap in taps.values()]
+    assert shapes == [(2, 64, 40, 40), (2, 128, 20, 20), (2, 128, 10, 10), (2, 256, 10, 10)]
+    dtype = getattr(torch, precision)
+    assert {(tap.device.type, tap.dtype) for tap in taps.values()} == {("cuda", dtype)}
+    plan = features.plan
+    filters = features.trunk.filters(plan, x.device, dtype, (), (40, 40))
+    with Strict(), torch.no_grad():
+        found = autograd_module.trunk_forward(x, filters, plan.code, keep)
+        count = len(plan.names)
+        again = [found[i] for i in operators.reread(plan, keep)]
+        gradient = autograd_module.trunk_backward(
+            [tap.clone() for tap in found[:count]],
+            range(count),
+            again,
+            found[count:],
+            filters,
+            x.shape,
+            plan.code,
+            keep,
+        )
+    assert (gradient.shape, gradient.device.type, gradient.dtype) == (x.shape, "cuda", dtype)
+
+
+def test_what_compilers_are_told_of_the_operators_holds_on_cuda(fake):
+    for keep in ("none", "bits", "values"):
+        plan = Plan(VGGFeatures(TAPS, weights="random").arch, TAPS)
+        features = VGGFeatures(TAPS, weights="random")
+        x = images(2, 40)
+        filters = features.trunk.filters(plan, x.device, torch.float32, (), (40, 40))
+        ours = autograd_module.trunk_forward(x, filters, plan.code, keep)
+        told = operators.trunk_forward(x, filters, plan.code, keep)
+        assert [(t.shape, t.dtype, t.stride()) for t in ours] == [(t.shape, t.dtype, t.stride()) for t in told]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_distances_wait_for_nothing(fake, criterion):
+    ours, theirs = (torch.empty(2, 64, 20, 20, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    with Strict(), torch.no_grad():
+        CRITERIA[criterion](unit_normalize(ours), unit_normalize(theirs))
+        gram(ours)
+        total_variation(images())
+        if criterion != "cosine":
+            _, slope = distance_and_gradient(ours, theirs, criterion, True, None)
+            assert slope.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "optimizer", [lambda x: LBFGS(history=2, spectrum=Spectrum(x)), lambda x: LBFGS(), lambda x: Adam()]
+)
+def test_optimisers_wait_for_nothing(fake, optimizer):
+    x = images()
+    mover = optimizer(x)
+    with Strict():
+        for _ in range(4):
+            x = mover.step(x, torch.randn_like(x))
+    assert x.device.type == "cuda"
+
+
+def test_terms_of_a_style_transfer_wait_for_nothing(fake):
+    config = StyleConfig(tv_weight=0.1)
+    layers = (*config.style_layers, *config.content_layers)
+    features = VGGFeatures(layers, arch="vgg19", weights="random", precision="auto", keep="values")
+    x = images(1, 64)
+    objective = Objective(features, config, x, [x, x])
+    with Strict(), torch.no_grad():
+        terms = objective.terms(x)
+    assert {value.device.type for value in terms.values()} == {"cuda"}
+
+
+# ── reading late, and replayed steps ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_reading_is_what_was_read():
+    assert gpu.Reading(torch.tensor([1.5, -2.0])).get() == [1.5, -2.0]
+
+
+def test_steps_are_themselves_where_there_is_no_cuda():
+    def step(image):
+        return (image,)
+
+    assert gpu.recorded(step, torch.zeros(1, 3, 4, 4)) is step
+    assert gpu.ahead(torch.device("cpu")) == 0
+
+
+@pytest.fixture
+def scene():
+    def make(seed):
+        generator = torch.Generator().manual_seed(seed)
+        rough = torch.rand(1, 3, 6, 8, generator=generator)
+        return torch.nn.functional.interpolate(rough, size=(36, 48), mode="bicubic").clamp(0, 1)
+
+    return make
+
+
+SETTINGS = {
+    "size": 48,
+    "start_size": 24,
+    "steps": 12,
+    "weights": "random",
+    "style_layers": ("relu1_1", "relu2_1"),
+    "content_layers": ("relu2_2",),
+    "precision": "float32",
+}
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_looking_a_step_later_changes_nothing(scene, optimizer, monkeypatch):
+    config = StyleConfig(**SETTINGS, optimizer=optimizer)
+    at_once = stylize(scene(1), scene(2), config)
+    monkeypatch.setattr(stylize_module, "ahead", lambda device: 1)
+    later = stylize(scene(1), scene(2), config)
+    assert later.history == at_once.history and len(later.history) == 18
+    assert later.image.tobytes() == at_once.image.tobytes()
+
+
+class Replayed:
+    """Stands for what CUDA would record: a step that adds up its calls."""
+
+    def __init__(self, step, wrong=0.0):
+        self.step, self.wrong, self.calls = step, wrong, 0
+
+    def __call__(self, image):
+        self.calls += 1
+        return tuple(value + self.wrong * value.norm() for value in self.step(image))
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e-4, 1e-2, math.nan])
+def test_a_recording_serves_where_it_gives_the_same(monkeypatch, wrong):
+    monkeypatch.setattr(gpu, "can_record", lambda device: True)
+    made = []
+    monkeypatch.setattr(gpu, "_record", lambda step, image: made.append(Replayed(step, wrong)) or made[0])
+
+    def step(image):
+        return image.sum().expand(2), image * 2
+
+    image = torch.rand(1, 3, 8, 8)
+    if wrong < 1e-3:
+        assert gpu.recorded(step, image) is made[0]
+    else:
+        with pytest.warns(UserWarning, match="something else"):
+            assert gpu.recorded(step, image) is step
+
+
+def test_a_recording_that_fails_costs_a_warning(scene, monkeypatch):
+    def fail(step, image):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    config = StyleConfig(**SETTINGS)
+    wanted = stylize(scene(1), scene(2), config).image.tobytes()
+    monkeypatch.setattr(gpu, "can_record", lambda device: True)
+    monkeypatch.setattr(gpu, "_record", fail)
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing$"):
+        assert stylize(scene(1), scene(2), config).image.tobytes() == wanted
+
+
+# ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_style_transfer_on_a_gpu_is_replayed_and_looks_the_same(scene, precision):
+    config = StyleConfig(**SETTINGS | {"precision": precision, "size": 96, "steps": 40})
+    there = stylize(scene(1), scene(2), dataclasses.replace(config, device="cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that no graph could be made
+        here = stylize(scene(1), scene(2), dataclasses.replace(config, device="cuda"))
+    assert here.losses["total"] == pytest.approx(there.losses["total"], rel=0.1)
+    assert (to_tensor(here.image) - to_tensor(there.image)).abs().mean() < 0.02
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_gives_what_the_step_gives(scene):
+    config = StyleConfig(**SETTINGS)
+    layers = (*config.style_layers, *config.content_layers)
+    features = VGGFeatures(layers, arch="vgg19", weights="random", keep="values")
+    content, style = scene(1).cuda(), scene(2).cuda()
+    objective = Objective(features, config, content, [style])
+
+    def step(image):
+        total, terms, grad = objective.value_and_grad(image)
+        return torch.stack([total, *terms.values()]), grad
+
+    replay = gpu.recorded(step, content)
+    assert replay is not step
+    for image in (content, style, content.flip(2)):
+        first = replay(image)
+        replay(style)  # what was returned is not written over
+        for ours, theirs in zip(first, step(image), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_losses_on_a_gpu_are_those_on_the_cpu(precision):
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = torch.rand(2, 2, 3, 64, 64, generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        x = ours.to(device, copy=True).requires_grad_()
+        value = PerceptualLoss(["relu1_2", "conv3_3"], weights="random", precision=precision)(x, theirs.to(device))
+        value.backward()
+        results.append((value.item(), x.grad.cpu().flatten()))
+    (there, slope), (here, other) = results
+    tolerance = 1e-3 if precision == "float32" else 1e-2  # TF32 has ten bits
+    assert here == pytest.approx(there, rel=tolerance)
+    assert torch.cosine_similarity(slope, other, dim=0) > 0.99
