@@ -123,6 +123,7 @@ ROOMS = {
         "training.distributed",
         "weights",
     },
+    "vggfeat.training.muon": {"features"},
     "vggfeat.training.loop": {
         "arch",
         "errors",
@@ -134,6 +135,7 @@ ROOMS = {
         "training.data",
         "training.distributed",
         "training.evaluation",
+        "training.muon",
         "weights",
     },
     "vggfeat_cli": set(),

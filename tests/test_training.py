@@ -25,6 +25,7 @@ from vggfeat.training import checkpoint, loop
 from vggfeat.training.batches import parted
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World
+from vggfeat.training.muon import Muon
 
 REPO = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -245,6 +246,7 @@ def test_schedules():
     assert rates(config(schedule="constant")) == [1.0] * 100
     steps = rates(config(schedule="step", step_size=3, gamma=0.5))
     assert steps == pytest.approx([1.0] * 30 + [0.5] * 30 + [0.25] * 30 + [0.125] * 10)
+    assert rates(config(schedule="linear")) == pytest.approx([1 - i / 100 for i in range(100)])
     cosine = rates(config(schedule="cosine"))
     assert cosine[50] == pytest.approx(0.5) and cosine[0] == 1.0 and cosine[-1] < 1e-3
     one = rates(config(schedule="onecycle", warmup=2.0))
@@ -262,8 +264,8 @@ def test_groups_of_parameters():
     assert groups == {(0.05, 1e-3): 8, (0.05, 0.0): 24, (0.1, 1e-3): 1, (0.1, 0.0): 1}
     groups = loop.optimizer(net, TrainConfig(lr=0.1, decay_all=True)).param_groups
     assert [len(g["params"]) for g in groups] == [34]
-    kinds = {kind: type(loop.optimizer(net, TrainConfig(optimizer=kind))) for kind in ("sgd", "adam", "adamw")}
-    assert kinds == {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    kinds = {kind: type(loop.optimizer(net, TrainConfig(optimizer=kind))) for kind in ("sgd", "adam", "adamw", "muon")}
+    assert kinds == {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 1.0}])
@@ -402,7 +404,8 @@ def stop_at(count):
 
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9, "dropout": 0.3, "precision": "bfloat16", "schedule": "onecycle"},
-                                     {"optimizer": "adam", "lr": 1e-3, "warmup": 0.5, "arch": "vgg11"}])  # fmt: skip
+                                     {"optimizer": "adam", "lr": 1e-3, "warmup": 0.5, "arch": "vgg11"},
+                                     {"optimizer": "muon", "precision": "bfloat16"}])  # fmt: skip
 def test_going_on_gives_the_same_weights(data, tmp_path, options):
     whole = run(data, tmp_path / "whole", **options)
     for count in (1, 3, 5):
@@ -762,7 +765,8 @@ def test_what_a_kill_left_is_cleared_away(data, tmp_path):
 
 def test_recipes_bend():
     assert vggfeat.recipe("fast", epochs=1).epochs == 1
-    assert not vggfeat.recipe("fast", optimizer="adamw", lr=1e-3).nesterov
+    bent = vggfeat.recipe("fast", optimizer="sgd", lr=0.2, nesterov=True)
+    assert (bent.optimizer, bent.lr, bent.nesterov, bent.schedule) == ("sgd", 0.2, True, "linear")
 
 
 def test_a_refusal_reaches_every_process(data, tmp_path):

@@ -16,8 +16,8 @@ __all__ = ["RECIPES", "TrainConfig", "recipe"]
 CHOICES = {
     "head": ("paper", "slim"),
     "init": ("kaiming", "paper"),
-    "optimizer": ("sgd", "adam", "adamw"),
-    "schedule": ("constant", "step", "cosine", "onecycle"),
+    "optimizer": ("sgd", "adam", "adamw", "muon"),
+    "schedule": ("constant", "step", "linear", "cosine", "onecycle"),
     "flip": ("none", "random", "alternating"),
     "pad_mode": ("zeros", "reflect"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
@@ -45,15 +45,16 @@ class TrainConfig:
         epochs: passes over the training set.
         batch_size: images of a step, over all processes, gathered in `accumulate` parts.
         accumulate: parts that a step's batch is computed in, one after the other.
-        optimizer: `sgd` (with momentum), `adam` (weight decay coupled, as in the chapter) or `adamw`.
-        lr: the highest learning rate.
-        momentum: of SGD; Adam's first beta.
+        optimizer: `sgd` (with momentum), `adam` (weight decay coupled, as in the chapter), `adamw`, or `muon`, which
+            moves all directions of the filters alike and keeps their norm, and the rest as SGD (`training/muon.py`).
+        lr: the highest learning rate; of Muon's filters, the length of a step as a share of their norm.
+        momentum: of SGD and Muon; Adam's first beta.
         nesterov: Nesterov's form of it.
         weight_decay: of weights; see `decay_all`.
         decay_all: decay biases and batch normalisation's parameters too.
         clip: largest norm of the gradient; 0 means any.
-        schedule: `constant`, `step` (times `gamma` every `step_size` epochs), `cosine` (to 0), `onecycle` (up, and down
-            to almost 0; Smith and Topin 2019, arXiv:1708.07120).
+        schedule: `constant`, `step` (times `gamma` every `step_size` epochs), `linear` and `cosine` (to 0), `onecycle`
+            (up, and down to almost 0; Smith and Topin 2019, arXiv:1708.07120).
         step_size: epochs of a step of `step`.
         gamma: factor of a step.
         warmup: epochs that the rate takes to rise, part of `epochs`; for `onecycle` 0 means a fifth of them.
@@ -101,7 +102,7 @@ class TrainConfig:
     accumulate: int = option(1, "Parts that a step's batch is computed in.")
     optimizer: str = option("sgd", "Optimizer.")
     lr: float = option(0.05, "Highest learning rate.")
-    momentum: float = option(0.9, "Of SGD; Adam's first beta.")
+    momentum: float = option(0.9, "Of SGD and Muon; Adam's first beta.")
     nesterov: bool = option(False, "Nesterov's form of momentum.")
     weight_decay: float = option(5e-4, "Weight decay.")
     decay_all: bool = option(False, "Decay biases and batch normalisation too.")
@@ -210,16 +211,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "pad": 0,
     },
     "fast": {
-        "epochs": 20,
-        "batch_size": 256,
-        "lr": 0.2,
-        "nesterov": True,
-        "schedule": "onecycle",
+        "epochs": 10,
+        "batch_size": 500,
+        "optimizer": "muon",
+        "lr": 0.05,
+        "schedule": "linear",
         "label_smoothing": 0.1,
         "pad_mode": "reflect",
         "flip": "alternating",
         "cutout": 8,
-        "ema": 0.995,
     },
 }
 
@@ -244,6 +244,4 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
         if key not in fields:
             raise InputError(f"unknown setting {key!r}: {nearest(key, fields)}")
     settings = RECIPES[name] | changes
-    if settings.get("optimizer", "sgd") != "sgd" and "nesterov" not in changes:
-        settings.pop("nesterov", None)  # which is the recipe's SGD's
     return TrainConfig(**settings)

@@ -38,6 +38,7 @@ from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
 from vggfeat.training.distributed import World, agreed, gathered, joined, summed, synchronised
 from vggfeat.training.evaluation import Evaluation, Views, autocast_dtype, tested
+from vggfeat.training.muon import Muon
 from vggfeat.weights import load as load_set
 from vggfeat.weights import load_weights
 
@@ -270,7 +271,7 @@ def network(config: TrainConfig, num_classes: int) -> VGG:
 
 
 def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW, with two learning rates; biases and batch normalisation do not decay unless asked for."""
+    """The optimizer, with two learning rates; biases and batch normalisation do not decay unless asked for."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, value in net.named_parameters():
         if value.requires_grad:
@@ -283,6 +284,8 @@ def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
     fused = next(net.parameters()).device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if config.optimizer == "muon":
+        return Muon(parameters, momentum=config.momentum)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, betas=(config.momentum, 0.999), fused=fused)
 
@@ -301,6 +304,8 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
     main: lr_scheduler.LRScheduler
     if config.schedule == "cosine":
         main = lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warmup))
+    elif config.schedule == "linear":
+        main = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, total - warmup))
     elif config.schedule == "step":
         main = lr_scheduler.StepLR(optimizer, config.step_size * steps, config.gamma)
     else:

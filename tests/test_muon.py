@@ -1,0 +1,125 @@
+"""Muon against the singular value decomposition and torch's SGD."""
+
+import pytest
+import torch
+
+from vggfeat.training import muon as muon_module
+from vggfeat.training.muon import Muon, polar
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def filters(*shape, seed=0):
+    return torch.nn.Parameter(random(*shape, seed=seed).contiguous(memory_format=torch.channels_last))
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Products in float32, whatever this processor is fast at."""
+    monkeypatch.setattr(muon_module, "bfloat16_is_fast", lambda device: False)
+
+
+@pytest.mark.parametrize("shape", [(8, 30), (30, 8), (16, 16)])
+def test_the_polar_factor_has_the_singular_vectors_and_moves_all_of_them(shape):
+    matrix = random(*shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = u.T @ polar(matrix) @ v.T  # diagonal in the same vectors
+    values = found.diagonal()
+    torch.testing.assert_close(found, values.diag(), rtol=0, atol=1e-10)
+    large = s >= 0.02 * matrix.norm()
+    assert large.sum() >= 7
+    assert ((values[large] >= 0.68) & (values[large] <= 1.21)).all()
+    assert (values > 0).all()
+
+
+def test_the_polar_factor_of_nothing_is_nothing():
+    assert not polar(torch.zeros(4, 6)).any()
+
+
+def test_a_step_has_the_length_it_is_told_and_the_norm_stays():
+    weight = filters(8, 4, 3, 3)
+    before = weight.detach().clone()
+    weight.grad = random(8, 4, 3, 3, seed=1)
+    Muon([weight], lr=0.1, momentum=0.0).step()
+    # before the norm is brought back: w' ∝ w - 0.1 ‖w‖ O / ‖O‖, with O the polar factor of the gradient as a matrix
+    rows = before.permute(0, 2, 3, 1).flatten(1)
+    direction = polar(weight.grad.permute(0, 2, 3, 1).flatten(1))
+    wanted = rows - 0.1 * rows.norm() * direction / direction.norm()
+    wanted *= rows.norm() / wanted.norm()
+    torch.testing.assert_close(weight.detach().permute(0, 2, 3, 1).flatten(1), wanted)
+    assert weight.detach().norm() == pytest.approx(before.norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_scale_of_the_gradient_makes_no_difference(momentum):
+    results = []
+    for scale in (1.0, 1e4):
+        weight = filters(8, 4, 3, 3)
+        optimizer = Muon([weight], lr=0.1, momentum=momentum)
+        for seed in range(4):
+            weight.grad = scale * random(8, 4, 3, 3, seed=seed)
+            optimizer.step()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_where_filters_have_no_gradient_nothing_moves():
+    weight, unused = filters(8, 4, 3, 3), filters(8, 4, 3, 3)
+    before = weight.detach().clone()
+    weight.grad = torch.zeros_like(weight)
+    Muon([weight, unused], lr=0.1).step()
+    torch.testing.assert_close(weight.detach(), before)
+    assert torch.equal(unused.detach(), before)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_what_is_no_filter_moves_as_with_torchs_sgd(weight_decay):
+    ours, theirs = (torch.nn.Parameter(random(5, 7)) for _ in range(2))
+    mover = Muon([ours], lr=0.1, momentum=0.8, weight_decay=weight_decay)
+    reference = torch.optim.SGD([theirs], lr=0.1, momentum=0.8, nesterov=True, weight_decay=weight_decay)
+    for seed in range(5):
+        ours.grad = random(5, 7, seed=seed)
+        theirs.grad = ours.grad.clone()
+        mover.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_momentum_is_nesterovs():
+    """Against the sums written out, on filters of one output, whose polar factor is the vector's direction."""
+    weight = filters(1, 4, 3, 3)
+    x, total = weight.detach().clone().double(), torch.zeros(1, 4, 3, 3, dtype=torch.float64)
+    norm = x.norm()
+    optimizer = Muon([weight], lr=0.05, momentum=0.7)
+    for seed in range(5):
+        weight.grad = random(1, 4, 3, 3, seed=seed)
+        optimizer.step()
+        total = 0.7 * total + weight.grad
+        step = weight.grad + 0.7 * total
+        x -= 0.05 * norm * step / step.norm()
+        x *= norm / x.norm()
+    torch.testing.assert_close(weight.detach().double(), x, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_that_was_saved_goes_on_the_same():
+    def made():
+        return [filters(8, 4, 3, 3), torch.nn.Parameter(random(6))]
+
+    def steps(parameters, optimizer, seeds):
+        for seed in seeds:
+            for parameter in parameters:
+                parameter.grad = random(*parameter.shape, seed=seed)
+            optimizer.step()
+
+    unbroken, first, second = made(), made(), made()
+    steps(unbroken, Muon(unbroken, lr=0.1), range(6))
+    before = Muon(first, lr=0.1)
+    steps(first, before, range(3))
+    after = Muon(second, lr=0.3)
+    for old, new in zip(first, second, strict=True):
+        new.data.copy_(old.data)
+    after.load_state_dict(before.state_dict())
+    steps(second, after, range(3, 6))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(unbroken, second, strict=True))

@@ -1,0 +1,91 @@
+"""Muon, for filters: momentum whose step moves every direction of a filter bank alike (Jordan et al. 2024).
+
+A gradient of a convolution's filters is ruled by a few directions, and so is what plain momentum moves. Muon replaces
+the step by its polar factor, the nearest matrix all of whose singular values are equal (Jordan 2024,
+https://kellerjordan.github.io/posts/muon/), by a few products of matrices. Filters keep the norm that they began with
+(as in Jordan 2024, arXiv:2404.00498, and the code that goes with it): batch normalisation makes it meaningless, weight
+decay would only steer it, and `lr` is then what it seems to be, the length of a step as a share of the filters' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vggfeat.features import bfloat16_is_fast
+
+__all__ = ["Muon", "polar"]
+
+# three turns of x ← (a + b x² + c x⁴) x bring what is between 0.02 and 1 to between 0.68 and 1.21
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+TURNS = 3
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """About U Vᵀ of a matrix U S Vᵀ, in its own type, by Newton and Schulz's iteration; 0 for 0.
+
+    The coefficients are Jordan's, which do not converge but get near soonest: directions that a step has little of
+    come out shorter than the rest, and none much longer.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp_min(1e-20)  # at least as large as the largest singular value
+    for _ in range(TURNS):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for filters (K,C,h,w); Nesterov's momentum for everything else, as `torch.optim.SGD`.
+
+    Args:
+        params: parameters or groups of them.
+        lr: of filters, the length of a step as a share of their norm; of the rest, as in SGD.
+        momentum: decay of the sum of gradients.
+        weight_decay: of what is not a filter, whose norm is kept.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; the closure, if any, computes the gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for value in group["params"]:
+                if value.grad is not None:
+                    self._move(value, value.grad, self.state[value], **{k: v for k, v in group.items() if k != "params"})
+        return loss
+
+    def _move(
+        self, value: Tensor, grad: Tensor, state: dict[str, Any], lr: float, momentum: float, weight_decay: float, **_: Any
+    ) -> None:
+        if value.ndim != 4 and weight_decay:
+            grad = grad.add(value, alpha=weight_decay)
+        if not state:
+            state["sum"] = torch.zeros_like(value)
+            state["norm"] = value.norm()
+        total = state["sum"].mul_(momentum).add_(grad)
+        step = grad.add(total, alpha=momentum)
+        if value.ndim != 4:
+            value.sub_(step, alpha=lr)
+            return
+        # as (K, h·w·C): a view, since filters are laid out channels_last, and which column is which does not matter
+        rows = step.permute(0, 2, 3, 1).flatten(1)
+        direction = polar(rows.bfloat16() if bfloat16_is_fast(value.device) else rows).to(value.dtype)
+        k, c, h, w = value.shape
+        direction = direction.view(k, h, w, c).permute(0, 3, 1, 2)
+        norm = state["norm"]
+        value.sub_(direction * (lr * norm / direction.norm().clamp_min(1e-20)))
+        value.mul_(norm / value.norm().clamp_min(1e-20))
