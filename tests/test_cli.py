@@ -544,7 +544,9 @@ def test_train_and_evaluate(vgg, labelled):
 
 
 def test_a_recipe_s_flag_can_be_taken_back(vgg, labelled):
-    code, _, err = vgg("train", "set.zip", *SMALL, "--recipe=chapter", "--no-decay-all", "--epochs=1", "--resize=32", "--quiet")
+    code, _, err = vgg(
+        "train", "set.zip", *SMALL, "--recipe=chapter", "--no-decay-all", "--epochs=1", "--resize=32", "--quiet"
+    )
     assert code == 0 and "decay_all=False" in err and "resize=(32,)" in err
 
 

@@ -1,7 +1,8 @@
 """What a GPU is asked to do. Without one, on tensors that have a device, a shape and no values: torch's fake tensors.
 
 A fake tensor on CUDA refuses to be read and to be mixed with one on the CPU, so that a step which passes here does
-neither. What only a GPU can show is marked `gpu`.
+neither. Autograd's engine does not run on them: the backward of the trunk is called by its operator, and a whole step
+is watched on the CPU. What only a GPU can show is marked `gpu`.
 """
 
 import contextlib
@@ -156,7 +157,7 @@ def test_steps_are_themselves_where_there_is_no_cuda():
     def step(image):
         return (image,)
 
-    assert gpu.recorded(step, torch.zeros(1, 3, 4, 4)) is step
+    assert gpu.recorded(step, torch.zeros(1, 3, 4, 4), times=100) is step
     assert gpu.ahead(torch.device("cpu")) == 0
 
 
@@ -191,44 +192,90 @@ def test_looking_a_step_later_changes_nothing(scene, optimizer, monkeypatch):
     assert later.image.tobytes() == at_once.image.tobytes()
 
 
-class Replayed:
-    """Stands for what CUDA would record: a step that adds up its calls."""
+@pytest.fixture
+def pretend(monkeypatch):
+    """As on CUDA, but for what records: that is given."""
 
-    def __init__(self, step, wrong=0.0):
-        self.step, self.wrong, self.calls = step, wrong, 0
+    def make(record):
+        monkeypatch.setattr(gpu, "can_record", lambda device: True)
+        monkeypatch.setattr(gpu, "warmed_up", lambda step, image: step(image))
+        monkeypatch.setattr(gpu, "record", record)
 
-    def __call__(self, image):
-        self.calls += 1
-        return tuple(value + self.wrong * value.norm() for value in self.step(image))
+    return make
+
+
+def step_of(image):
+    return image.sum().expand(2), image * 2
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1e-4, 1e-2, math.nan])
-def test_a_recording_serves_where_it_gives_the_same(monkeypatch, wrong):
-    monkeypatch.setattr(gpu, "can_record", lambda device: True)
-    made = []
-    monkeypatch.setattr(gpu, "_record", lambda step, image: made.append(Replayed(step, wrong)) or made[0])
+def test_a_recording_serves_where_it_gives_the_same(pretend, wrong):
+    def replay(image):
+        return tuple(value + wrong * value.norm() for value in step_of(image))
 
-    def step(image):
-        return image.sum().expand(2), image * 2
-
+    pretend(lambda step, image: replay)
     image = torch.rand(1, 3, 8, 8)
+    assert gpu.recorded(step_of, image, times=gpu.PAYS - 1) is step_of
     if wrong < 1e-3:
-        assert gpu.recorded(step, image) is made[0]
+        assert gpu.recorded(step_of, image, times=gpu.PAYS) is replay
     else:
         with pytest.warns(UserWarning, match="something else"):
-            assert gpu.recorded(step, image) is step
+            assert gpu.recorded(step_of, image, times=gpu.PAYS) is step_of
 
 
-def test_a_recording_that_fails_costs_a_warning(scene, monkeypatch):
+def test_a_recording_that_ignores_its_image_is_not_used(pretend):
+    image = torch.rand(1, 3, 8, 8)
+    frozen = step_of(image)
+    pretend(lambda step, image: lambda other: frozen)
+    with pytest.warns(UserWarning, match="something else"):
+        assert gpu.recorded(step_of, image, times=100) is step_of
+
+
+def test_errors_of_the_step_are_its_own(pretend):
+    def fail(image):
+        raise RuntimeError("out of memory")
+
+    pretend(lambda step, image: pytest.fail("recorded"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="out of memory"):
+            gpu.recorded(fail, torch.zeros(1, 3, 8, 8), times=100)
+        image = torch.full((1, 3, 8, 8), math.nan)
+        assert gpu.recorded(step_of, image, times=100) is step_of
+
+
+def test_a_recording_that_fails_costs_a_warning(scene, pretend):
     def fail(step, image):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
-    config = StyleConfig(**SETTINGS)
+    config = StyleConfig(**SETTINGS | {"start_size": 48, "steps": gpu.PAYS})
     wanted = stylize(scene(1), scene(2), config).image.tobytes()
-    monkeypatch.setattr(gpu, "can_record", lambda device: True)
-    monkeypatch.setattr(gpu, "_record", fail)
-    with pytest.warns(UserWarning, match="not permitted when stream is capturing$"):
+    pretend(fail)
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing$") as seen:
         assert stylize(scene(1), scene(2), config).image.tobytes() == wanted
+    assert [warning.filename for warning in seen] == [__file__]
+
+
+class Apart(TorchDispatchMode):
+    """Refuses to give a number to the host and to take one from it, on real tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert func not in (aten._local_scalar_dense.default, aten.lift_fresh.default, aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("normalization", ["scale-free", "gatys"])
+def test_a_whole_step_gives_and_takes_no_number(scene, normalization):
+    config = StyleConfig(**SETTINGS | {"normalization": normalization, "tv_weight": 0.1})
+    layers = (*config.style_layers, *config.content_layers)
+    features = VGGFeatures(layers, arch="vgg19", weights="random", keep="values")
+    objective = Objective(features, config, scene(1), [scene(2), scene(3)])
+    with Apart():
+        numbers, grad = stylize_module._together(*objective.value_and_grad(scene(1)))
+    assert numbers.shape == (4,) and grad.shape == (1, 3, 36, 48) and grad.abs().sum() > 0
+    with pytest.raises(AssertionError, match="lift_fresh"), Apart():
+        torch.tensor([1.0])
 
 
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -258,7 +305,7 @@ def test_a_replayed_step_gives_what_the_step_gives(scene):
         total, terms, grad = objective.value_and_grad(image)
         return torch.stack([total, *terms.values()]), grad
 
-    replay = gpu.recorded(step, content)
+    replay = gpu.recorded(step, content, times=100)
     assert replay is not step
     for image in (content, style, content.flip(2)):
         first = replay(image)
@@ -282,3 +329,18 @@ def test_losses_on_a_gpu_are_those_on_the_cpu(precision):
     tolerance = 1e-3 if precision == "float32" else 1e-2  # TF32 has ten bits
     assert here == pytest.approx(there, rel=tolerance)
     assert torch.cosine_similarity(slope, other, dim=0) > 0.99
+
+
+@pytest.mark.gpu
+def test_after_a_recording_that_failed_all_is_as_before(scene):
+    image = scene(1).cuda()
+    before = torch.cuda.current_stream()
+
+    def reads(image):
+        return (image * image.sum().item(),)
+
+    with pytest.warns(UserWarning, match="not replayed"):
+        assert gpu.recorded(reads, image, times=100) is reads
+    assert torch.cuda.current_stream() == before
+    assert torch.randn(8, device="cuda").isfinite().all()
+    assert gpu.recorded(lambda image: (image * 2,), image, times=100)(image)[0].equal(image * 2)

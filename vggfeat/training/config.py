@@ -49,8 +49,8 @@ class TrainConfig:
             moves all directions of the filters alike and keeps their norm, and the rest as SGD (`training/muon.py`).
         lr: the highest learning rate; of Muon's filters, the length of a step as a share of their norm.
         momentum: of SGD and Muon; Adam's first beta.
-        nesterov: Nesterov's form of it.
-        weight_decay: of weights; see `decay_all`.
+        nesterov: Nesterov's form of it, for SGD; Muon's always is.
+        weight_decay: of weights, but not of Muon's filters, whose norm is kept; see `decay_all`.
         decay_all: decay biases and batch normalisation's parameters too.
         clip: largest norm of the gradient; 0 means any.
         schedule: `constant`, `step` (times `gamma` every `step_size` epochs), `linear` and `cosine` (to 0), `onecycle`

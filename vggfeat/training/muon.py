@@ -3,8 +3,9 @@
 A gradient of a convolution's filters is ruled by a few directions, and so is what plain momentum moves. Muon replaces
 the step by its polar factor, the nearest matrix all of whose singular values are equal (Jordan 2024,
 https://kellerjordan.github.io/posts/muon/), by a few products of matrices. Filters keep the norm that they began with
-(as in Jordan 2024, arXiv:2404.00498, and the code that goes with it): batch normalisation makes it meaningless, weight
-decay would only steer it, and `lr` is then what it seems to be, the length of a step as a share of the filters' own.
+(as in the code that goes with Jordan 2024, arXiv:2404.00498), so that `lr` is what it seems to be, the length of a step
+as a share of the filters' own. Where batch normalisation follows, the norm means nothing, and weight decay would only
+steer `lr` through it; where none does, it is the one freedom that is lost.
 """
 
 from __future__ import annotations
@@ -65,27 +66,36 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for value in group["params"]:
                 if value.grad is not None:
-                    self._move(value, value.grad, self.state[value], **{k: v for k, v in group.items() if k != "params"})
+                    self._move(
+                        value, value.grad, self.state[value], **{k: v for k, v in group.items() if k != "params"}
+                    )
         return loss
 
     def _move(
-        self, value: Tensor, grad: Tensor, state: dict[str, Any], lr: float, momentum: float, weight_decay: float, **_: Any
+        self,
+        value: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        **_: Any,
     ) -> None:
         if value.ndim != 4 and weight_decay:
             grad = grad.add(value, alpha=weight_decay)
         if not state:
             state["sum"] = torch.zeros_like(value)
             state["norm"] = value.norm()
-        total = state["sum"].mul_(momentum).add_(grad)
-        step = grad.add(total, alpha=momentum)
+        total = torch.add(grad, state["sum"], alpha=momentum, out=state["sum"])
+        step = torch.add(grad, total, alpha=momentum)
         if value.ndim != 4:
             value.sub_(step, alpha=lr)
             return
         # as (K, h·w·C): a view, since filters are laid out channels_last, and which column is which does not matter
         rows = step.permute(0, 2, 3, 1).flatten(1)
-        direction = polar(rows.bfloat16() if bfloat16_is_fast(value.device) else rows).to(value.dtype)
+        direction = polar(rows.bfloat16() if bfloat16_is_fast(value.device) else rows)
         k, c, h, w = value.shape
-        direction = direction.view(k, h, w, c).permute(0, 3, 1, 2)
-        norm = state["norm"]
-        value.sub_(direction * (lr * norm / direction.norm().clamp_min(1e-20)))
+        norm: Tensor = state["norm"]
+        length = norm * -lr / torch.linalg.vector_norm(direction, dtype=norm.dtype).clamp_min(1e-20)
+        value.addcmul_(direction.view(k, h, w, c).permute(0, 3, 1, 2), length)
         value.mul_(norm / value.norm().clamp_min(1e-20))

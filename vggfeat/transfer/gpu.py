@@ -1,10 +1,11 @@
-"""What keeps a GPU busy: a step recorded once and replayed, and numbers that are read a step later.
+"""What a CUDA device is spared: launching a step kernel by kernel, and waiting until its numbers were looked at.
 
-On another device both do nothing: the step is the function itself, and its numbers are there when it returns.
+On other devices all of this does nothing: the step is the function itself, and its numbers are there when it returns.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -14,24 +15,20 @@ from torch import Tensor
 __all__ = ["Reading", "ahead", "recorded"]
 
 Step = Callable[[Tensor], tuple[Tensor, ...]]
+PAYS = 20  # steps from which a recording, which takes as long as about five, is made
 AGREES = 0.01  # relative difference of a replayed step: kernels that add in no fixed order differ by less
 
 
 def ahead(device: torch.device) -> int:
-    """How many steps to begin before the numbers of one are asked for."""
+    """How many further steps to begin before the numbers of one are asked for."""
     return 1 if device.type == "cuda" else 0
-
-
-def can_record(device: torch.device) -> bool:
-    """Whether the device has graphs of recorded kernels."""
-    return device.type == "cuda"
 
 
 class Reading:
     """A few numbers on their way to the host.
 
     Asked for at once they are what `.tolist()` gives. On CUDA, where work is only queued, asked for after the next step
-    was queued they are had without the GPU running dry.
+    was queued they are had without the device running dry.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -49,45 +46,72 @@ class Reading:
         return found
 
 
-def recorded(step: Step, image: Tensor) -> Step:
-    """The step as a CUDA graph for images of this shape; the step itself on other devices.
+def recorded(step: Step, image: Tensor, times: int) -> Step:
+    """The step as a CUDA graph for images of this shape; the step itself on other devices and for few steps.
 
-    A step is some two hundred kernels, most of them shorter than it takes to launch them one by one. The recording is
-    tried on another image first: where it cannot be made, or does not give what the step gives, the step itself serves,
-    with a warning that says so.
+    The recording is tried on another image first: where it cannot be made, or does not give what the step gives, the
+    step itself serves, with a warning that says so.
 
     Args:
         step: of an image, without reading anything back; what it returns is new at each call.
         image: (1,3,H,W), one of those to come.
+        times: how many steps there will be.
     """
-    if not can_record(image.device):
+    if times < PAYS or not can_record(image.device):
         return step
+    other = image.flip(3)
+    wanted = warmed_up(step, other)  # here the step's own errors are raised
+    if not all(bool(value.isfinite().all()) for value in wanted):
+        return step  # which is for the loop to judge
     try:
-        replay = _record(step, image)
-        other = image.flip(3)
-        pairs = zip(replay(other), step(other), strict=True)
+        replay = record(step, image)
+        pairs = zip(replay(other), wanted, strict=True)
         if all(float((ours - theirs).norm()) <= AGREES * float(theirs.norm()) for ours, theirs in pairs):
             return replay
-        why = "it gives something else"
+        why = "they give something else"
     except RuntimeError as error:
         why = str(error).splitlines()[0]
-    warnings.warn(f"steps are not replayed as a CUDA graph, which is slower: {why}", stacklevel=2)
+    warnings.warn(f"steps are not replayed as a CUDA graph: {why}", stacklevel=5)  # in who called `stylize`
     return step
 
 
-def _record(step: Step, image: Tensor) -> Step:
-    fixed = image.detach().clone()
-    here, aside = torch.cuda.current_stream(image.device), torch.cuda.Stream(image.device)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):  # libraries choose and allocate in their first calls, which cannot be recorded
-        for _ in range(2):
-            step(fixed)
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step(fixed)
+def can_record(device: torch.device) -> bool:
+    """Whether the device has graphs of recorded kernels."""
+    return device.type == "cuda"
 
-    def replay(image: Tensor) -> tuple[Tensor, ...]:
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all: libraries keep memory for each that they have seen."""
+    return torch.cuda.Stream(device)
+
+
+def warmed_up(step: Step, image: Tensor) -> tuple[Tensor, ...]:
+    """What the step gives, where it will be recorded: in first calls libraries choose and allocate."""
+    here, aside = torch.cuda.current_stream(image.device), _aside(image.device)
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        step(image)
+        found = step(image)
+    here.wait_stream(aside)
+    return found
+
+
+def record(step: Step, image: Tensor) -> Step:
+    """The step, recorded on an image; what it reads besides is kept alive by it, and must not move."""
+    fixed, graph = image.detach().clone(), torch.cuda.CUDAGraph()
+    here, aside = torch.cuda.current_stream(image.device), _aside(image.device)
+    aside.wait_stream(here)
+    # the outer context brings the stream back where a recording fails, which torch's own does not
+    with (
+        torch.cuda.device(image.device),
+        torch.cuda.stream(aside),
+        torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
+    ):
+        found = step(fixed)
+    here.wait_stream(aside)
+
+    def replay(image: Tensor, reads: Step = step) -> tuple[Tensor, ...]:
         fixed.copy_(image)
         graph.replay()
         return tuple(value.clone() for value in found)

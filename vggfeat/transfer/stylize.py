@@ -248,7 +248,7 @@ class _Run:
             optimizer = LBFGS(first=FIRST if number == 1 else LATER, spectrum=Spectrum(image))
         else:
             optimizer = Adam(config.learning_rate)
-        evaluate = recorded(lambda image: _together(*objective.value_and_grad(image)), image)
+        evaluate = recorded(lambda image: _together(*objective.value_and_grad(image)), image, steps)
         waiting: deque[tuple[int, Tensor, Reading]] = deque()
         best, restarts, forgiven = math.inf, 0, 0
         for begun in range(1, steps + 1):
@@ -260,7 +260,7 @@ class _Run:
                 value, *parts = reading.get()
                 if value < best:
                     best, self.image = value, seen
-                if not value <= EXPLODED * best and step > forgiven:  # NaN included
+                if step > forgiven and not (math.isfinite(value) and value <= EXPLODED * best):
                     if best == math.inf and number > 1:
                         return  # the picture of the coarser scales stands
                     if best == math.inf:
