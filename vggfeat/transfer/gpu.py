@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["Reading", "ahead", "recorded"]
 
 Step = Callable[[Tensor], tuple[Tensor, ...]]
-PAYS = 20  # steps from which a recording, which takes as long as about five, is made
+PAYS = 20  # steps from which a recording is made, for which the step runs three times and is replayed once
 AGREES = 0.01  # relative difference of a replayed step: kernels that add in no fixed order differ by less
 
 
