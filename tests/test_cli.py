@@ -554,7 +554,7 @@ def test_a_recipe_s_flag_can_be_taken_back(vgg, labelled):
     ("words", "says"),
     [
         (["train", "nowhere"], "no images at nowhere"),
-        (["train", "set.zip"], "fewer than batch_size 256"),
+        (["train", "set.zip"], "fewer than batch_size 500"),
         (["train", "set.zip", "--resume"], "--output"),
         (["train", "set.zip", "--lr", "-1"], "lr must be a positive number"),
         (["train", "set.zip", "--lr", "much"], "--lr"),

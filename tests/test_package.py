@@ -123,7 +123,7 @@ ROOMS = {
         "training.distributed",
         "weights",
     },
-    "vggfeat.training.muon": {"features"},
+    "vggfeat.training.muon": set(),
     "vggfeat.training.loop": {
         "arch",
         "errors",

@@ -285,7 +285,9 @@ def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.optimizer == "muon":
-        return Muon(parameters, momentum=config.momentum)
+        ours = autocast_dtype(config.precision, next(net.parameters()).device)
+        dtype = torch.bfloat16 if ours == torch.bfloat16 else torch.float32  # float16's range is too short
+        return Muon(parameters, momentum=config.momentum, dtype=dtype)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, betas=(config.momentum, 0.999), fused=fused)
 

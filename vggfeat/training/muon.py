@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggfeat.features import bfloat16_is_fast
-
 __all__ = ["Muon", "polar"]
 
 # three turns of x ← (a + b x² + c x⁴) x bring what is between 0.02 and 1 to between 0.68 and 1.21
@@ -49,11 +47,18 @@ class Muon(torch.optim.Optimizer):
         lr: of filters, the length of a step as a share of their norm; of the rest, as in SGD.
         momentum: decay of the sum of gradients.
         weight_decay: of what is not a filter, whose norm is kept.
+        dtype: that polar factors are computed in; bfloat16 is enough where the network runs in it.
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 0.0
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -93,7 +98,7 @@ class Muon(torch.optim.Optimizer):
             return
         # as (K, h·w·C): a view, since filters are laid out channels_last, and which column is which does not matter
         rows = step.permute(0, 2, 3, 1).flatten(1)
-        direction = polar(rows.bfloat16() if bfloat16_is_fast(value.device) else rows)
+        direction = polar(rows.to(self.dtype))
         k, c, h, w = value.shape
         norm: Tensor = state["norm"]
         length = norm * -lr / torch.linalg.vector_norm(direction, dtype=norm.dtype).clamp_min(1e-20)
