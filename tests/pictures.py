@@ -1,4 +1,4 @@
-"""Small labelled pictures that tests of the training path make themselves."""
+"""Pictures that tests make themselves: a smooth scene, and small labelled ones for the training path."""
 
 import io
 import pickle
@@ -6,9 +6,19 @@ import tarfile
 import zipfile
 
 import numpy
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 COLORS = {"ant": (220, 40, 40), "bee": (40, 200, 60), "cow": (50, 60, 220)}
+
+
+def scene(width, height, seed=0, cells=5):
+    """A smooth colourful picture, (1,3,height,width) in [0.1,0.9], on 256 levels."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, cells, cells, generator=generator)
+    image = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True) * 0.8 + 0.1
+    return (image * 255).round() / 255
 
 
 def picture(kind, number, width=32, height=32):

@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 import torch
+from pictures import scene
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -161,16 +162,6 @@ def test_steps_are_themselves_where_there_is_no_cuda():
     assert gpu.ahead(torch.device("cpu")) == 0
 
 
-@pytest.fixture
-def scene():
-    def make(seed):
-        generator = torch.Generator().manual_seed(seed)
-        rough = torch.rand(1, 3, 6, 8, generator=generator)
-        return torch.nn.functional.interpolate(rough, size=(36, 48), mode="bicubic").clamp(0, 1)
-
-    return make
-
-
 SETTINGS = {
     "size": 48,
     "start_size": 24,
@@ -183,11 +174,11 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
-def test_looking_a_step_later_changes_nothing(scene, optimizer, monkeypatch):
+def test_looking_a_step_later_changes_nothing(optimizer, monkeypatch):
     config = StyleConfig(**SETTINGS, optimizer=optimizer)
-    at_once = stylize(scene(1), scene(2), config)
+    at_once = stylize(scene(48, 36, seed=1), scene(48, 36, seed=2), config)
     monkeypatch.setattr(stylize_module, "ahead", lambda device: 1)
-    later = stylize(scene(1), scene(2), config)
+    later = stylize(scene(48, 36, seed=1), scene(48, 36, seed=2), config)
     assert later.history == at_once.history and len(later.history) == 18
     assert later.image.tobytes() == at_once.image.tobytes()
 
@@ -244,15 +235,15 @@ def test_errors_of_the_step_are_its_own(pretend):
         assert gpu.recorded(step_of, image, times=100) is step_of
 
 
-def test_a_recording_that_fails_costs_a_warning(scene, pretend):
+def test_a_recording_that_fails_costs_a_warning(pretend):
     def fail(step, image):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
     config = StyleConfig(**SETTINGS | {"start_size": 48, "steps": gpu.PAYS})
-    wanted = stylize(scene(1), scene(2), config).image.tobytes()
+    wanted = stylize(scene(48, 36, seed=1), scene(48, 36, seed=2), config).image.tobytes()
     pretend(fail)
     with pytest.warns(UserWarning, match="not permitted when stream is capturing$") as seen:
-        assert stylize(scene(1), scene(2), config).image.tobytes() == wanted
+        assert stylize(scene(48, 36, seed=1), scene(48, 36, seed=2), config).image.tobytes() == wanted
     assert [warning.filename for warning in seen] == [__file__]
 
 
@@ -266,13 +257,13 @@ class Apart(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("normalization", ["scale-free", "gatys"])
-def test_a_whole_step_gives_and_takes_no_number(scene, normalization):
+def test_a_whole_step_gives_and_takes_no_number(normalization):
     config = StyleConfig(**SETTINGS | {"normalization": normalization, "tv_weight": 0.1})
     layers = (*config.style_layers, *config.content_layers)
     features = VGGFeatures(layers, arch="vgg19", weights="random", keep="values")
-    objective = Objective(features, config, scene(1), [scene(2), scene(3)])
+    objective = Objective(features, config, scene(48, 36, seed=1), [scene(48, 36, seed=2), scene(48, 36, seed=3)])
     with Apart():
-        numbers, grad = stylize_module._together(*objective.value_and_grad(scene(1)))
+        numbers, grad = stylize_module._together(*objective.value_and_grad(scene(48, 36, seed=1)))
     assert numbers.shape == (4,) and grad.shape == (1, 3, 36, 48) and grad.abs().sum() > 0
     with pytest.raises(AssertionError, match="lift_fresh"), Apart():
         torch.tensor([1.0])
@@ -283,22 +274,22 @@ def test_a_whole_step_gives_and_takes_no_number(scene, normalization):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_style_transfer_on_a_gpu_is_replayed_and_looks_the_same(scene, precision):
+def test_a_style_transfer_on_a_gpu_is_replayed_and_looks_the_same(precision):
     config = StyleConfig(**SETTINGS | {"precision": precision, "size": 96, "steps": 40})
-    there = stylize(scene(1), scene(2), dataclasses.replace(config, device="cpu"))
+    there = stylize(scene(48, 36, seed=1), scene(48, 36, seed=2), dataclasses.replace(config, device="cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as that no graph could be made
-        here = stylize(scene(1), scene(2), dataclasses.replace(config, device="cuda"))
+        here = stylize(scene(48, 36, seed=1), scene(48, 36, seed=2), dataclasses.replace(config, device="cuda"))
     assert here.losses["total"] == pytest.approx(there.losses["total"], rel=0.1)
     assert (to_tensor(here.image) - to_tensor(there.image)).abs().mean() < 0.02
 
 
 @pytest.mark.gpu
-def test_a_replayed_step_gives_what_the_step_gives(scene):
+def test_a_replayed_step_gives_what_the_step_gives():
     config = StyleConfig(**SETTINGS)
     layers = (*config.style_layers, *config.content_layers)
     features = VGGFeatures(layers, arch="vgg19", weights="random", keep="values")
-    content, style = scene(1).cuda(), scene(2).cuda()
+    content, style = scene(48, 36, seed=1).cuda(), scene(48, 36, seed=2).cuda()
     objective = Objective(features, config, content, [style])
 
     def step(image):
@@ -332,8 +323,8 @@ def test_losses_on_a_gpu_are_those_on_the_cpu(precision):
 
 
 @pytest.mark.gpu
-def test_after_a_recording_that_failed_all_is_as_before(scene):
-    image = scene(1).cuda()
+def test_after_a_recording_that_failed_all_is_as_before():
+    image = scene(48, 36, seed=1).cuda()
     before = torch.cuda.current_stream()
 
     def reads(image):

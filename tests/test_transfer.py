@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import scene
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -104,14 +105,6 @@ def by_hand(state, config, content, styles, image):
     tv = ((x[:, 1:] - x[:, :-1]) ** 2).mean() + ((x[:, :, 1:] - x[:, :, :-1]) ** 2).mean()
     style_weight, content_weight = config.term_weights
     return {"style": style_weight * style, "content": content_weight * content_term, "tv": config.tv_weight * tv}
-
-
-def scene(width, height, seed=0, cells=5):
-    """A smooth colourful picture, (1,3,height,width) in [0.1,0.9], on 256 levels."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, cells, cells, generator=generator)
-    image = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True) * 0.8 + 0.1
-    return (image * 255).round() / 255
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """A training step on images of 32×32 against the convolutions alone and against plain PyTorch.
 
-- ours: what `vggfeat train` does in a step, the crops, the optimizer and the average of the weights included;
+- ours: what `vggfeat train` does in a step, the crops and the optimizer included;
 - plain: torchvision's network with one linear layer, channels_last, autocast, cross-entropy, SGD; batches are at hand;
 - convolutions, torch: `F.conv2d` forward, its gradients to input and filters, for every layer's shape, nothing else;
 - convolutions, ours: the same through `vggfeat.convolution`.

@@ -243,5 +243,4 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
     for key in changes:
         if key not in fields:
             raise InputError(f"unknown setting {key!r}: {nearest(key, fields)}")
-    settings = RECIPES[name] | changes
-    return TrainConfig(**settings)
+    return TrainConfig(**(RECIPES[name] | changes))

@@ -281,12 +281,14 @@ def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
     parameters = [{"params": values, "lr": lr, "weight_decay": decay} for (lr, decay), values in groups.items()]
     if not parameters:
         raise InputError("every layer is frozen: there is nothing to train")
-    fused = next(net.parameters()).device.type in ("cpu", "cuda")
+    device = next(net.parameters()).device
+    fused = device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.optimizer == "muon":
-        ours = autocast_dtype(config.precision, next(net.parameters()).device)
-        dtype = torch.bfloat16 if ours == torch.bfloat16 else torch.float32  # float16's range is too short
+        dtype = autocast_dtype(config.precision, device)
+        if dtype == torch.float16:  # whose range is too short
+            dtype = torch.float32
         return Muon(parameters, momentum=config.momentum, dtype=dtype)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, betas=(config.momentum, 0.999), fused=fused)

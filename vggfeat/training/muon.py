@@ -71,23 +71,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for value in group["params"]:
                 if value.grad is not None:
-                    self._move(
-                        value, value.grad, self.state[value], **{k: v for k, v in group.items() if k != "params"}
-                    )
+                    self._move(value, value.grad, group)
         return loss
 
-    def _move(
-        self,
-        value: Tensor,
-        grad: Tensor,
-        state: dict[str, Any],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        **_: Any,
-    ) -> None:
-        if value.ndim != 4 and weight_decay:
-            grad = grad.add(value, alpha=weight_decay)
+    def _move(self, value: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, lr, momentum = self.state[value], group["lr"], group["momentum"]
+        if value.ndim != 4 and group["weight_decay"]:
+            grad = grad.add(value, alpha=group["weight_decay"])
         if not state:
             state["sum"] = torch.zeros_like(value)
             state["norm"] = value.norm()
