@@ -73,6 +73,15 @@ def test_is_for_small_maps_in_batches_on_a_cpu():
     assert not small(torch.zeros(128, 3, 2, 2, device="meta"))
 
 
+def test_is_not_for_bfloat16_where_its_products_are_slow(monkeypatch):
+    x = torch.zeros(128, 3, 2, 2)
+    for hardware in (True, False):
+        monkeypatch.setattr(convolution, "multiplies_bfloat16", lambda hardware=hardware: hardware)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert small(x) == hardware
+        assert small(x) and small(x.bfloat16()) == hardware
+
+
 @pytest.mark.parametrize(
     "options", [{"stride": 2}, {"padding": 0}, {"dilation": 2}, {"groups": 5}, {"padding_mode": "reflect"}]
 )

@@ -15,7 +15,8 @@ from torch import nn
 import vggfeat
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, WeightsError
-from vggfeat.features import VGGFeatures, bfloat16_is_fast, trunk_dtype
+from vggfeat.features import VGGFeatures, trunk_dtype
+from vggfeat.processor import bfloat16_is_fast
 from vggfeat.trunk import Trunk
 from vggfeat.weights import Weights, load
 

@@ -220,6 +220,15 @@ def test_mixed_precision_is_near(data, tmp_path, precision):
         assert float(found.norm() / exact[name].norm()) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize("hardware", [True, False])
+def test_bfloat16_on_a_cpu_without_it(data, tmp_path, monkeypatch, hardware):
+    """Said at the start; Muon's products, which would take a hundred times as long, are made in float32."""
+    monkeypatch.setattr(loop, "multiplies_bfloat16", lambda: hardware)
+    made = begun(data, tmp_path, optimizer="muon", precision="bfloat16")
+    assert made.optimizer.dtype == (torch.bfloat16 if hardware else torch.float32)
+    assert ("does not multiply it" in "\n".join(made.summary([]))) != hardware
+
+
 def test_compiled(data, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat import VGGFeatures
-from vggfeat.trunk import winograd
+from vggfeat.trunk import Trunk, direct, winograd
 from vggfeat.trunk.winograd import convolve, pays, transformed
 
 
@@ -109,7 +109,10 @@ def test_where_it_is_used(monkeypatch):
     cpu, large = torch.device("cpu"), (256, 256, 64, 64)
     assert pays(cpu, torch.float32, *large)
     assert not pays(torch.device("cuda"), torch.float32, *large)
-    assert not pays(cpu, torch.bfloat16, *large) and not pays(cpu, torch.float64, *large)
+    assert not pays(cpu, torch.float64, *large)
+    for hardware in (True, False):
+        monkeypatch.setattr(winograd, "multiplies_bfloat16", lambda hardware=hardware: hardware)
+        assert pays(cpu, torch.bfloat16, *large) != hardware
     assert not pays(cpu, torch.float32, 3, 64, 64, 64) and not pays(cpu, torch.float32, 256, 256, 8, 64)
     before = torch.get_float32_matmul_precision()
     try:  # products of rounded factors were asked for; a convolution's are not meant
@@ -149,6 +152,33 @@ def test_taps_and_gradient_in_float32(arch, keep, padding, monkeypatch):
         found.append([*taps, gradient])
     assert sum("turned" in each for each in used) == 5 + arch.endswith("bn") * 2 < len(used)
     assert max(error(ours, exact) for ours, exact in zip(*found, strict=True)) < 2e-6
+
+
+@pytest.mark.parametrize("keep", ["bits", "values"])
+def test_bfloat16_without_hardware_for_it(keep, monkeypatch):
+    """Computed in float32, kept in bfloat16: nearer to float64 than eight bits of mantissa, and no operation fails."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for module in (winograd, direct):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: False)
+    used = []
+    monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k) or real(*a, **k))
+    layers = ["conv1_2", "relu2_1", "conv3_2"]
+    features = VGGFeatures(layers, "vgg16", "random", "average", precision="bfloat16", keep=keep)
+    exact = VGGFeatures(layers, "vgg16", "random", "average", keep=keep)
+    # of its own, so that no filters are found that were made ready for hardware
+    monkeypatch.setattr(features, "trunk", Trunk(features.arch, features.trunk.state, ("alone",)))
+    images = torch.rand(2, 3, 76, 84, generator=torch.Generator().manual_seed(0))
+    found = []
+    for given, network in ((images, features), (images.double(), exact)):
+        leaf = given.clone().requires_grad_()
+        taps = list(network(leaf).values())
+        assert all(tap.dtype == (torch.bfloat16 if network is features else torch.float64) for tap in taps)
+        seeds = [drawn(*tap.shape, seed=i).to(tap.dtype) for i, tap in enumerate(taps)]
+        (gradient,) = torch.autograd.grad(taps, leaf, seeds)
+        found.append([*taps, gradient])
+    assert sum("turned" in each for each in used) == 4 < len(used)
+    errors = [error(ours, true) for ours, true in zip(*found, strict=True)]
+    assert max(errors[:-1]) < 2**-7 and errors[-1] < 0.05  # of the gradient: a ReLU at its corner falls to either side
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vggfeat.processor import multiplies_bfloat16
+
 __all__ = ["Conv2d", "small"]
 
 SMALLEST, SMALL = 2, 4  # sides: up to 2 one matrix takes a whole map to a whole map, up to 4 the windows are laid out
@@ -34,6 +36,9 @@ def small(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.ndim != 4:
         return False
     if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():  # an exported graph serves any batch
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if dtype == torch.bfloat16 and not multiplies_bfloat16():
         return False
     side = max(x.shape[2:])
     return (

@@ -14,10 +14,11 @@ from vggfeat import trunk as _trunk
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
 from vggfeat.functional import in_functorch
+from vggfeat.processor import bfloat16_is_fast
 from vggfeat.trunk import Plan, Trunk
 from vggfeat.weights import DEFAULT, LINEAR, WeightsLike, load
 
-__all__ = ["PRECISIONS", "VGGFeatures", "bfloat16_is_fast", "count_and_size", "trunk_dtype"]
+__all__ = ["PRECISIONS", "VGGFeatures", "count_and_size", "trunk_dtype"]
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 
@@ -38,7 +39,8 @@ class VGGFeatures(nn.Module):
             mean square of each 2×2 window.
         padding: `"zeros"` (the network's own), `"reflect"` or `"replicate"`.
         precision: `"float32"` (bfloat16 inside autocast, float64 for float64 images), `"bfloat16"`, or `"auto"`:
-            bfloat16 where the device multiplies such matrices in hardware, else float32.
+            bfloat16 where the device multiplies such matrices in hardware, else float32. A CPU that cannot multiply
+            bfloat16 at all computes it in float32: it saves memory there, no time.
         input_range: the lowest and the highest value of an image.
         repeat_grey: accept (N,1,H,W) and repeat the channel three times.
         keep: what is remembered for the backward: `"bits"` takes least memory, `"values"` least time.
@@ -230,17 +232,6 @@ def count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
         hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
         raise InputError(f"expected images (N,3,H,W), got shape {tuple(images.shape)}{hint}")
     return images.shape[0], (images.shape[2], images.shape[3])
-
-
-@functools.cache
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware: AMX or AVX512-BF16 on a CPU, sm80 and up on CUDA."""
-    if device.type == "cuda":
-        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return _trunk.has_onednn() and any(getattr(torch.cpu, ask, bool)() for ask in asks)
-    return False
 
 
 def trunk_dtype(precision: str, images: Tensor) -> torch.dtype:

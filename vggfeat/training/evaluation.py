@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.errors import ImageError, InputError, RunError
-from vggfeat.features import bfloat16_is_fast
 from vggfeat.network import VGG
+from vggfeat.processor import bfloat16_is_fast
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import LEAVE_OUT, normalised, parted, scale_for
 from vggfeat.training.data import ImageSet, load_test, scaled

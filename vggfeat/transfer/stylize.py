@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat.errors import InputError, RunError
-from vggfeat.features import VGGFeatures, bfloat16_is_fast
+from vggfeat.features import VGGFeatures
 from vggfeat.image import fit, open_image, resize, save_image, to_pil, to_tensor
+from vggfeat.processor import bfloat16_is_fast
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.gpu import Reading, ahead, recorded
 from vggfeat.transfer.objective import TERMS, Objective

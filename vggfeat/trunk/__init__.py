@@ -9,14 +9,14 @@ Everything runs in channels_last, in which these convolutions are fastest on CPU
 computation in ordinary differentiable operations: for second derivatives, for export, and to test against.
 
 From the outside in: `plan.py` says what to run and `filters.py` with which weights, `autograd.py` is what is called,
-`operators.py` walks forward and back, on the operations of `layers.py`, the convolutions by tiles of `winograd.py` and
-the packed signs of `bits.py`.
+`operators.py` walks forward and back, on the operations of `layers.py`, the convolutions of `direct.py` and, by tiles,
+of `winograd.py`, and the packed signs of `bits.py`.
 """
 
 from vggfeat.trunk.autograd import run
 from vggfeat.trunk.filters import Trunk, outside
-from vggfeat.trunk.layers import has_onednn, no_autocast
+from vggfeat.trunk.layers import no_autocast
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import PADDINGS, POOLINGS, Plan, Stage
 
-__all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage", "Trunk", "has_onednn", "no_autocast", "outside", "plain", "run"]
+__all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage", "Trunk", "no_autocast", "outside", "plain", "run"]

@@ -106,7 +106,8 @@ class Trunk:
         *how, conv = name.split()
         weight, bias = self._kernel(conv, "folded" in how)
         if "tiles" in how:
-            return (winograd.transformed(weight).to(device, dtype),)
+            # in bfloat16 they serve where products are made in float32 all the same
+            return (winograd.transformed(weight).to(device, torch.float32),)
         if "back" in how:
             # the gradient of a convolution is a convolution with the kernel turned round and channels exchanged
             back = weight.flip(2, 3).transpose(0, 1)

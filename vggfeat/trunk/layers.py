@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.arch import LRN
-from vggfeat.trunk import winograd
+from vggfeat.trunk import direct, winograd
 from vggfeat.trunk.bits import pack, unpack
 
 
@@ -25,26 +25,12 @@ def no_autocast(device: torch.device) -> Any:
     return torch.autocast(device.type, enabled=False)
 
 
-def _fused_conv_works(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and has_onednn()
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    )
-
-
-def has_onednn() -> bool:
-    """Whether this torch can use oneDNN's kernels."""
-    return bool(torch.backends.mkldnn.is_available())
-
-
 def conv(x: Tensor, filters: Sequence[Tensor], pad: int, *, relu: bool = False) -> Tensor:
     """Convolution with stride 1, and its ReLU on the way out; `filters` are a stage's three of `Trunk.filters`."""
     weight, bias, back = filters
     if _by_tiles(back):
         return winograd.convolve(x, back, bias, pad, relu=relu)
-    return direct(x, weight, bias, pad, relu)
+    return direct.convolve(x, weight, bias, pad, relu=relu)
 
 
 def conv_back(grad: Tensor, back: Tensor, pad: int, padding: str, height: int, width: int) -> Tensor:
@@ -56,7 +42,7 @@ def conv_back(grad: Tensor, back: Tensor, pad: int, padding: str, height: int, w
     if _by_tiles(back):
         full = winograd.convolve(grad, back, None, pads, turned=True)
     else:
-        full = direct(grad, back, None, pads)
+        full = direct.convolve(grad, back, None, pads)
     if not folded:
         return full
     like = full.new_empty(full.shape[0], full.shape[1], height, width)
@@ -68,16 +54,6 @@ def conv_back(grad: Tensor, back: Tensor, pad: int, padding: str, height: int, w
 
 def _by_tiles(back: Tensor) -> bool:
     return back.ndim == 3
-
-
-def direct(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, relu: bool = False) -> Tensor:
-    """The convolution by oneDNN, with its ReLU, or by torch."""
-    if _fused_conv_works(x):
-        attr = "relu" if relu else "none"
-        ones, pads = [1, 1], [pad, pad]
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pads, ones, ones, 1, attr, [], "")  # type: ignore[no-any-return]
-    y = F.conv2d(x, weight, bias, padding=pad)
-    return y.relu_() if relu else y
 
 
 def doubled(x: Tensor, weight: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vggfeat.processor import multiplies_bfloat16
+
 __all__ = ["convolve", "pays", "transformed"]
 
 TILE = 4
@@ -73,7 +75,7 @@ def pays(device: torch.device, dtype: torch.dtype, channels: int, outputs: int, 
     """Whether `convolve` is faster than a direct convolution, for a 3×3 kernel and maps of that size."""
     return (
         device.type == "cpu"
-        and dtype == torch.float32
+        and (dtype == torch.float32 or dtype == torch.bfloat16 and not multiplies_bfloat16())
         and min(channels, outputs) >= 64 < max(channels, outputs)  # below, the changes cost what the products save
         and min(height, width) >= 16
         and _products_serve()
@@ -113,8 +115,8 @@ def convolve(
     """A convolution with a 3×3 kernel and stride 1, to rounding, laid out channels_last.
 
     Args:
-        x: (N,C,H,W), float32.
-        tiles: of `transformed`.
+        x: (N,C,H,W), float32, or bfloat16 to be computed in float32 and rounded at the end.
+        tiles: of `transformed`, float32.
         bias: (K,) or None.
         pad: zeros on each side.
         relu: apply it.
@@ -132,7 +134,7 @@ def convolve(
     count = rows * across
     images, out = x.permute(0, 2, 3, 1), x.new_empty(n, height, width, k)  # channels last
 
-    band = x.new_zeros(TILE * rows + 2, TILE * across + 2, c)
+    band = tiles.new_zeros(TILE * rows + 2, TILE * across + 2, c)
     line, pixel, _ = band.stride()
     windows = band.as_strided((6, 6, rows, across, c), (line, pixel, TILE * line, TILE * pixel, 1))
     # one tile more where their number is even: matrices a power of two apart take each other's place in the cache

@@ -1,0 +1,38 @@
+"""What the processor at hand does fast, and what it cannot do at all."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+__all__ = ["bfloat16_is_fast", "has_onednn", "multiplies_bfloat16"]
+
+
+def has_onednn() -> bool:
+    """Whether this torch can use oneDNN's kernels."""
+    return bool(torch.backends.mkldnn.is_available())
+
+
+@functools.cache
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware: AMX or AVX512-BF16 on a CPU, sm80 and up on CUDA."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return has_onednn() and any(getattr(torch.cpu, ask, bool)() for ask in asks)
+    return False
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN takes bfloat16 on this CPU at all; on x86 it wants AVX-512 or AVX-NE-CONVERT for that.
+
+    Where it does not, torch's own convolutions take eight times as long as in float32, matrix products a hundred times.
+    """
+    return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+# looked at while a graph is traced, not traced: torch.compiler.assume_constant_result without importing the compiler
+multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,42 @@
+"""Convolutions as the processor's own library does them: oneDNN on a CPU, with the ReLU on the way out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vggfeat.processor import has_onednn, multiplies_bfloat16
+
+__all__ = ["convolve"]
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: bool = False) -> Tensor:
+    """A convolution with stride 1, and its ReLU.
+
+    Args:
+        x: (N,C,H,W).
+        weight: (K,C,h,w).
+        bias: (K,) or None.
+        pad: zeros on each side.
+        relu: apply it.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not multiplies_bfloat16():
+        # the same numbers: products of bfloat16 are exact in float32, and in hardware too the sum is rounded once
+        wide = convolve(x.float(), weight.float(), None if bias is None else bias.float(), pad, relu=relu)
+        return wide.to(x.dtype)
+    if _onednn_takes(x):
+        attr = "relu" if relu else "none"
+        ones, pads = [1, 1], [pad, pad]
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pads, ones, ones, 1, attr, [], "")  # type: ignore[no-any-return]
+    y = F.conv2d(x, weight, bias, padding=pad)
+    return y.relu_() if relu else y
+
+
+def _onednn_takes(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and has_onednn()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
