@@ -27,6 +27,15 @@ def test_the_polar_factor_has_the_singular_vectors_and_moves_all_of_them(shape):
     assert (values > 0).all()
 
 
+def test_short_directions_survive_float32():
+    """Directions a thousand times as short as the longest come out as in float64, which has them all."""
+    u, _, v = torch.linalg.svd(random(32, 288, dtype=torch.float64), full_matrices=False)
+    matrix = ((u * torch.logspace(0, -3, 32)) @ v).float()
+    exact = polar(matrix.double())
+    found = polar(matrix).double()
+    assert ((u.T @ (found - exact)).norm(dim=1) < 1e-3 * (u.T @ exact).norm(dim=1)).all()
+
+
 def test_the_polar_factor_of_nothing_is_nothing():
     assert not polar(torch.zeros(4, 6)).any()
 
