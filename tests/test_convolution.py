@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import vggfeat
 from vggfeat import convolution
-from vggfeat.convolution import Conv2d, conv3x3, small
+from vggfeat.convolution import Conv2d, conv3x3, convolve, small, tiled
 
 SHAPES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4), (2, 4), (4, 3), (1, 4)]
 
@@ -65,6 +66,81 @@ def test_bfloat16_under_autocast_is_as_near_as_torch(side):
     assert errors[0] < 1.5 * errors[1] < 0.02
     ours.float().sum().backward()
     assert weight.grad.dtype == x.grad.dtype == torch.float32
+
+
+def by_tiles(monkeypatch, n=70, channels=64, outputs=96, side=(8, 7)):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (n, channels, *side), (outputs, channels, 3, 3), (outputs,)
+    values = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    assert tiled(*values[:2])
+    return values
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_tiles_give_value_and_gradients(monkeypatch, bias):
+    given = by_tiles(monkeypatch)[: 2 + bias]
+    grad = torch.randn(70, 96, 8, 7, generator=torch.Generator().manual_seed(1))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        values = [value.detach().to(dtype).requires_grad_() for value in given]
+        y = convolve(*values, *[None] * (not bias))
+        assert ("Tiles" in type(y.grad_fn).__name__) == (dtype == torch.float32)
+        results.append([y, *torch.autograd.grad(y, values, grad.to(dtype))])
+    for found, exact in zip(*results, strict=True):
+        assert found.dtype == torch.float32 and (found - exact).norm() < 4e-6 * exact.norm()
+
+
+def test_tiles_give_one_gradient_without_the_others_and_second_derivatives(monkeypatch):
+    x, weight, bias = by_tiles(monkeypatch)
+    for wanted in (x, weight, bias):
+        values = [value.detach() for value in (x, weight, bias)]
+        leaf = next(i for i, value in enumerate((x, weight, bias)) if value is wanted)
+        values[leaf].requires_grad_()
+        ours, theirs = (
+            torch.autograd.grad(way(*values).square().sum(), values[leaf])[0]
+            for way in (convolve, lambda *v: F.conv2d(*v, padding=1))
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+    def penalty(dtype):
+        values = [value.detach().to(dtype).requires_grad_() for value in (x, weight, bias)]
+        first = torch.autograd.grad(convolve(*values).square().mean(), values, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), values)
+
+    for found, exact in zip(penalty(torch.float32), penalty(torch.float64), strict=True):
+        assert (found - exact).norm() < 1e-4 * exact.norm()
+
+
+def test_what_tiles_are_for(monkeypatch):
+    x, weight, _ = by_tiles(monkeypatch)
+    assert "Tiles" in type(Conv2d(64, 96, 3, padding=1)(x).grad_fn).__name__
+    assert "Tiles" not in type(Conv2d(64, 96, 3, padding=1, stride=2)(x).grad_fn).__name__
+    assert not tiled(x.double(), weight.double()) and not tiled(x.bfloat16(), weight.bfloat16())
+    assert not tiled(x[:10], weight) and not tiled(x[..., :2, :2], weight) and not tiled(x[:, :3], weight[:, :3])
+    assert not tiled(x.to("meta"), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not tiled(x, weight)
+    with FakeTensorMode() as mode:
+        assert not tiled(mode.from_tensor(x), mode.from_tensor(weight))
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not tiled(x, weight)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch.func.jvp's own
+def test_tiles_in_company(monkeypatch):
+    """Where others look inside (compilers, torch.func, forward-mode derivatives) torch's own convolution serves."""
+    x, weight, bias = (value.detach() for value in by_tiles(monkeypatch))
+    exact = F.conv2d(x, weight, bias, padding=1)
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    compiled = torch.compile(convolve, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight, bias), exact, **near)
+    for which in range(3):
+        several = [value[None] if i == which else value for i, value in enumerate((x, weight, bias))]
+        mapped = torch.func.vmap(convolve, tuple(0 if i == which else None for i in range(3)))
+        torch.testing.assert_close(mapped(*several)[0], exact, **near)
+    _, slope = torch.func.jvp(lambda value: convolve(value, weight, bias), (x,), (x,))
+    torch.testing.assert_close(slope, exact - bias[:, None, None], **near)
 
 
 def test_is_for_small_maps_in_batches_on_a_cpu():

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat import VGGFeatures
-from vggfeat.trunk import Trunk, direct, winograd
-from vggfeat.trunk.winograd import convolve, pays, transformed
+from vggfeat import VGGFeatures, winograd
+from vggfeat.trunk import Trunk, direct
+from vggfeat.winograd import convolve, pays, transformed, weight_gradient
 
 
 def drawn(*shape, seed=0):
@@ -20,7 +20,8 @@ def drawn(*shape, seed=0):
 
 
 def error(found, exact):
-    return float(((found.double() - exact).norm() / exact.norm()).detach())
+    assert found.shape == exact.shape
+    return float(((found.double() - exact).norm() / exact.norm().clamp_min(1e-300)).detach())
 
 
 def test_a_tile_by_hand():
@@ -43,9 +44,10 @@ def test_a_turned_kernel_is_the_same_numbers_at_other_points():
 @pytest.mark.parametrize("pad", [0, 1, 2])
 @pytest.mark.parametrize(
     ("n", "c", "k", "height", "width"),
-    [(1, 3, 5, 3, 3), (2, 8, 4, 16, 12), (1, 4, 9, 17, 23), (1, 64, 96, 70, 41), (1, 128, 128, 96, 96)],
-)
-def test_equals_the_convolution_and_its_gradient(n, c, k, height, width, pad):
+    [(1, 3, 5, 3, 3), (2, 8, 4, 16, 12), (1, 4, 9, 17, 23), (1, 64, 96, 70, 41), (1, 128, 128, 96, 96),
+     (300, 8, 64, 8, 8), (401, 64, 16, 5, 7), (0, 4, 4, 8, 8)],
+)  # fmt: skip
+def test_equals_the_convolution_and_its_gradients(n, c, k, height, width, pad):
     x, weight, bias = drawn(n, c, height, width), drawn(k, c, 3, 3, seed=1), drawn(k, seed=2)
     tiles = transformed(weight)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=pad)
@@ -57,6 +59,11 @@ def test_equals_the_convolution_and_its_gradient(n, c, k, height, width, pad):
     grad = drawn(*exact.shape, seed=3)
     back = F.conv_transpose2d(grad.double(), weight.double(), padding=pad)
     assert error(convolve(grad, tiles, None, 2 - pad, turned=True), back) < 2e-6
+    convolve(torch.full((1, c, 64, 64), torch.nan), tiles, bias, pad)  # and what is left behind does not leak
+    of_weight = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=pad)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given, back = (v.contiguous(memory_format=layout) for v in (x, grad))
+        assert error(weight_gradient(given, back, pad), of_weight) < 4e-6
 
 
 @pytest.mark.parametrize("rectified", [True, False])

@@ -1,8 +1,10 @@
-"""Convolutions of very small maps on a CPU, as matrix products.
+"""Convolutions of batches of small maps on a CPU, as matrix products.
 
-The deep layers of a VGG on 32×32 images see maps of 4×4 and 2×2. There oneDNN's convolutions reach a tenth to a third
-of the processor's rate, and their weight gradients less (`python -m tests.bench.training`): they block over space, and
-there is none. A matrix product has the whole batch as its rows instead.
+A VGG on 32×32 images spends most of its time at maps of 16×16 to 2×2, where oneDNN's convolutions are slow and their
+weight gradients slower (`python -m tests.bench.training`): they block over space, of which there is little. A matrix
+product has the whole batch as its rows instead. In float32 that is done by tiles of 4×4 outputs (`winograd.py`), with a
+quarter of the multiplications; in bfloat16, which is too coarse for the way to a tile's points and back, on the windows
+of 4×4 maps laid out side by side. A map of 2×2 is one row, whole.
 """
 
 from __future__ import annotations
@@ -11,14 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from vggfeat import winograd
+from vggfeat.functional import in_functorch
 from vggfeat.processor import multiplies_bfloat16
 
-__all__ = ["Conv2d", "small"]
+__all__ = ["Conv2d", "convolve", "small", "tiled"]
 
 SMALLEST, SMALL = 2, 4  # sides: up to 2 one matrix takes a whole map to a whole map, up to 4 the windows are laid out
 ROWS = 128  # fewer and the work around the product is more than it saves
+TILES = 256  # fewer and the change of the weights to the points of a tile is more than it saves
 
 
 class Conv2d(nn.Conv2d):
@@ -26,9 +32,72 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         fits = self.kernel_size == (3, 3) and self.padding == (1, 1) and self.stride == (1, 1) == self.dilation
-        if fits and self.groups == 1 and self.padding_mode == "zeros" and small(input):
-            return conv3x3(input, weight, bias)
+        if fits and self.groups == 1 and self.padding_mode == "zeros":
+            return convolve(input, weight, bias)
         return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `F.conv2d(x, weight, bias, padding=1)` gives, to rounding, by the fastest way for its shape.
+
+    Args:
+        x: (N,C,H,W).
+        weight: (K,C,3,3).
+        bias: (K,) or None.
+    """
+    if tiled(x, weight) and not (bias is not None and in_functorch(bias)):
+        return _Tiles.apply(x, weight, bias)  # type: ignore[no-any-return]
+    return conv3x3(x, weight, bias) if small(x) else F.conv2d(x, weight, bias, padding=1)
+
+
+def tiled(x: Tensor, weight: Tensor) -> bool:
+    """Whether a 3×3 convolution of (N,C,H,W) is better done by tiles; decided by shape, so that runs repeat."""
+    if x.device.type != "cpu" or x.ndim != 4 or not x.dtype == weight.dtype == torch.float32:
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if in_functorch(x) or in_functorch(weight) or forward_ad._current_level >= 0 or type(x) is not Tensor:
+        return False
+    n, c, height, width = x.shape
+    tiles = n * -(-height // winograd.TILE) * -(-width // winograd.TILE)
+    filled = n * height * width / (winograd.TILE**2 * max(tiles, 1))  # where tiles hang over the border, work is lost
+    return tiles >= TILES and filled > 0.5 and winograd.serves(x.device, x.dtype, c, weight.shape[0])
+
+
+class _Tiles(torch.autograd.Function):
+    """A 3×3 convolution with padding 1 by tiles, and both gradients."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return winograd.convolve(x, winograd.transformed(weight), bias, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return _torchs_gradients(ctx, grad, x, weight)
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = winograd.convolve(grad, winograd.transformed(weight), None, 1, turned=True)
+        if ctx.needs_input_grad[1]:
+            to_weight = winograd.weight_gradient(x, grad, 1)
+        if ctx.needs_input_grad[2]:
+            to_bias = grad.sum((0, 2, 3))
+        return to_x, to_weight, to_bias
+
+
+def _torchs_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Those that can be differentiated in their turn: torch knows the derivatives of its own convolutions."""
+    sides = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # stride, padding, dilation, whether transposed, …, groups
+    wanted = (*ctx.needs_input_grad, False)[:3]
+    found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], *sides, wanted
+    )
+    return found[: len(ctx.needs_input_grad)]
 
 
 def small(x: Tensor) -> bool:
@@ -102,14 +171,11 @@ class _Windows(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return _torchs_gradients(ctx, grad, x, weight)
         to_x = to_weight = None
-        if torch.is_grad_enabled():  # a second derivative is wanted: torch knows that of its own convolutions
-            to_x, to_weight, _ = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (*ctx.needs_input_grad, False)
-            )
-            return to_x, to_weight
         if ctx.needs_input_grad[0]:
             # taps the other way round; one below the other, since so each is copied row by row
             to_x = _product(grad, torch.cat([weight[:, :, 2 - i, 2 - j] for i in range(3) for j in range(3)]))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from vggfeat_cli.run import keep_memory
 
 from tests.bench.harness import alternate, machine
-from vggfeat.convolution import conv3x3, small
+from vggfeat.convolution import convolve
 from vggfeat.network import vgg
 from vggfeat.training.config import recipe
 from vggfeat.training.data import ImageSet
@@ -70,7 +70,7 @@ def plain(arch: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
 
 
 def convolutions(
-    arch: str, batch: int, dtype: torch.dtype, device: torch.device, matrices: bool
+    arch: str, batch: int, dtype: torch.dtype, device: torch.device, fast: bool
 ) -> tuple[Callable[[], object], float]:
     """Forward and both gradients of every convolution, and the floating-point operations of that."""
     work, operations = [], 0.0
@@ -86,7 +86,7 @@ def convolutions(
 
     def step() -> None:
         for x, weight, grad in work:
-            y = conv3x3(x, weight, None) if matrices and small(x) else F.conv2d(x, weight, padding=1)
+            y = convolve(x, weight, None) if fast else F.conv2d(x, weight, padding=1)
             torch.autograd.grad(y, [v for v in (x, weight) if v.requires_grad], grad)
 
     return step, operations
@@ -97,12 +97,12 @@ def main(arch: str = "vgg16_bn", batch: str = "256", precision: str = "bfloat16"
     keep_memory()
     device, count = resolve("auto"), int(batch)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
-    torchs, operations = convolutions(arch, count, dtype, device, matrices=False)
+    torchs, operations = convolutions(arch, count, dtype, device, fast=False)
     sides: dict[str, Callable[[], object]] = {
         "vggfeat": ours(arch, count, precision, device),
         "plain PyTorch": plain(arch, count, dtype, device),
         "convolutions, torch": torchs,
-        "convolutions, ours": convolutions(arch, count, dtype, device, matrices=True)[0],
+        "convolutions, ours": convolutions(arch, count, dtype, device, fast=True)[0],
     }
     times = alternate(sides, runs=9, warmup=4)
     rates = {name: count / statistics.median(values) for name, values in times.items()}

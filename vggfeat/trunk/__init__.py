@@ -10,7 +10,7 @@ computation in ordinary differentiable operations: for second derivatives, for e
 
 From the outside in: `plan.py` says what to run and `filters.py` with which weights, `autograd.py` is what is called,
 `operators.py` walks forward and back, on the operations of `layers.py`, the convolutions of `direct.py` and, by tiles,
-of `winograd.py`, and the packed signs of `bits.py`.
+of `vggfeat/winograd.py`, and the packed signs of `bits.py`.
 """
 
 from vggfeat.trunk.autograd import run

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from vggfeat import winograd
 from vggfeat.arch import Arch
-from vggfeat.trunk import winograd
 from vggfeat.trunk.plan import Plan
 
 __all__ = ["Trunk", "outside"]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vggfeat import winograd
 from vggfeat.arch import LRN
-from vggfeat.trunk import direct, winograd
+from vggfeat.trunk import direct
 from vggfeat.trunk.bits import pack, unpack
 
 
