@@ -63,7 +63,7 @@ def test_equals_the_convolution_and_its_gradients(n, c, k, height, width, pad):
     of_weight = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=pad)
     for layout in (torch.contiguous_format, torch.channels_last):
         given, back = (v.contiguous(memory_format=layout) for v in (x, grad))
-        assert error(weight_gradient(given, back, pad), of_weight) < 4e-6
+        assert error(weight_gradient(given, back, pad), of_weight) < 1e-5  # sums of thousands: oneDNN has up to 6e-6
 
 
 @pytest.mark.parametrize("rectified", [True, False])

@@ -78,7 +78,7 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted
+        if torch.is_grad_enabled() or in_functorch(grad):  # a second derivative is wanted, or many first ones at once
             return _torchs_gradients(ctx, grad, x, weight)
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:

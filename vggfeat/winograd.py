@@ -258,7 +258,7 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
     gathered = gathered.view(4, 4, bands.several, bands.rows, bands.across, k)
     aside = grad.new_zeros(bands.several, TILE * bands.rows, TILE * bands.across, k)
     images = grad.permute(0, 2, 3, 1)
-    total = grad.new_zeros(36, c, k)
+    total = grad.new_zeros(36, k, c)
     for which, top in bands:
         points = inputs.read(which, top)
         here = images[which, top : top + aside.shape[1]]
@@ -272,5 +272,6 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
         torch.mm(back.T, given.view(4, -1), out=partly.view(6, -1))
         torch.bmm(back.T.expand(6, 6, 4), partly, out=at_points)
         theirs = at_points.view(36, bands.padded, k)
-        total.baddbmm_(points[:, : bands.count].transpose(1, 2), theirs[:, : bands.count])
-    return (_kernel_basis(torch.float32).T @ total.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
+        total.baddbmm_(theirs[:, : bands.count].transpose(1, 2), points[:, : bands.count])
+    found = (_kernel_basis(torch.float32).T @ total.view(36, -1)).view(3, 3, k, c).permute(2, 3, 0, 1)
+    return found.contiguous(memory_format=torch.channels_last)  # as the weights are laid out in training
