@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
+from vggfeat import convolution, winograd
 from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.training import checkpoint, loop
 from vggfeat.training.batches import parted
@@ -426,6 +427,23 @@ def test_going_on_gives_the_same_weights(data, tmp_path, options):
         for ours, theirs in zip(result.history, whole.history, strict=True):
             assert (ours.train_loss, ours.test_loss) == (theirs.train_loss, theirs.test_loss)
         assert len((result.folder / "log.csv").read_text().splitlines()) == 3
+
+
+def test_going_on_by_tiles_gives_the_same_weights(data, tmp_path, monkeypatch):
+    """Channels enough for convolutions by tiles, whose room for what is halfway is shared by all that went before."""
+    seen = []
+    real = winograd.weight_gradient
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(convolution, "TILES", 1)
+    monkeypatch.setattr(winograd, "weight_gradient", lambda *args: seen.append(args[0].shape[1]) or real(*args))
+    wide = {"width": 0.5, "optimizer": "muon"}
+    whole = run(data, tmp_path / "whole", **wide)
+    assert set(seen) == {64, 128, 256}
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "r", callback=stop_at(3), save_every=1, **wide)
+    winograd._kept.__dict__.clear()
+    winograd.convolve(torch.full((9, 64, 40, 40), torch.nan), torch.zeros(36, 64, 64), None, 1)
+    assert same(weights(run(data, tmp_path / "r", resume=True, save_every=1, **wide).folder), weights(whole.folder))
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, data):
