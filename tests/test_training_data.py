@@ -446,6 +446,13 @@ def test_recipes_say_what_chapter_and_paper_say():
     assert vggfeat.recipe("paper", epochs=3).epochs == 3
 
 
+def test_steps_are_shorter_without_batch_normalisation():
+    fast = {arch: vggfeat.recipe("fast", arch=arch).lr for arch in (None, "vgg16_bn", "vgg16", "A-LRN")}
+    assert fast[None] == fast["vgg16_bn"] > fast["vgg16"] == fast["A-LRN"]
+    assert vggfeat.recipe("fast", arch="vgg16", lr=0.3).lr == 0.3
+    assert vggfeat.recipe("paper", arch="vgg16").lr == vggfeat.recipe("paper", arch="vgg16_bn").lr
+
+
 def test_pictures_are_what_they_are_called():
     assert isinstance(pictures.picture("ant", 0), Image.Image)
     assert not numpy.array_equal(numpy.asarray(pictures.picture("ant", 0)), numpy.asarray(pictures.picture("ant", 1)))

@@ -222,6 +222,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "cutout": 8,
     },
 }
+# without batch normalisation, what a step too long does to one layer is passed on by all the others
+WITHOUT_BN: dict[str, dict[str, Any]] = {"fast": {"lr": 0.02}}
 
 
 def recipe(name: str, **changes: Any) -> TrainConfig:
@@ -229,6 +231,8 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
 
     >>> recipe("chapter", epochs=3).lr
     0.001
+    >>> recipe("fast").lr, recipe("fast", arch="vgg11").lr  # which has no batch normalisation
+    (0.05, 0.02)
 
     Args:
         name: `chapter` (the chapter's), `paper` (Simonyan and Zisserman's) or `fast` (ours).
@@ -243,4 +247,6 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
     for key in changes:
         if key not in fields:
             raise InputError(f"unknown setting {key!r}: {nearest(key, fields)}")
-    return TrainConfig(**(RECIPES[name] | changes))
+    arch = changes.get("arch")
+    plain = arch is not None and not parse(arch).batch_norm
+    return TrainConfig(**(RECIPES[name] | (WITHOUT_BN.get(name, {}) if plain else {}) | changes))
