@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat import convolution
+from vggfeat import convolution, processor
 from vggfeat.convolution import Conv2d, conv3x3, convolve, small, tiled
 
 SHAPES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4), (2, 4), (4, 3), (1, 4)]
@@ -156,7 +156,7 @@ def test_is_for_small_maps_in_batches_on_a_cpu():
 def test_is_not_for_bfloat16_where_its_products_are_slow(monkeypatch):
     x = torch.zeros(128, 3, 2, 2)
     for hardware in (True, False):
-        monkeypatch.setattr(convolution, "multiplies_bfloat16", lambda hardware=hardware: hardware)
+        monkeypatch.setattr(processor, "multiplies_bfloat16", lambda hardware=hardware: hardware)
         with torch.autocast("cpu", torch.bfloat16):
             assert small(x) == hardware
         assert small(x) and small(x.bfloat16()) == hardware

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat import convolution, winograd
+from vggfeat import convolution, processor, winograd
 from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.training import checkpoint, loop
 from vggfeat.training.batches import parted
@@ -224,7 +224,7 @@ def test_mixed_precision_is_near(data, tmp_path, precision):
 @pytest.mark.parametrize("hardware", [True, False])
 def test_bfloat16_on_a_cpu_without_it(data, tmp_path, monkeypatch, hardware):
     """Said at the start; Muon's products, which would take a hundred times as long, are made in float32."""
-    monkeypatch.setattr(loop, "multiplies_bfloat16", lambda: hardware)
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: hardware)
     made = begun(data, tmp_path, optimizer="muon", precision="bfloat16")
     assert made.optimizer.dtype == (torch.bfloat16 if hardware else torch.float32)
     assert ("does not multiply it" in "\n".join(made.summary([]))) != hardware

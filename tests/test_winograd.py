@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat import VGGFeatures, winograd
-from vggfeat.trunk import Trunk, direct
+from vggfeat import VGGFeatures, processor, winograd
+from vggfeat.trunk import Trunk
 from vggfeat.winograd import convolve, pays, transformed, weight_gradient
 
 
@@ -118,7 +118,7 @@ def test_where_it_is_used(monkeypatch):
     assert not pays(torch.device("cuda"), torch.float32, *large)
     assert not pays(cpu, torch.float64, *large)
     for hardware in (True, False):
-        monkeypatch.setattr(winograd, "multiplies_bfloat16", lambda hardware=hardware: hardware)
+        monkeypatch.setattr(processor, "multiplies_bfloat16", lambda hardware=hardware: hardware)
         assert pays(cpu, torch.bfloat16, *large) != hardware
     assert not pays(cpu, torch.float32, 3, 64, 64, 64) and not pays(cpu, torch.float32, 256, 256, 8, 64)
     before = torch.get_float32_matmul_precision()
@@ -165,8 +165,7 @@ def test_taps_and_gradient_in_float32(arch, keep, padding, monkeypatch):
 def test_bfloat16_without_hardware_for_it(keep, monkeypatch):
     """Computed in float32, kept in bfloat16: nearer to float64 than eight bits of mantissa, and no operation fails."""
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    for module in (winograd, direct):
-        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: False)
     used = []
     monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k) or real(*a, **k))
     layers = ["conv1_2", "relu2_1", "conv3_2"]

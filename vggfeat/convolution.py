@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from vggfeat import winograd
 from vggfeat.functional import in_functorch
-from vggfeat.processor import multiplies_bfloat16
+from vggfeat.processor import emulates
 
 __all__ = ["Conv2d", "convolve", "small", "tiled"]
 
@@ -45,18 +45,19 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (K,C,3,3).
         bias: (K,) or None.
     """
-    if tiled(x, weight) and not (bias is not None and in_functorch(bias)):
+    if tiled(x, weight, bias):
         return _Tiles.apply(x, weight, bias)  # type: ignore[no-any-return]
     return conv3x3(x, weight, bias) if small(x) else F.conv2d(x, weight, bias, padding=1)
 
 
-def tiled(x: Tensor, weight: Tensor) -> bool:
+def tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is better done by tiles; decided by shape, so that runs repeat."""
     if x.device.type != "cpu" or x.ndim != 4 or not x.dtype == weight.dtype == torch.float32:
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if in_functorch(x) or in_functorch(weight) or forward_ad._current_level >= 0 or type(x) is not Tensor:
+    inside = any(in_functorch(value) for value in (x, weight, bias) if value is not None)
+    if inside or forward_ad._current_level >= 0 or type(x) is not Tensor:
         return False
     n, c, height, width = x.shape
     tiles = n * -(-height // winograd.TILE) * -(-width // winograd.TILE)
@@ -107,7 +108,7 @@ def small(x: Tensor) -> bool:
     if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():  # an exported graph serves any batch
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype == torch.bfloat16 and not multiplies_bfloat16():
+    if emulates(dtype, x.device):
         return False
     side = max(x.shape[2:])
     return (

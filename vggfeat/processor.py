@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-__all__ = ["bfloat16_is_fast", "has_onednn", "multiplies_bfloat16"]
+__all__ = ["bfloat16_is_fast", "emulates", "has_onednn", "multiplies_bfloat16"]
 
 
 def has_onednn() -> bool:
@@ -36,3 +36,8 @@ def multiplies_bfloat16() -> bool:
 
 # looked at while a graph is traced, not traced: torch.compiler.assume_constant_result without importing the compiler
 multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def emulates(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has no more than loops for products of that type there."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggfeat.processor import multiplies_bfloat16
+from vggfeat.processor import emulates
 
 __all__ = ["convolve", "pays", "serves", "transformed", "weight_gradient"]
 
@@ -91,7 +91,7 @@ def serves(device: torch.device, dtype: torch.dtype, channels: int, outputs: int
     """Whether `convolve` is the way at all, where there are tiles enough."""
     return (
         device.type == "cpu"
-        and (dtype == torch.float32 or dtype == torch.bfloat16 and not multiplies_bfloat16())
+        and (dtype == torch.float32 or emulates(dtype, device))
         and min(channels, outputs) >= 64
         and _products_serve()
     )

@@ -32,7 +32,7 @@ from vggfeat.arch import Arch, parse, unit_of
 from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.files import new_file
 from vggfeat.network import VGG
-from vggfeat.processor import multiplies_bfloat16
+from vggfeat.processor import emulates
 from vggfeat.training import checkpoint
 from vggfeat.training.batches import Batch, Batches, parted, scale_for, seeded, transforms
 from vggfeat.training.config import TrainConfig
@@ -288,16 +288,11 @@ def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.optimizer == "muon":
         dtype = autocast_dtype(config.precision, device)
-        if dtype == torch.float16 or _emulated(dtype, device):  # whose range is too short; which is slow
+        if dtype == torch.float16 or emulates(dtype, device):  # whose range is too short; which is slow
             dtype = torch.float32
         return Muon(parameters, momentum=config.momentum, dtype=dtype)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, betas=(config.momentum, 0.999), fused=fused)
-
-
-def _emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch has no more than loops for products of that type there."""
-    return dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
@@ -425,7 +420,7 @@ class _Run:
         test = f"{len(self.test):,} for the test" if self.test is not None else "no test set"
         yield f"{len(self.images):,} images of {len(self.images.classes)} classes at {self.size} px, {where}; {test}"
         precision, device = str(self.dtype).removeprefix("torch."), str(self.world.device)
-        if _emulated(self.dtype, self.world.device):
+        if emulates(self.dtype, self.world.device):
             device += ", which does not multiply it: float32 takes a tenth of the time"
         several = f", {self.world.size} processes" if self.world.size > 1 else ""
         yield f"{config.epochs} epochs of {self.batches.steps} steps, {precision} on {device}{several}"

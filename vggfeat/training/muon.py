@@ -52,13 +52,12 @@ def _turned_once(x: Tensor) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     square = x @ x.T
-    whole: Tensor | None = None
-    for _ in range(TURNS):
+    whole = factor = torch.empty(0)
+    for turn in range(TURNS):
+        square = factor @ square @ factor if turn else square
         factor = torch.addmm(square, square, square, beta=b, alpha=c)
         factor.diagonal().add_(a)
-        whole = factor if whole is None else factor @ whole
-        square = factor @ square @ factor
-    assert whole is not None
+        whole = factor @ whole if turn else factor
     return whole @ x
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.processor import has_onednn, multiplies_bfloat16
+from vggfeat.processor import emulates, has_onednn
 
 __all__ = ["convolve"]
 
@@ -21,7 +21,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: 
         pad: zeros on each side.
         relu: apply it.
     """
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not multiplies_bfloat16():
+    if emulates(x.dtype, x.device):
         # the same numbers: products of bfloat16 are exact in float32, and in hardware too the sum is rounded once
         wide = convolve(x.float(), weight.float(), None if bias is None else bias.float(), pad, relu=relu)
         return wide.to(x.dtype)
