@@ -465,6 +465,13 @@ def test_measured_field_is_the_theoretical_one(narrow, layer):
     assert 1 <= found.effective <= found.theoretical
 
 
+@pytest.mark.parametrize(("arch", "layer"), [("vgg16", "conv3_3"), ("vgg11", "conv4_2")])
+def test_measured_field_of_full_width(arch, layer):
+    """Where convolutions by tiles leave traces of rounding around what a unit depends on."""
+    found = effective_field(layer, arch, weights="random", samples=4)
+    assert found.support == (found.theoretical,) * 2
+
+
 def test_measured_field_is_the_gradient(narrow):
     """The same by ordinary autograd through the network itself."""
     net = vggfeat.vgg16(width=0.25, head="slim", num_classes=2, weights=narrow)

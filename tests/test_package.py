@@ -73,7 +73,7 @@ ROOMS = {
         "weights",
     },
     "vggfeat.visualize": {"visualize.dreams", "visualize.heat", "visualize.sheet", "visualize.units"},
-    "vggfeat.visualize.inputs": {"errors", "image", "weights"},
+    "vggfeat.visualize.inputs": {"errors", "image"},
     "vggfeat.visualize.sheet": {"errors", "image"},
     "vggfeat.visualize.units": {
         "arch",

@@ -484,7 +484,7 @@ def test_weights_that_are_not_finite(state, value):
 
 
 def test_what_is_no_file(tmp_path):
-    with pytest.raises(WeightsError, match="is a folder: give a .pth"):
+    with pytest.raises(WeightsError, match="is a folder without weights.safetensors: give a .pth"):
         W.load(tmp_path)
     with pytest.raises(WeightsUnavailableError, match="no weights at .*missing.pth: give a .pth"):
         W.load(tmp_path / "missing.pth")

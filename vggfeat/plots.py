@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from vggfeat.training.evaluation import Evaluation
     from vggfeat.training.loop import Epoch
-    from vggfeat.weights import WeightsLike
+    from vggfeat.weights import Weights, WeightsLike
 
 __all__ = [
     "SUFFIXES",
@@ -277,12 +277,12 @@ def _box(corner: tuple[float, float], width: float, height: float, face: str, ed
 
 def plot_receptive_fields(
     image: PathLike | Image.Image,
-    arch: str | Arch,
-    layers: Sequence[str],
+    arch: str | Arch | None,
+    layers: Sequence[str] | None,
     path: PathLike,
     *,
     measure: bool = True,
-    weights: WeightsLike = "auto",
+    weights: WeightsLike | Weights = "auto",
     samples: int = 4,
     overwrite: bool = False,
 ) -> Path:
@@ -293,8 +293,9 @@ def plot_receptive_fields(
 
     Args:
         image: a file or a PIL image.
-        arch: the network.
-        layers: names of the convolutional part, at most seven.
+        arch: the network; None means what the weights imply, and vgg16 where nothing is measured.
+        layers: names of the convolutional part, at most seven; None means the last convolution of each block but the
+            fifth's, and pool5, as far as the weights reach.
         path: where to; `.png`, `.pdf` or `.svg`.
         measure: add the measured fields.
         weights: what to measure with.
@@ -308,17 +309,22 @@ def plot_receptive_fields(
         DependencyError: matplotlib is missing.
     """
     path = check_plot(path, overwrite=overwrite)
-    arch = parse(arch)
+    loaded = None
+    if measure:
+        from vggfeat.weights import load
+
+        loaded = load(weights, arch)
+    arch = loaded.arch if loaded is not None else parse(arch or "vgg16")
+    if layers is None:
+        usual = [*{conv.name[:5]: conv.name for conv in arch.convs}.values()][:4] + ["pool5"]
+        layers = loaded.served(usual) if loaded is not None else usual
     colors = [YELLOW, SKY, ORANGE, GREEN, PINK, RED, BLUE]
     if not 1 <= len(layers) <= len(colors):
         raise InputError(f"name one to {len(colors)} layers to draw, got {len(layers)}")
     found = sorted({arch.layer(name) for name in layers}, key=lambda layer: layer.index)
     picture = _picture(image)
     fields = []
-    if measure:
-        from vggfeat.weights import load
-
-        loaded = load(weights, arch)
+    if loaded is not None:
         for layer in found:  # noise on few pixels is cheap, and shows: average over more of it
             more = min(16.0, max(1.0, 128 / layer.receptive_field))
             fields.append(effective_field(layer.name, arch, weights=loaded, samples=round(samples * more)))
@@ -344,7 +350,8 @@ def plot_receptive_fields(
     axes.set_xlim(-0.5, wide - 0.5)
     axes.set_ylim(high - 0.5, -0.5)
     axes.set_axis_off()
-    left.suptitle(f"what one unit of {arch.name} sees in {wide}×{high} pixels", fontsize=11)
+    dotted = "\ndotted: the effective field" if fields else ""
+    left.suptitle(f"what one unit of {arch.name} sees in {wide}×{high} pixels{dotted}", fontsize=11)
     left.legend(
         loc="outside lower center",
         ncols=len(found) if len(found) <= 4 else -(-len(found) // 2),
@@ -352,7 +359,9 @@ def plot_receptive_fields(
         fontsize=9,
     )
     if right is not None:
-        right.suptitle("what it depends on: mean gradient, measured", fontsize=11)
+        label = loaded.label.split(" (")[0] if loaded is not None else ""
+        label = label if len(label) <= 40 else f"{label[:39]}…"
+        right.suptitle(f"what it depends on: mean gradient\nweights {label}", fontsize=11)
         panels: Any = right.subplots(rows, columns, squeeze=False).flat
         for axes, each, color in itertools.zip_longest(panels, fields, colors[: len(fields)]):
             axes.set_axis_off()

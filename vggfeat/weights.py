@@ -146,6 +146,24 @@ class Weights:
                 f"missing {', '.join(missing[:4])}{' …' * (len(missing) > 4)}; the deepest layer they serve is {served}"
             )
 
+    def served(self, names: Iterable[str]) -> list[str]:
+        """Those of the layers, shallow to deep, that the weights reach.
+
+        Raises:
+            InputError: a layer that the network lacks.
+            WeightsError: they do not reach the first.
+        """
+        found: list[str] = []
+        for name in names:
+            try:
+                self.require([name])
+            except WeightsError:
+                if not found:
+                    raise
+                break
+            found.append(name)
+        return found
+
 
 def _keys(layer: Layer) -> list[str]:
     """State-dict keys of a layer, without the counter that evaluation does not need."""
@@ -163,7 +181,7 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
         weights: `"imagenet"` (torchvision's), `"caffe"` (Oxford's release), `"bundled"` (a slim VGG-19 that comes
             with this package), `"random"` (seeded, every convolution calibrated to mean 0 and variance 1), `"auto"`
             (imagenet where it can be had, else bundled, or random for an architecture other than vgg19), a path to a
-            `.pth`, `.safetensors` or Keras `.h5` file, or a state dict. `"caffe:PATH"` says of a `.pth` or
+            `.pth`, `.safetensors` or Keras `.h5` file or to the folder of a run of `train`, or a state dict. `"caffe:PATH"` says of a `.pth` or
             `.safetensors` file that it takes Oxford's input convention (BGR, 0..255); files published under a known
             name and Keras files are known to.
             What was loaded already is given back.
@@ -218,17 +236,23 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 
 def _load_path(text: str, arch: str | Arch | None) -> Weights:
     caffe = text.startswith("caffe:")
-    path = Path(text.removeprefix("caffe:")).expanduser()
+    path = _of_run(Path(text.removeprefix("caffe:")).expanduser())
     if not path.exists():
         hint = "" if path.suffix or len(path.parts) > 1 else f"; as a name: {nearest(text, NAMES)}"
         raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}")
     if path.is_dir():
-        raise WeightsError(f"{path} is a folder: give a .pth, .safetensors or .h5 file")
+        raise WeightsError(f"{path} is a folder without weights.safetensors: give a .pth, .safetensors or .h5 file")
     published = {p.filename: p for group in SETS.values() for p in group.values()}.get(path.name)
     if published:
         verify(path, published.digest)
     convention = CAFFE if caffe or _is_hdf5(path) else published.convention if published else IMAGENET
-    return _read_state(read(path), arch, convention, path.name, (*file_key(path), convention))
+    label = "caffe:" * caffe + path.name
+    return _read_state(read(path), arch, convention, label, (*file_key(path), convention))
+
+
+def _of_run(path: Path) -> Path:
+    """The weights in a run's folder; any other path as it is."""
+    return inside if (inside := path / "weights.safetensors").is_file() else path
 
 
 def _read_state(
@@ -430,8 +454,8 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def facts_of(weights: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `vggfeat.train` says of a `.safetensors` file that it wrote (classes, size, scales); empty for any other."""
-    path = Path(weights)
+    """What `vggfeat.train` says of the weights that it wrote (classes, size, scales); empty for any others."""
+    path = _of_run(Path(weights))
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         return {}
     from safetensors import SafetensorError, safe_open

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import vggfeat
+from vggfeat_cli.options import Values, resolved
 from vggfeat_cli.reports import (
     check_outputs,
     finish_report,
@@ -111,13 +112,13 @@ def compare(
 
 
 @click.command()
-@click.argument("n", type=int)
+@click.argument("n", type=int, default=3)
 @plot_option
 @format_option
 @output_option
 @overwrite_option
 def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: bool) -> None:
-    """Show why VGG stacks 3×3 convolutions: N of them against one (2N+1)×(2N+1)."""
+    """Show why VGG stacks 3×3 convolutions: N of them, by default 3, against one (2N+1)×(2N+1)."""
     check_outputs(output, plot, overwrite)
     report = vggfeat.stacked_3x3(n)
     if plot is not None:
@@ -130,18 +131,36 @@ def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: 
 @click.command()
 @click.argument("image", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), required=True, help="PNG, PDF or SVG file.")
-@click.option("--arch", default="vgg16", show_default=True)
-@click.option("--layers", default="conv1_2,conv2_2,conv3_3,conv4_3,pool5", show_default=True, help="Between commas.")
+@click.option("--arch", help="Network: vgg16, vgg19, …; the weights' own where they imply one.")
+@click.option(
+    "--layers",
+    type=Values(str),
+    help="Between commas.  [default: the last convolution of each block and pool5, as far as the weights reach]",
+)
 @click.option("--weights", default="auto", show_default=True, help="What to measure the effective fields with.")
 @click.option("--samples", type=int, default=4, show_default=True, help="Noise images to average over; 0 for none.")
 @overwrite_option
-def fields(image: str, output: str, arch: str, layers: str, weights: str, samples: int, overwrite: bool) -> None:
+def fields(
+    image: str,
+    output: str,
+    arch: str | None,
+    layers: tuple[str, ...] | None,
+    weights: str,
+    samples: int,
+    overwrite: bool,
+) -> None:
     """Draw over IMAGE what a unit of each layer sees, and what it really depends on."""
-    from vggfeat.plots import plot_receptive_fields
+    from vggfeat.plots import check_plot, plot_receptive_fields
 
-    names = [name.strip() for name in layers.split(",") if name.strip()]
-    options: dict[str, Any] = {"weights": weights, "samples": samples, "measure": samples != 0, "overwrite": overwrite}
-    click.echo(plot_receptive_fields(image, arch, names, output, **options))
+    check_plot(output, overwrite=overwrite)
+    found: Any = weights
+    if samples:
+        from vggfeat.weights import load
+
+        found = load(resolved(weights), arch)
+        click.echo(f"weights: {found.label}", err=True)
+    options: dict[str, Any] = {"weights": found, "samples": samples, "measure": samples != 0, "overwrite": overwrite}
+    click.echo(plot_receptive_fields(image, arch, layers, output, **options))
 
 
 COMMANDS = (describe, compare, stacked, fields)

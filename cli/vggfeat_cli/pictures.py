@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import click
 
 import vggfeat
+from vggfeat_cli.options import resolved
 from vggfeat_cli.run import INTERRUPTED
 
 Command = Callable[..., Any]
@@ -75,7 +75,7 @@ def _common(command: Command) -> Command:
             "--weights",
             default="auto",
             show_default=True,
-            help="imagenet, caffe, bundled, random, auto, or a .pth, .safetensors or .h5 file.",
+            help="imagenet, caffe, bundled, random, auto, a .pth, .safetensors or .h5 file, or a run's folder.",
         ),
     ):
         command = option(command)
@@ -267,7 +267,8 @@ def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> None
     from vggfeat.visualize import cam
 
     result = cam(image, **_resolved(options))
-    click.echo(f"class {result.class_index}: {100 * result.probability:.1f} %", err=True)
+    name = "" if result.class_name is None else f" {result.class_name}"
+    click.echo(f"class {result.class_index}{name}: {100 * result.probability:.1f} %", err=True)
     _done(result.save(target, overwrite=overwrite), result.sheet.settings["weights"])
 
 
@@ -281,9 +282,7 @@ def _target(output: str | None, name: str, overwrite: bool) -> Path:
 
 def _resolved(options: dict[str, Any]) -> dict[str, Any]:
     """With what the environment says of the weights."""
-    if options["weights"] == "auto":
-        options["weights"] = os.environ.get("VGGFEAT_WEIGHTS") or "auto"
-    return options
+    return options | {"weights": resolved(options["weights"])}
 
 
 def _done(written: Path | None, weights: str) -> None:

@@ -109,7 +109,7 @@ class EffectiveField:
         support: (height, width) of the box around every pixel whose gradient is not 0.
         effective: root of the number of pixels that count, in pixels: those with more than 4.55 % of the largest
             gradient (two standard deviations of a Gaussian; Luo et al. 2016, section 3).
-        gradient: mean absolute gradient (theoretical, theoretical) of the square, its largest value 1.
+        gradient: mean absolute gradient (theoretical, theoretical) of the square, its largest value 1; float32.
     """
 
     layer: str
@@ -157,9 +157,10 @@ def effective_field(
     middle = math.ceil(field / stride / 2)  # units on each side, so that the image has the whole square
     side = stride * (2 * middle + 1)
     generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(side, side)
+    total = torch.zeros(side, side, dtype=torch.float64)
     for _ in range(samples):
-        image = torch.rand(1, 3, side, side, generator=generator).requires_grad_()
+        # in float64, whose convolutions are direct: those by tiles leave traces of rounding outside the field
+        image = torch.rand(1, 3, side, side, generator=generator).double().requires_grad_()
         unit = features(image)[layer][0, :, middle, middle].sum()
         total += torch.autograd.grad(unit, image)[0][0].abs().mean(0)
     rows, columns = (total.amax(1) > 0).nonzero(), (total.amax(0) > 0).nonzero()
@@ -167,7 +168,7 @@ def effective_field(
         raise InputError(f"no gradient reaches the image from the middle of {layer}: try more samples")
     support = (int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1)
     start = (side - field) // 2
-    square = (total / total.max())[start : start + field, start : start + field]
+    square = (total / total.max()).float()[start : start + field, start : start + field]
     return EffectiveField(layer, field, support, float((square > 1 - _TWO_SIGMA).sum()) ** 0.5, square)
 
 

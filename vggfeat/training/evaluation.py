@@ -141,7 +141,7 @@ def evaluate(
     """Test a classifier.
 
     Args:
-        weights: a network, a run's folder, or what `vggfeat.weights.load` knows with a classifier in it.
+        weights: a network, or what `vggfeat.weights.load` knows with a classifier in it, such as a run's folder.
         data: what `vggfeat.training.data.load` knows, its test set where it has one, else all of it; or one set that it
             gave. Of the very set that a run was trained on but for a share held out, that share.
         views: what is seen of each image; one centre crop by default, of the size and scale that a run of `train` was
@@ -167,8 +167,6 @@ def evaluate(
         net = weights
     else:
         if isinstance(weights, str | os.PathLike):
-            if (inside := Path(weights) / "weights.safetensors").is_file():
-                weights = inside
             facts = facts_of(weights)
             names, held = facts.get("classes"), facts.get("holdout")
             if views.size is None and views.scales is None and "size" in facts:

@@ -22,7 +22,7 @@ from vggfeat.image import to_pil, to_tensor
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.optimize import Adam
 from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize
-from vggfeat.visualize.inputs import ImageLike, chosen, load_image, served
+from vggfeat.visualize.inputs import ImageLike, chosen, load_image
 from vggfeat.visualize.sheet import Sheet
 from vggfeat.weights import DEFAULT, NAMES, WeightsLike, load
 
@@ -342,7 +342,7 @@ def invert(
         layers = ["relu3_1"]
         if gram:
             known = load(weights, arch or ("vgg19" if weights in NAMES else None))
-            layers = served(known, [f"relu{block}_1" for block in range(1, 6)])
+            layers = known.served([f"relu{block}_1" for block in range(1, 6)])
     layers = tuple(layers)
     terms: dict[str, Any] = {"style_layers": layers[:1], "style_weight": 0.0, "content_layers": layers}
     if gram:

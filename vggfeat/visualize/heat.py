@@ -16,9 +16,9 @@ from vggfeat.features import VGGFeatures
 from vggfeat.functional import mse, unit_normalize, wide
 from vggfeat.image import to_pil
 from vggfeat.network import VGG, vgg
-from vggfeat.visualize.inputs import ImageLike, load_image, served
+from vggfeat.visualize.inputs import ImageLike, load_image
 from vggfeat.visualize.sheet import Sheet, overlay, spread
-from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, load
+from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, facts_of, load
 
 __all__ = ["Cam", "Distance", "cam", "distance"]
 
@@ -83,7 +83,7 @@ def distance(
     loaded = load(weights, arch)
     if layers is None:
         relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
-        layers = served(loaded, list({name[:5]: name for name in relus}.values()))
+        layers = loaded.served({name[:5]: name for name in relus}.values())
     for name in layers:
         loaded.arch.layer(name)
     features = VGGFeatures(layers, weights=loaded)
@@ -116,6 +116,7 @@ class Cam:
         map: (H,W) in [0,1], the class activation map over the image; all 0 where nothing speaks for the class.
         raw: (h,w), the same at the layer's positions, in units of the logit's change.
         class_index: which class.
+        class_name: its name, where names were given or a run's weights tell them, else None.
         logit: its value before the softmax.
         probability: after it.
         sheet: the image, and the map over it.
@@ -124,6 +125,7 @@ class Cam:
     map: Tensor = field(repr=False)
     raw: Tensor = field(repr=False)
     class_index: int
+    class_name: str | None
     logit: float
     probability: float
     sheet: Sheet = field(repr=False)
@@ -157,7 +159,7 @@ def cam(
         layer: whose maps; None means the last ReLU, as in the paper.
         size: long side that the image is brought to, in pixels; None leaves it.
         colors: `grey` or a colour map of kornia's.
-        names: of the classes, for the label.
+        names: of the classes, for the label; None means those that a run of `train` wrote with its weights, if any.
         net: a network of your own; it is run in eval mode and left as it was.
         arch: without `net`: the network, see `VGGFeatures`.
         weights: without `net`: see `vggfeat.weights.load`; they must hold a classifier.
@@ -175,7 +177,12 @@ def cam(
     if net is None:
         loaded = load(weights, arch)
         if loaded.arch.head is None:
-            raise WeightsError(f"weights {loaded.label} hold no classifier, which class activation maps need")
+            raise WeightsError(
+                f"weights {loaded.label} hold no classifier, which class activation maps need: give imagenet or the "
+                "folder of a run of `vggfeat train`"
+            )
+        if names is None and isinstance(weights, str | os.PathLike):
+            names = facts_of(weights).get("classes")
         label, found, mean, std = loaded.label, loaded.arch, IMAGENET.mean, IMAGENET.std
         net = vgg(found.config, found.num_classes, found.batch_norm, loaded, str(found.head), found.width)
     last = net.arch.names[-1]
@@ -200,7 +207,8 @@ def cam(
     heat = spread(raw, (x.shape[2], x.shape[3]))
     heat = heat / torch.where(heat.max() > 0, heat.max(), 1)
     probability = float(logits.softmax(0)[chosen])
-    title = f"{chosen} {names[chosen]}" if names is not None and chosen < len(names) else f"class {chosen}"
+    name = names[chosen] if names is not None and chosen < len(names) else None
+    title = f"class {chosen}" if name is None else f"{chosen} {name}"
     settings = {
         "picture": "cam", "layer": layer, "class": chosen, "probability": probability,
         "arch": net.arch.name, "weights": label,
@@ -211,4 +219,4 @@ def cam(
         columns=2,
         settings=settings,
     )
-    return Cam(heat, raw, chosen, float(logits[chosen]), probability, sheet)
+    return Cam(heat, raw, chosen, name, float(logits[chosen]), probability, sheet)

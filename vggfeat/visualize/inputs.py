@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vggfeat.errors import InputError, WeightsError, nearest
+from vggfeat.errors import InputError, nearest
 from vggfeat.image import fit, open_image, resize, to_pil, to_tensor
-from vggfeat.weights import Weights
 
-__all__ = ["ImageLike", "chosen", "load_image", "served"]
+__all__ = ["ImageLike", "chosen", "load_image"]
 
 ImageLike = str | os.PathLike[str] | Image.Image | Tensor
 
@@ -59,17 +58,3 @@ def chosen(
     if order == "first":
         return list(range(min(count, total)))
     return strength.argsort(descending=True, stable=True)[:count].tolist()
-
-
-def served(weights: Weights, names: Iterable[str]) -> list[str]:
-    """Those of the layers that the weights reach, at least the first."""
-    found: list[str] = []
-    for name in names:
-        try:
-            weights.require([name])
-        except WeightsError:
-            if not found:
-                raise
-            break
-        found.append(name)
-    return found
