@@ -49,7 +49,7 @@ def main(*zips, epochs=3, limit=2000, width=0.25, lr=0.05, batch=64, seed=0, plo
     except (ImportError, RuntimeError, AttributeError) as error:  # built for another torch: RuntimeError
         raise vggfeat.DependencyError(
             f"the ResNet is made of torchvision's blocks, and torchvision does not work here "
-            f"({str(error).splitlines()[0]}): install the torchvision that belongs to your torch"
+            f"({first_line(error)}): install the torchvision that belongs to your torch"
         ) from error
     train, test = read(zips, limit, seed)
     runs, costs = {}, {}

@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from vggfeat.errors import InputError
+from vggfeat.processor import resolve
 from vggfeat.training.batches import Batches, normalised
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
-from vggfeat.training.distributed import resolve
 from vggfeat.training.loop import Epoch
 
 DEVICE = resolve("auto")

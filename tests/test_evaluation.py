@@ -141,10 +141,13 @@ def test_top5_needs_more_than_five_classes():
 
 
 def test_a_network_is_left_as_it_was():
-    net = made().train()
-    before = {key: value.clone() for key, value in net.state_dict().items()}
+    net = made(arch="vgg11_bn").train()
+    net.features[1].eval()  # a frozen one
+    before = {key: (value.clone(), value.stride()) for key, value in net.state_dict().items()}
     vggfeat.evaluate(net, images(), **ONE)
-    assert net.training and all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert net.training and net.features[0].training and not net.features[1].training
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key][0]) and value.stride() == before[key][1]
 
 
 def test_bfloat16_is_near():

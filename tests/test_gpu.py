@@ -57,6 +57,71 @@ def fake(monkeypatch):
     features_module._kept_channels.cache_clear()
 
 
+class Recorder:
+    """Stands for `torch.cuda` and its graphs: a replay does again what was done while it was recorded."""
+
+    def __init__(self, monkeypatch, fails=None):
+        self.fails, self.steps, self.waits = fails, [], 0
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: self)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(gpu, "can_record", lambda device: True)
+        monkeypatch.setattr(gpu, "_broken", [])
+        gpu._aside.cache_clear()
+
+    def wait_stream(self, other):
+        self.waits += 1
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream, capture_error_mode):
+        yield
+        if self.fails is not None:
+            raise self.fails
+
+    def step(self, image):
+        self.steps.append((image, out := image * 2))
+        return (out,)
+
+    def replay(self):
+        fixed, out = self.recorded
+        out.copy_(fixed * 2)
+
+    @property
+    def recorded(self):
+        return self.steps[2]  # after two that warm up
+
+
+def test_a_recorded_step_is_the_step(monkeypatch):
+    recorder, image = Recorder(monkeypatch), torch.rand(1, 3, 4, 4)
+    replay = gpu.recorded(recorder.step, image, gpu.PAYS)
+    assert len(recorder.steps) == 3 and recorder.waits == 4  # each way around the warming up and the recording
+    first, second = replay(image + 1)[0], replay(image + 2)[0]
+    assert len(recorder.steps) == 3  # nothing was launched
+    assert torch.equal(first, 2 * (image + 1)) and torch.equal(second, 2 * (image + 2))
+    gpu._aside.cache_clear()
+
+
+def test_a_recording_that_failed_is_the_last(monkeypatch):
+    recorder, image = Recorder(monkeypatch, RuntimeError("operation not permitted")), torch.rand(1, 3, 4, 4)
+    with pytest.warns(UserWarning, match="not replayed as a CUDA graph: operation not permitted"):
+        assert gpu.recorded(recorder.step, image, gpu.PAYS) == recorder.step
+    assert gpu._broken == [recorder]
+    assert gpu.recorded(recorder.step, image, gpu.PAYS) == recorder.step and len(recorder.steps) == 3
+    gpu._aside.cache_clear()
+
+
+def test_ctrl_c_while_recording_is_ctrl_c(monkeypatch):
+    error = RuntimeError("the recording was not ended")
+    error.__context__ = KeyboardInterrupt()
+    recorder = Recorder(monkeypatch, error)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.recorded(recorder.step, torch.rand(1, 3, 4, 4), gpu.PAYS)
+    gpu._aside.cache_clear()
+
+
 def images(count=1, side=64):
     return torch.empty(count, 3, side, side, device="cuda")
 

@@ -763,6 +763,24 @@ def test_a_run_is_evaluated_as_it_was_tested(tmp_path):
     assert found.loss != pytest.approx(vggfeat.evaluate(result.net, held, precision="float32").loss, rel=1e-5)
 
 
+def test_without_a_test_set_a_run_knows_its_size_too(tmp_path):
+    big = pictures.folder(tmp_path / "s", pictures.tree(4, width=80, height=80))
+    result = run(big, tmp_path / "r", size=32, epochs=1)
+    assert result.evaluation is None
+    found = vggfeat.evaluate(tmp_path / "r", big, precision="float32")
+    explicit = vggfeat.evaluate(result.net, big, vggfeat.Views(size=32), precision="float32")
+    assert found.loss == pytest.approx(explicit.loss, rel=1e-5)
+
+
+def test_a_run_goes_on_as_weights(finished, tmp_path):
+    """For every command; and Grad-CAM knows the classes."""
+    result, _ = finished
+    loaded = vggfeat.weights.load(result.folder)
+    assert loaded.label == "weights.safetensors" and loaded.arch == result.net.arch
+    seen = vggfeat.visualize.cam(pictures.picture("ant", 0, 32, 32), 1, weights=result.folder, size=None)
+    assert seen.class_name == "bee" and "1 bee" in seen.sheet.labels[1]
+
+
 def test_what_freezes_is_the_convolutional_part(data, tmp_path):
     with pytest.raises(InputError, match="one of the head's layers"):
         begun(data, tmp_path, arch="vgg11", width=1.0, weights="random", new_head=True, head="paper", freeze="fc7")

@@ -207,6 +207,21 @@ def test_every_combination_of_taps_of_one_stage(trunks, arch, keep):
 
 
 @pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_local_response_normalisation_in_bfloat16(trunks, pooling, keep):
+    """A CPU has no pool over channels in bfloat16."""
+    arch, found = ARCHS["A-LRN"], []
+    plan = Plan(arch, ("lrn1_1", "relu2_1"), pooling)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = images(1, 3, 12, 16).float().requires_grad_()
+        taps = run(x, trunks(arch).filters(plan, x.device, dtype), plan, keep=keep)
+        sum(tap.float().square().mean() for tap in taps).backward()
+        found.append([*(tap.detach().float() for tap in taps), x.grad])
+    for exact, rough in zip(*found, strict=True):
+        assert torch.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("keep", KEEPS)
 def test_to_the_deepest_layer(trunks, keep):
     compare(trunks(ARCHS["odd"]), ["pool5", "relu5_3", "conv5_1", "conv1_1"], keep=keep, shape=(2, 3, 37, 65))
 

@@ -21,7 +21,8 @@ from vggfeat.arch import BLOCKS, Arch, parse
 from vggfeat.errors import DependencyError, InputError, WeightsError, WeightsUnavailableError
 from vggfeat.features import VGGFeatures
 from vggfeat.losses import PerceptualLoss
-from vggfeat.network import vgg
+from vggfeat.network import VGG, vgg
+from vggfeat.visualize import cam
 
 BGR_MEAN = torch.tensor([103.939, 116.779, 123.68])[:, None, None]  # of the ILSVRC training set, as Oxford gives it
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -890,6 +891,16 @@ def test_load_weights_without_the_head(net, state):
     assert torch.equal(other.features(images(32)), net.features(images(32)))
     with pytest.raises(WeightsError, match="have no classifier, the network a paper head for 5"):
         W.load_weights(small(), {key: value for key, value in state.items() if key.startswith("features.")})
+
+
+def test_a_network_has_the_channels_of_its_weights(state):
+    arch = Arch("E", head="slim", num_classes=3, blocks=(4, 6, 10, 7, 9))
+    uneven = VGG(arch).state_dict()
+    net = vgg("E", 3, weights=uneven, head="slim")
+    assert net.arch == arch and all(torch.equal(value, uneven[key]) for key, value in net.state_dict().items())
+    assert vgg("D", 5, weights=state).arch.width == 1 / 16
+    found = cam(images(32)[:1], weights=uneven, size=None)
+    assert 0 <= found.class_index < 3
 
 
 def test_load_weights_that_do_not_fit(state):

@@ -60,3 +60,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     choices = list(choices)
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, short enough to be part of a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

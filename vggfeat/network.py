@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,9 @@ from vggfeat.convolution import Conv2d
 from vggfeat.errors import InputError
 
 if TYPE_CHECKING:
-    from vggfeat.weights import WeightsLike
+    from vggfeat.weights import Weights, WeightsLike
 
-__all__ = ["VGG", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"]
+__all__ = ["VGG", "of_weights", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"]
 
 INITS = ("kaiming", "paper")
 
@@ -243,7 +244,8 @@ def vgg(
         batch_norm: batch normalisation after each convolution.
         weights: anything `vggfeat.weights` knows (`"imagenet"`, a path, a state dict, …), or None for a fresh draw.
         head: `paper` (fc6, fc7, fc8) or `slim` (global average pool and one linear layer).
-        width: factor on every channel count, rounded so that the first block has whole channels.
+        width: factor on every channel count, rounded so that the first block has whole channels; left at 1, the
+            weights' own channel counts where some are given.
         dropout: dropout probability in the head.
         init: `kaiming` or `paper`, see `VGG`.
 
@@ -256,10 +258,22 @@ def vgg(
     arch = Arch(arch.config, batch_norm or arch.batch_norm, unit_of(width), head, num_classes)
     if weights is None:
         return VGG(arch, dropout, init)
-    from vggfeat.weights import load_weights
+    from vggfeat.weights import load, load_weights
 
+    loaded = load(weights, arch)
+    if width == 1:
+        arch = replace(arch, unit=loaded.arch.unit, blocks=loaded.arch.blocks)
     with torch.device("meta"):  # no time spent on numbers that are replaced at once
         net = VGG(arch, dropout, init)
+    return load_weights(net, loaded)
+
+
+def of_weights(weights: Weights) -> VGG:
+    """The very network that weights are of, their classifier included, which they must hold."""
+    from vggfeat.weights import load_weights
+
+    with torch.device("meta"):
+        net = VGG(weights.arch)
     return load_weights(net, weights)
 
 

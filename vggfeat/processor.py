@@ -1,4 +1,4 @@
-"""What the processor at hand does fast, and what it cannot do at all."""
+"""Which device is used, what the processor at hand does fast, and what it cannot do at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,23 @@ import functools
 
 import torch
 
-__all__ = ["bfloat16_is_fast", "emulates", "has_onednn", "multiplies_bfloat16"]
+from vggfeat.errors import InputError, first_line
+
+__all__ = ["bfloat16_is_fast", "emulates", "has_onednn", "multiplies_bfloat16", "resolve"]
+
+
+def resolve(device: str | torch.device) -> torch.device:
+    """A device that is there, by name; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        raise InputError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
+    return found
 
 
 def has_onednn() -> bool:

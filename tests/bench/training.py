@@ -25,7 +25,8 @@ from vggfeat.convolution import convolve
 from vggfeat.network import vgg
 from vggfeat.training.config import recipe
 from vggfeat.training.data import ImageSet
-from vggfeat.training.distributed import World, resolve
+from vggfeat.processor import resolve
+from vggfeat.training.distributed import World
 from vggfeat.training.loop import _Run
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vggfeat.analysis.layers import describe
-from vggfeat.analysis.measure import Measured, device_of, machine, measure_net, saved_for_backward
+from vggfeat.analysis.measure import Measured, machine, measure_net, saved_for_backward
 from vggfeat.arch import ARCHS, Arch, parse
-from vggfeat.errors import DependencyError, InputError, nearest
+from vggfeat.errors import DependencyError, InputError, first_line, nearest
 from vggfeat.tables import Column, Report, Table, mega
 
 if TYPE_CHECKING:
@@ -165,7 +165,9 @@ def compare(
             callback(label)
         net = look()
         if measure:
-            place = device_of(device)
+            from vggfeat.processor import resolve
+
+            place = resolve(device or "auto")
             where = machine(place)
             net = replace(net, measured=measure_net(build, net.input_size, batch, place, seconds))
         nets.append(net)
@@ -247,10 +249,9 @@ def _torchvision_models(name: str) -> Any:
     try:
         from torchvision import models
     except (ImportError, RuntimeError, AttributeError) as error:  # built for another torch: RuntimeError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DependencyError(
             f"{name!r} is no VGG ({', '.join(ARCHS)}, '_bn' behind), and torchvision, which may know it, does not work "
-            f"here ({reason}): install the torchvision that belongs to your torch"
+            f"here ({first_line(error)}): install the torchvision that belongs to your torch"
         ) from error
     return models
 

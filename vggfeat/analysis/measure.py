@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vggfeat.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -58,18 +57,6 @@ def saved_for_backward(net: nn.Module, images: Tensor) -> int:
     with saved_tensors_hooks(pack, lambda value: value):
         net(images)
     return sum(value.untyped_storage().nbytes() for key, value in found.items() if key not in own)
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device of that name; None means CUDA where there is one, else the CPU."""
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def machine(device: torch.device) -> str:
@@ -165,8 +152,8 @@ def _seconds(run: Callable[[], object], device: torch.device, budget: float) -> 
     def timed() -> float:
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter() - start
 
     timed()

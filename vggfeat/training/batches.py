@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vggfeat.errors import DependencyError, ImageError, InputError, RunError
+from vggfeat.errors import DependencyError, ImageError, InputError, RunError, first_line
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet
 from vggfeat.weights import IMAGENET
@@ -96,7 +96,7 @@ def transforms() -> Any:
         from torchvision.transforms import v2
     except (ImportError, RuntimeError) as error:
         raise DependencyError(
-            f"this needs torchvision, which does not work here ({str(error).splitlines()[0]}): "
+            f"this needs torchvision, which does not work here ({first_line(error)}): "
             "pip install torch torchvision brings two that fit"
         ) from error
     return v2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vggfeat.errors import RunError
+from vggfeat.errors import RunError, first_line
 from vggfeat.files import TEMPORARY, new_file
 
 __all__ = ["newest", "save"]
@@ -31,7 +30,7 @@ def save(folder: Path, steps: int, state: Mapping[str, Any]) -> Path:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch reports what its writer ran into as a RuntimeError
         kept = _files(folder)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         rest = f"the run can go on from {kept[0]}" if kept else "there is no earlier one"
         raise RunError(f"cannot write checkpoint {path}: {reason}; free some space; {rest}") from error
     for old in _files(folder)[KEPT:]:
@@ -54,16 +53,8 @@ def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
                 if part := archive.testzip():
                     raise zipfile.BadZipFile(f"checksum of {part} does not fit")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            OSError,
-            EOFError,
-            RuntimeError,
-            ValueError,
-            KeyError,
-            zipfile.BadZipFile,
-            pickle.UnpicklingError,
-        ) as error:
-            wrong[path] = f"{path} is damaged ({str(error).splitlines()[0]})"
+        except Exception as error:  # flipped bits come out of the readers of zips and pickles as errors of any kind
+            wrong[path] = f"{path} is damaged ({first_line(error)})"
         else:
             for damaged in wrong:
                 damaged.unlink()

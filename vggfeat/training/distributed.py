@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vggfeat.errors import InputError
+from vggfeat.processor import resolve
 
-__all__ = ["World", "agreed", "gathered", "joined", "resolve", "summed", "synchronised"]
+__all__ = ["World", "agreed", "gathered", "joined", "summed", "synchronised"]
 
 Result = TypeVar("Result")
 
@@ -31,21 +31,6 @@ class World:
     def first(self) -> bool:
         """Whether it is the one that writes files."""
         return self.rank == 0
-
-
-def resolve(device: str) -> torch.device:
-    """`auto` or a name to a device that is there.
-
-    Raises:
-        InputError: it is not.
-    """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        found = torch.device(name)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
-    return found
 
 
 @contextmanager

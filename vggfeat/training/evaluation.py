@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.errors import ImageError, InputError, RunError
-from vggfeat.network import VGG
+from vggfeat.network import VGG, of_weights
 from vggfeat.processor import bfloat16_is_fast
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import LEAVE_OUT, normalised, parted, scale_for
 from vggfeat.training.data import ImageSet, load_test, scaled
 from vggfeat.training.distributed import World, joined, summed
-from vggfeat.weights import WeightsLike, facts_of, load_weights
+from vggfeat.weights import WeightsLike, facts_of
 from vggfeat.weights import load as load_set
 
 __all__ = ["Evaluation", "Views", "autocast_dtype", "evaluate", "tested"]
@@ -188,13 +188,15 @@ def evaluate(
         data = rest
     with joined(device) as world:
         home = next(net.parameters()).device
-        training = net.training
-        net = net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        modes = {module: module.training for module in net.modules()}
+        net = net.to(world.device)
         try:
             dtype = autocast_dtype(precision, world.device)
             return tested(net, data, views, world, dtype, batch_size, bad_images, workers)
         finally:
-            net.train(training).to(home)
+            net.to(home)
+            for module, training in modes.items():
+                module.training = training
 
 
 def _held_out(images: ImageSet, share: float, seed: int, digest: str) -> ImageSet | None:
@@ -210,9 +212,8 @@ def _network(weights: WeightsLike, arch: str | None) -> VGG:
     loaded = load_set(weights, arch)
     if loaded.arch.head is None:
         raise InputError(f"weights {loaded.label} have no classifier to test")
-    with torch.device("meta"):
-        net = VGG(loaded.arch)
-    return load_weights(net, loaded)
+    net: VGG = of_weights(loaded).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
 
 
 @torch.inference_mode()

@@ -373,10 +373,11 @@ class _Run:
             self.model = torch.compile(self.model)  # type: ignore[assignment]
         if world.size > 1:
             self.model = DistributedDataParallel(self.model)
-        if test is not None:  # at its own size where training is, else scaled as the training images are in the mean
-            whole = images.pixels is not None and test.pixels is not None
-            scale = (config.resize or (scale_for(self.size),))[-1]
-            self.views = Views(self.size, None if whole else (scale,))
+        # tested at its own size where training is, else scaled as the training images are in the mean
+        whole = images.pixels is not None and (test is None or test.pixels is not None)
+        scale = (config.resize or (scale_for(self.size),))[-1]
+        self.views = Views(self.size, None if whole else (scale,))
+        if test is not None:
             side = min(test.pixels.shape[1:3]) if whole and test.pixels is not None else scale
             if side < self.size:
                 raise InputError(
@@ -622,8 +623,7 @@ class _Run:
         from safetensors.torch import save
 
         state = {key: value.detach().contiguous().cpu() for key, value in self.tested_net.state_dict().items()}
-        views = {"size": self.size, "scales": self.views.scales} if self.test is not None else {}
-        facts: dict[str, Any] = {"classes": self.images.classes} | views
+        facts: dict[str, Any] = {"classes": self.images.classes, "size": self.size, "scales": self.views.scales}
         if self.test is not None and self.config.holdout:
             facts["holdout"] = {"share": self.config.holdout, "seed": self.config.seed, "digest": self.test.digest}
         self._write("weights.safetensors", save(state, {"format": "pt", "vggfeat": json.dumps(facts)}))

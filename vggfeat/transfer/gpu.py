@@ -12,10 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vggfeat.errors import first_line
+
 __all__ = ["Reading", "ahead", "recorded"]
 
 Step = Callable[[Tensor], tuple[Tensor, ...]]
 PAYS = 20  # steps from which a recording is made, for which the step runs three times and is replayed once
+_broken: list[torch.cuda.CUDAGraph] = []  # recordings that failed: the allocator may refer to them, and takes no more
 AGREES = 0.01  # relative difference of a replayed step: kernels that add in no fixed order differ by less
 
 
@@ -57,7 +60,7 @@ def recorded(step: Step, image: Tensor, times: int) -> Step:
         image: (1,3,H,W), one of those to come.
         times: how many steps there will be.
     """
-    if times < PAYS or not can_record(image.device):
+    if times < PAYS or _broken or not can_record(image.device):
         return step
     other = image.flip(3)
     wanted = warmed_up(step, other)  # here the step's own errors are raised
@@ -70,7 +73,9 @@ def recorded(step: Step, image: Tensor, times: int) -> Step:
             return replay
         why = "they give something else"
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
+        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C, under what ending a recording says to it
+            raise KeyboardInterrupt from error
+        why = first_line(error)
     warnings.warn(f"steps are not replayed as a CUDA graph: {why}", stacklevel=5)  # in who called `stylize`
     return step
 
@@ -102,13 +107,17 @@ def record(step: Step, image: Tensor) -> Step:
     fixed, graph = image.detach().clone(), torch.cuda.CUDAGraph()
     here, aside = torch.cuda.current_stream(image.device), _aside(image.device)
     aside.wait_stream(here)
-    # the outer context brings the stream back where a recording fails, which torch's own does not
-    with (
-        torch.cuda.device(image.device),
-        torch.cuda.stream(aside),
-        torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
-    ):
-        found = step(fixed)
+    try:
+        # the outer context brings the stream back where a recording fails, which torch's own does not
+        with (
+            torch.cuda.device(image.device),
+            torch.cuda.stream(aside),
+            torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
+        ):
+            found = step(fixed)
+    except BaseException:
+        _broken.append(graph)
+        raise
     here.wait_stream(aside)
 
     def replay(image: Tensor, reads: Step = step) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ import vggfeat
 from vggfeat.errors import InputError, RunError
 from vggfeat.features import VGGFeatures
 from vggfeat.image import fit, open_image, resize, save_image, to_pil, to_tensor
-from vggfeat.processor import bfloat16_is_fast
+from vggfeat.processor import bfloat16_is_fast, resolve
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.gpu import Reading, ahead, recorded
 from vggfeat.transfer.objective import TERMS, Objective
@@ -80,13 +80,15 @@ class StyleResult:
         config: the settings.
         history: one record a step: `scale`, `step`, `width`, `height`, and the losses by name.
         losses: `total`, `style`, `content`, `tv` of the picture as it is saved, clamped and in 8 bits; empty where
-            Ctrl-C came before the finest scale.
+            it ended before the finest scale.
         weights: the weights that were used, in words.
         arch: the network.
         device: where it ran.
         precision: what the network ran in.
         elapsed: seconds.
         interrupted: whether Ctrl-C ended it early; the picture is then the best so far.
+        failure: what went wrong where memory did not suffice for a finer scale, else None; the picture is then that of
+            the coarser scales, enlarged.
     """
 
     image: Image.Image
@@ -99,6 +101,7 @@ class StyleResult:
     precision: str
     elapsed: float
     interrupted: bool
+    failure: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the picture and the history, as plain values for JSON."""
@@ -114,6 +117,7 @@ class StyleResult:
             "precision": self.precision,
             "elapsed": round(self.elapsed, 3),
             "interrupted": self.interrupted,
+            "failure": self.failure,
             "config": self.config.to_dict(),
         }
 
@@ -131,7 +135,8 @@ def stylize(
 ) -> StyleResult:
     """Paint the content in the manner of the style (Gatys, Ecker and Bethge 2016).
 
-    Ctrl-C does not raise: it ends the run with the best picture so far, and the result says `interrupted`.
+    Ctrl-C does not raise: it ends the run with the best picture so far, and the result says `interrupted`. Nor does a lack
+    of memory at a finer scale than the first: the picture is then that of the coarser ones, and `failure` says why.
 
     Args:
         content: a file, a PIL image, or a tensor (1,3,H,W) in [0,1].
@@ -151,7 +156,7 @@ def stylize(
     if not styles:
         raise InputError("no style image: give at least one")
     config.shares("style_blend", len(styles))
-    device = _device(config.device)
+    device = resolve(config.device)
     weights = (config.weights == "auto" and os.environ.get("VGGFEAT_WEIGHTS")) or config.weights
     loaded = load(weights, config.arch or (None if _has_own_arch(weights) else "vgg19"))
     features = VGGFeatures(
@@ -183,7 +188,7 @@ class _Run:
         self.content, self.styles = content, styles
         self.sizes = _scales(content, config, features.plan.min_size)
         self.history: list[dict[str, float]] = []
-        self.interrupted = False
+        self.interrupted, self.failure = False, None
         self.start = time.perf_counter()
         self.work = sum(w * h * self._steps(number) for number, (w, h) in enumerate(self.sizes, start=1))
         self.done = 0
@@ -231,7 +236,8 @@ class _Run:
         return Objective(self.features, self.config, self._tensor(self.content, width, height), styles)
 
     def go(self) -> None:
-        """All scales, or as many as Ctrl-C leaves time for."""
+        """All scales, or as many as Ctrl-C leaves time for, or memory room."""
+        number = 1
         try:
             for number, (width, height) in enumerate(self.sizes, start=1):
                 if self.image.shape[2:] != (height, width):
@@ -240,6 +246,11 @@ class _Run:
                 self._scale(number, self.objective)
         except KeyboardInterrupt:
             self.interrupted = True
+        except (MemoryError, RuntimeError) as error:
+            if number == 1 or not _lacks_memory(error):
+                raise
+            self.objective = None
+            self.failure = f"not enough memory for {width}×{height}: {' '.join(str(error).split())[:200]}"
 
     def _scale(self, number: int, objective: Objective) -> None:
         config, steps = self.config, self._steps(number)
@@ -307,7 +318,12 @@ class _Run:
             precision=_precision(self.config.precision, self.device),
             elapsed=time.perf_counter() - self.start,
             interrupted=self.interrupted,
+            failure=self.failure,
         )
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _together(total: Tensor, terms: dict[str, Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -335,17 +351,6 @@ def _picture(image: ImageLike) -> Image.Image:
 
 def _has_own_arch(weights: str) -> bool:
     return weights not in ("auto", "imagenet", "caffe", "random")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _scales(content: Image.Image, config: StyleConfig, least: int) -> list[tuple[int, int]]:

@@ -164,9 +164,16 @@ def _quarters(x: Tensor, h: int, w: int) -> list[Tensor]:
     return [x[:, :, i : 2 * h : 2, j : 2 * w : 2] for i in (0, 1) for j in (0, 1)]
 
 
+def lrn(x: Tensor) -> Tensor:
+    """Local response normalisation, in float32 or better: a CPU lacks the pool that it is made of in bfloat16."""
+    return F.local_response_norm(x.to(torch.promote_types(x.dtype, torch.float32)), *LRN).to(x.dtype)
+
+
 def lrn_back(grad: Tensor, x: Tensor) -> Tensor:
     """Of y = x / d^β with d = k + α · mean of x² over the neighbouring channels."""
     size, alpha, beta, k = LRN
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grad, x, given = grad.to(dtype), x.to(dtype), grad.dtype
 
     def neighbours(v: Tensor) -> Tensor:
         reach = size // 2
@@ -174,7 +181,7 @@ def lrn_back(grad: Tensor, x: Tensor) -> Tensor:
 
     d = k + alpha * neighbours(x * x)
     back = neighbours(grad * x * d ** (-beta - 1))
-    return laid(grad * d**-beta - 2 * alpha * beta * x * back)
+    return laid((grad * d**-beta - 2 * alpha * beta * x * back).to(given))
 
 
 def laid(grad: Tensor) -> Tensor:

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vggfeat.arch import LRN
 from vggfeat.trunk import layers
 from vggfeat.trunk.bits import pack, unpack
 from vggfeat.trunk.plan import Plan, Stage
@@ -84,7 +82,7 @@ def trunk_forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) ->
                 elif "sign" in wants:
                     kept.append(pack(x))
             if "lrn" in stage.steps:
-                x = F.local_response_norm(x, *LRN)
+                x = layers.lrn(x)
                 if "lrn" in stage.taps:
                     taps.append(x)
             if "pool" in stage.steps:
@@ -157,11 +155,7 @@ def trunk_backward(
                     if plan.pooling == "max":
                         flow.own(layers.max_pool_back(flow.grad, height, width, route, pooled))
                     else:
-                        before = (
-                            F.local_response_norm(values, *LRN)
-                            if values is not None and "lrn" in stage.steps
-                            else values
-                        )
+                        before = layers.lrn(values) if values is not None and "lrn" in stage.steps else values
                         flow.own(layers.pool_back(flow.grad, height, width, plan.pooling, before))
             if "lrn" in stage.steps:
                 flow.add(arriving("lrn"))

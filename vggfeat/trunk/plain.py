@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.arch import LRN
-from vggfeat.trunk.layers import doubled, padded, plain_pool
+from vggfeat.trunk.layers import doubled, lrn, padded, plain_pool
 from vggfeat.trunk.plan import Plan
 
 __all__ = ["plain"]
@@ -39,7 +38,7 @@ def plain(x: Tensor, filters: Sequence[Tensor], plan: Plan) -> list[Tensor]:
             if step == "relu":
                 x = F.relu(x)
             elif step == "lrn":
-                x = F.local_response_norm(x, *LRN)
+                x = lrn(x)
             elif step == "pool":
                 x = plain_pool(x, plan.pooling)
             if step in stage.taps:

@@ -355,4 +355,5 @@ def invert(
     result = stylize(original, original, config, callback=callback)
     term = "style" if gram else "content"
     error = result.losses.get(term, math.nan)
-    return Inversion(result.image, original, layers, error, result.history[0][term], result)
+    start = result.history[0][term] if result.history else math.nan  # after Ctrl-C in the first step
+    return Inversion(result.image, original, layers, error, start, result)

@@ -15,7 +15,7 @@ from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import mse, unit_normalize, wide
 from vggfeat.image import to_pil
-from vggfeat.network import VGG, vgg
+from vggfeat.network import VGG, of_weights
 from vggfeat.visualize.inputs import ImageLike, load_image
 from vggfeat.visualize.sheet import Sheet, overlay, spread
 from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, facts_of, load
@@ -183,8 +183,8 @@ def cam(
             )
         if names is None and isinstance(weights, str | os.PathLike):
             names = facts_of(weights).get("classes")
-        label, found, mean, std = loaded.label, loaded.arch, IMAGENET.mean, IMAGENET.std
-        net = vgg(found.config, found.num_classes, found.batch_norm, loaded, str(found.head), found.width)
+        label, mean, std = loaded.label, IMAGENET.mean, IMAGENET.std
+        net = of_weights(loaded)
     last = net.arch.names[-1]
     layer = layer or [each.name for each in net.arch.layers if each.kind == "relu"][-1]
     net.arch.layer(layer)
