@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vggfeat
+from vggfeat.errors import first_line
 
 
 def vgg16(classes, width):

@@ -343,3 +343,12 @@ def test_total_variation_does_not_depend_on_the_size():
 def test_total_variation_takes_differences_in_float32():
     image = (1 + torch.rand(1, 3, 16, 16)).bfloat16()
     assert torch.allclose(VF.total_variation(image), VF.total_variation(image.float()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 5), (2, 3, 5, 1), (2, 3, 1, 1), (0, 3, 4, 4)])
+def test_total_variation_of_a_line(shape):
+    """What has no neighbour differs from none."""
+    image = torch.rand(shape, dtype=torch.float64)
+    lines = image.flatten(2)
+    expected = (lines[..., 1:] - lines[..., :-1]).square().sum((1, 2)) / (3 * max(1, lines.shape[2] - 1))
+    torch.testing.assert_close(VF.total_variation(image), expected if shape[0] else image.new_zeros(0))

@@ -781,6 +781,53 @@ def test_a_run_goes_on_as_weights(finished, tmp_path):
     assert seen.class_name == "bee" and "1 bee" in seen.sheet.labels[1]
 
 
+def test_a_tensorboard_that_does_not_work_stops_nothing(data, tmp_path, monkeypatch):
+    module = type(sys)("torch.utils.tensorboard")
+
+    def broken(*_):
+        raise TypeError("Descriptors cannot be created directly")
+
+    module.SummaryWriter, told = broken, []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    config = TrainConfig(**TINY | {"epochs": 1})
+    assert vggfeat.train(data, None, config, tmp_path / "r", announce=told.append).history
+    assert "no log for TensorBoard, which does not work here: Descriptors cannot be created directly" in told
+
+
+def test_settings_of_torchs_are_left_as_they_were(data, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        run(data, tmp_path / "r", deterministic=True, epochs=1)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_some_clusters_variables_are_not_torchruns(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run(data, tmp_path / "r", epochs=1).history
+
+
+@pytest.mark.parametrize("damage", range(40))
+def test_a_damaged_checkpoint_is_passed_over_whatever_the_damage(finished, tmp_path, damage):
+    result, _ = finished
+    older, newer = sorted((result.folder / "checkpoints").iterdir())
+    for path in (older, newer):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content, draw = bytearray(newer.read_bytes()), random.Random(damage)
+    if damage < 20:  # where zips keep their directory, and all over the file
+        place = len(content) - 1 - draw.randrange(6000)
+    else:
+        place = draw.randrange(len(content))
+    content[place] ^= 1 << draw.randrange(8)
+    (tmp_path / newer.name).write_bytes(content)
+    state, wrong = checkpoint.newest(tmp_path)
+    assert state is not None and len(wrong) <= 1
+    assert state["epoch"] == (6 if wrong else 7)
+
+
 def test_what_freezes_is_the_convolutional_part(data, tmp_path):
     with pytest.raises(InputError, match="one of the head's layers"):
         begun(data, tmp_path, arch="vgg11", width=1.0, weights="random", new_head=True, head="paper", freeze="fc7")

@@ -713,6 +713,36 @@ def test_an_error_in_the_callback_is_the_callers(config, pair):
 # ── stylize: trouble on the way ───────────────────────────────────────────────────────────────────────────────────────
 
 
+OUT_OF_MEMORY = [
+    MemoryError("no room"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", [*OUT_OF_MEMORY, RuntimeError("something else")])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_lack_of_memory_keeps_what_there_is(config, pair, error, scale, monkeypatch):
+    config, value_and_grad = config(start_size=24, steps=3), Objective.value_and_grad
+    sizes = []
+
+    def lacking(self, image):
+        sizes.append(image.shape)
+        if len(set(sizes)) == scale:
+            raise error
+        return value_and_grad(self, image)
+
+    monkeypatch.setattr(Objective, "value_and_grad", lacking)
+    if scale == 1 or error not in OUT_OF_MEMORY:
+        with pytest.raises(type(error), match=str(error)):
+            stylize(*pair, config)
+        return
+    result = stylize(*pair, config)
+    assert result.failure.startswith("not enough memory for 48×36: ") and str(error) in result.failure
+    assert not result.interrupted and result.losses == {} and result.image.size == (48, 36)
+    assert len(result.history) == 2 and result.to_dict()["failure"] == result.failure
+
+
 @pytest.mark.parametrize("stop", [0, 1, 3, 5, 7])
 def test_ctrl_c_gives_the_best_picture_so_far(state, config, pair, stop, monkeypatch):
     config = config(start_size=24, steps=5)

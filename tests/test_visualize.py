@@ -301,9 +301,28 @@ def test_a_dream_of_a_class(headed):
 def test_a_dream_of_a_class_needs_a_classifier(small):
     with pytest.raises(vggfeat.WeightsError, match="hold no classifier"):
         dream("fc8", [3], weights=small)
-    for wrong in ({"steps": 0}, {"size": 1}, {"jitter": -1}, {"learning_rate": 0.0}, {"parametrization": "dct"}):
+    for wrong in (
+        {"steps": 0},
+        {"size": 1},
+        {"jitter": -1},
+        {"learning_rate": 0.0},
+        {"parametrization": "dct"},
+        {"size": 3, "parametrization": "pixels"},
+        {"device": "nonsense"},
+    ):
         with pytest.raises(vggfeat.InputError, match=next(iter(wrong))):
             dream("relu1_1", weights=small, **wrong)
+
+
+def test_an_inversion_that_was_stopped_at_once(small, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vggfeat.transfer.objective.Objective.value_and_grad", stopped)
+    found = invert(noise(48, 48), size=48, weights="bundled")
+    assert found.result.interrupted and found.image.size == (48, 48)
+    with pytest.raises(vggfeat.InputError, match="unknown option 'precisoin': did you mean precision"):
+        invert(noise(48, 48), size=48, weights="bundled", precisoin="float32")
 
 
 def test_amplitudes_fall_with_frequency():

@@ -903,6 +903,23 @@ def test_a_network_has_the_channels_of_its_weights(state):
     assert 0 <= found.class_index < 3
 
 
+def test_random_weights_are_the_same_under_autocast():
+    arch = Arch("A", head=None, unit=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = W.load("random", arch).state
+    assert all(torch.equal(value, found[key]) for key, value in W.load("random", arch).state.items())
+
+
+def test_auto_takes_an_architecture_as_it_takes_its_name(monkeypatch, tmp_path):
+    monkeypatch.delenv("VGGFEAT_WEIGHTS", raising=False)
+    monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
+    monkeypatch.setattr(W, "find", lambda *_: (_ for _ in ()).throw(WeightsUnavailableError("offline")))
+    assert W.load("auto", parse("vgg19")).label == "bundled (offline)"
+    assert W.load("auto", parse("vgg11")).label == "random (offline)"
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", "random")
+    assert W.load("auto", "vgg19").label == "random"
+
+
 def test_load_weights_that_do_not_fit(state):
     with pytest.raises(WeightsError, match="width 0.0625, the network width 0.125"):
         W.load_weights(small(width=1 / 8), state)

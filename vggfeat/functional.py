@@ -88,7 +88,7 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(features)
         features = features.contiguous(memory_format=torch.channels_last)
         n, c, h, w = features.shape
-        out = torch.zeros(n, c, c, dtype=wide(features[:0]).dtype)
+        out = features.new_zeros(n, c, c, dtype=wide(features[:0]).dtype)
         add = _add_by_convolution if _convolution_is_faster() else _add_by_matmul
         rows = max(1, _Products.CHUNK // (c * w))
         for image, total in zip(_images(features), out, strict=True):
@@ -130,7 +130,8 @@ def _add_by_convolution(total: Tensor, part: Tensor) -> None:
 @functools.cache
 def _convolution_is_faster() -> bool:
     """Which of the two is the faster one here, by trying: processors differ by several times, either way."""
-    total, part = torch.zeros(64, 64), torch.ones(1, 64, 32, 128).contiguous(memory_format=torch.channels_last)
+    total, part = torch.zeros(64, 64, device="cpu"), torch.ones(1, 64, 32, 128, device="cpu")
+    part = part.contiguous(memory_format=torch.channels_last)
     times: dict[Any, list[float]] = {_add_by_convolution: [], _add_by_matmul: []}
     for _ in range(3):  # the first round sets up what both keep
         for add, seconds in times.items():
@@ -306,4 +307,5 @@ def total_variation(images: Tensor) -> Tensor:
     images = wide(images)
     down = (images[:, :, 1:] - images[:, :, :-1]).square()
     across = (images[..., 1:] - images[..., :-1]).square()
-    return masked_mean(down) + masked_mean(across)
+    # an image of one row has none above another
+    return sum((masked_mean(each) for each in (down, across) if each[:1].numel()), images.new_zeros(len(images)))

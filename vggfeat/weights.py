@@ -180,10 +180,10 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
     Args:
         weights: `"imagenet"` (torchvision's), `"caffe"` (Oxford's release), `"bundled"` (a slim VGG-19 that comes
             with this package), `"random"` (seeded, every convolution calibrated to mean 0 and variance 1), `"auto"`
-            (imagenet where it can be had, else bundled, or random for an architecture other than vgg19), a path to a
-            `.pth`, `.safetensors` or Keras `.h5` file or to the folder of a run of `train`, or a state dict. `"caffe:PATH"` says of a `.pth` or
-            `.safetensors` file that it takes Oxford's input convention (BGR, 0..255); files published under a known
-            name and Keras files are known to.
+            (what VGGFEAT_WEIGHTS says, else imagenet where it can be had, else bundled, or random for an architecture
+            other than vgg19), a path to a `.pth`, `.safetensors` or Keras `.h5` file or to the folder of a run of
+            `train`, or a state dict. `"caffe:PATH"` says of a `.pth` or `.safetensors` file that it takes Oxford's
+            input convention (BGR, 0..255); files published under a known name and Keras files are known to.
             What was loaded already is given back.
         arch: the network, by name; None means the file's own, and vgg16 where nothing implies one.
 
@@ -195,8 +195,7 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
     """
     if isinstance(weights, Weights):
         return weights
-    if isinstance(weights, _Default):
-        weights = os.environ.get("VGGFEAT_WEIGHTS") or "imagenet"
+    weights = resolved(weights)
     if isinstance(weights, Mapping):
         return _read_state(weights, arch, IMAGENET, "from a state dict")
     if not isinstance(weights, str | os.PathLike):
@@ -207,14 +206,15 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
         try:
             return load("imagenet", arch)
         except WeightsUnavailableError as error:
-            other = isinstance(arch, Arch) or (arch is not None and parse(arch).name != "vgg19")
+            other = arch is not None and parse(arch).name != "vgg19"
             loaded = load("random" if other else "bundled", arch)
             return replace(loaded, label=f"{loaded.label} ({str(error).split(';')[0]})")
     if weights == "bundled":
         return _read_state(read(BUNDLED), arch, IMAGENET, "bundled", file_key(BUNDLED))
     if weights == "random":
         chosen = replace(parse(arch or "vgg16"), head=None)
-        with torch.device("cpu"):  # the same numbers, whatever the default device is
+        # the same numbers, whatever the default device is, and under autocast
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             state = _random_state(chosen)
         return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", ("random", chosen))
     if isinstance(weights, str) and weights in SETS:
@@ -223,6 +223,13 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
         label = f"{weights} ({published.filename})"
         return _read_state(read(path), arch, published.convention, label, file_key(path))
     return _load_path(os.fspath(weights), arch)
+
+
+def resolved(weights: WeightsLike) -> Any:
+    """What the default and `"auto"` mean: what VGGFEAT_WEIGHTS says, where it says something; others as they are."""
+    if isinstance(weights, _Default):
+        return os.environ.get("VGGFEAT_WEIGHTS") or "imagenet"
+    return (os.environ.get("VGGFEAT_WEIGHTS") or "auto") if isinstance(weights, str) and weights == "auto" else weights
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
@@ -410,7 +417,7 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
         if not head and key.startswith("classifier."):
             state[key] = own[key]
         elif key.endswith("num_batches_tracked"):
-            state.setdefault(key, torch.zeros((), dtype=torch.long))
+            state.setdefault(key, torch.zeros((), dtype=torch.long, device="cpu"))
     net.load_state_dict({key: state[key] for key in own}, assign=meta)
     return net
 

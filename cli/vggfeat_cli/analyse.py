@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import vggfeat
-from vggfeat_cli.options import Values, resolved
+from vggfeat_cli.options import Values
 from vggfeat_cli.reports import (
     check_outputs,
     finish_report,
@@ -157,7 +157,7 @@ def fields(
     if samples:
         from vggfeat.weights import load
 
-        found = load(resolved(weights), arch)
+        found = load(weights, arch)
         click.echo(f"weights: {found.label}", err=True)
     options: dict[str, Any] = {"weights": found, "samples": samples, "measure": samples != 0, "overwrite": overwrite}
     click.echo(plot_receptive_fields(image, arch, layers, output, **options))

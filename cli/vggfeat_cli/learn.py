@@ -63,7 +63,9 @@ def train(
         raise vggfeat.InputError("--resume needs the run's folder: name it with --output")
     if first:
         check_outputs(None, plot, overwrite=resume)
-    folder = Path(output) if output else free_name(Path(f"{config.arch or 'vgg16_bn'}-{name}"))
+    folder = (
+        Path(output) if output else free_name(Path(f"{config.arch or Path(config.weights or 'vgg16_bn').stem}-{name}"))
+    )
     said = "  ".join(f"{key}={value}" for key, value in config.to_dict().items() if value is not None)
     lines = [f"recipe {name}: {said}"]  # told with the first line of the run, once it is clear that there will be one
 
@@ -83,7 +85,8 @@ def train(
     if plot is not None and result.history:
         from vggfeat.plots import plot_training
 
-        plot_training({result.net.arch.name: result.history}, plot, overwrite=True)
+        target = Path(plot) if resume else free_name(Path(plot))  # what has come to be there meanwhile stays
+        plot_training({result.net.arch.name: result.history}, target, overwrite=resume)
     last = result.history[-1] if result.history else None
     if as_json:
         summary = {

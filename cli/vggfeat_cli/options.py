@@ -1,9 +1,8 @@
-"""Flags made from a dataclass of settings, the kinds of value that they take, and which weights `auto` means."""
+"""Flags made from a dataclass of settings, and the kinds of value that they take."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,11 +28,6 @@ class Values(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gener
 _TYPES: dict[str, Any] = {kind.__name__: kind for kind in (int, float, str)}
 _TYPES |= {f"{kind.__name__} | None": kind for kind in (int, float, str)}
 _TYPES |= {f"tuple[{kind.__name__}, ...]{none}": Values(kind) for kind in (int, float, str) for none in ("", " | None")}
-
-
-def resolved(weights: str) -> str:
-    """`auto` unless the environment says otherwise; any others as they are."""
-    return (os.environ.get("VGGFEAT_WEIGHTS") or weights) if weights == "auto" else weights
 
 
 def settings(

@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 import vggfeat
-from vggfeat_cli.options import resolved
 from vggfeat_cli.run import INTERRUPTED
 
 Command = Callable[..., Any]
@@ -96,7 +95,7 @@ def filters(images: tuple[str, ...], output: str | None, overwrite: bool, **opti
     target = _target(output, f"filters-{options['layer']}.png", overwrite)
     from vggfeat.visualize import filters
 
-    sheet = filters(images=list(images), **_resolved(options))
+    sheet = filters(images=list(images), **options)
     _done(sheet.save(target, overwrite=overwrite), sheet.settings["weights"])
 
 
@@ -122,7 +121,7 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> Non
     target = _target(output, f"{Path(image).stem}-maps-{options['layer']}.png", overwrite)
     from vggfeat.visualize import maps
 
-    sheet = maps(image, **_resolved(options))
+    sheet = maps(image, **options)
     _done(sheet.save(target, overwrite=overwrite), sheet.settings["weights"])
 
 
@@ -147,7 +146,6 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> Non
 @_common
 def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet: bool, **options: Any) -> None:
     """Images that excite channels, units or classes most."""
-    options = _resolved(options)
     if classes is not None:
         if options["channels"] is not None:
             raise vggfeat.InputError("give --channel or --class, not both")
@@ -201,9 +199,7 @@ def invert(
     results = []
     for group in groups:
         with _bar(1.0, quiet) as bar:
-            results.append(
-                invert(image, group, **_resolved(options), callback=lambda step: bar.update(step.progress - bar.n))
-            )
+            results.append(invert(image, group, **options, callback=lambda step: bar.update(step.progress - bar.n)))
         click.echo(f"{', '.join(results[-1].layers)}: error {results[-1].error:.4g}", err=True)
         if results[-1].result.interrupted:
             break
@@ -243,7 +239,7 @@ def distance(
     target = _target(output, "", overwrite) if output else None
     from vggfeat.visualize import distance
 
-    result = distance(a, b, layers or None, **_resolved(options))
+    result = distance(a, b, layers or None, **options)
     written = result.save(target, overwrite=overwrite) if target else None
     if as_json:
         summary = {key: result.sheet.settings[key] for key in ("total", "layers", "arch", "weights")}
@@ -266,7 +262,7 @@ def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> None
     target = _target(output, f"{Path(image).stem}-cam.png", overwrite)
     from vggfeat.visualize import cam
 
-    result = cam(image, **_resolved(options))
+    result = cam(image, **options)
     name = "" if result.class_name is None else f" {result.class_name}"
     click.echo(f"class {result.class_index}{name}: {100 * result.probability:.1f} %", err=True)
     _done(result.save(target, overwrite=overwrite), result.sheet.settings["weights"])
@@ -278,11 +274,6 @@ def _target(output: str | None, name: str, overwrite: bool) -> Path:
     from vggfeat.visualize import check_sheet
 
     return check_sheet(output or (name if overwrite else free_path(name)), overwrite=overwrite)
-
-
-def _resolved(options: dict[str, Any]) -> dict[str, Any]:
-    """With what the environment says of the weights."""
-    return options | {"weights": resolved(options["weights"])}
 
 
 def _done(written: Path | None, weights: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import sys
 
 import click
@@ -16,6 +17,9 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 def finish(command: click.Command) -> None:
     """Run a command and exit: 0, or one line on stderr and 2 for bad input, 1 for a failure, 130 after Ctrl-C."""
     name = command.name or "vggfeat"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # × and → are not in every code page
     keep_memory()
     try:
         code = command.main(prog_name=name, standalone_mode=False)

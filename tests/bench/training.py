@@ -23,9 +23,9 @@ from vggfeat_cli.run import keep_memory
 from tests.bench.harness import alternate, machine
 from vggfeat.convolution import convolve
 from vggfeat.network import vgg
+from vggfeat.processor import resolve
 from vggfeat.training.config import recipe
 from vggfeat.training.data import ImageSet
-from vggfeat.processor import resolve
 from vggfeat.training.distributed import World
 from vggfeat.training.loop import _Run
 

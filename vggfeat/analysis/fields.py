@@ -157,10 +157,10 @@ def effective_field(
     middle = math.ceil(field / stride / 2)  # units on each side, so that the image has the whole square
     side = stride * (2 * middle + 1)
     generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(side, side, dtype=torch.float64)
+    total = torch.zeros(side, side, dtype=torch.float64, device="cpu")
     for _ in range(samples):
         # in float64, whose convolutions are direct: those by tiles leave traces of rounding outside the field
-        image = torch.rand(1, 3, side, side, generator=generator).double().requires_grad_()
+        image = torch.rand(1, 3, side, side, generator=generator, device="cpu").double().requires_grad_()
         unit = features(image)[layer][0, :, middle, middle].sum()
         total += torch.autograd.grad(unit, image)[0][0].abs().mean(0)
     rows, columns = (total.amax(1) > 0).nonzero(), (total.amax(0) > 0).nonzero()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -125,7 +124,9 @@ def measure_net(
     from torch.nn import functional as F
 
     gauge = PeakMemory(device)
-    net = build().to(device)
+    with torch.device("cpu"):
+        net = build()
+    net.to(device)
     images = torch.rand(batch, 3, size, size, device=device)
     targets = torch.zeros(batch, dtype=torch.long, device=device)
 

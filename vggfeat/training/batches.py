@@ -53,7 +53,7 @@ def parted(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSe
     Raises:
         InputError: a share that is no image of any class.
     """
-    order = torch.randperm(len(images), generator=seeded(seed, -2))
+    order = torch.randperm(len(images), generator=seeded(seed, -2), device="cpu")
     out = []
     for number in range(len(images.classes)):
         mine = order[images.labels[order] == number]
@@ -61,7 +61,7 @@ def parted(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSe
     chosen = torch.cat(out).sort().values
     if not len(chosen):
         raise InputError(f"holdout {share} of {len(images)} images is none of any class: raise it")
-    rest = torch.ones(len(images), dtype=torch.bool)
+    rest = torch.ones(len(images), dtype=torch.bool, device="cpu")
     rest[chosen] = False
     return images.subset(rest.nonzero().flatten()), images.subset(chosen)
 
@@ -135,8 +135,8 @@ class Batches:
             )
         self.images, self.config, self.device, self.size = images, config, device, size
         # of each part every process has a piece, so that parts are the same however many processes there are
-        places = torch.arange(config.batch_size).view(config.accumulate, -1)
-        own = torch.arange(places.shape[1]).view(world, -1)[rank]
+        places = torch.arange(config.batch_size, device="cpu").view(config.accumulate, -1)
+        own = torch.arange(places.shape[1], device="cpu").view(world, -1)[rank]
         self.extra = int(world > 1 and bool(config.mixup or config.cutmix))
         if self.extra:  # which mix each image with the one before it
             own = torch.cat([own[:1] - 1, own])
@@ -158,11 +158,11 @@ class Batches:
                     f"images of {width}×{height} with pad {config.pad} are smaller than size {size}: set resize"
                 )
         # which images are mirrored in even epochs, and which in odd ones
-        self.turns = torch.rand(len(images), generator=seeded(config.seed)) < 0.5
+        self.turns = torch.rand(len(images), generator=seeded(config.seed), device="cpu") < 0.5
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
         """The batches of an epoch from step `first` on, each as its `accumulate` parts."""
-        order = torch.randperm(len(self.images), generator=seeded(self.config.seed, epoch))
+        order = torch.randperm(len(self.images), generator=seeded(self.config.seed, epoch), device="cpu")
         chosen = order[: self.steps * self.config.batch_size].view(self.steps, -1)[:, self.own]  # (steps,n)
         steps = range(first, self.steps)
         found = self._read(chosen, epoch, steps) if self.pixels is None else self._gathered(chosen, epoch, steps)
@@ -178,9 +178,9 @@ class Batches:
         for step in steps:
             generator = seeded(config.seed, epoch, step, 0)
             rows, columns = (
-                torch.randint(
-                    -config.pad, side + config.pad - self.size + 1, (config.batch_size, 1), generator=generator
-                )[self.own].to(device, non_blocking=True)
+                _drawn(-config.pad, side + config.pad - self.size + 1, (config.batch_size, 1), generator)[self.own].to(
+                    device, non_blocking=True
+                )
                 + span
                 for side in self.pixels.shape[1:3]
             )  # (n,size), beyond the border where there is padding
@@ -207,26 +207,30 @@ class Batches:
                 raise RunError(f"no image of a whole batch can be read, such as {bad[0]}")
             self.skipped.update(bad)
             # in the place of one that cannot be read comes another of the batch, so that batches keep their size
-            places = torch.arange(len(numbers) + len(bad)) % len(numbers)
+            places = torch.arange(len(numbers) + len(bad), device="cpu") % len(numbers)
             yield numbers[places], normalised(crops[places].to(self.device, non_blocking=True))
 
     def _augmented(self, numbers: Tensor, images: Tensor, epoch: int, step: int) -> Tensor:
         """Mirror and blank: what needs no more than the crops themselves."""
         config = self.config
         generator = seeded(config.seed, epoch, step, 1)
-        flips = (torch.rand(config.batch_size, generator=generator) < 0.5)[self.own]
+        flips = (torch.rand(config.batch_size, generator=generator, device="cpu") < 0.5)[self.own]
         if config.flip == "alternating":
             flips = self.turns[numbers] ^ bool(epoch % 2)
         if config.flip != "none":
             images = torch.where(flips.to(self.device, non_blocking=True)[:, None, None, None], images.flip(3), images)
         if config.cutout:
             span = torch.arange(self.size, device=self.device)
-            corners = torch.randint(self.size, (2, config.batch_size, 1), generator=generator) - config.cutout // 2
+            corners = _drawn(0, self.size, (2, config.batch_size, 1), generator) - config.cutout // 2
             rows, columns = (
                 _inside(span - corner[self.own].to(self.device, non_blocking=True), config.cutout) for corner in corners
             )
             images = images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
         return images
+
+
+def _drawn(low: int, high: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(low, high, size, generator=generator, device="cpu")
 
 
 def _inside(lines: Tensor, side: int) -> Tensor:
@@ -241,9 +245,9 @@ def _reflected(lines: Tensor, side: int) -> Tensor:
 def _stacked(read: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor, list[str]]:
     """Numbers and pixels of the images that could be read, each as one tensor, and what was wrong with the others."""
     good = [(number, pixels) for number, pixels in read if isinstance(pixels, Tensor)]
-    crops = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0)
+    crops = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0, device="cpu")
     return (
-        torch.tensor([number for number, _ in good]),
+        torch.tensor([number for number, _ in good], device="cpu"),
         crops,
         [pixels for _, pixels in read if isinstance(pixels, str)],
     )

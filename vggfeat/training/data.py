@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import functools
 import hashlib
 import io
@@ -121,6 +122,8 @@ def _load(
     data: str | os.PathLike[str] | ImageSet, resize: tuple[int, ...] | None, bad_images: str, last: bool = False
 ) -> tuple[ImageSet, ImageSet | None]:
     if isinstance(data, ImageSet):
+        if resize is not None:
+            _keep(data := copy.copy(data), resize, bad_images)
         return data, None
     path = Path(data)
     if not path.exists():
@@ -208,7 +211,7 @@ def _class_folders(path: Path, tree: _Tree) -> ImageSet:
             f"fill or remove {'it' if len(empty) == 1 else 'them'}"
         )
     number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[name.split("/")[0]] for name in names])
+    labels = torch.tensor([number[name.split("/")[0]] for name in names], device="cpu")
     return ImageSet(f"{path}/{tree.prefix}".rstrip("/"), classes, labels, names, _Reader(path, tree.prefix, names))
 
 
@@ -245,7 +248,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
         return  # each epoch wants it in another size
     good: list[int] = []
     bad: list[tuple[int, str]] = []
-    store = torch.empty(0)
+    store = torch.empty(0, device="cpu")
     for i in range(len(images)):
         try:
             image = scaled(images.read(i), resize)
@@ -256,7 +259,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
             shape = (image.height, image.width, 3)
             if 3 * image.height * image.width * len(images) > _memory() // 4:
                 return
-            store = torch.empty(len(images), *shape, dtype=torch.uint8)
+            store = torch.empty(len(images), *shape, dtype=torch.uint8, device="cpu")
         elif (image.height, image.width, 3) != shape:
             return
         store[len(good)] = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(shape)
@@ -270,7 +273,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
     images.skipped = [images.names[i] for i, _ in bad]
     if bad:
         images.read = _Some(images.read, good)
-        images.labels, images.names = images.labels[torch.tensor(good)], [images.names[i] for i in good]
+        images.labels, images.names = images.labels[torch.tensor(good, device="cpu")], [images.names[i] for i in good]
         if lost := set(range(len(images.classes))) - set(images.labels.tolist()):
             name = images.classes[min(lost)]
             raise InputError(f"class {name} of {images.label} has no image that can be read")
@@ -337,13 +340,13 @@ def _cifar(path: Path) -> list[ImageSet]:
     for train, test, meta, head in _BINARY:
         if {*train, *test} <= files.keys():
             names = files[meta]().decode().split() if meta in files else None
-            parts = [_binary(path, b"".join(files[name]() for name in part), head) for part in (train, test)]
+            parts = [_joined([_binary(name, files[name](), head) for name in part]) for part in (train, test)]
             return [_cifar_set(f"{path}, {what}", *part, names) for what, part in zip(SETS, parts, strict=True)]
     for train, test, meta, names_key, labels_key in _PYTHON:
         if {*train, *test, meta} <= files.keys():
             try:
                 names = [name.decode() for name in _unpickled(files[meta]())[names_key]]
-                parts = [_batches([_unpickled(files[name]()) for name in part], labels_key) for part in (train, test)]
+                parts = [_joined([_batch(_unpickled(files[name]()), labels_key) for name in p]) for p in (train, test)]
             except Exception as error:  # a damaged pickle fails in every way there is
                 raise InputError(f"{path} is damaged or not CIFAR as published: {error}") from error
             return [_cifar_set(f"{path}, {what}", *part, names) for what, part in zip(SETS, parts, strict=True)]
@@ -371,9 +374,15 @@ def _cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
     return {name: functools.partial(bytes, content) for name, content in contents.items()}
 
 
-def _binary(path: Path, content: bytes, head: int) -> _Part:
+def _joined(parts: list[_Part]) -> _Part:
+    return torch.cat([pixels for pixels, _ in parts]), [label for _, labels in parts for label in labels]
+
+
+def _binary(name: str, content: bytes, head: int) -> _Part:
     if not content or len(content) % (head + 3072):
-        raise InputError(f"{path}: {len(content)} bytes are no whole number of images of {head + 3072}; fetch it again")
+        raise InputError(
+            f"CIFAR's {name}: {len(content)} bytes are no whole number of images of {head + 3072}; fetch it again"
+        )
     rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, head + 3072)
     return rows[:, head:], rows[:, head - 1].tolist()
 
@@ -395,9 +404,8 @@ def _unpickled(content: bytes) -> Any:
     return _Unpickler(io.BytesIO(content), encoding="bytes").load()
 
 
-def _batches(batches: list[Any], labels_key: bytes) -> _Part:
-    pixels = torch.cat([torch.from_numpy(batch[b"data"]).view(-1, 3072) for batch in batches])
-    return pixels, [int(label) for batch in batches for label in batch[labels_key]]
+def _batch(batch: Any, labels_key: bytes) -> _Part:
+    return torch.from_numpy(batch[b"data"]).view(-1, 3072), [int(label) for label in batch[labels_key]]
 
 
 def _cifar_set(label: str, pixels: Tensor, labels: list[int], names: list[str] | None) -> ImageSet:
@@ -407,4 +415,4 @@ def _cifar_set(label: str, pixels: Tensor, labels: list[int], names: list[str] |
     images = pixels.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()  # (N,H,W,3)
 
     names = [f"image {i}" for i in range(len(labels))]
-    return ImageSet(label, classes, torch.tensor(labels), names, _Pixels(images), images)
+    return ImageSet(label, classes, torch.tensor(labels, device="cpu"), names, _Pixels(images), images)

@@ -43,7 +43,8 @@ def joined(device: str) -> Iterator[World]:
     Raises:
         InputError: a device that is not there.
     """
-    if not dist.is_available() or ("WORLD_SIZE" not in os.environ and not dist.is_initialized()):
+    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not dist.is_available() or not (started or dist.is_initialized()):
         yield World(resolve(device))
         return
     own = not dist.is_initialized()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -212,7 +211,7 @@ def _network(weights: WeightsLike, arch: str | None) -> VGG:
     loaded = load_set(weights, arch)
     if loaded.arch.head is None:
         raise InputError(f"weights {loaded.label} have no classifier to test")
-    net: VGG = of_weights(loaded).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net: VGG = of_weights(loaded).to(memory_format=torch.channels_last)
     return net
 
 
@@ -232,7 +231,7 @@ def tested(
     scales: tuple[int | None, ...] = views.scales or (None if images.pixels is not None else scale_for(size),)
     net.eval()
     scores = torch.zeros(len(images), net.arch.num_classes, device=world.device)
-    own = torch.arange(len(images))[world.rank :: world.size]
+    own = torch.arange(len(images), device="cpu")[world.rank :: world.size]
     bad: set[int] = set()
     count = 0
     with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
@@ -333,7 +332,7 @@ def _by_shape(read: list[tuple[int, Tensor | str]]) -> tuple[list[tuple[Tensor, 
         if isinstance(pixels, Tensor):
             shapes.setdefault(pixels.shape, []).append((number, pixels))
     groups = [
-        (torch.tensor([number for number, _ in group]), torch.stack([pixels for _, pixels in group]))
+        (torch.tensor([number for number, _ in group], device="cpu"), torch.stack([pixels for _, pixels in group]))
         for group in shapes.values()
     ]
     return groups, [(number, pixels) for number, pixels in read if isinstance(pixels, str)]

@@ -29,7 +29,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vggfeat.arch import Arch, parse, unit_of
-from vggfeat.errors import InputError, RunError, WeightsError
+from vggfeat.errors import InputError, RunError, WeightsError, first_line
 from vggfeat.files import new_file
 from vggfeat.network import VGG
 from vggfeat.processor import emulates
@@ -223,6 +223,7 @@ def _begin(
 def _repeatable(config: TrainConfig, world: World) -> Iterator[None]:
     """Seed torch's global generators for what draws from them, and leave them and its settings as they were."""
     before, chosen = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warns, workspace = torch.is_deterministic_algorithms_warn_only_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(seeded(config.seed, -3).initial_seed())
         if config.deterministic:
@@ -232,7 +233,9 @@ def _repeatable(config: TrainConfig, world: World) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before)
+            torch.use_deterministic_algorithms(before, warn_only=warns)
+            if workspace is None:
+                os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
             torch.backends.cudnn.benchmark = chosen
 
 
@@ -358,7 +361,8 @@ class _Run:
             )
         self.dtype = autocast_dtype(config.precision, world.device)
         self.batches = Batches(images, config, world.device, self.size, world.rank, world.size)
-        net = network(config, len(images.classes))
+        with torch.device("cpu"):  # drawn there, whatever the default device is, so that a seed means the same network
+            net = network(config, len(images.classes))
         self.net = net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net.checkpointing = config.checkpointing
         average = get_ema_multi_avg_fn(config.ema)
@@ -483,7 +487,7 @@ class _Run:
     def finish(self, damaged: list[str]) -> TrainResult:
         """Train from where it is to the end."""
         evaluation = None
-        board = _Board(self.folder / "tensorboard") if self.world.first else None
+        board = _Board(self.folder / "tensorboard", self.announce) if self.world.first else None
         with _signals(self):
             while self.epoch < self.config.epochs and not self.stop:
                 evaluation = self._epoch(board)
@@ -658,19 +662,22 @@ def _signals(run: _Run) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
 
 
 class _Board:
-    """TensorBoard's log, where it is installed."""
+    """TensorBoard's log, where it is installed and works."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, announce: Callable[[str], None]) -> None:
+        self.writer = None
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.writer = None
-        else:
+
             self.writer = SummaryWriter(str(folder))
+        except ImportError:
+            pass
+        except Exception as error:  # it is a log beside the log: no reason to stop
+            announce(f"no log for TensorBoard, which does not work here: {first_line(error)}")
 
     def write(self, epoch: Epoch) -> None:
         """A point on every curve."""

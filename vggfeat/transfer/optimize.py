@@ -41,13 +41,13 @@ class Spectrum:
     def __init__(self, image: Tensor, bands: int = 12, pairs: int = 3) -> None:
         self.shape, self.bands, self.pairs = image.shape, bands, pairs
         channels, height, width = image.shape[1:]
-        down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
+        down, across = torch.fft.fftfreq(height, device="cpu")[:, None], torch.fft.rfftfreq(width, device="cpu")
         frequency = torch.hypot(down, across)  # in cycles per pixel, up to √½
         lowest = 1 / min(height, width)
         position = (frequency.clamp_min(lowest) / lowest).log() / max(math.log(math.sqrt(0.5) / lowest), 1e-6)
         band = (position * bands).long().clamp_(max=bands - 1)
         # a Fourier transform over the channels has their mean, the brightness, first and differences behind it
-        apart = torch.arange(channels)[:, None, None].clamp_(max=1)
+        apart = torch.arange(channels, device="cpu")[:, None, None].clamp_(max=1)
         self.band = (band + bands * apart).to(image.device)
         # half of the spectrum says all: what is left out is the mirror image of what lies between the outer columns
         outer = (across == 0) | (across == 0.5)

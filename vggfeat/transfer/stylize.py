@@ -25,7 +25,7 @@ from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.gpu import Reading, ahead, recorded
 from vggfeat.transfer.objective import TERMS, Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Optimizer, Spectrum
-from vggfeat.weights import load
+from vggfeat.weights import load, resolved
 
 __all__ = ["StyleResult", "StyleStep", "stylize"]
 
@@ -135,8 +135,8 @@ def stylize(
 ) -> StyleResult:
     """Paint the content in the manner of the style (Gatys, Ecker and Bethge 2016).
 
-    Ctrl-C does not raise: it ends the run with the best picture so far, and the result says `interrupted`. Nor does a lack
-    of memory at a finer scale than the first: the picture is then that of the coarser ones, and `failure` says why.
+    Ctrl-C does not raise: it ends the run with the best picture so far, and the result says `interrupted`. Nor does a
+    lack of memory at a finer scale than the first: the picture is then that of the coarser ones, `failure` says why.
 
     Args:
         content: a file, a PIL image, or a tensor (1,3,H,W) in [0,1].
@@ -157,7 +157,7 @@ def stylize(
         raise InputError("no style image: give at least one")
     config.shares("style_blend", len(styles))
     device = resolve(config.device)
-    weights = (config.weights == "auto" and os.environ.get("VGGFEAT_WEIGHTS")) or config.weights
+    weights = resolved(config.weights)
     loaded = load(weights, config.arch or (None if _has_own_arch(weights) else "vgg19"))
     features = VGGFeatures(
         (*config.style_layers, *config.content_layers),
@@ -188,7 +188,8 @@ class _Run:
         self.content, self.styles = content, styles
         self.sizes = _scales(content, config, features.plan.min_size)
         self.history: list[dict[str, float]] = []
-        self.interrupted, self.failure = False, None
+        self.interrupted = False
+        self.failure: str | None = None
         self.start = time.perf_counter()
         self.work = sum(w * h * self._steps(number) for number, (w, h) in enumerate(self.sizes, start=1))
         self.done = 0
@@ -205,7 +206,8 @@ class _Run:
         if self.begun is not None:
             return self._tensor(self.begun, width, height)
         generator = torch.Generator().manual_seed(self.config.seed)
-        return (0.5 + 0.2 * torch.randn(1, 3, height, width, generator=generator)).clamp(0, 1).to(self.device)
+        noise = torch.randn(1, 3, height, width, generator=generator, device="cpu")
+        return (0.5 + 0.2 * noise).clamp(0, 1).to(self.device)
 
     def _steps(self, number: int) -> int:
         """How many steps a scale gets: the last one all, the others half as many, since that is where it shows."""

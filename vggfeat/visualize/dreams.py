@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +19,13 @@ from vggfeat.errors import InputError, WeightsError, nearest
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import wide
 from vggfeat.image import to_pil, to_tensor
+from vggfeat.processor import resolve
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.optimize import Adam
 from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize
 from vggfeat.visualize.inputs import ImageLike, chosen, load_image
 from vggfeat.visualize.sheet import Sheet
-from vggfeat.weights import DEFAULT, NAMES, WeightsLike, load
+from vggfeat.weights import DEFAULT, NAMES, WeightsLike, load, resolved
 
 __all__ = ["Dream", "DreamStep", "Inversion", "dream", "invert"]
 
@@ -123,7 +124,7 @@ def dream(
         arch: the network, see `VGGFeatures`.
         weights: see `vggfeat.weights.load`.
         precision: `auto`, `float32` or `bfloat16`.
-        device: where to run.
+        device: where to run; `auto` is CUDA where there is one, else the CPU.
         callback: called after each step.
 
     Raises:
@@ -132,12 +133,13 @@ def dream(
     """
     if parametrization not in PARAMETRIZATIONS:
         raise InputError(f"unknown parametrization {parametrization!r}: {nearest(parametrization, PARAMETRIZATIONS)}")
-    for name, value, least in (("steps", steps, 1), ("size", size, 2), ("jitter", jitter, 0)):
+    smallest = 2 if parametrization == "fourier" else 4  # which the blur needs
+    for name, value, least in (("steps", steps, 1), ("size", size, smallest), ("jitter", jitter, 0)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
     if not learning_rate > 0:
         raise InputError(f"learning_rate must be a positive number, got {learning_rate}")
-    loaded = load(weights, arch)
+    device, loaded = resolve(str(device)), load(weights, arch)
     if loaded.arch.head is None and layer in ("fc6", "relu6", "fc7", "relu7", "fc8", "fc"):
         raise WeightsError(f"weights {loaded.label} hold no classifier, so there is no {layer}: give some that do")
     loaded.require([layer])
@@ -156,7 +158,7 @@ def dream(
 
     generator = torch.Generator().manual_seed(seed)
     kind = _Fourier if parametrization == "fourier" else _Pixels
-    canvas: _Canvas = kind((len(shown), 3, size, size), learning_rate, generator, torch.device(device))
+    canvas: _Canvas = kind((len(shown), 3, size, size), learning_rate, generator, device)
     before = canvas.images()
     for step in range(1, steps + 1):
         images = canvas.images()
@@ -195,7 +197,7 @@ def _place(unit: bool | tuple[int, int], tap: Tensor, layer: str) -> tuple[int, 
 
 def _jittered(images: Tensor, jitter: int, generator: torch.Generator) -> Tensor:
     """The images shifted, turned and zoomed at random, all alike."""
-    draw = (torch.rand(4, generator=generator) * 2 - 1).tolist()
+    draw = (torch.rand(4, generator=generator, device="cpu") * 2 - 1).tolist()
     angle, zoom = math.radians(_TURN) * draw[0], 1 + _ZOOM * draw[1]
     cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom
     right, down = (2 * jitter * each / images.shape[2] for each in draw[2:])
@@ -219,11 +221,11 @@ class _Fourier:
 
     def __init__(self, shape: tuple[int, ...], rate: float, generator: torch.Generator, device: torch.device) -> None:
         self.size = shape[2:]
-        down, right = torch.fft.fftfreq(shape[2])[:, None], torch.fft.rfftfreq(shape[3])
+        down, right = torch.fft.fftfreq(shape[2], device="cpu")[:, None], torch.fft.rfftfreq(shape[3], device="cpu")
         # a frequency of f has amplitude 1/f, the mean that of the lowest; the rest makes a pixel's σ alike at any size
         frequency = torch.sqrt(down**2 + right**2).clamp_min(1 / max(self.size))
         self.scale = (math.sqrt(shape[2] * shape[3]) / 4 / frequency)[..., None].to(device)
-        start = 0.01 * torch.randn(*shape[:2], *frequency.shape, 2, generator=generator)
+        start = 0.01 * torch.randn(*shape[:2], *frequency.shape, 2, generator=generator, device="cpu")
         self.spectrum = start.to(device).requires_grad_()
         self.colors = torch.tensor(_COLORS, device=device) / _SPREAD
         self.optimizer = torch.optim.Adam([self.spectrum], rate)
@@ -245,7 +247,7 @@ class _Pixels:
     """The values themselves, blurred now and then, the less the further the run."""
 
     def __init__(self, shape: tuple[int, ...], rate: float, generator: torch.Generator, device: torch.device) -> None:
-        self.pixels = (0.5 + 0.05 * torch.randn(shape, generator=generator)).to(device)
+        self.pixels = (0.5 + 0.05 * torch.randn(shape, generator=generator, device="cpu")).to(device)
         self.optimizer = Adam(rate / 3)
         self.count = 0
 
@@ -263,7 +265,8 @@ class _Pixels:
         self.count += 1
         if self.count % _BLUR == 0 and progress < 1:
             sigma = _BLURS[0] + (_BLURS[1] - _BLURS[0]) * progress
-            self.pixels = gaussian_blur2d(self.pixels, 7, (sigma, sigma))
+            with self.pixels.device:  # kornia makes its filter on the default one
+                self.pixels = gaussian_blur2d(self.pixels, 7, (sigma, sigma))
 
 
 # ── images back ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -337,7 +340,9 @@ def invert(
         RunError: the loss was not finite from the start.
     """
     original = to_pil(load_image(image, size))
-    weights = os.fspath(weights if weights is not DEFAULT else os.environ.get("VGGFEAT_WEIGHTS") or "imagenet")
+    weights = os.fspath(resolved(weights))
+    if odd := sorted(options.keys() - {each.name for each in fields(StyleConfig)}):
+        raise InputError(f"unknown option {odd[0]!r}: {nearest(odd[0], [each.name for each in fields(StyleConfig)])}")
     if layers is None:
         layers = ["relu3_1"]
         if gram:

@@ -186,7 +186,7 @@ def _peaks(tap: Tensor, layer: Layer, count: int) -> tuple[Tensor, Tensor]:
         tap = F.pad(inside, (edge, edge, edge, edge), value=-math.inf)
     where = F.max_pool2d(tap[None], 2 * reach + 1, 1, reach, return_indices=True)[1]
     flat = tap.flatten(1)
-    flat = flat.masked_fill(where[0].flatten(1) != torch.arange(flat.shape[1]), -math.inf)
+    flat = flat.masked_fill(where[0].flatten(1) != torch.arange(flat.shape[1], device=flat.device), -math.inf)
     values, places = flat.topk(min(count, flat.shape[1]))
     return values, torch.stack([places // tap.shape[2], places % tap.shape[2]], dim=-1)
 
