@@ -1,4 +1,4 @@
-"""The command line of exercises 2, 8 and 9: the keywords of `main` are the options, bad input is one line."""
+"""The command line of the exercises: the keywords of `main` are the options, bad input is one line."""
 
 import argparse
 import inspect
@@ -6,6 +6,12 @@ import sys
 
 from vggfeat.errors import InputError, VGGFeatError
 from vggfeat.plots import check_plot
+from vggfeat.visualize import check_sheet
+
+
+def names(text):
+    """Names between commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def command(main, doc):
@@ -19,13 +25,18 @@ def command(main, doc):
     for name, each in inspect.signature(main).parameters.items():
         if each.kind is each.VAR_POSITIONAL:
             parser.add_argument(name, nargs="*", default=())
+        elif each.default is False:
+            parser.add_argument(f"--{name}", action="store_true")
         else:
-            kind = str if each.default is None else type(each.default)
-            parser.add_argument(f"--{name}", type=kind, default=each.default, help=f"default: {each.default}")
+            kind = names if isinstance(each.default, tuple) else str if each.default is None else type(each.default)
+            shown = ",".join(each.default) if kind is names else each.default
+            parser.add_argument(f"--{name}", type=kind, default=each.default, help=f"default: {shown}")
     try:
         options = vars(parser.parse_args())
         if options.get("plot"):
             check_plot(options["plot"], overwrite=True)
+        if options.get("picture"):
+            check_sheet(options["picture"], overwrite=True)
         main(*options.pop("zips", ()), **options)
     except VGGFeatError as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,27 +1,33 @@
 """Exercise 4: the receptive field at each depth, by the architecture and as measured.
 
-python examples/exercise4_receptive_field.py [IMAGE PICTURE [WEIGHTS]]
+python examples/exercise4_receptive_field.py [--image FILE --plot FILE] [--weights W] [--layers NAMES] [--samples N]
 """
 
-import sys
+from pathlib import Path
+
+from console import command
 
 import vggfeat
 
-LAYERS = ("conv1_2", "pool1", "conv2_2", "pool2", "conv3_3")
+LAYERS = ("conv1_2", "conv2_2", "conv3_4", "conv4_4", "conv5_4")
+CONTENT = Path(__file__).with_name("content.jpg")
 
 
-def main(image=None, picture=None, weights="bundled", arch="vgg19", layers=LAYERS, samples=4):
-    print(f"{arch}, weights {weights}, {samples} noise images")
+def main(image=CONTENT, plot=None, weights="bundled", arch=None, layers=LAYERS, samples=4):
+    weights = vggfeat.weights.load(weights, arch)
+    print(f"{weights.arch.name}, weights {weights.label}, {samples} noise images")
     print("layer     theory  support of the gradient  effective  share of the area")
+    shares = []
     for name in layers:
-        found = vggfeat.effective_field(name, arch, weights=weights, samples=samples)
+        found = vggfeat.effective_field(name, weights=weights, samples=samples)
         support = "×".join(map(str, found.support))
-        share = found.effective**2 / found.theoretical**2
+        shares.append(share := found.effective**2 / found.theoretical**2)
         print(f"{name:8} {found.theoretical:4} px {support:>21} px {found.effective:6.1f} px {share:18.0%}")
-    print("The deeper the layer, the smaller the part of its square that counts (Luo et al. 2016).")
-    if picture:
-        print(vggfeat.plot_receptive_fields(image, arch, layers, picture, weights=weights, overwrite=True))
+    if len(shares) > 1 and shares == sorted(shares, reverse=True):
+        print("The deeper the layer, the smaller the part of its square that counts (Luo et al. 2016).")
+    if plot:
+        print(vggfeat.plot_receptive_fields(image, None, layers, plot, weights=weights, overwrite=True))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    command(main, __doc__)

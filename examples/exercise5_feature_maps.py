@@ -1,31 +1,34 @@
 """Exercise 5: what the layers make of an image: how many units respond, and their strongest maps.
 
-python examples/exercise5_feature_maps.py [IMAGE PICTURE [WEIGHTS]]
+python examples/exercise5_feature_maps.py [--image FILE] [--picture FILE] [--weights W] [--size PX]
 """
 
-import sys
 from pathlib import Path
+
+from console import command
 
 import vggfeat
 from vggfeat.visualize import Sheet, maps
 
-LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2")
+LAYERS = ("relu1_1", "relu1_2", "relu2_2", "relu3_4", "relu4_4", "relu5_4")
 CONTENT = Path(__file__).with_name("content.jpg")
 
 
-def main(image=CONTENT, picture=None, weights="bundled", arch="vgg19", size=256):
+def main(image=CONTENT, picture=None, weights="bundled", arch=None, size=256):
     pixels = vggfeat.image.open_image(image)
     pixels = vggfeat.image.resize(pixels, *vggfeat.image.fit(*pixels.size, size))
     weights = vggfeat.weights.load(weights, arch)
     taps = vggfeat.VGGFeatures(LAYERS, weights=weights)(vggfeat.image.to_tensor(pixels))
-    print(f"{arch}, weights {weights.label}, {pixels.width}×{pixels.height}")
+    print(f"{weights.arch.name}, weights {weights.label}, {pixels.width}×{pixels.height}")
     print("layer    channels     map  units that respond  silent channels")
+    shares = []
     for name, tap in taps.items():
         _, channels, height, width = tap.shape
         silent = int((tap.amax((0, 2, 3)) == 0).sum())
         side = f"{width}×{height}"
-        print(f"{name:8} {channels:8} {side:>7} {(tap > 0).float().mean():19.0%} {silent:16}")
-    print("The deeper, the coarser the maps and the more of them; about half of all units respond to an image.")
+        shares.append(float((tap > 0).float().mean()))
+        print(f"{name:8} {channels:8} {side:>7} {shares[-1]:19.0%} {silent:16}")
+    print(f"The deeper, the coarser the maps; {min(shares):.0%} to {max(shares):.0%} of a layer's units respond.")
     if picture:
         rows = [maps(pixels, name, count=8, tile=96, size=None, weights=weights) for name in LAYERS]
         tiles = [tile.resize((96, 96 * pixels.height // pixels.width)) for row in rows for tile in row.tiles]
@@ -34,4 +37,4 @@ def main(image=CONTENT, picture=None, weights="bundled", arch="vgg19", size=256)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    command(main, __doc__)

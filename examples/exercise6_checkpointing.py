@@ -2,13 +2,14 @@
 
 The second forward must not move batch normalisation's running statistics again. A network does so by itself once its
 `checkpointing` is set (`vggfeat train --checkpointing`).
-python examples/exercise6_checkpointing.py
+python examples/exercise6_checkpointing.py [--size PX] [--batch N] [--width W] [--repeats N]
 """
 
 import copy
 import time
 
 import torch
+from console import command
 from torch import nn
 from torch.nn import functional as F
 
@@ -60,4 +61,4 @@ def main(size=64, batch=8, width=0.5, repeats=3):
 
 
 if __name__ == "__main__":
-    main()
+    command(main, __doc__)

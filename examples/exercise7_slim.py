@@ -1,9 +1,9 @@
 """Exercise 7: a slim VGG. Global pooling instead of fc6 and fc7, and fewer channels.
 
-python examples/exercise7_slim.py [PICTURE]
+python examples/exercise7_slim.py [--plot FILE] [--measure]
 """
 
-import sys
+from console import command
 
 import vggfeat
 
@@ -15,10 +15,10 @@ VARIANTS = {
 }
 
 
-def main(picture=None, arch="vgg16_bn", num_classes=10, size=32, measure=False):
-    common = {"num_classes": num_classes, "input_size": size}
+def main(plot=None, arch="vgg16_bn", classes=10, size=32, measure=False):
+    common = {"num_classes": classes, "input_size": size}
     nets = [vggfeat.describe(arch, **common, **options) for options in VARIANTS.values()]
-    print(f"{arch} for {num_classes} classes, {size}×{size} pixels")
+    print(f"{arch} for {classes} classes, {size}×{size} pixels")
     print("variant           params  fully connected   M MACs  training with momentum, 128 images")
     for name, net in zip(VARIANTS, nets, strict=True):
         big = vggfeat.describe(net.arch, input_size=size, batch=128)
@@ -27,9 +27,9 @@ def main(picture=None, arch="vgg16_bn", num_classes=10, size=32, measure=False):
     if measure:
         print()
         print(vggfeat.compare([net.arch for net in nets], input_size=size, measure=True, batch=128))
-    if picture:
-        print(vggfeat.plot_parameters(nets, picture, overwrite=True))
+    if plot:
+        print(vggfeat.plot_parameters(nets, plot, overwrite=True))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    command(main, __doc__)

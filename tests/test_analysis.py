@@ -622,11 +622,10 @@ def test_bad_input_is_one_line_and_no_file(call, tmp_path, words):
 # ── the chapter's exercises ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def exercise(name):
-    spec = importlib.util.spec_from_file_location(name, REPO / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def exercise(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "examples"))
+    return importlib.import_module
 
 
 def picture(tmp_path):
@@ -637,19 +636,22 @@ def picture(tmp_path):
     return tmp_path / "picture.png"
 
 
-def test_exercise_1(tmp_path, capsys):
+def test_exercise_1(exercise, tmp_path, capsys):
     exercise("exercise1_architectures").main(picture(tmp_path))
-    assert "vgg16 to vgg19: 3 more convolutions, 5.31 M more parameters (3.8%)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    (row,) = [line for line in out.splitlines() if line.startswith("C ")]
+    assert row.split()[1:] == ["64×2", "128×2", "256×3", "512×3", "512×3", "16", "133,638,952", "92.5%"]
+    assert "vgg16 to vgg19: 3 more convolutions, 5.31 M more parameters (3.8%)" in out
 
 
-def test_exercise_4(tmp_path, capsys, narrow):
+def test_exercise_4(exercise, tmp_path, capsys, narrow):
     content = REPO / "examples" / "content.jpg"
     layers = ("conv1_2", "conv2_1")
-    exercise("exercise4_receptive_field").main(content, picture(tmp_path), "random", layers=layers, samples=2)
+    exercise("exercise4_receptive_field").main(content, picture(tmp_path), "random", "vgg19", layers, 2)
     assert "10×10 px" in capsys.readouterr().out
 
 
-def test_exercise_6(capsys):
+def test_exercise_6(exercise, capsys):
     found = exercise("exercise6_checkpointing").main(size=32, batch=4, width=0.125, repeats=2)
     assert found["same"] and found["counted"] == 2
     assert found["checkpointed"]["loss"] == pytest.approx(found["plain"]["loss"], rel=1e-4)
@@ -657,7 +659,7 @@ def test_exercise_6(capsys):
     assert "running statistics equal" in capsys.readouterr().out
 
 
-def test_exercise_7(tmp_path, capsys):
+def test_exercise_7(exercise, tmp_path, capsys):
     exercise("exercise7_slim").main(picture(tmp_path))
     out = capsys.readouterr().out
     assert "134,309,962" in out and "14,728,266" in out

@@ -627,11 +627,14 @@ def test_exercise_3_tells_kinds_of_filters_apart(example, capsys, tmp_path, oxfo
     blob, edge = torch.zeros(3, 3, 3), torch.zeros(3, 3, 3)
     blob[0], blob[1] = 1, -1
     edge[:, 0], edge[:, 2] = 1, -1
-    kinds = [module.kind(w) for w in (torch.ones(3, 3, 3), blob, edge, blob * edge)]
+    kinds = [module.kind(w) for w in (torch.ones(3, 3, 3), blob, edge, blob * edge, blob + edge)]
     assert kinds == list(module.KINDS)
-    module.main(tmp_path / "f.png", str(oxford))
-    counts = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[1:5]]
-    assert sum(counts) == 64 and counts[1] > 10 and counts[2] > 20  # colour blobs, edges
+    assert [module.direction(w) for w in (edge.mT, edge)] == ["vertical", "horizontal"]
+    module.main(tmp_path / "f.png", f"caffe:{oxford}")
+    lines = capsys.readouterr().out.splitlines()
+    counts = [int(line.split()[-1]) for line in lines[1:6]]
+    assert sum(counts) == 64 and counts[1] > 10 and counts[2] > 20 and counts[4] < 16  # colour blobs, edges, mixtures
+    assert all(int(part.split()[-1]) >= 5 for part in lines[6].split(","))  # edges of every direction
     assert (tmp_path / "f.png").stat().st_size > 1000
 
 
