@@ -11,19 +11,22 @@ from vggfeat.arch import BLOCKS, parse
 NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 
 
+# top-1/top-5 errors on ImageNet in the paper's Table 3, at one scale, without scale jitter
+PAPER = {"A": "29.6/10.4", "A-LRN": "29.7/10.5", "B": "28.7/9.9", "C": "28.1/9.4", "D": "27.0/8.8", "E": "27.3/9.0"}
+
+
 def configurations():
     """The chapter's configuration table, and the paper's Table 1: channels × convolutions of each block."""
     print(
-        "config  block 1  block 2  block 3  block 4  block 5  weight layers       parameters  of them fully connected"
+        "config  block 1  block 2  block 3  block 4  block 5  layers   parameters  fully connected  paper's errors, %"
     )
     for config in BLOCKS:
         net, arch = vggfeat.describe(config), parse(config)
         counts = [sum(conv.name.startswith(f"conv{block}_") for conv in arch.convs) for block in range(1, 6)]
         blocks = "  ".join(f"{channels:>5}×{count}" for channels, count in zip(arch.channels, counts, strict=True))
-        print(
-            f"{config:6}  {blocks}  {len(arch.convs) + 3:13} {net.params:16,} {net.split['fc']['params_share']:24.1%}"
-        )
-    print("A-LRN normalises after its first convolution; C's third of blocks 3 to 5 are 1×1.")
+        share = net.split["fc"]["params_share"]
+        print(f"{config:6}  {blocks}  {sum(counts) + 3:6} {net.params:12,} {share:16.1%}  {PAPER[config]:>17}")
+    print("A-LRN normalises after its first convolution; C's third of blocks 3 to 5 are 1×1. Errors: top-1/top-5.")
 
 
 def main(plot=None):

@@ -640,7 +640,7 @@ def test_exercise_1(exercise, tmp_path, capsys):
     exercise("exercise1_architectures").main(picture(tmp_path))
     out = capsys.readouterr().out
     (row,) = [line for line in out.splitlines() if line.startswith("C ")]
-    assert row.split()[1:] == ["64×2", "128×2", "256×3", "512×3", "512×3", "16", "133,638,952", "92.5%"]
+    assert row.split()[1:] == ["64×2", "128×2", "256×3", "512×3", "512×3", "16", "133,638,952", "92.5%", "28.1/9.4"]
     assert "vgg16 to vgg19: 3 more convolutions, 5.31 M more parameters (3.8%)" in out
 
 

@@ -401,7 +401,8 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
         raise InputError(f"expected one to {len(colors)} runs with at least one epoch, got {len(runs)}")
     figure = _figure(9, 3.6)
     panels: Any = figure.subplots(1, 2)
-    for axes, key, title, factor in zip(panels, ("loss", "accuracy"), ("loss", "accuracy, %"), (1, 100), strict=True):
+    titles = ("loss (training: as it is trained on)", "accuracy, % (training: of augmented images)")
+    for axes, key, title, factor in zip(panels, ("loss", "accuracy"), titles, (1, 100), strict=True):
         for (name, history), color in zip(runs.items(), colors, strict=False):
             for part, style in (("train", ":"), ("test", "-")):
                 points = [(each.epoch, getattr(each, f"{part}_{key}")) for each in history]

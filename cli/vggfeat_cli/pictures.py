@@ -207,7 +207,8 @@ def invert(
         tiles, labels = [results[0].original], [Path(image).name]
         for result in results:
             tiles.append(result.image)
-            labels.append(f"{', '.join(result.layers)}: {result.error:.2g}")
+            several = f"{result.layers[0]} … {result.layers[-1]}"
+            labels.append(f"{several if len(result.layers) > 2 else ', '.join(result.layers)}: {result.error:.2g}")
         settings = {"picture": "invert", "runs": [result.result.to_dict() for result in results]}
         written = Sheet(tiles, labels, columns=min(4, len(tiles)), settings=settings).save(target, overwrite=overwrite)
     else:
