@@ -75,8 +75,6 @@ class VGGFeatures(nn.Module):
         if not low < high:
             raise InputError(f"input_range must rise, got ({low:g}, {high:g})")
         loaded = load(weights, arch)
-        if set(names) - set(loaded.arch.head_names):
-            loaded.arch.check(name for name in names if name not in loaded.arch.head_names)
         loaded.require(names)
         self.layers = names
         self.weights = loaded.label
