@@ -5,7 +5,6 @@ import importlib
 import inspect
 import json
 import os
-import pkgutil
 import subprocess
 import sys
 from importlib import resources
@@ -253,9 +252,6 @@ def test_version_is_that_of_pyproject():
 
 def test_typed():
     assert resources.files("vggfeat").joinpath("py.typed").is_file()
-
-
-MODULES = [info.name for info in pkgutil.walk_packages(vggfeat.__path__, "vggfeat.")]
 
 
 # ── what an import pulls in ───────────────────────────────────────────────────────────────────────────────────────────

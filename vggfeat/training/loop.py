@@ -1,7 +1,7 @@
 """The training loop: what a step does, what an epoch reports, and how a run stops and goes on.
 
-A run folder holds `config.json`, `log.csv` (a row an epoch), `checkpoints/`, `tensorboard/` where that is installed, and at
-the end `weights.safetensors`.
+A run folder holds `config.json`, `log.csv` (a row an epoch), `checkpoints/`, `tensorboard/` where that is installed,
+and at the end `weights.safetensors`.
 """
 
 from __future__ import annotations

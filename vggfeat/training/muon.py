@@ -5,8 +5,8 @@ the step by its polar factor, the nearest matrix all of whose singular values ar
 https://kellerjordan.github.io/posts/muon/), by a few products of matrices. Filters keep the norm that they began with
 (as in the code that goes with Jordan 2024, arXiv:2404.00498), so that `lr` is what it seems to be, the length of a step
 as a share of the filters' own. Where batch normalisation follows, the norm means nothing, and weight decay would only
-steer `lr` through it; where none does, it is the one freedom that is lost. (`torch.optim.Muon` takes matrices alone, and
-does not keep their norm.)
+steer `lr` through it; where none does, it is the one freedom that is lost. (`torch.optim.Muon` takes
+matrices alone, and does not keep their norm.)
 """
 
 from __future__ import annotations
