@@ -111,7 +111,7 @@ def test_weights_that_do_not_reach(state):
         ({"padding": "zero"}, "unknown padding 'zero': did you mean zeros"),
         ({"precision": "bf16"}, "unknown precision 'bf16'"),
         ({"keep": "all"}, "'bits' or 'values', got 'all'"),
-        ({"input_range": (1, 0)}, r"must rise, got \(1, 0\)"),
+        ({"input_range": (1, 0)}, r"must rise and be finite, got \(1, 0\)"),
     ],
 )
 def test_unknown_choices(state, options, message):

@@ -1,16 +1,19 @@
 """The losses: against ordinary autograd through an ordinary network, and inside other people's models."""
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import vggfeat
@@ -550,8 +553,8 @@ def test_only_images_and_their_gradient_are_held(pair, make):
     x.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
         make(["relu1_2", "relu3_1"], reduction="none")(x, y)
-    assert [tuple(t.shape) for t in held] == [tuple(x.shape)] * 2
-    assert held[0] is x or held[0].data_ptr() == x.data_ptr()
+    assert [tuple(t.shape) for t in held] == [tuple(x.shape)] * 3
+    assert held[0].data_ptr() == x.data_ptr() and held[2].data_ptr() == y.data_ptr()  # the caller's own
 
 
 def test_small_gradients_of_float16_images_survive_a_gradient_scaler(pair):
@@ -896,3 +899,127 @@ def test_piqs_content_loss(pair, piq, distance):
         reduction="none",
     )
     close(ours(x, y), peer(x, y), rtol=1e-4)
+
+
+# ── masks, memory and transforms ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("name", "stride"), [("relu1_2", 1), ("relu2_1", 2), ("relu3_1", 4), ("relu4_1", 8)])
+@pytest.mark.parametrize("size", [(47, 33), (40, 24)])
+def test_a_mask_weighs_the_pixels_of_each_position(name, stride, size):
+    """Of sizes that the stride does not divide, too: a position stands for a whole square of pixels."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.rand(2, 1, 3, *size, generator=generator)
+    mask = torch.zeros(1, 1, *size)
+    mask[..., : 2 * size[0] // 3, 3:] = torch.rand(2 * size[0] // 3, size[1] - 3, generator=generator)
+    ours, theirs = (vggfeat.VGGFeatures([name], weights="bundled")(x)[name] for x in (a, b))
+    h, w = ours.shape[2:]
+    assert (h, w) == (size[0] // stride, size[1] // stride)
+    weights = mask[0, 0, : h * stride, : w * stride].unflatten(0, (h, stride)).unflatten(2, (w, stride)).mean((1, 3))
+    expected = ((ours - theirs).square().mean(1)[0] * weights).sum() / weights.sum()
+    loss = vggfeat.PerceptualLoss([name], weights="bundled")
+    assert loss(a, b, mask).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss(a.requires_grad_(), b, mask).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_target_that_is_changed_before_the_backward_is_an_error():
+    loss = vggfeat.PerceptualLoss(["relu1_2"], weights="bundled")
+    a, b = torch.rand(1, 3, 16, 16, requires_grad=True), torch.rand(1, 3, 16, 16)
+    for target, part in ((b, b), (encoded := loss.encode(b), encoded.values["relu1_2"])):
+        value = loss(a, target)
+        part.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(value, a, create_graph=True)
+
+
+def test_a_second_derivative_is_of_the_loss_as_it_was():
+    loss = vggfeat.PerceptualLoss(["relu1_2"], weights="bundled")
+    a, b = torch.rand(1, 3, 16, 16, requires_grad=True), torch.rand(1, 3, 16, 16)
+    (expected,) = torch.autograd.grad(loss(a, b), a)
+    value = loss(a, b)
+    loss.criterion, loss.layer_weights["relu1_2"] = "l1", 9.0
+    (found,) = torch.autograd.grad(value, a, create_graph=True)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-8)
+
+
+def test_targets_are_let_go_after_the_backward():
+    loss = vggfeat.PerceptualLoss(["relu1_2"], weights="bundled")
+    a = torch.rand(1, 3, 16, 16, requires_grad=True)
+    target = torch.rand(1, 3, 16, 16)
+    gone = weakref.ref(target)
+    value = loss(a, target)
+    value.backward()
+    del target
+    gc.collect()
+    assert gone() is None and value > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own, of its decompositions
+@pytest.mark.parametrize("kind", [vggfeat.PerceptualLoss, vggfeat.StyleLoss])
+@pytest.mark.parametrize("options", [{}, {"normalize_features": True}, {"criterion": "cosine"}])
+def test_forward_mode_derivatives(kind, options):
+    if kind is vggfeat.StyleLoss and "criterion" in options:
+        pytest.skip("Gram matrices have no channel vectors")
+    loss = kind(["relu1_2", "conv2_1"], weights="bundled", **options)
+    a, b, along = (torch.rand(1, 3, 16, 16, dtype=torch.float64) for _ in range(3))
+    value, slope = torch.func.jvp(lambda x: loss(x, b), (a,), (along,))
+    leaf = a.clone().requires_grad_()
+    loss(leaf, b).backward()
+    assert slope.item() == pytest.approx(float((leaf.grad * along).sum()), rel=1e-6)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(a, along), b)).tangent
+    assert dual.item() == pytest.approx(slope.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [vggfeat.PerceptualLoss, vggfeat.StyleLoss])
+def test_vmap_over_one_of_two(kind):
+    loss = kind(["relu1_2"], weights="bundled")
+    a, b = torch.rand(2, 3, 3, 16, 16)
+    fixed = a[:1].clone().requires_grad_()
+    over_targets = torch.func.vmap(lambda t: loss(fixed, t[None]))(b)
+    over_inputs = torch.func.vmap(lambda x: loss(x[None], b[:1]))(a)
+    torch.testing.assert_close(over_targets.detach(), torch.stack([loss(a[:1], t[None]) for t in b]))
+    torch.testing.assert_close(over_inputs, torch.stack([loss(x[None], b[:1]) for x in a]))
+
+
+def test_a_step_under_torchs_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    host = torch.nn.Conv2d(3, 3, 1)
+    with FlopCounterMode(display=False) as counter:
+        vggfeat.PerceptualLoss(["relu1_2"], weights="bundled")(
+            host(torch.rand(1, 3, 16, 16)), torch.rand(1, 3, 16, 16)
+        ).backward()
+    assert counter.get_total_flops() > 0 and host.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"layer_weights": 2.0}, "layer_weights are numbers, one for each of relu1_2"),
+        ({"layer_weights": [float("nan")]}, "must be finite numbers"),
+        ({"input_range": 255}, "input_range is lowest and highest value"),
+        ({"input_range": (0, float("inf"))}, "must rise and be finite"),
+    ],
+)
+def test_settings_that_mislead(words, message):
+    with pytest.raises(vggfeat.InputError, match=message):
+        vggfeat.PerceptualLoss(["relu1_2"], weights="bundled", **words)
+
+
+@pytest.mark.parametrize("mask", [1.0, [[1.0]], torch.ones(1, 1, 16, 16, dtype=torch.complex64)])
+def test_masks_that_are_none(mask):
+    loss = vggfeat.PerceptualLoss(["relu1_2"], weights="bundled")
+    with pytest.raises(
+        vggfeat.InputError, match=r"expected a mask \(1,1,16,16\) or \(1,1,16,16\) with values in \[0,1\], got"
+    ):
+        loss(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16), mask)
+
+
+def test_one_encoded_target_by_any_integer():
+    loss = vggfeat.PerceptualLoss(["relu1_2"], weights="bundled")
+    encoded = loss.encode(torch.rand(3, 3, 16, 16))
+    for index in (1, torch.tensor(1)):
+        assert len(encoded[index]) == 1 and torch.equal(
+            encoded[index].values["relu1_2"][0], encoded.values["relu1_2"][1]
+        )

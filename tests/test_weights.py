@@ -963,3 +963,26 @@ def test_torchvision_weights_give_torchvision_outputs(tmp_path, torchvision):
     torch.testing.assert_close(
         VGGFeatures(["pool5"], weights=tmp_path / "vgg11.pth")(x)["pool5"], expected, rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_network_may_be_saved_over_the_file_it_came_from(tmp_path, state):
+    """Whose tensors would else be that very file, mapped into memory."""
+    path = tmp_path / "mine.pth"
+    torch.save(state, path)
+    net = vgg("D", 5, weights=path)
+    torch.save(net.state_dict(), path)
+    assert_same(W.load(path), net)
+
+
+def test_state_dicts_that_are_no_weights(state):
+    two = {f"student.{key}": value for key, value in state.items()} | {f"teacher.{k}": v for k, v in state.items()}
+    with pytest.raises(WeightsError, match=r"hold 2 networks, under 'student\.', 'teacher\.': give"):
+        W.load(two)
+    with pytest.raises(WeightsError, match=r"features.0.weight has no values"):
+        W.load({key: value.to("meta") for key, value in state.items()})
+    with pytest.raises(WeightsError, match=r"has torch.int8 values, expected floating-point ones"):
+        W.load({key: value.to(torch.int8) for key, value in state.items()})
+    with pytest.raises(WeightsError, match="classifier.6.bias holds NaN"):
+        vgg("D", 5, weights=state | {"classifier.6.bias": torch.full((5,), torch.nan)})
+    with pytest.raises(InputError, match=r"expected a network of vggfeat.vgg, got Linear"):
+        W.load_weights(torch.nn.Linear(2, 2), state)

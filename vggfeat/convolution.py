@@ -45,19 +45,18 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (K,C,3,3).
         bias: (K,) or None.
     """
-    if tiled(x, weight, bias):
+    if tiled(x, weight):
         return _Tiles.apply(x, weight, bias)  # type: ignore[no-any-return]
     return conv3x3(x, weight, bias) if small(x) else F.conv2d(x, weight, bias, padding=1)
 
 
-def tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def tiled(x: Tensor, weight: Tensor) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is better done by tiles; decided by shape, so that runs repeat."""
     if x.device.type != "cpu" or x.ndim != 4 or not x.dtype == weight.dtype == torch.float32:
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    inside = any(in_functorch(value) for value in (x, weight, bias) if value is not None)
-    if inside or forward_ad._current_level >= 0 or type(x) is not Tensor:
+    if in_functorch() or forward_ad._current_level >= 0 or type(x) is not Tensor:
         return False
     n, c, height, width = x.shape
     tiles = n * -(-height // winograd.TILE) * -(-width // winograd.TILE)
@@ -79,7 +78,7 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled() or in_functorch(grad):  # a second derivative is wanted, or many first ones at once
+        if torch.is_grad_enabled() or in_functorch():  # a second derivative is wanted, or many first ones at once
             return _torchs_gradients(ctx, grad, x, weight)
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
@@ -103,7 +102,7 @@ def _torchs_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tupl
 
 def small(x: Tensor) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is better done by `conv3x3`; decided by shape, so that runs repeat."""
-    if x.device.type != "cpu" or x.ndim != 4:
+    if x.device.type != "cpu" or x.ndim != 4 or forward_ad._current_level >= 0:
         return False
     if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():  # an exported graph serves any batch
         return False

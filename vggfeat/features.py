@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +66,23 @@ class VGGFeatures(nn.Module):
         super().__init__()
         if isinstance(layers, str):
             raise InputError(f"layers is a list of names: write [{layers!r}]")
-        if not (names := tuple(dict.fromkeys(layers))):
+        given = [*layers] if isinstance(layers, Iterable) else [layers]
+        if not all(isinstance(name, str) for name in given):
+            raise InputError(f"layers is a list of names such as 'relu3_3', got {layers!r}")
+        if not (names := tuple(dict.fromkeys(given))):
             raise InputError("no layer asked for: name at least one, such as 'relu3_3'")
         if precision not in PRECISIONS:
             raise InputError(f"unknown precision {precision!r}: {nearest(str(precision), PRECISIONS)}")
         if keep not in ("bits", "values"):
             raise InputError(f"keep must be 'bits' or 'values', got {keep!r}")
-        low, high = (float(value) for value in input_range)
-        if not low < high:
-            raise InputError(f"input_range must rise, got ({low:g}, {high:g})")
+        try:
+            low, high = (float(value) for value in input_range)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"input_range is lowest and highest value, such as (0, 255); got {input_range!r}"
+            ) from error
+        if not (low < high and math.isfinite(high - low)):
+            raise InputError(f"input_range must rise and be finite, got ({low:g}, {high:g})")
         loaded = load(weights, arch)
         loaded.require(names)
         self.layers = names
@@ -117,7 +126,9 @@ class VGGFeatures(nn.Module):
             (N,C,h,w) are laid out channels_last.
 
         Raises:
-            InputError: another shape or channel count, integers, NaN, or images too small for the deepest layer.
+            InputError: another shape or channel count, integers, images too small for the deepest layer, or NaN or
+                infinite values (off the CPU looked for in the first batch alone, and not under `torch.compile` and
+                `torch.func`: there they make the taps NaN).
         """
         return self.taps(self._checked(images))
 
@@ -145,7 +156,7 @@ class VGGFeatures(nn.Module):
     def _normalised(self, images: Tensor) -> Tensor:
         work = torch.float64 if images.dtype == torch.float64 else torch.float32
         images = images.to(work)
-        if not in_functorch(images):  # which maps over tensors of another rank
+        if not in_functorch():  # which maps over tensors of another rank
             images = images.contiguous(memory_format=torch.channels_last)
         # a compiler makes constants of them; elsewhere they are kept, since a GPU waits for what is copied to it
         ready = _channels if torch.compiler.is_compiling() else _kept_channels
@@ -179,19 +190,19 @@ class VGGFeatures(nn.Module):
                 f"images of {shape[3]}×{shape[2]} are too small for {deepest}: "
                 f"it needs at least {self.plan.min_size} pixels on each side"
             )
-        if not torch.compiler.is_compiling() and not in_functorch(images):
+        if not torch.compiler.is_compiling() and not in_functorch():
             self._check_values(images)
         return images
 
     def _check_values(self, images: Tensor) -> None:
-        if images.device.type != "cpu" and self._looked:
+        if images.device.type == "meta" or (images.device.type != "cpu" and self._looked):
             return  # reading two numbers back at every step would stall the device: the first batch speaks for the rest
         self._looked = True
         if not images.numel():
             return
         low, high = (float(value) for value in torch.aminmax(images.detach()))
-        if low != low or high != high:
-            raise InputError("the images hold NaN")
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError("the images hold NaN or infinite values: look at what made them, such as a step too long")
         floor, ceiling = self.input_range
         slack = (ceiling - floor) / 2
         if not self._warned and (low < floor - slack or high > ceiling + slack):

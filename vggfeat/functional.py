@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 __all__ = [
@@ -62,7 +63,8 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _products(features: Tensor) -> Tensor:
     """F Fᵀ (N,C,C) in float32, without a float32 copy of the features and with one product backward, not two."""
-    if torch.compiler.is_compiling() or features.device.type != "cpu" or in_functorch(features):
+    plain = torch.compiler.is_compiling() or in_functorch() or forward_ad._current_level >= 0
+    if plain or features.device.type != "cpu":
         rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
         with torch.autocast(features.device.type, enabled=False):
             return rows.mT @ rows
@@ -70,12 +72,15 @@ def _products(features: Tensor) -> Tensor:
     return products
 
 
-def in_functorch(x: Tensor) -> bool:
-    """Whether `x` is inside vmap or grad of torch.func, where its values cannot be looked at."""
+def in_functorch() -> bool:
+    """Whether vmap, grad or another transform of torch.func is at work, under which values cannot be looked at.
+
+    Whatever tensors are at hand: it is enough that others are mapped over for `Function.apply` to ask for more.
+    """
     if torch.compiler.is_compiling():
         return False
-    check: Any = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
-    return bool(check and check(x))
+    check: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return bool(check and check())
 
 
 class _Products(torch.autograd.Function):
@@ -89,7 +94,9 @@ class _Products(torch.autograd.Function):
         features = features.contiguous(memory_format=torch.channels_last)
         n, c, h, w = features.shape
         out = features.new_zeros(n, c, c, dtype=wide(features[:0]).dtype)
-        add = _add_by_convolution if _convolution_is_faster() else _add_by_matmul
+        # which is faster was found by trying, and may be found otherwise by another process
+        tried = not torch.are_deterministic_algorithms_enabled() and _convolution_is_faster()
+        add = _add_by_convolution if tried else _add_by_matmul
         rows = max(1, _Products.CHUNK // (c * w))
         for image, total in zip(_images(features), out, strict=True):
             for top in range(0, h, rows):
@@ -183,6 +190,8 @@ def unit_normalize(features: Tensor) -> Tensor:
 
     The guard against zeros stands under the root, so that the gradient at a vector of zeros is finite.
     """
+    if forward_ad._current_level >= 0:
+        return wide(features) * _to_unit(wide(features))
     found: Tensor = _UnitNormalize.apply(features)
     return found
 

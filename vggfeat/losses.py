@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +55,8 @@ class EncodedTarget:
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> EncodedTarget:
         """Some of the images, for mini-batches: a position, a slice, or a tensor or list of positions."""
-        if isinstance(index, int):
-            index = [index]  # a batch of one
+        if isinstance(index, int) or getattr(index, "ndim", 1) == 0:
+            index = [int(index)]  # type: ignore[arg-type]  # a batch of one
         return EncodedTarget({name: value[index] for name, value in self.values.items()}, self.size, self.made_by)
 
     def to(self, *args: Any, **kwargs: Any) -> EncodedTarget:
@@ -147,7 +149,7 @@ class _FeatureLoss(nn.Module):
             and not any(other.requires_grad for other in others)
             and isinstance(self.criterion, str)
             and not torch.compiler.is_compiling()
-            and not in_functorch(input)
+            and not in_functorch()
             and forward_ad._current_level < 0
         )
 
@@ -159,7 +161,7 @@ class _FeatureLoss(nn.Module):
         the batch stays whole.
         """
         images = max(1, input.shape[0])
-        if input.device.type != "cpu" or torch.compiler.is_compiling() or not isinstance(self.criterion, str):
+        if input.device.type != "cpu" or not isinstance(self.criterion, str):
             return images
         values = input.shape[2] * input.shape[3] * self.features.arch.layers[0].channels
         return min(images, max(1, VALUES_AT_A_TIME // max(1, values)))
@@ -168,6 +170,9 @@ class _FeatureLoss(nn.Module):
         self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor | EncodedTarget, Tensor | None]]:
         """Some images at a time, each with its target and mask."""
+        if torch.compiler.is_compiling():  # whole, whatever their number: a loop would fix it in the graph
+            yield input, target, mask
+            return
         step, images = self._images_at_a_time(input), len(input)
         if step < images and len(target) == 1 and isinstance(target, Tensor):  # looked at once, not for every part
             target = EncodedTarget(self._represent(target, mask), count_and_size(target)[1], self._signature)
@@ -187,9 +192,18 @@ class _FeatureLoss(nn.Module):
         theirs = target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
         with torch.autocast(input.device.type, enabled=False):
             parts = [
-                weight * self._distance(ours[name], theirs[name], mask) for name, weight in self.layer_weights.items()
+                weight * self._distance(ours[name], theirs[name], self._mask_of(name, mask))
+                for name, weight in self.layer_weights.items()
             ]
         return functools.reduce(torch.add, parts)
+
+    def _mask_of(self, name: str, mask: Tensor | None) -> Tensor | None:
+        """The mask's mean over the pixels of each position of a layer: squares of its stride, as the pools cut them."""
+        arch = self.features.arch
+        if mask is None or name in arch.head_names:
+            return None
+        stride = arch.layer(name).stride
+        return mask if stride == 1 else F.avg_pool2d(mask, stride)
 
     @property
     def _signature(self) -> tuple[object, ...]:
@@ -242,7 +256,8 @@ class _AtOnce(torch.autograd.Function):
     ) -> Tensor:
         kind = input.device.type
         ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
-        ctx.loss, ctx.target, ctx.mask = loss, target, mask
+        ctx.loss = copy.copy(loss)  # as it is now, for a second derivative
+        ctx.loss.layer_weights = dict(loss.layer_weights)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
@@ -251,15 +266,23 @@ class _AtOnce(torch.autograd.Function):
                 value, gradient = _value_and_gradient(loss, *part)
                 losses.append(value)
                 gradients.append(gradient)
-        ctx.save_for_backward(input, torch.cat(gradients))
+        # the caller's own target is kept in autograd's hands: changed meanwhile it is an error, afterwards it is let go
+        encoded = target if isinstance(target, EncodedTarget) else None
+        ctx.encoded = None if encoded is None else ([*encoded.values], encoded.size, encoded.made_by)
+        theirs = [target] if isinstance(target, Tensor) else [*target.values.values()]
+        ctx.save_for_backward(input, torch.cat(gradients), mask, *theirs)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, gradient = ctx.saved_tensors
+        input, gradient, mask, *theirs = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative was asked for
+            target = theirs[0]
+            if ctx.encoded is not None:
+                names, size, made_by = ctx.encoded
+                target = EncodedTarget(dict(zip(names, theirs, strict=True)), size, made_by)
             with torch.autocast(input.device.type, **ctx.autocast):
-                losses = ctx.loss._compare_parts(input, ctx.target, ctx.mask)
+                losses = ctx.loss._compare_parts(input, target, mask)
             (found,) = torch.autograd.grad(losses, input, grad, create_graph=True)
         else:
             found = (gradient * grad[:, None, None, None]).to(input.dtype)
@@ -272,11 +295,12 @@ def _value_and_gradient(
     """The losses (N,) and their gradients (N,3,H,W): the distances' by hand or by autograd, then back by the trunk."""
     theirs = target.values if isinstance(target, EncodedTarget) else loss._represent(target, mask)
     leaf = wide(images.detach()).requires_grad_()  # in float16, small gradients would be lost: they are not scaled yet
-    ours = loss._represent(leaf, mask)
+    ours = loss._represent(leaf.view_as(leaf), mask)  # hooks of counters and trackers cannot take a leaf
     values, seeds = [], []
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         for name, weight in loss.layer_weights.items():
-            value, seed = loss._distance_and_gradient(ours[name].detach(), theirs[name], mask)
+            at_layer = loss._mask_of(name, mask)
+            value, seed = loss._distance_and_gradient(ours[name].detach(), theirs[name], at_layer)
             values.append(weight * value)
             seeds.append(seed if weight == 1 else seed.mul_(weight))
     (gradient,) = torch.autograd.grad([ours[name] for name in loss.layer_weights], leaf, seeds)
@@ -296,9 +320,9 @@ class PerceptualLoss(_FeatureLoss):
     mode, computed wherever the images are. Gradients flow to `input`, and to `target` where it requires them.
 
     The gradient with respect to `input` is computed together with the value, image by image, and is all that is held
-    until `backward`: ask for a value that is only to be looked at under `torch.no_grad()`. Where the target or mask
-    requires a gradient too, for a criterion of your own, under `torch.compile` and `torch.func`, it is computed in the
-    backward.
+    until `backward`, beside the images themselves: ask for a value that is only to be looked at under
+    `torch.no_grad()`. Where the target or mask requires a gradient too, for a criterion of your own, under
+    `torch.compile` and `torch.func`, it is computed in the backward.
 
         >>> import torch, vggfeat
         >>> loss = vggfeat.PerceptualLoss(layers=["relu1_2", "relu2_2"], weights="random")
@@ -351,16 +375,13 @@ class PerceptualLoss(_FeatureLoss):
             ours, theirs = unit_normalize(ours), unit_normalize(theirs)
         values = self._criterion(ours, theirs)
         if mask is not None:
-            if values.ndim != 4:
+            if values.ndim != 4 or values.shape[2:] != mask.shape[2:]:
                 raise InputError(f"a mask needs a criterion that gives (N,C,h,w), got shape {tuple(values.shape)}")
-            mask = F.adaptive_avg_pool2d(mask, values.shape[2:])  # type: ignore[arg-type]
         return masked_mean(values, mask)
 
     def _distance_and_gradient(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.criterion not in SLOPES or ours.ndim != 4:
             return super()._distance_and_gradient(ours, theirs, mask)
-        if mask is not None:
-            mask = F.adaptive_avg_pool2d(mask, ours.shape[2:])  # type: ignore[arg-type]
         return distance_and_gradient(ours, theirs, str(self.criterion), self.normalize_features, mask)
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
@@ -396,10 +417,7 @@ class StyleLoss(_FeatureLoss):
         taps = self.features(images)
         if self.normalize_features:
             taps = {name: unit_normalize(tap) for name, tap in taps.items()}
-        return {
-            name: gram(tap, None if mask is None else F.adaptive_avg_pool2d(mask, tap.shape[2:]))
-            for name, tap in taps.items()
-        }
+        return {name: gram(tap, self._mask_of(name, mask)) for name, tap in taps.items()}
 
     def _distance(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
         return masked_mean(self._criterion(ours, theirs))
@@ -416,7 +434,12 @@ def _weights_by_layer(layers: Sequence[str], given: Sequence[float] | Mapping[st
         if unknown := set(given) - set(layers):
             raise InputError(f"layer_weights for {', '.join(sorted(unknown))}, which is not among {', '.join(layers)}")
         return {name: float(given.get(name, 1.0)) for name in layers}
-    values = [float(value) for value in given]
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"layer_weights are numbers, one for each of {', '.join(layers)}; got {given!r}") from error
+    if bad := [value for value in values if not math.isfinite(value)]:
+        raise InputError(f"layer_weights must be finite numbers, got {bad[0]}")
     if len(values) != len(layers):
         raise InputError(f"{len(values)} layer_weights for {len(layers)} layers ({', '.join(layers)})")
     return dict(zip(layers, values, strict=True))
@@ -424,6 +447,9 @@ def _weights_by_layer(layers: Sequence[str], given: Sequence[float] | Mapping[st
 
 def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
     n, (h, w) = count_and_size(images)
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        what = f"{mask.dtype} values" if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}) with values in [0,1], got {what}")
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
         raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}), got shape {tuple(mask.shape)}")
     return mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)

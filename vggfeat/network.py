@@ -46,8 +46,9 @@ def _module(layer: Layer) -> nn.Module:
 @contextmanager
 def _still(block: nn.Module) -> Iterator[None]:
     """Batch normalisation normalises as in training, but its running statistics and counters stay as they are."""
-    layers = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    before = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in layers if bn.num_batches_tracked is not None]
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    layers = [bn for bn in norms if bn.num_batches_tracked is not None]
+    before = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in layers]  # type: ignore[union-attr]
     for bn in layers:
         bn.momentum = 0.0
     try:
@@ -206,6 +207,8 @@ class VGG(nn.Module):
         Raises:
             InputError: a layer that this network lacks, or no name at all.
         """
+        if isinstance(names, str):
+            raise InputError(f"names is a list of layers: write [{names!r}]")
         names = list(names)
         if not names:
             raise InputError("no layer asked for: name at least one")

@@ -292,8 +292,11 @@ def _map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(raw.get(wrapper), Mapping):
             raw = raw[wrapper]
-    prefixes = {key[: key.index("features.")] for key in raw if isinstance(key, str) and "features." in key}
-    prefix = min(prefixes, key=len) if prefixes else ""
+    prefixes = {key.removesuffix("features.0.weight") for key in raw if str(key).endswith("features.0.weight")}
+    if len(prefixes) > 1:
+        shown = ", ".join(sorted(repr(each) for each in prefixes))
+        raise WeightsError(f"weights {label} hold {len(prefixes)} networks, under {shown}: give the state dict of one")
+    prefix = prefixes.pop() if prefixes else ""
     state = {
         key.removeprefix(prefix): value.detach().to(torch.float32) if value.is_floating_point() else value
         for key, value in raw.items()
@@ -308,6 +311,9 @@ def _map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
             f"weights {label} are not a VGG's: expected keys like features.0.weight (conv1_1), found {shown}"
         )
     for key, value in state.items():
+        if value.is_meta or (key.endswith("weight") and not value.is_floating_point()):
+            what = "no values" if value.is_meta else f"{value.dtype} values, expected floating-point ones"
+            raise WeightsError(f"weights {label} cannot be used: {key} has {what}")
         if key.startswith("features.") and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise WeightsError(f"weights {label} are damaged: {key} holds NaN or infinite values")
     return state
@@ -390,6 +396,8 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     Raises:
         WeightsError: as `load`, and where the classifier or its number of classes does not fit.
     """
+    if not isinstance(getattr(net, "arch", None), Arch):
+        raise InputError(f"expected a network of vggfeat.vgg, got {type(net).__name__}")
     loaded = load(weights, net.arch)
     arch, state = loaded.arch, dict(loaded.state)
     if arch.channels != net.arch.channels:
@@ -402,6 +410,9 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
             "load_weights(net, weights, head=False) loads the convolutions and leaves the head as it is"
         )
     loaded.require([arch.names[-1] if head else arch.layers[-1].name])
+    for key in state if head else ():
+        if key.startswith("classifier.") and not bool(torch.isfinite(state[key]).all()):
+            raise WeightsError(f"weights {loaded.label} are damaged: {key} holds NaN or infinite values")
     with torch.device("cpu"):
         mean, std, mean_here, std_here = map(torch.tensor, (loaded.mean, loaded.std, IMAGENET.mean, IMAGENET.std))
     scale, shift = std_here / std, (mean_here - mean) / std
@@ -413,6 +424,8 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
         net.classifier.to_empty(device="cpu")
         net.reset_parameters()
     own = net.state_dict()
+    if meta:  # what is assigned is the network's from here on: it may be trained, and saved over the file it came from
+        state = {key: value.clone() for key, value in state.items() if key in own}
     for key in own:
         if not head and key.startswith("classifier."):
             state[key] = own[key]

@@ -152,6 +152,8 @@ def compare(
         InputError: no name, an unknown one, or a size or batch that the network cannot take.
         DependencyError: a network of torchvision's where torchvision is missing or broken.
     """
+    if isinstance(names, str):
+        raise InputError(f"names is a list of networks: write [{names!r}]")
     names = list(names)
     if not names:
         raise InputError("nothing to compare: name at least one network, such as 'vgg16'")

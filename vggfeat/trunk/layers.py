@@ -26,6 +26,21 @@ def no_autocast(device: torch.device) -> Any:
     return torch.autocast(device.type, enabled=False)
 
 
+LARGEST = 1e30  # of a normalised image: no VGG makes more of it than float32 holds
+
+
+def sound(x: Tensor) -> bool:
+    """Whether images, or a gradient, are numbers all the way, as far as the ReLU is concerned.
+
+    Of NaN oneDNN's ReLU on the way out of a convolution makes 0, and of a network that diverged a good loss. On other
+    devices the ReLU is torch's own, and a look would stall them.
+    """
+    if x.device.type != "cpu" or not x.numel():
+        return True
+    low, high = torch.aminmax(x)
+    return bool(low > -LARGEST) and bool(high < LARGEST)
+
+
 def conv(x: Tensor, filters: Sequence[Tensor], pad: int, *, relu: bool = False) -> Tensor:
     """Convolution with stride 1, and its ReLU on the way out; `filters` are a stage's three of `Trunk.filters`."""
     weight, bias, back = filters

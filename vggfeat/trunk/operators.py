@@ -55,12 +55,13 @@ def trunk_forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) ->
     taps: list[Tensor] = []
     kept: list[Tensor] = []
     left = list(filters)
+    sound = layers.sound(x)
     x = layers.doubled(x, filters[0]).contiguous(memory_format=torch.channels_last)
     with layers.no_autocast(x.device):
         for stage in plan.stages:
             wants = _kept(stage, plan.pooling) if keep != "none" else ""
             # where the value before the ReLU is a tap, the ReLU is a step of its own
-            fused = "relu" in stage.steps and not {"conv", "bn"} & set(stage.taps)
+            fused = "relu" in stage.steps and not {"conv", "bn"} & set(stage.taps) and sound
             below = layers.padded(x, stage.pad, plan.padding)
             pad = stage.pad if plan.padding == "zeros" else 0
             x = layers.conv(below, left[:3], pad, relu=fused)
@@ -185,7 +186,8 @@ def trunk_backward(
             flow.own(total)
     if flow.grad is None:
         return grads[0].new_zeros(tuple(shape))
-    return flow.grad
+    # where values were NaN the signs say 0, and a bad step would pass for a good one; all of it ends in the deepest tap
+    return flow.grad if layers.sound(grads[-1]) else torch.full_like(flow.grad, torch.nan)
 
 
 class _Flow:

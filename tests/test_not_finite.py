@@ -1,0 +1,71 @@
+"""What is not finite stays so: a network that diverged must not look as if it trained."""
+
+import pytest
+import torch
+
+from vggfeat import PerceptualLoss, StyleLoss, VGGFeatures
+from vggfeat.arch import Arch
+from vggfeat.errors import InputError
+from vggfeat.weights import load
+
+KEEPS = ("bits", "values")
+BAD = [torch.nan, torch.inf, -torch.inf, 3e38]
+TARGET = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def state():
+    return load("random", Arch("D", head=None, unit=16)).state
+
+
+def images(value, everywhere):
+    x = TARGET.clone()
+    if everywhere:
+        x.fill_(value)
+    else:
+        x[0, 1, 7, 9] = value
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize("kind", [PerceptualLoss, StyleLoss])
+@pytest.mark.parametrize("value", BAD[:3])
+def test_images_that_are_not_finite_are_refused(state, kind, value):
+    loss = kind(["relu2_2"], weights=state)
+    for pair in ((images(value, False), TARGET), (TARGET, images(value, False).detach())):
+        with pytest.raises(InputError, match="NaN or infinite values: look at what made them"):
+            loss(*pair)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("value", BAD)
+def test_taps_and_gradients_of_what_is_not_finite(state, value, keep, precision, everywhere):
+    """Where nothing is looked at beforehand; 3e38 is a number, and none behind the first layers."""
+    features = VGGFeatures(["relu1_2", "pool2", "relu3_3"], weights=state, keep=keep, precision=precision)
+    x = images(value, everywhere)
+    taps = features.taps(x)
+    assert not taps["relu3_3"].isfinite().all()
+    total = sum(tap.float().square().mean() for tap in taps.values())
+    total.backward()
+    assert not total.isfinite() and not x.grad.isfinite().any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", [PerceptualLoss, StyleLoss])
+def test_a_compiled_loss_of_nan_is_nan(state, kind):
+    torch._dynamo.reset()
+    loss = torch.compile(kind(["relu1_2", "relu3_3"], weights=state), backend="aot_eager")
+    x = images(torch.nan, False)
+    value = loss(x, TARGET)
+    value.backward()
+    assert value.isnan() and x.grad.isnan().all()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", [PerceptualLoss, StyleLoss])
+def test_under_transforms_too(state, kind):
+    loss = kind(["relu1_2"], weights=state)
+    grad, value = torch.func.grad_and_value(lambda x: loss(x, TARGET))(images(torch.nan, False).detach())
+    assert value.isnan() and grad.isnan().all()
+    assert torch.func.vmap(lambda x: loss(x[None], TARGET))(images(torch.nan, True).detach()).isnan().all()
