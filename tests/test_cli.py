@@ -559,7 +559,7 @@ def test_a_recipe_s_flag_can_be_taken_back(vgg, labelled):
         (["train", "set.zip", "--lr", "-1"], "lr must be a positive number"),
         (["train", "set.zip", "--lr", "much"], "--lr"),
         (["train", "set.zip", "--recipe", "fats"], "chapter"),
-        (["train", "set.zip", "--device", "cuda:97"], "cannot use device"),
+        (["train", "set.zip", "--device", "cuda:97"], "cannot be used here"),
         (["train", "set.zip", "--batch-size=8", "--weights", "gone.pth"], "no weights at gone.pth"),
         (["train", "set.zip", "--batch-size=8", "--weights", "bundled", "--freeze", "conv9_1"], "conv9_1"),
         (["train", "set.zip", "--batch-size=8", "--size=64"], "smaller than size 64"),

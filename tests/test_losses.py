@@ -988,7 +988,7 @@ def test_a_step_under_torchs_counter():
     host = torch.nn.Conv2d(3, 3, 1)
     with FlopCounterMode(display=False) as counter:
         vggfeat.PerceptualLoss(["relu1_2"], weights="bundled")(
-            host(torch.rand(1, 3, 16, 16)), torch.rand(1, 3, 16, 16)
+            host(torch.rand(1, 3, 16, 16)).sigmoid(), torch.rand(1, 3, 16, 16)
         ).backward()
     assert counter.get_total_flops() > 0 and host.weight.grad.norm() > 0
 

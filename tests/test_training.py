@@ -595,7 +595,7 @@ def test_pictures_that_are_too_small(tmp_path):
 
 
 def test_a_device_that_is_not_there(data, tmp_path):
-    with pytest.raises(InputError, match="cannot use device 'cuda:97'"):
+    with pytest.raises(InputError, match="device 'cuda:97' cannot be used here"):
         run(data, tmp_path / "r", device="cuda:97")
 
 
@@ -851,7 +851,9 @@ def test_what_a_kill_left_is_cleared_away(data, tmp_path):
     good = {path.name for path in folder.glob("step-00000000?.pt")}
     state, damaged = checkpoint.newest(folder)
     assert state["step"] == 1 and len(damaged) == 1
-    assert {path.name for path in folder.iterdir()} == good
+    assert {path.name for path in folder.iterdir()} == good | {
+        "step-000000099.damaged"
+    }  # nothing but half a file is lost
 
 
 def test_recipes_bend():
@@ -877,3 +879,86 @@ def test_a_refusal_reaches_every_process(data, tmp_path):
     )
     assert done.returncode != 0 and "r is there already" in done.stderr
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["mine.txt"]
+
+
+# ── what a user would lose ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_that_resized_is_evaluated_as_it_was_tested(tmp_path):
+    big = pictures.folder(tmp_path / "s", pictures.tree(8, width=48, height=48))
+    test = pictures.folder(tmp_path / "t", pictures.tree(4, offset=50, width=48, height=48))
+    result = run(big, tmp_path / "r", test=test, resize=(36,), size=32, epochs=1)
+    found = vggfeat.evaluate(tmp_path / "r", test, precision="float32")
+    assert found.loss == pytest.approx(result.history[-1].test_loss, rel=1e-5)
+    several = vggfeat.evaluate(tmp_path / "r", test, vggfeat.Views(scales=(40, 48)), precision="float32")
+    explicit = vggfeat.evaluate(result.net, test, vggfeat.Views(32, (40, 48)), precision="float32")
+    assert several.loss == pytest.approx(explicit.loss, rel=1e-5)  # scales of one's own, and the run's size
+
+
+def test_a_checkpoint_is_weights(data, tmp_path):
+    """Of a run that diverged, say."""
+    result = run(data, tmp_path / "r", epochs=1)
+    path = max((tmp_path / "r" / "checkpoints").iterdir())
+    loaded = vggfeat.weights.load(path).state
+    assert all(torch.equal(value, loaded[key]) for key, value in result.net.state_dict().items())
+
+
+def test_fast_takes_shorter_steps_from_weights():
+    assert vggfeat.recipe("fast", weights="bundled").lr == vggfeat.recipe("fast", arch="vgg11").lr == 0.02
+    assert vggfeat.recipe("fast", weights="mine.pth", arch="vgg11_bn").lr == vggfeat.recipe("fast").lr == 0.05
+
+
+def test_other_peoples_folders_are_left_alone(data, tmp_path):
+    theirs = tmp_path / "theirs"
+    (theirs / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "thesis.txt", "checkpoints/best.pt"):
+        (theirs / name).write_text("{}")
+    before = {path: path.read_text() for path in theirs.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="choose another folder"):
+        run(data, theirs, resume=True, epochs=1)
+    (theirs / "thesis.txt").unlink()
+    with pytest.raises(InputError, match="is not of a run of vggfeat's: choose another folder"):
+        run(data, theirs, resume=True, epochs=1)
+    torch.save({"epoch": 3}, theirs / "checkpoints" / "step-000000001.pt")
+    with pytest.raises(InputError, match="it lacks classes, config, images, net"):
+        run(data, theirs, resume=True, epochs=1)
+    assert all(path.read_text() == text for path, text in before.items() if path.name != "thesis.txt")
+
+
+def test_a_checkpoint_that_cannot_be_read_now_stays(data, tmp_path, monkeypatch):
+    run(data, tmp_path / "r", epochs=2)
+    files = sorted((tmp_path / "r" / "checkpoints").iterdir())
+
+    def refused(path, *_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", refused)
+    with pytest.raises(RunError, match="cannot read .*step-000000006.pt: Permission denied"):
+        checkpoint.newest(tmp_path / "r" / "checkpoints")
+    assert sorted((tmp_path / "r" / "checkpoints").iterdir()) == files
+
+
+def test_going_on_with_other_images_is_refused(tmp_path):
+    source = pictures.folder(tmp_path / "s", pictures.tree(4))
+    with pytest.raises(Interrupted):
+        run(source, tmp_path / "r", callback=stop_at(2), save_every=1, batch_size=4)
+    (source / "ant" / "0.png").rename(source / "ant" / "renamed.png")
+    with pytest.raises(InputError, match="was on other images than .*: their names or labels differ"):
+        run(source, tmp_path / "r", resume=True, save_every=1, batch_size=4)
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_one_cycle_of_any_length(steps):
+    found = rates(TrainConfig(**TINY | {"schedule": "onecycle", "epochs": 1}), steps)
+    assert len(found) == steps and all(0 < rate <= TINY["lr"] * (1 + 1e-6) for rate in found)
+
+
+def test_the_average_of_a_count_is_the_count(data, tmp_path):
+    result = run(data, tmp_path / "r", epochs=2, ema=0.9)
+    assert int(result.net.state_dict()["features.1.num_batches_tracked"]) == 6
+
+
+def test_links_to_folders_around_them_are_followed_once(tmp_path):
+    source = pictures.folder(tmp_path / "s", pictures.tree(4))
+    (source / "ant" / "up").symlink_to(source)
+    assert len(vggfeat.training.data.load(source)[0]) == 12

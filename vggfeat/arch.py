@@ -213,8 +213,8 @@ def unit_of(width: float) -> int:
     Raises:
         InputError: a width that is not a positive number.
     """
-    if not 0 < width < float("inf"):
-        raise InputError(f"width must be a positive number, got {width}")
+    if not 0 < width <= 64:
+        raise InputError(f"width must be a positive number of at most 64, got {width}")
     return max(1, round(64 * width))
 
 

@@ -407,14 +407,25 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
             for part, style in (("train", ":"), ("test", "-")):
                 points = [(each.epoch, getattr(each, f"{part}_{key}")) for each in history]
                 points = [(epoch, factor * value) for epoch, value in points if value is not None]
-                if points:
-                    axes.plot(*zip(*points, strict=True), style, color=color, marker=".", label=f"{name}, {part}")
+                if points:  # many marks would run into one line, and dots and line be one
+                    marker = ("x" if part == "train" else "o") if len(points) <= 30 else None
+                    axes.plot(
+                        *zip(*points, strict=True), style, color=color, marker=marker, ms=4, label=f"{name}, {part}"
+                    )
         axes.set(xlabel="epoch", title=title)
+        if axes.get_xlim()[1] < 1.5:  # a single epoch
+            axes.set_xticks([1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(True, color="#e6e6e6")
         _plain(axes)
     panels[1].legend(frameon=False, fontsize=9)
     return _save(figure, path)
+
+
+def _short(name: str) -> str:
+    """A class's name as a label: whatever its folder was called, what a font has, and so much that there is room."""
+    name = " ".join(name.encode(errors="replace").decode().split())
+    return name if len(name) <= 20 else f"{name[:19]}…"
 
 
 def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = False) -> Path:
@@ -435,8 +446,9 @@ def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = 
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     if named:
-        axes.set_xticks(range(n), evaluation.classes, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(n), evaluation.classes)
+        names = [_short(name) for name in evaluation.classes]
+        axes.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+        axes.set_yticks(range(n), names, parse_math=False)
         for i, j in itertools.product(range(n), range(n)):
             if shares[i][j] >= 0.0005:
                 dark = "white" if shares[i][j] > 0.5 else "black"

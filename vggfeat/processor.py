@@ -22,6 +22,8 @@ def resolve(device: str | torch.device) -> torch.device:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
         raise InputError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
+    if found.type == "meta":
+        raise InputError("device 'meta' holds no values: choose cpu or cuda")
     return found
 
 

@@ -289,7 +289,7 @@ def _read_state(
 
 def _map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
     """The tensors under torchvision's keys, whatever wraps them: {"state_dict": …}, "module." and other prefixes."""
-    for wrapper in ("state_dict", "model_state_dict", "model"):
+    for wrapper in ("state_dict", "model_state_dict", "model", "net"):  # the last is that of our own checkpoints
         if isinstance(raw.get(wrapper), Mapping):
             raw = raw[wrapper]
     prefixes = {key.removesuffix("features.0.weight") for key in raw if str(key).endswith("features.0.weight")}

@@ -78,7 +78,8 @@ def train(
         try:
             result = vggfeat.train(data, test, config, folder, resume=resume, callback=progress, announce=announce)
         except KeyboardInterrupt:  # a second one, or one of several processes
-            click.echo(f"vggfeat train: interrupted; --resume goes on from what was saved in {folder}", err=True)
+            rest = f"--resume goes on from what was saved in {folder}" if folder.exists() else "nothing was begun"
+            click.echo(f"vggfeat train: interrupted; {rest}", err=True)
             return INTERRUPTED
     if not first:
         return 0
@@ -183,12 +184,14 @@ def evaluate(
     from vggfeat.training.evaluation import Views
 
     views = Views(size, scales, grid, flip, dense)
+    if plot is not None and plot == output:
+        raise vggfeat.InputError(f"--plot and --output are both {plot}: give them two names")
     report = vggfeat.evaluate(weights, data, views, **options)
+    finish_report(report, form, output, overwrite)
     if plot is not None:
         from vggfeat.plots import plot_confusion
 
         plot_confusion(report, plot, overwrite=overwrite)
-    finish_report(report, form, output, overwrite)
 
 
 COMMANDS = (train, evaluate)

@@ -11,6 +11,7 @@ drawn on the CPU and copied to the device without waiting for what that is at.
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -199,7 +200,7 @@ class Batches:
         config = self.config
         plan = [[(i, (config.seed, epoch, i)) for i in chosen[step].tolist()] for step in steps]
         for numbers, crops, bad in DataLoader(
-            self.crops, batch_sampler=plan, num_workers=config.workers, collate_fn=_stacked
+            self.crops, batch_sampler=plan, num_workers=config.workers, collate_fn=_stacked, worker_init_fn=deaf
         ):
             if bad and config.bad_images == "fail":
                 raise RunError(f"{bad[0]}; {LEAVE_OUT}")
@@ -227,6 +228,11 @@ class Batches:
             )
             images = images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
         return images
+
+
+def deaf(worker: int) -> None:
+    """What a worker does first: leave it to the run to end on SIGTERM, which a whole group of processes may get."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _drawn(low: int, high: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -222,7 +222,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "cutout": 8,
     },
 }
-# without batch normalisation, what a step too long does to one layer is passed on by all the others
+# without batch normalisation, what a step too long does to one layer is passed on by all the others; the same from
+# weights that are trained already, unless `arch` says that they have it
 WITHOUT_BN: dict[str, dict[str, Any]] = {"fast": {"lr": 0.02}}
 
 
@@ -248,5 +249,6 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
         if key not in fields:
             raise InputError(f"unknown setting {key!r}: {nearest(key, fields)}")
     arch = changes.get("arch")
-    plain = arch is not None and not parse(arch).batch_norm
+    # what weights are of is not known before they are read, and what was trained wants no long steps
+    plain = changes.get("weights") is not None if arch is None else not parse(arch).batch_norm
     return TrainConfig(**(RECIPES[name] | (WITHOUT_BN.get(name, {}) if plain else {}) | changes))

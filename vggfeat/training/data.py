@@ -148,8 +148,12 @@ class _Tree:
 def _parts(path: Path) -> list[_Tree]:
     """The folder of class folders at `path`, or the two of them in its `train` and `test`."""
     if path.is_dir():
-        files, folders = [], []
+        files, folders, seen = [], [], set()
         for here, below, names in os.walk(path, followlinks=True):
+            if (real := os.path.realpath(here)) in seen:  # a link to a folder around it, or the same one twice
+                below.clear()
+                continue
+            seen.add(real)
             root = Path(here).relative_to(path)
             files += [(root / name).as_posix() for name in names]
             folders += [(root / name).as_posix() for name in below]
@@ -339,7 +343,7 @@ def _cifar(path: Path) -> list[ImageSet]:
     files = _cifar_files(path)
     for train, test, meta, head in _BINARY:
         if {*train, *test} <= files.keys():
-            names = files[meta]().decode().split() if meta in files else None
+            names = files[meta]().decode(errors="replace").split() if meta in files else None
             parts = [_joined([_binary(name, files[name](), head) for name in part]) for part in (train, test)]
             return [_cifar_set(f"{path}, {what}", *part, names) for what, part in zip(SETS, parts, strict=True)]
     for train, test, meta, names_key, labels_key in _PYTHON:
@@ -411,7 +415,8 @@ def _batch(batch: Any, labels_key: bytes) -> _Part:
 def _cifar_set(label: str, pixels: Tensor, labels: list[int], names: list[str] | None) -> ImageSet:
     classes = names or [str(i) for i in range(max(labels) + 1)]
     if len(pixels) != len(labels) or not all(0 <= each < len(classes) for each in labels):
-        raise InputError(f"{label} is not CIFAR as published: {len(pixels)} images, {len(labels)} labels")
+        found = f"{len(pixels)} images, {len(labels)} labels up to {max(labels, default=0)}, {len(classes)} class names"
+        raise InputError(f"{label} is not CIFAR as published: {found}")
     images = pixels.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()  # (N,H,W,3)
 
     names = [f"image {i}" for i in range(len(labels))]

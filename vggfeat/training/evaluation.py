@@ -16,7 +16,7 @@ from vggfeat.errors import ImageError, InputError, RunError
 from vggfeat.network import VGG, of_weights
 from vggfeat.processor import bfloat16_is_fast
 from vggfeat.tables import Column, Report, Table
-from vggfeat.training.batches import LEAVE_OUT, normalised, parted, scale_for
+from vggfeat.training.batches import LEAVE_OUT, deaf, normalised, parted, scale_for
 from vggfeat.training.data import ImageSet, load_test, scaled
 from vggfeat.training.distributed import World, joined, summed
 from vggfeat.weights import WeightsLike, facts_of
@@ -159,6 +159,8 @@ def evaluate(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if workers < 0:
+        raise InputError(f"workers must be at least 0, got {workers}")
     if bad_images not in ("fail", "skip") or precision not in ("auto", "float32", "bfloat16"):
         raise InputError(f"unknown bad_images {bad_images!r} or precision {precision!r}")
     names, held, views = None, None, views or Views()
@@ -168,8 +170,9 @@ def evaluate(
         if isinstance(weights, str | os.PathLike):
             facts = facts_of(weights)
             names, held = facts.get("classes"), facts.get("holdout")
-            if views.size is None and views.scales is None and "size" in facts:
-                views = replace(views, size=facts["size"], scales=facts["scales"] and tuple(facts["scales"]))
+            if "size" in facts:
+                scales = facts["scales"] and tuple(facts["scales"]) if views.size is None else None
+                views = replace(views, size=views.size or facts["size"], scales=views.scales or scales)
         net = _network(weights, arch)
     if not isinstance(data, ImageSet):
         data = load_test(data, bad_images=bad_images)
@@ -279,6 +282,10 @@ def _judged(labels: Tensor, scores: Tensor, classes: list[str], views: int, skip
 def _crops(images: Tensor, size: int, grid: int, label: str) -> Iterator[Tensor]:
     """Crops of (n,3,H,W) on a regular grid that reaches the borders; for `grid` 1 the centre."""
     height, width = images.shape[2:]
+    if size < 32:
+        raise InputError(
+            f"images of {label} at {size} pixels are smaller than 32, five pools' stride: set size and scales"
+        )
     if min(height, width) < size:
         raise InputError(f"images of {label} are {width}×{height}, smaller than size {size}: scale them up with scales")
     tops, lefts = (
@@ -316,7 +323,7 @@ def _read(
         return
     plan = [numbers.tolist() for numbers in own.split(batch_size)]
     for groups, wrong in DataLoader(
-        _Whole(images, scale), batch_sampler=plan, num_workers=workers, collate_fn=_by_shape
+        _Whole(images, scale), batch_sampler=plan, num_workers=workers, collate_fn=_by_shape, worker_init_fn=deaf
     ):
         for number, message in wrong:
             if bad_images == "fail":

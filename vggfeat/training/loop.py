@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vggfeat.arch import Arch, parse, unit_of
 from vggfeat.errors import InputError, RunError, WeightsError, first_line
-from vggfeat.files import new_file
+from vggfeat.files import TEMPORARY, new_file
 from vggfeat.network import VGG
 from vggfeat.processor import emulates
 from vggfeat.training import checkpoint
@@ -184,9 +184,9 @@ def _check(folder: Path, resume: bool) -> None:
         return
     if not resume:
         raise InputError(f"{folder} is there already: choose another folder, or go on with resume=True (--resume)")
-    if not any((folder / "checkpoints").glob("*.pt")) and (
-        not folder.is_dir() or {path.name for path in folder.iterdir()} - {"config.json", "checkpoints", "tensorboard"}
-    ):
+    begun = {"config.json", "checkpoints", "tensorboard"}  # what a run that was killed early may have left
+    rest = {each.name for each in folder.iterdir() if not each.match(TEMPORARY)} - begun if folder.is_dir() else {""}
+    if rest and not any((folder / "checkpoints").glob("step-*.pt")):
         raise InputError(f"{folder} has no checkpoint to go on from: choose another folder")
 
 
@@ -197,6 +197,8 @@ def _begin(
     state, damaged = checkpoint.newest(folder / "checkpoints") if resume else (None, [])
     if resume and damaged and state is None:
         raise InputError(f"no checkpoint in {folder} is whole: {'; '.join(damaged)}")
+    if resume and state is None and (folder / "config.json").exists() and not _is_ours(folder / "config.json"):
+        raise InputError(f"{folder / 'config.json'} is not of a run of vggfeat's: choose another folder")
     if state is not None:
         before = {key: tuple(v) if isinstance(v, list) else v for key, v in state["config"].items()}
         free = ("device", "workers", "save_every", "compile", "bad_images")
@@ -209,6 +211,10 @@ def _begin(
                 f"the run in {folder} was on {state['images']} images of {len(state['classes'])} classes, "
                 f"{images.label} has {len(images)} of {len(images.classes)}"
             )
+        if state.get("digest", images.digest) != images.digest:
+            raise InputError(
+                f"the run in {folder} was on other images than {images.label}: their names or labels differ"
+            )
     else:
         text = json.dumps({"classes": images.classes, "data": images.label} | config.to_dict(), indent=2)
         try:
@@ -218,6 +224,13 @@ def _begin(
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     return state, damaged
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return bool({"classes", "data", "optimizer", "seed"} <= json.loads(path.read_text()).keys())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @contextmanager
@@ -307,7 +320,7 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
             optimizer,
             [group["lr"] for group in optimizer.param_groups],
             total_steps=total + 1,  # the last step is made before the rate's end, not after it
-            pct_start=warmup / total if warmup else 0.2,
+            pct_start=warmup / total if warmup else 0.2 if total != 4 else 0.25,  # for 4 steps torch divides by zero
             cycle_momentum=False,
         )
     main: lr_scheduler.LRScheduler
@@ -450,6 +463,7 @@ class _Run:
             "config": self.config.to_dict(),
             "classes": self.images.classes,
             "images": len(self.images),
+            "digest": self.images.digest,
             "epoch": self.epoch,
             "step": self.step,
             "net": self.net.state_dict(),
@@ -584,12 +598,15 @@ class _Run:
         self.scheduler.step()
         if self.ema is not None:
             self.ema.update_parameters(self.net)
+            for ours, theirs in zip(self.ema.module.buffers(), self.net.buffers(), strict=True):
+                if not ours.is_floating_point():  # a count has no average
+                    ours.copy_(theirs)
         return total
 
     def _diverged(self, step: int) -> RunError:
         return RunError(
             f"the loss is not finite at epoch {self.epoch + 1}, step {step} of {self.batches.steps}: lower lr, or "
-            f"set warmup or clip; any checkpoint in {self.folder} is from before"
+            f"set warmup or clip; any checkpoint in {self.folder} is from before, and can be weights= of another run"
         )
 
     def _test(self) -> Evaluation | None:
@@ -628,7 +645,10 @@ class _Run:
         from safetensors.torch import save
 
         state = {key: value.detach().contiguous().cpu() for key, value in self.tested_net.state_dict().items()}
-        facts: dict[str, Any] = {"classes": self.images.classes, "size": self.size, "scales": self.views.scales}
+        scales = self.views.scales  # in memory, the images were brought to size before: another set has to be, too
+        if scales is None and self.config.resize is not None:
+            scales = (self.config.resize[-1],)
+        facts: dict[str, Any] = {"classes": self.images.classes, "size": self.size, "scales": scales}
         if self.test is not None and self.config.holdout:
             facts["holdout"] = {"share": self.config.holdout, "seed": self.config.seed, "digest": self.test.digest}
         self._write("weights.safetensors", save(state, {"format": "pt", "vggfeat": json.dumps(facts)}))
