@@ -248,3 +248,22 @@ def test_a_picture_of_confusions(tmp_path):
         with Image.open(path) as image:
             assert min(image.size) > 300
             assert len(image.convert("RGB").getcolors(100000)) > 50
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Views(scales=256), r"scales must be a tuple, got 256: write \(256,\)"),
+        (lambda: Views(grid=2.5), "grid must be a whole number"),
+        (lambda: Views(size="32"), "size must be a whole number"),
+        (lambda: vggfeat.evaluate(made(), images(), {"flip": True}), "views must be a Views"),
+        (lambda: vggfeat.evaluate(made(), images(), workers=-1), "workers must be at least 0"),
+        (lambda: vggfeat.evaluate(made(), images(height=16, width=16)), "at 16 pixels are smaller than 32"),
+        (lambda: vggfeat.evaluate(made(), 3), "data is a path, or an ImageSet"),
+        (lambda: vggfeat.train(images(), config="fast"), r'config must be a TrainConfig, such as recipe\("fast"\)'),
+        (lambda: vggfeat.train(None), "data is a path, or an ImageSet"),
+    ],
+)
+def test_what_python_may_hand_over(call, message):
+    with pytest.raises(InputError, match=message):
+        call()

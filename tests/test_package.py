@@ -127,6 +127,7 @@ ROOMS = {
         "errors",
         "network",
         "processor",
+        "settings",
         "tables",
         "training.batches",
         "training.data",

@@ -962,3 +962,24 @@ def test_links_to_folders_around_them_are_followed_once(tmp_path):
     source = pictures.folder(tmp_path / "s", pictures.tree(4))
     (source / "ant" / "up").symlink_to(source)
     assert len(vggfeat.training.data.load(source)[0]) == 12
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("epochs", [1, 3, 40])
+def test_curves_of_any_length(tmp_path, epochs):
+    pytest.importorskip("matplotlib")
+    history = [loop.Epoch(i, 0.1, 1 / i, 0.5, 2 / i, 0.4, None, 1.0, 1.0, 0) for i in range(1, epochs + 1)]
+    path = vggfeat.plot_training({"a": history}, tmp_path / "curves.png")
+    assert path.stat().st_size > 5000
+
+
+@pytest.mark.filterwarnings("error")
+def test_classes_of_any_name(tmp_path):
+    """What folders may be called, and labels of a figure may not."""
+    pytest.importorskip("matplotlib")
+    from vggfeat.training.evaluation import _judged
+
+    names = ["x$^$y", "a name that is much too long for a label", "caf\udce9", "tab\tand\nline"]
+    labels = torch.arange(8) % 4
+    found = _judged(labels, torch.rand(8, 4).softmax(1), names, 1, [])
+    assert vggfeat.plot_confusion(found, tmp_path / "c.png").stat().st_size > 5000

@@ -413,9 +413,10 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
                         *zip(*points, strict=True), style, color=color, marker=marker, ms=4, label=f"{name}, {part}"
                     )
         axes.set(xlabel="epoch", title=title)
-        if axes.get_xlim()[1] < 1.5:  # a single epoch
-            axes.set_xticks([1])
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.get_xlim()[1] < 1.5:  # a single epoch
+            axes.set_xlim(0.5, 1.5)
+            axes.set_xticks([1])
         axes.grid(True, color="#e6e6e6")
         _plain(axes)
     panels[1].legend(frameon=False, fontsize=9)

@@ -155,7 +155,13 @@ class _Progress:
     help="Precision of the network.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-@click.option("--bad-images", type=click.Choice(CHOICES["bad_images"]), default="fail", show_default=True)
+@click.option(
+    "--bad-images",
+    type=click.Choice(CHOICES["bad_images"]),
+    default="fail",
+    show_default=True,
+    help="What to do with an image that cannot be read.",
+)
 @click.option("--workers", type=int, default=2, show_default=True, help="Processes that read images.")
 @plot_option
 @format_option

@@ -125,6 +125,8 @@ def _load(
         if resize is not None:
             _keep(data := copy.copy(data), resize, bad_images)
         return data, None
+    if not isinstance(data, str | os.PathLike):
+        raise InputError(f"data is a path, or an ImageSet of vggfeat.training.data.load, got {type(data).__name__}")
     path = Path(data)
     if not path.exists():
         raise InputError(f"no images at {path}: give a folder of class folders, a zip of one, or CIFAR's folder")

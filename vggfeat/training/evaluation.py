@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from vggfeat.errors import ImageError, InputError, RunError
 from vggfeat.network import VGG, of_weights
 from vggfeat.processor import bfloat16_is_fast
+from vggfeat.settings import typed
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import LEAVE_OUT, deaf, normalised, parted, scale_for
 from vggfeat.training.data import ImageSet, load_test, scaled
@@ -41,7 +42,7 @@ class Views:
             scores over space, instead of crops.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number out of range, or no number.
     """
 
     size: int | None = None
@@ -51,6 +52,8 @@ class Views:
     dense: bool = False
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, typed(each.name, str(each.type), getattr(self, each.name)))
         if self.grid < 1 or (self.size is not None and self.size < 32):
             raise InputError(f"expected grid of at least 1 and size of at least 32, got {self.grid} and {self.size}")
         if self.scales is not None and (not self.scales or min(self.scales) < 32):
@@ -157,6 +160,8 @@ def evaluate(
         WeightsError: weights that cannot be had or have no classifier.
         RunError: an image that cannot be read on the way, with `bad_images="fail"`.
     """
+    if not isinstance(views, Views | None):
+        raise InputError(f"views must be a Views, such as vggfeat.Views(flip=True), got {type(views).__name__}")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if workers < 0:

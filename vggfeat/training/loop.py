@@ -157,6 +157,8 @@ def train(
         WeightsError: weights that cannot be had or do not fit.
         RunError: the loss is not finite, a checkpoint cannot be written, or an image cannot be read on the way.
     """
+    if not isinstance(config, TrainConfig | None):
+        raise InputError(f'config must be a TrainConfig, such as recipe("fast"), got {type(config).__name__}')
     config, folder = config or TrainConfig(), Path(folder)
     with joined(config.device) as world, _repeatable(config, world):
         says = announce if announce is not None and world.first else _silent
