@@ -158,9 +158,11 @@ def fields(
         from vggfeat.weights import load
 
         found = load(weights, arch)
-        click.echo(f"weights: {found.label}", err=True)
     options: dict[str, Any] = {"weights": found, "samples": samples, "measure": samples != 0, "overwrite": overwrite}
-    click.echo(plot_receptive_fields(image, arch, layers, output, **options))
+    written = plot_receptive_fields(image, arch, layers, output, **options)
+    if samples:
+        click.echo(f"weights: {found.label}", err=True)
+    click.echo(str(written))
 
 
 COMMANDS = (describe, compare, stacked, fields)
