@@ -153,7 +153,7 @@ ROOMS = {
     "vggfeat_cli": set(),
     "vggfeat_cli.run": {"errors"},
     "vggfeat_cli.options": set(),
-    "vggfeat_cli.reports": {"files", "plots", "tables"},
+    "vggfeat_cli.reports": {"errors", "files", "plots", "tables"},
     "vggfeat_cli.style": {"", "image", "transfer.config"},
     "vggfeat_cli.analyse": {"", "plots", "weights"},
     "vggfeat_cli.learn": {"", "files", "plots", "training.config", "training.evaluation"},

@@ -104,11 +104,11 @@ def compare(
         device=device,
         callback=tell,
     )
+    finish_report(report, form, output, overwrite)
     if plot is not None:
         from vggfeat.plots import plot_comparison
 
         plot_comparison(report, plot, overwrite=overwrite)
-    finish_report(report, form, output, overwrite)
 
 
 @click.command()

@@ -190,8 +190,6 @@ def evaluate(
     from vggfeat.training.evaluation import Views
 
     views = Views(size, scales, grid, flip, dense)
-    if plot is not None and plot == output:
-        raise vggfeat.InputError(f"--plot and --output are both {plot}: give them two names")
     report = vggfeat.evaluate(weights, data, views, **options)
     finish_report(report, form, output, overwrite)
     if plot is not None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vggfeat.errors import InputError
+
 if TYPE_CHECKING:
     from vggfeat.tables import Report
 
@@ -34,6 +36,8 @@ def check_outputs(output: str | None, plot: str | None, overwrite: bool) -> None
     """Stop before any work if what is to be written cannot be."""
     from vggfeat.files import check_path
 
+    if output is not None and output == plot:
+        raise InputError(f"--plot and --output are both {plot}: give them two names")
     if output is not None:
         check_path(output, overwrite=overwrite)
     if plot is not None:

@@ -18,7 +18,9 @@ def finish(command: click.Command) -> None:
     """Run a command and exit: 0, or one line on stderr and 2 for bad input, 1 for a failure, 130 after Ctrl-C."""
     name = command.name or "vggfeat"
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if (
+            isinstance(stream, io.TextIOWrapper) and stream.errors == "strict"
+        ):  # else names of any bytes come out as they are
             stream.reconfigure(errors="replace")  # × and → are not in every code page
     keep_memory()
     try:
@@ -33,7 +35,13 @@ def finish(command: click.Command) -> None:
         fail(name, str(error), FAILED)
     except VGGFeatError as error:
         fail(name, str(error), BAD_INPUT)
-    except (MemoryError, OSError, RuntimeError) as error:  # out of memory on either kind of device is a RuntimeError
+    except (
+        MemoryError,
+        OSError,
+        OverflowError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # out of memory on either kind of device is a RuntimeError
         fail(name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", FAILED)
     sys.exit(code or 0)
 

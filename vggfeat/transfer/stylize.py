@@ -325,7 +325,8 @@ class _Run:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "could not create a primitive")  # the latter is oneDNN's
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in said)
 
 
 def _together(total: Tensor, terms: dict[str, Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
