@@ -601,3 +601,16 @@ def test_ctrl_c_while_training_can_be_gone_on_from(vgg, labelled, monkeypatch, r
     assert count == [2] and not Path("run/weights.safetensors").exists()
     assert vgg("train", "set.zip", *SMALL, "-o", "run", "--resume", "--quiet")[0] == 0
     assert count == [6] and Path("run/weights.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
+def test_a_reader_of_the_messages_that_goes_away_costs_no_picture(tmp_path):
+    pictures = [str(REPO / "examples" / name) for name in ("content.jpg", "style.jpg")]
+    words = [*pictures, "--size", "48", "--steps", "6", "--weights", "bundled", "-o", str(tmp_path / "p.png")]
+    read, write = os.pipe()
+    code = "from vggfeat_cli.style import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=write, stdout=subprocess.DEVNULL)
+    os.close(write)
+    os.close(read)
+    process.wait(timeout=120)
+    assert (tmp_path / "p.png").stat().st_size > 500

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +92,14 @@ class _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        with contextlib.suppress(OSError, ValueError):
+            self.bar.close()
 
     def __call__(self, step: StyleStep) -> None:
+        with contextlib.suppress(OSError, ValueError):  # who reads it has gone: no reason to lose the picture
+            self._show(step)
+
+    def _show(self, step: StyleStep) -> None:
         if step.scale == step.step == 1:  # before the wait, not after it
             self.bar.write(f"weights: {step.weights}", file=sys.stderr)
         where = f"scale {step.scale}/{step.scales} {step.width}×{step.height} step {step.step}/{step.steps}"
@@ -101,5 +109,7 @@ class _Bar:
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point. To be told to end is to be interrupted: the best picture so far is saved."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     finish(command)
