@@ -155,7 +155,7 @@ ROOMS = {
     "vggfeat_cli.options": set(),
     "vggfeat_cli.reports": {"errors", "files", "plots", "tables"},
     "vggfeat_cli.style": {"", "image", "transfer.config"},
-    "vggfeat_cli.analyse": {"", "plots", "weights"},
+    "vggfeat_cli.analyse": {"", "image", "plots", "weights"},
     "vggfeat_cli.learn": {"", "files", "plots", "training.config", "training.evaluation"},
     "vggfeat_cli.pictures": {"", "image", "visualize", "weights"},
     "vggfeat_cli.main": {"", "fetch", "weights"},

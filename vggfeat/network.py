@@ -24,7 +24,7 @@ from vggfeat.errors import InputError
 if TYPE_CHECKING:
     from vggfeat.weights import Weights, WeightsLike
 
-__all__ = ["VGG", "of_weights", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"]
+__all__ = ["VGG", "evaluating", "of_weights", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"]
 
 INITS = ("kaiming", "paper")
 
@@ -269,6 +269,18 @@ def vgg(
     with torch.device("meta"):  # no time spent on numbers that are replaced at once
         net = VGG(arch, dropout, init)
     return load_weights(net, loaded)
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode, and afterwards each of its modules in the mode that it was in."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def of_weights(weights: Weights) -> VGG:

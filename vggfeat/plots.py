@@ -309,6 +309,7 @@ def plot_receptive_fields(
         DependencyError: matplotlib is missing.
     """
     path = check_plot(path, overwrite=overwrite)
+    picture = _picture(image)  # before weights, which may have to be fetched
     loaded = None
     if measure:
         from vggfeat.weights import load
@@ -322,7 +323,6 @@ def plot_receptive_fields(
     if not 1 <= len(layers) <= len(colors):
         raise InputError(f"name one to {len(colors)} layers to draw, got {len(layers)}")
     found = sorted({arch.layer(name) for name in layers}, key=lambda layer: layer.index)
-    picture = _picture(image)
     fields = []
     if loaded is not None:
         for layer in found:  # noise on few pixels is cheap, and shows: average over more of it
@@ -359,8 +359,7 @@ def plot_receptive_fields(
         fontsize=9,
     )
     if right is not None:
-        label = loaded.label.split(" (")[0] if loaded is not None else ""
-        label = label if len(label) <= 40 else f"{label[:39]}…"
+        label = _short(loaded.label.split(" (")[0], 40) if loaded is not None else ""
         right.suptitle(f"what it depends on: mean gradient\nweights {label}", fontsize=11)
         panels: Any = right.subplots(rows, columns, squeeze=False).flat
         for axes, each, color in itertools.zip_longest(panels, fields, colors[: len(fields)]):
@@ -423,10 +422,10 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
     return _save(figure, path)
 
 
-def _short(name: str) -> str:
-    """A class's name as a label: whatever its folder was called, what a font has, and so much that there is room."""
+def _short(name: str, most: int = 20) -> str:
+    """A file's or folder's name as a label: whatever it was called, what a font has, and so much that there is room."""
     name = " ".join(name.encode(errors="replace").decode().split())
-    return name if len(name) <= 20 else f"{name[:19]}…"
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = False) -> Path:

@@ -150,16 +150,18 @@ def fields(
     overwrite: bool,
 ) -> None:
     """Draw over IMAGE what a unit of each layer sees, and what it really depends on."""
+    from vggfeat.image import open_image
     from vggfeat.plots import check_plot, plot_receptive_fields
 
     check_plot(output, overwrite=overwrite)
+    picture = open_image(image)  # before weights, which may have to be fetched
     found: Any = weights
     if samples:
         from vggfeat.weights import load
 
         found = load(weights, arch)
     options: dict[str, Any] = {"weights": found, "samples": samples, "measure": samples != 0, "overwrite": overwrite}
-    written = plot_receptive_fields(image, arch, layers, output, **options)
+    written = plot_receptive_fields(picture, arch, layers, output, **options)
     if samples:
         click.echo(f"weights: {found.label}", err=True)
     click.echo(str(written))

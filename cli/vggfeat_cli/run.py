@@ -12,6 +12,8 @@ import click
 from vggfeat.errors import RunError, VGGFeatError
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+# out of memory on either kind of device is a RuntimeError
+UNFORESEEN = (MemoryError, OSError, OverflowError, RuntimeError, ValueError)
 
 
 def finish(command: click.Command) -> None:
@@ -33,13 +35,7 @@ def finish(command: click.Command) -> None:
         fail(name, str(error), FAILED)
     except VGGFeatError as error:
         fail(name, str(error), BAD_INPUT)
-    except (
-        MemoryError,
-        OSError,
-        OverflowError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # out of memory on either kind of device is a RuntimeError
+    except UNFORESEEN as error:
         fail(name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", FAILED)
     sys.exit(code or 0)
 

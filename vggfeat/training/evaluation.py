@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.errors import ImageError, InputError, RunError
-from vggfeat.network import VGG, of_weights
+from vggfeat.network import VGG, evaluating, of_weights
 from vggfeat.processor import bfloat16_is_fast
 from vggfeat.settings import typed
 from vggfeat.tables import Column, Report, Table
@@ -195,15 +195,12 @@ def evaluate(
         data = rest
     with joined(device) as world:
         home = next(net.parameters()).device
-        modes = {module: module.training for module in net.modules()}
-        net = net.to(world.device)
+        dtype = autocast_dtype(precision, world.device)
         try:
-            dtype = autocast_dtype(precision, world.device)
-            return tested(net, data, views, world, dtype, batch_size, bad_images, workers)
+            with evaluating(net.to(world.device)):
+                return tested(net, data, views, world, dtype, batch_size, bad_images, workers)
         finally:
             net.to(home)
-            for module, training in modes.items():
-                module.training = training
 
 
 def _held_out(images: ImageSet, share: float, seed: int, digest: str) -> ImageSet | None:

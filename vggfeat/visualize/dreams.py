@@ -139,7 +139,7 @@ def dream(
             raise InputError(f"{name} must be at least {least}, got {value}")
     if not learning_rate > 0:
         raise InputError(f"learning_rate must be a positive number, got {learning_rate}")
-    device, loaded = resolve(str(device)), load(weights, arch)
+    device, loaded = resolve(device), load(weights, arch)
     if loaded.arch.head is None and layer in ("fc6", "relu6", "fc7", "relu7", "fc8", "fc"):
         raise WeightsError(f"weights {loaded.label} hold no classifier, so there is no {layer}: give some that do")
     loaded.require([layer])

@@ -15,7 +15,7 @@ from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import mse, unit_normalize, wide
 from vggfeat.image import to_pil
-from vggfeat.network import VGG, of_weights
+from vggfeat.network import VGG, evaluating, of_weights
 from vggfeat.visualize.inputs import ImageLike, load_image
 from vggfeat.visualize.sheet import Sheet, overlay, spread
 from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, facts_of, load
@@ -190,18 +190,13 @@ def cam(
     net.arch.layer(layer)
     if class_index is not None and not 0 <= class_index < net.arch.num_classes:
         raise InputError(f"{net.arch.name} has classes 0 to {net.arch.num_classes - 1} here, got {class_index}")
-    modes, device = {module: module.training for module in net.modules()}, next(net.parameters()).device
+    device = next(net.parameters()).device
     shift, scale = (torch.tensor(tuple(v), device=device)[:, None, None] for v in (mean, std))
-    net.eval()
-    try:
-        with torch.enable_grad():
-            taps = net.taps(((x.to(device) - shift) / scale).requires_grad_(), [layer, last])
-            logits = wide(taps[last][0])
-            chosen = int(logits.argmax()) if class_index is None else class_index
-            (grad,) = torch.autograd.grad(logits[chosen], taps[layer])
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(net), torch.enable_grad():
+        taps = net.taps(((x.to(device) - shift) / scale).requires_grad_(), [layer, last])
+        logits = wide(taps[last][0])
+        chosen = int(logits.argmax()) if class_index is None else class_index
+        (grad,) = torch.autograd.grad(logits[chosen], taps[layer])
     logits, alpha = logits.detach(), grad.mean((2, 3), keepdim=True)
     raw = wide((alpha * taps[layer]).sum(1).relu()[0].detach()).cpu()
     heat = spread(raw, (x.shape[2], x.shape[3]))
