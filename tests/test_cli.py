@@ -351,6 +351,68 @@ def test_ctrl_c_before_the_first_step_is_one_line(vggstyle, folder, monkeypatch,
     assert len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("when", ["running", "putting together", "saving"])
+def test_to_be_told_to_end_again_costs_nothing(vggstyle, folder, monkeypatch, real_sigint, name, when):
+    number = getattr(signal, name, signal.SIGINT)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, number)}
+    place = {"running": "value_and_grad", "putting together": "terms"}.get(when)
+    value_and_grad, terms, calls = Objective.value_and_grad, Objective.terms, []
+
+    def told():
+        if len(calls) >= 3 or when != "running":  # and from then on
+            signal.raise_signal(number)
+
+    def evaluated(self, image):
+        calls.append(image)
+        told() if place == "value_and_grad" else None
+        return value_and_grad(self, image)
+
+    def final(self, image):
+        if not image.requires_grad:
+            told() if when != "saving" else None
+        return terms(self, image)
+
+    monkeypatch.setattr(Objective, "value_and_grad", evaluated)
+    monkeypatch.setattr(Objective, "terms", final)
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: [signal.raise_signal(number), fsync(file)])
+    code, out, err = vggstyle(*PAIR, "--quiet")
+    assert (code, out) == (0 if when == "saving" else 130, "content-style.png\n"), err
+    with Image.open("content-style.png") as picture:
+        picture.load()
+    assert len(calls) == (3 if when == "running" else 4) and len(list(folder.iterdir())) == 3
+    assert before == {each: signal.getsignal(each) for each in before}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_what_nohup_ignores_stays_ignored(vggstyle, folder, monkeypatch):
+    value_and_grad = Objective.value_and_grad
+
+    def told(self, image):
+        signal.raise_signal(signal.SIGHUP)
+        return value_and_grad(self, image)
+
+    monkeypatch.setattr(Objective, "value_and_grad", told)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert vggstyle(*PAIR, "--quiet")[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_pictures_that_are_read_are_not_replaced(vggstyle, folder):
+    before = [Path(name).read_bytes() for name in PAIR]
+    for words in (
+        (*PAIR, "-o", "style.png"),
+        (*PAIR, "-o", "./content.jpg"),
+        ("style.png", "style.png", "--init", "content.jpg", "-o", "content.jpg"),
+    ):
+        code, out, err = vggstyle(*words, "--overwrite")
+        assert (code, out) == (2, "") and "one of the files that are read" in one_line(err)
+    assert before == [Path(name).read_bytes() for name in PAIR]
+
+
 # ── processes of their own ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -483,9 +545,22 @@ def test_weights_verify(vgg, published, tmp_path):
     path.write_bytes(b"other numbers")
     for args in ([], [path]):
         code, out, err = vgg("weights", "verify", *args)
-        assert (code, out) == (2, "") and path.name in one_line(err, "vggfeat")
-    code, out, err = vgg("weights", "verify", tmp_path / "missing.pth")
+        assert (code, out) == (1, "") and path.name in one_line(err, "vggfeat")
+    code, out, err = vgg("weights", "verify", path, tmp_path / "missing.pth")
     assert (code, out) == (2, "") and "missing.pth" in one_line(err, "vggfeat")
+    mine, noted = tmp_path / "mine.pth", tmp_path / "noted.pth"
+    mine.write_bytes(b"mine")
+    noted.write_bytes(b"mine")
+    note = tmp_path / "noted.pth.sha256"
+    ours = hashlib.sha256(b"mine").hexdigest()
+    for text, good in (("a note of my own\n", True), (f"{ours}  noted.pth\n", True), (f"{digest}  noted.pth\n", False)):
+        note.write_text(text)
+        code, out, err = vgg("weights", "verify", path, noted, mine)  # the bad ones stop nothing
+        assert (code, out.split("\n")[-2]) == (1, f"{ours}  {mine}") and path.name in err.splitlines()[0]
+        assert (str(noted) in out) == good and (f"{noted} was changed since" in err) != good
+        assert note.read_text() == text and "delete both" not in err
+    assert not (tmp_path / "mine.pth.sha256").exists()
+    noted.unlink()
     path.unlink()
     assert vgg("weights", "verify")[0] == 0
 

@@ -486,6 +486,23 @@ def test_check_output_refuses(tmp_path, monkeypatch):
         vi.check_output(tmp_path / "b.png")
 
 
+def test_check_output_refuses_what_is_read_and_what_is_no_file(tmp_path, monkeypatch):
+    file, link, pipe = tmp_path / "a.png", tmp_path / "link.png", tmp_path / "pipe.png"
+    file.write_bytes(b"old")
+    link.symlink_to(file)
+    for name in (file, link, tmp_path / "." / "a.png"):
+        with pytest.raises(ImageError, match="one of the files that are read"):
+            vi.check_output(name, overwrite=True, inputs=["missing.png", file])
+    assert vi.check_output(link, overwrite=True, inputs=["missing.png"]) == link
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(pipe)
+        with pytest.raises(ImageError, match="a device or a pipe"):
+            vi.check_output(pipe, overwrite=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != file)
+    with pytest.raises(ImageError, match="protected against writing"):
+        vi.check_output(file, overwrite=True)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_check_output_refuses_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o500)
@@ -682,3 +699,16 @@ def test_permissions_follow_the_umask(tmp_path, scene, umask, mode, overwrite):
     finally:
         os.umask(previous)
     assert path.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions and links")
+def test_what_replaces_a_file_is_as_private_and_where_its_link_leads(tmp_path, scene):
+    (tmp_path / "elsewhere").mkdir()
+    private, link = tmp_path / "elsewhere" / "a.png", tmp_path / "link.png"
+    private.write_bytes(b"old")
+    private.chmod(0o600)
+    link.symlink_to(Path("elsewhere") / "a.png")
+    assert vi.save_image(scene, link, overwrite=True) == link
+    assert link.is_symlink() and private.stat().st_mode & 0o777 == 0o600 and vi.open_image(private).size == (32, 24)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "link.png"]
+    assert [*private.parent.iterdir()] == [private]

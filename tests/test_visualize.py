@@ -1,9 +1,13 @@
 """Pictures: against numbers worked out by hand, ordinary autograd, and the network as plain modules."""
 
+import errno
 import importlib
 import inspect
 import math
+import os
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ import vggfeat
 from vggfeat import visualize
 from vggfeat.arch import Arch, parse
 from vggfeat.image import fit, open_image, read_settings, resize, to_pil, to_tensor
+from vggfeat.transfer.objective import Objective
 from vggfeat.visualize import Sheet, cam, distance, dream, filters, invert, maps
 from vggfeat.visualize.dreams import _Fourier
 from vggfeat.visualize.sheet import overlay, palette, spread
@@ -314,13 +319,35 @@ def test_a_dream_of_a_class_needs_a_classifier(small):
             dream("relu1_1", weights=small, **wrong)
 
 
+@pytest.mark.parametrize("parametrization", ["fourier", "pixels"])
+def test_a_dream_that_was_stopped(small, parametrization, monkeypatch):
+    def stopped(step):
+        if step.step == 2:
+            raise KeyboardInterrupt
+
+    options = {"weights": small, "size": 32, "parametrization": parametrization}
+    found = dream("relu1_1", [1, 2], steps=9, callback=stopped, **options)
+    assert found.interrupted and found.sheet.settings["steps"] == 2 and len(found.images) == 2
+    assert not dream("relu1_1", [1], steps=1, **options).interrupted
+
+    def stopped_at_once(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"vggfeat.visualize.dreams._{parametrization.title()}.step", stopped_at_once)
+    with pytest.raises(KeyboardInterrupt):
+        dream("relu1_1", [1], **options)
+
+
 def test_an_inversion_that_was_stopped_at_once(small, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vggfeat.transfer.objective.Objective.value_and_grad", stopped)
-    found = invert(noise(48, 48), size=48, weights="bundled")
-    assert found.result.interrupted and found.image.size == (48, 48)
+    with monkeypatch.context() as patched:
+        patched.setattr("vggfeat.transfer.objective.Objective.value_and_grad", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            invert(noise(48, 48), size=48, weights="bundled")
+    found = invert(noise(48, 48), size=48, weights="bundled", callback=stopped)
+    assert found.result.interrupted and found.image.size == (48, 48) and found.error >= 0
     with pytest.raises(vggfeat.InputError, match="unknown option 'precisoin': did you mean precision"):
         invert(noise(48, 48), size=48, weights="bundled", precisoin="float32")
 
@@ -555,6 +582,72 @@ def test_commands_write_their_picture_and_never_over_another(call, line, tmp_pat
         assert (code, out.split()[-1]) == (0, name.replace(".png", "-2.png"))
     assert Path(name).read_bytes() == before
     assert call(f"{line} --overwrite")[0] == 0
+
+
+def interrupting(monkeypatch, at):
+    """Let the command be told to end in the so-manieth evaluation of the objective."""
+    calls, value_and_grad = [], Objective.value_and_grad
+
+    def interrupted(self, image):
+        calls.append(image)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return value_and_grad(self, image)
+
+    monkeypatch.setattr(Objective, "value_and_grad", interrupted)
+
+
+@pytest.mark.parametrize(("at", "runs"), [(1, 0), (2, 1), (4, 1), (6, 2)])
+def test_inversions_that_were_stopped(call, monkeypatch, at, runs):
+    interrupting(monkeypatch, at)
+    code, out, err = call("invert photo.png --layer relu1_1 --layer relu2_1 --layer relu1_2 --size 32 --steps 3")
+    assert code == 130 and "interrupted" in err.splitlines()[-1] and err.count("error") == runs
+    if not runs:
+        assert out == "" and not Path("photo-inverted.png").exists()
+        return
+    assert out == "photo-inverted.png\n"
+    assert len((read_settings("photo-inverted.png") or {})["runs"]) == runs
+
+
+def test_a_dream_that_was_stopped_is_saved(call, monkeypatch):
+    step, calls = _Fourier.step, []
+
+    def interrupted(self, loss, progress):
+        calls.append(progress)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        step(self, loss, progress)
+
+    monkeypatch.setattr(_Fourier, "step", interrupted)
+    code, out, err = call("dream --layer relu1_1 --channel 1 --size 32 --steps 9")
+    assert (code, out) == (130, "dream-relu1_1.png\n") and "interrupted" in err.splitlines()[-1]
+    assert (read_settings("dream-relu1_1.png") or {})["steps"] == 2
+
+
+def full_disk(descriptor):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_picture_that_cannot_be_written_is_rescued(call, line, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    fsync, name = os.fsync, LINES[line]
+    monkeypatch.setattr(os, "fsync", lambda file: [monkeypatch.setattr(os, "fsync", fsync), full_disk(file)])
+    code, out, err = call(line)
+    rescued = tmp_path / "tmp" / Path(name).with_suffix(".png")
+    assert code == 1 and out.split()[-1] == str(rescued) and not Path(name).exists()
+    assert f"cannot write {name}: No space left on device" in err and f"the picture is in {rescued}" in err
+    with Image.open(rescued) as picture:
+        picture.load()
+
+
+def test_pictures_that_are_read_are_not_replaced(call):
+    before = Path("photo.png").read_bytes()
+    for line in ("maps photo.png", "invert photo.png", "cam photo.png", "distance other.png photo.png"):
+        code, out, err = call(f"{line} -o photo.png --overwrite")
+        assert (code, out) == (2, "") and "one of the files that are read" in err
+    assert Path("photo.png").read_bytes() == before
 
 
 def test_distance_prints_what_the_library_says(call, headed):

@@ -32,15 +32,15 @@ def published_digest(filename: str) -> str:
     return match[1]
 
 
-def verify(path: Path, digest: str = "") -> str:
+def verify(path: Path, digest: str = "", *, record: bool = True) -> str:
     """Check a file's sha256 against the digits that its name publishes and against what its first check recorded.
 
-    The record is the file's name with `.sha256` appended, in the format of `sha256sum`; it is written where there is
-    none and the folder allows it.
+    The record is the file's name with `.sha256` appended, in the format of `sha256sum`.
 
     Args:
         path: the file.
-        digest: leading hex digits that the sha256 must have.
+        digest: leading hex digits that the sha256 must have, of a published file.
+        record: write the record where there is no file of that name and the folder allows it.
 
     Returns:
         The sha256.
@@ -50,21 +50,33 @@ def verify(path: Path, digest: str = "") -> str:
     """
     actual = _sha256(*file_key(path))
     note = _note(path)
-    recorded = ""
-    with contextlib.suppress(OSError, UnicodeDecodeError, IndexError):
-        recorded = note.read_text().split(maxsplit=1)[0] if note.is_file() else ""
-    expected = digest if not actual.startswith(digest) else recorded
-    if expected and not actual.startswith(expected):
+    if not actual.startswith(digest):
         raise WeightsError(
-            f"{path} is damaged or was changed: its sha256 starts with {actual[:8]}, expected {expected[:8]}; "
-            f"delete it and it is fetched again"
-            if expected == digest
-            else f"{path} was changed since it was first checked: its sha256 is {actual}, recorded in {note.name} is "
-            f"{expected}; delete both and it is fetched again"
+            f"{path} is damaged or was changed: its sha256 starts with {actual[:8]}, expected {digest[:8]}; "
+            "delete it and it is fetched again"
         )
-    if not recorded:
+    recorded = _recorded(note)
+    if recorded and recorded != actual:
+        again = "; delete both and it is fetched again" if digest else ""
+        raise WeightsError(
+            f"{path} was changed since it was first checked: its sha256 is {actual}, recorded in {note.name} is "
+            f"{recorded}{again}"
+        )
+    if record and recorded is None:
         _record(path, actual)
     return actual
+
+
+def _recorded(note: Path) -> str | None:
+    """The sha256 that a record holds; None where there is none yet, empty where the file is something else."""
+    try:
+        text = note.read_text().strip().lower()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        return ""
+    match = re.match(r"[0-9a-f]{64}\b", text)
+    return match[0] if match else "" if text else None
 
 
 def file_key(path: Path) -> tuple[str, int, int]:

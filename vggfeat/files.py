@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import secrets
-from collections.abc import Collection, Iterator
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -22,6 +25,7 @@ def check_path(
     suffixes: Collection[str] = (),
     *,
     overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
     error: type[InputError] = InputError,
 ) -> Path:
     """`path`, once it is clear that a file can be written there: to be called before any long work.
@@ -29,13 +33,16 @@ def check_path(
     Args:
         path: where to.
         suffixes: those that will do; none means any.
-        overwrite: replace a file that is already there.
+        overwrite: replace a file that is already there; of a link, the file that it leads to.
+        inputs: files that are read, which are not replaced even so.
         error: what to raise.
 
     Raises:
         InputError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
     """
     path = Path(path)
+    if any(_same(path, each) for each in inputs):
+        raise error(f"cannot write {path}: it is one of the files that are read; choose another name")
     if suffixes and path.suffix.lower() not in suffixes:
         raise error(f"cannot write {path}: expected a name that ends in {', '.join(suffixes)}, got {path.suffix!r}")
     if not os.path.isdir(path.parent):
@@ -52,6 +59,13 @@ def check_path(
         raise error(f"cannot write {path}: {failure.strerror}; choose another name") from failure
     if not overwrite:
         raise error(taken(path))
+    place = _led_to(path)
+    if place != path and not os.access(place.parent, os.W_OK | os.X_OK):
+        raise error(f"cannot write {path}: the folder {place.parent} that it leads to is not writable; choose another")
+    if place.exists() and not stat.S_ISREG(place.stat().st_mode):
+        raise error(f"cannot write {path}: expected a file, found a device or a pipe; choose another name")
+    if place.exists() and not os.access(place, os.W_OK):
+        raise error(f"cannot write {path}: it is protected against writing; choose another name")
     return path
 
 
@@ -59,6 +73,18 @@ def free_name(path: Path) -> Path:
     """`path` itself where nothing is there yet, else the first free one of name-2.png, name-3.png and so on."""
     names = itertools.chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2)))
     return next(name for name in names if not os.path.lexists(name))
+
+
+def _same(path: Path, other: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):  # one of them is not there, or no name at all
+        return False
+
+
+def _led_to(path: Path) -> Path:
+    """The place that a link leads to; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def taken(path: Path) -> str:
@@ -70,10 +96,13 @@ def taken(path: Path) -> str:
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
     """A file to write to, which is synced and takes its name when the block ends well, and is gone when it does not.
 
+    A file that is replaced hands on its permissions, a link stays and what it leads to is replaced.
+
     Raises:
         FileExistsError: the name is taken by now and must not be.
         OSError: it cannot be written.
     """
+    path = _led_to(path) if overwrite else path
     temporary = path.with_name(
         TEMPORARY.replace("*", secrets.token_hex(8))
     )  # a link or a rename needs the same file system
@@ -98,4 +127,7 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
         except (OSError, AttributeError, NotImplementedError):  # no hard links here: leave a short gap in the check
             if os.path.lexists(path):
                 raise FileExistsError(path) from None
+    else:
+        with contextlib.suppress(OSError):
+            shutil.copymode(path, temporary)
     os.replace(temporary, path)

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -131,19 +131,24 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def check_output(
-    path: str | os.PathLike[str], *, overwrite: bool = False, formats: Collection[str] = tuple(FORMATS)
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    formats: Collection[str] = tuple(FORMATS),
 ) -> Path:
     """`path`, once it is clear that a file can be written there: to be called before any long work.
 
     Args:
         path: where to.
         overwrite: replace a file that is already there.
+        inputs: files that are read, which are not replaced even so.
         formats: suffixes that will do; those of `save_image` unless said otherwise.
 
     Raises:
         ImageError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
     """
-    return check_path(path, formats, overwrite=overwrite, error=ImageError)
+    return check_path(path, formats, overwrite=overwrite, inputs=inputs, error=ImageError)
 
 
 def free_path(path: str | os.PathLike[str]) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +45,14 @@ SKY, YELLOW, RED, GREY = "#56b4e9", "#f0e442", "#d55e00", "#777777"
 PathLike = str | os.PathLike[str]
 
 
-def check_plot(path: PathLike, *, overwrite: bool = False) -> Path:
+def check_plot(path: PathLike, *, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Path:
     """`path`, once it is clear that a figure can be written there: to be called before any long work.
 
     Raises:
         InputError: not one of `SUFFIXES`, no writable folder, or a file that must stay.
         DependencyError: matplotlib is missing.
     """
-    path = check_path(path, SUFFIXES, overwrite=overwrite)
+    path = check_path(path, SUFFIXES, overwrite=overwrite, inputs=inputs)
     _figure_class()
     return path
 
@@ -70,8 +70,8 @@ def _figure(width: float, height: float) -> Figure:
     return _figure_class()(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    with written(path) as file:
+def _save(figure: Figure, path: Path, overwrite: bool) -> Path:
+    with written(path, overwrite=overwrite) as file:
         figure.savefig(file, format=path.suffix.lower()[1:], dpi=150)
     return path
 
@@ -123,7 +123,7 @@ def plot_comparison(comparison: Comparison, path: PathLike, *, overwrite: bool =
     figure.draw_without_rendering()  # so that places in points are known
     for axes, (_, values) in zip(panels, costs, strict=True):
         _name(axes, nets, values, figure.dpi / 72)
-    return _save(figure, path)
+    return _save(figure, path, overwrite)
 
 
 def _color(net: Net) -> str:
@@ -200,7 +200,7 @@ def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, over
     panels[0].tick_params(axis="y", length=0)
     panels[1].tick_params(axis="y", length=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    return _save(figure, path)
+    return _save(figure, path, overwrite)
 
 
 # ── the 3×3 argument ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -263,7 +263,7 @@ def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -
     costs.set_title("what they cost", fontsize=11)
     costs.grid(True, color="#eeeeee")
     _plain(costs)
-    return _save(figure, path)
+    return _save(figure, path, overwrite)
 
 
 def _box(corner: tuple[float, float], width: float, height: float, face: str, edge: str, **options: Any) -> Any:
@@ -370,7 +370,7 @@ def plot_receptive_fields(
                 full = each.theoretical
                 axes.add_patch(_box((-0.5, -0.5), full, full, "none", color, linewidth=3, clip_on=False))
                 axes.set_title(f"{each.layer}: {full} px, {each.effective:.0f} effective", fontsize=9)
-    return _save(figure, path)
+    return _save(figure, path, overwrite)
 
 
 def _picture(image: PathLike | Image.Image) -> Image.Image:
@@ -419,7 +419,7 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
         axes.grid(True, color="#e6e6e6")
         _plain(axes)
     panels[1].legend(frameon=False, fontsize=9)
-    return _save(figure, path)
+    return _save(figure, path, overwrite)
 
 
 def _short(name: str, most: int = 20) -> str:
@@ -456,4 +456,4 @@ def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = 
     axes.set(xlabel="taken for", ylabel="true class")
     axes.set_title(f"{evaluation.images:,} images, top-1 {100 * evaluation.top1:.2f} %", fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
-    return _save(figure, path)
+    return _save(figure, path, overwrite)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from vggfeat.errors import InputError
-from vggfeat.files import new_file
+from vggfeat.errors import InputError, RunError
+from vggfeat.files import new_file, taken
 
 __all__ = ["Column", "Report", "Table", "mega", "written"]
 
@@ -111,14 +111,17 @@ class Report:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the name `path`, replacing what is there, once all went well.
+def written(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the name `path` once all went well.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the name is taken by now and must not be.
+        RunError: the file cannot be written.
     """
     try:
-        with new_file(path, overwrite=True) as file:
+        with new_file(path, overwrite=overwrite) as file:
             yield file
+    except FileExistsError as error:
+        raise InputError(taken(path)) from error
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; check the free space") from error
+        raise RunError(f"cannot write {path}: {error.strerror or error}; check the free space") from error

@@ -153,7 +153,7 @@ def fields(
     from vggfeat.image import open_image
     from vggfeat.plots import check_plot, plot_receptive_fields
 
-    check_plot(output, overwrite=overwrite)
+    check_plot(output, overwrite=overwrite, inputs=[image])
     picture = open_image(image)  # before weights, which may have to be fetched
     found: Any = weights
     if samples:

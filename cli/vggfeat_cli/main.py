@@ -8,7 +8,7 @@ import click
 
 import vggfeat
 from vggfeat_cli import analyse, learn, pictures
-from vggfeat_cli.run import finish
+from vggfeat_cli.run import FAILED, finish
 
 
 @click.group("vggfeat", no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,7 +52,7 @@ def fetch(name: str, arch: str) -> None:
 
 @weights.command()
 @click.argument("files", nargs=-1, type=click.Path())
-def verify(files: tuple[str, ...]) -> None:
+def verify(files: tuple[str, ...]) -> int:
     """Check FILES, or every published file on this machine, against the published and recorded sha256."""
     from vggfeat.fetch import verify as check
     from vggfeat.weights import SETS, folders
@@ -63,10 +63,16 @@ def verify(files: tuple[str, ...]) -> None:
     ]
     if not paths:
         click.echo("no published weight file on this machine")
+    if missing := [path for path in paths if not path.is_file()]:
+        raise vggfeat.InputError(f"no file at {missing[0]}")
+    bad = 0
     for path in paths:
-        if not path.is_file():
-            raise vggfeat.InputError(f"no file at {path}")
-        click.echo(f"{check(path, known.get(path.name, ''))}  {path}")
+        try:
+            click.echo(f"{check(path, known.get(path.name, ''), record=path.name in known)}  {path}")
+        except (OSError, vggfeat.WeightsError) as error:
+            bad += 1
+            click.echo(f"vggfeat: {error}", err=True)
+    return FAILED if bad else 0
 
 
 def main() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 import vggfeat
-from vggfeat_cli.run import INTERRUPTED
+from vggfeat_cli.run import FAILED, INTERRUPTED, save
 
 Command = Callable[..., Any]
 
@@ -90,13 +90,13 @@ def _common(command: Command) -> Command:
 @click.option("--patches", default=9, show_default=True, help="Patches of each channel.")
 @_size(512, "Long side of the images in pixels.")
 @_common
-def filters(images: tuple[str, ...], output: str | None, overwrite: bool, **options: Any) -> None:
+def filters(images: tuple[str, ...], output: str | None, overwrite: bool, **options: Any) -> int:
     """The first layer's filters in colour; with IMAGES, the patches that drive any layer's channels most."""
-    target = _target(output, f"filters-{options['layer']}.png", overwrite)
+    target = _target(output, f"filters-{options['layer']}.png", overwrite, images)
     from vggfeat.visualize import filters
 
     sheet = filters(images=list(images), **options)
-    _done(sheet.save(target, overwrite=overwrite), sheet.settings["weights"])
+    return _saved(sheet, target, overwrite, sheet.settings["weights"])
 
 
 @click.command("maps")
@@ -116,13 +116,13 @@ def filters(images: tuple[str, ...], output: str | None, overwrite: bool, **opti
 @click.option("--tile", default=128, show_default=True, help="Long side of a map on the sheet.")
 @_size(512)
 @_common
-def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> None:
+def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> int:
     """A layer's feature maps of IMAGE."""
-    target = _target(output, f"{Path(image).stem}-maps-{options['layer']}.png", overwrite)
+    target = _target(output, f"{Path(image).stem}-maps-{options['layer']}.png", overwrite, [image])
     from vggfeat.visualize import maps
 
     sheet = maps(image, **options)
-    _done(sheet.save(target, overwrite=overwrite), sheet.settings["weights"])
+    return _saved(sheet, target, overwrite, sheet.settings["weights"])
 
 
 @click.command("dream")
@@ -144,8 +144,11 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> Non
 @_seed
 @_quiet
 @_common
-def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet: bool, **options: Any) -> None:
-    """Images that excite channels, units or classes most."""
+def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet: bool, **options: Any) -> int:
+    """Images that excite channels, units or classes most.
+
+    Ctrl-C stops early and saves the pictures as they stand.
+    """
     if classes is not None:
         if options["channels"] is not None:
             raise vggfeat.InputError("give --channel or --class, not both")
@@ -161,7 +164,7 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
         result = dream(**options, callback=lambda _: bar.update())
     for channel, start, end in zip(result.channels, result.start, result.activations, strict=True):
         click.echo(f"{options['layer']} {channel}: {start:.4g} → {end:.4g}", err=True)
-    _done(result.save(target, overwrite=overwrite), result.sheet.settings["weights"])
+    return _saved(result, target, overwrite, result.sheet.settings["weights"], result.interrupted)
 
 
 @click.command("invert")
@@ -190,19 +193,30 @@ def invert(
     quiet: bool,
     **options: Any,
 ) -> int:
-    """IMAGE back from noise, by a layer's features or by Gram matrices."""
+    """IMAGE back from noise, by a layer's features or by Gram matrices.
+
+    Ctrl-C stops early and saves what there is.
+    """
     kind = "texture" if options["gram"] else "inverted"
-    target = _target(output, f"{Path(image).stem}-{kind}.png", overwrite)
-    from vggfeat.visualize import Sheet, invert
+    target = _target(output, f"{Path(image).stem}-{kind}.png", overwrite, [image])
+    from vggfeat.visualize import Inversion, Sheet, invert
 
     groups: list[Any] = [[name.strip() for name in group.split(",") if name.strip()] for group in layers] or [None]
-    results = []
+    results: list[Inversion] = []
+    interrupted = False
     for group in groups:
-        with _bar(1.0, quiet) as bar:
-            results.append(invert(image, group, **options, callback=lambda step: bar.update(step.progress - bar.n)))
-        click.echo(f"{', '.join(results[-1].layers)}: error {results[-1].error:.4g}", err=True)
-        if results[-1].result.interrupted:
+        try:
+            with _bar(1.0, quiet) as bar:
+                results.append(invert(image, group, **options, callback=lambda step: bar.update(step.progress - bar.n)))
+        except KeyboardInterrupt:  # before this one's first step
+            if not results:
+                raise
+            interrupted = True
             break
+        click.echo(f"{', '.join(results[-1].layers)}: error {results[-1].error:.4g}", err=True)
+        if interrupted := results[-1].result.interrupted:
+            break
+    picture: Inversion | Sheet = results[0]
     if compare or len(groups) > 1:
         tiles, labels = [results[0].original], [Path(image).name]
         for result in results:
@@ -210,14 +224,8 @@ def invert(
             several = f"{result.layers[0]} … {result.layers[-1]}"
             labels.append(f"{several if len(result.layers) > 2 else ', '.join(result.layers)}: {result.error:.2g}")
         settings = {"picture": "invert", "runs": [result.result.to_dict() for result in results]}
-        written = Sheet(tiles, labels, columns=min(4, len(tiles)), settings=settings).save(target, overwrite=overwrite)
-    else:
-        written = results[0].save(target, overwrite=overwrite)
-    _done(written, results[0].result.weights)
-    if results[-1].result.interrupted:
-        click.echo("vggfeat: interrupted; this is what there is so far", err=True)
-        return INTERRUPTED
-    return 0
+        picture = Sheet(tiles, labels, columns=min(4, len(tiles)), settings=settings)
+    return _saved(picture, target, overwrite, results[0].result.weights, interrupted)
 
 
 @click.command("distance")
@@ -235,20 +243,23 @@ def invert(
 @_common
 def distance(
     a: str, b: str, layers: tuple[str, ...], output: str | None, overwrite: bool, as_json: bool, **options: Any
-) -> None:
+) -> int:
     """The perceptual distance of images A and B, in total and by layer; with -o, a heat map."""
-    target = _target(output, "", overwrite) if output else None
+    target = _target(output, "", overwrite, [a, b]) if output else None
     from vggfeat.visualize import distance
 
     result = distance(a, b, layers or None, **options)
-    written = result.save(target, overwrite=overwrite) if target else None
+    written, trouble = save(result, target, overwrite) if target else (None, "")
     if as_json:
         summary = {key: result.sheet.settings[key] for key in ("total", "layers", "arch", "weights")}
         click.echo(json.dumps(summary | ({"output": str(written)} if written else {}), indent=2))
-        return
-    for name, value in {"total": result.total, **result.layers}.items():
-        click.echo(f"{name:8} {value:.6g}")
-    _done(written, result.sheet.settings["weights"])
+    else:
+        for name, value in {"total": result.total, **result.layers}.items():
+            click.echo(f"{name:8} {value:.6g}")
+        click.echo(f"weights: {result.sheet.settings['weights']}", err=True)
+        if written:
+            click.echo(str(written))
+    return _ended(written, trouble)
 
 
 @click.command("cam")
@@ -258,29 +269,41 @@ def distance(
 @_size(224)
 @_colors("turbo")
 @_common
-def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> None:
+def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> int:
     """Where the classifier sees a class in IMAGE (Grad-CAM)."""
-    target = _target(output, f"{Path(image).stem}-cam.png", overwrite)
+    target = _target(output, f"{Path(image).stem}-cam.png", overwrite, [image])
     from vggfeat.visualize import cam
 
     result = cam(image, **options)
     name = "" if result.class_name is None else f" {result.class_name}"
     click.echo(f"class {result.class_index}{name}: {100 * result.probability:.1f} %", err=True)
-    _done(result.save(target, overwrite=overwrite), result.sheet.settings["weights"])
+    return _saved(result, target, overwrite, result.sheet.settings["weights"])
 
 
-def _target(output: str | None, name: str, overwrite: bool) -> Path:
+def _target(output: str | None, name: str, overwrite: bool, inputs: Sequence[str] = ()) -> Path:
     """Where to write, known to be free and writable before any work."""
     from vggfeat.image import free_path
     from vggfeat.visualize import check_sheet
 
-    return check_sheet(output or (name if overwrite else free_path(name)), overwrite=overwrite)
+    return check_sheet(output or (name if overwrite else free_path(name)), overwrite=overwrite, inputs=inputs)
 
 
-def _done(written: Path | None, weights: str) -> None:
+def _saved(picture: Any, target: Path, overwrite: bool, weights: str, interrupted: bool = False) -> int:
+    """Save the picture, say where it is, and how the command ended."""
+    written, trouble = save(picture, target, overwrite)
     click.echo(f"weights: {weights}", err=True)
-    if written is not None:
-        click.echo(str(written))
+    click.echo(str(written))
+    return _ended(written, trouble, interrupted)
+
+
+def _ended(written: Path | None, trouble: str, interrupted: bool = False) -> int:
+    if trouble:
+        click.echo(f"vggfeat: {trouble}; the picture is in {written}", err=True)
+        return FAILED
+    if interrupted:
+        click.echo("vggfeat: interrupted; this is what there is so far", err=True)
+        return INTERRUPTED
+    return 0
 
 
 def _bar(total: float, quiet: bool) -> Any:

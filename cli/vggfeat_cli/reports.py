@@ -27,7 +27,7 @@ def finish_report(report: Report, form: str, output: str | None, overwrite: bool
     from vggfeat.files import check_path
     from vggfeat.tables import written
 
-    with written(check_path(output, overwrite=overwrite)) as file:
+    with written(check_path(output, overwrite=overwrite), overwrite=overwrite) as file:
         file.write((text.rstrip("\n") + "\n").encode())
     click.echo(output)
 

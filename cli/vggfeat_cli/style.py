@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import sys
-import tempfile
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +13,10 @@ import click
 import vggfeat
 from vggfeat.transfer.config import CHOICES, StyleConfig
 from vggfeat_cli.options import settings
-from vggfeat_cli.run import FAILED, INTERRUPTED, finish
+from vggfeat_cli.run import FAILED, INTERRUPTED, finish, save
 
 if TYPE_CHECKING:
-    from vggfeat.transfer.stylize import StyleResult, StyleStep
+    from vggfeat.transfer.stylize import StyleStep
 
 
 @click.command("vggstyle", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -42,10 +39,11 @@ def command(
     from vggfeat.image import check_output, free_path
 
     name = "-".join(Path(path).stem for path in (content, *style)) + ".png"
-    target = check_output(output or (name if overwrite else free_path(name)), overwrite=overwrite)
+    read = (content, *style, config.init)
+    target = check_output(output or (name if overwrite else free_path(name)), overwrite=overwrite, inputs=read)
     with _Bar(disable=quiet) as bar:
         result = vggfeat.stylize(content, list(style), config, callback=bar)
-    written, trouble = _save(result, target, overwrite)
+    written, trouble = save(result, target, overwrite)
     if as_json:
         summary = {"output": str(written), "content": content, "style": list(style)} | result.to_dict()
         click.echo(json.dumps(summary, indent=2))
@@ -64,17 +62,6 @@ def command(
         click.echo("vggstyle: interrupted; this is the best picture so far", err=True)
         return INTERRUPTED
     return 0
-
-
-def _save(result: StyleResult, target: Path, overwrite: bool) -> tuple[Path, str]:
-    """Write the picture where it was to go, or, rather than lose it, somewhere else."""
-    from vggfeat.image import free_path
-
-    try:
-        return result.save(target, overwrite=overwrite), ""
-    except vggfeat.ImageError as error:
-        rescue = free_path(Path(tempfile.gettempdir()) / (target.stem + ".png"))
-        return result.save(rescue), str(error)
 
 
 class _Bar:
@@ -109,7 +96,5 @@ class _Bar:
 
 
 def main() -> None:
-    """Entry point. To be told to end is to be interrupted: the best picture so far is saved."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Entry point."""
     finish(command)

@@ -231,8 +231,10 @@ class Batches:
 
 
 def deaf(worker: int) -> None:
-    """What a worker does first: leave it to the run to end on SIGTERM, which a whole group of processes may get."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """What a worker does first: leave it to the run to end on signals that a whole group of processes may get."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _drawn(low: int, high: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -667,7 +667,7 @@ class _Run:
 
 @contextmanager
 def _signals(run: _Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after the step in progress; a second Ctrl-C at once.
+    """Ctrl-C, SIGTERM and a terminal that goes end the run after the step in progress; a second Ctrl-C at once.
 
     Of several processes each may get a Ctrl-C twice, from the terminal and from `torchrun`: the second is ignored.
     """
@@ -680,7 +680,10 @@ def _signals(run: _Run) -> Iterator[None]:
             raise KeyboardInterrupt
         run.asked = True
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

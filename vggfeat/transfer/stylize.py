@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat.errors import InputError, RunError
+from vggfeat.errors import InputError, RunError, first_line
 from vggfeat.features import VGGFeatures
 from vggfeat.image import fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.processor import bfloat16_is_fast, resolve
@@ -88,7 +88,7 @@ class StyleResult:
         elapsed: seconds.
         interrupted: whether Ctrl-C ended it early; the picture is then the best so far.
         failure: what went wrong where memory did not suffice for a finer scale, else None; the picture is then that of
-            the coarser scales, enlarged.
+            the coarser scales, enlarged where memory suffices for that.
     """
 
     image: Image.Image
@@ -135,8 +135,9 @@ def stylize(
 ) -> StyleResult:
     """Paint the content in the manner of the style (Gatys, Ecker and Bethge 2016).
 
-    Ctrl-C does not raise: it ends the run with the best picture so far, and the result says `interrupted`. Nor does a
-    lack of memory at a finer scale than the first: the picture is then that of the coarser ones, `failure` says why.
+    After the first step Ctrl-C does not raise: it ends the run with the best picture so far, and the result says
+    `interrupted`. Nor does a lack of memory at a finer scale than the first: the picture is then that of the coarser
+    ones, `failure` says why.
 
     Args:
         content: a file, a PIL image, or a tensor (1,3,H,W) in [0,1].
@@ -148,6 +149,7 @@ def stylize(
         InputError: an image that cannot be read, settings that do not fit, images too small for the network.
         WeightsError: weights that cannot be had or do not reach the deepest layer.
         RunError: the loss was not finite from the start.
+        KeyboardInterrupt: Ctrl-C before anything was painted.
     """
     config = config or StyleConfig()
     picture = _picture(content)
@@ -168,8 +170,14 @@ def stylize(
         keep="values",
     )
     run = _Run(features, config, picture, styles, device, callback)
-    run.go()
-    return run.result()
+    try:
+        run.go()
+        return run.result()
+    except KeyboardInterrupt:  # while it painted, or while it put the result together
+        if not run.history:
+            raise
+        run.interrupted = True
+        return run.result()
 
 
 class _Run:
@@ -238,7 +246,7 @@ class _Run:
         return Objective(self.features, self.config, self._tensor(self.content, width, height), styles)
 
     def go(self) -> None:
-        """All scales, or as many as Ctrl-C leaves time for, or memory room."""
+        """All scales, or as many as there is memory for."""
         number = 1
         try:
             for number, (width, height) in enumerate(self.sizes, start=1):
@@ -246,13 +254,14 @@ class _Run:
                     self.image = self._enlarged(width, height)
                 self.objective = self._objective(width, height)
                 self._scale(number, self.objective)
-        except KeyboardInterrupt:
-            self.interrupted = True
         except (MemoryError, RuntimeError) as error:
             if number == 1 or not _lacks_memory(error):
                 raise
-            self.objective = None
-            self.failure = f"not enough memory for {width}×{height}: {' '.join(str(error).split())[:200]}"
+            self._gave_up(error, width, height)
+
+    def _gave_up(self, error: Exception, width: int, height: int) -> None:
+        self.objective = None  # and with it the memory that it holds
+        self.failure = f"not enough memory for {width}×{height}: {first_line(error)}"
 
     def _scale(self, number: int, objective: Objective) -> None:
         config, steps = self.config, self._steps(number)
@@ -297,12 +306,20 @@ class _Run:
             where = (number, len(self.sizes), step, steps, width, height)
             self.callback(StyleStep(*where, losses, elapsed, progress, self.features.weights, self.image))
 
+    def _picture(self, width: int, height: int) -> Image.Image:
+        picture = to_pil(self.image if self.image.shape[2:] == (height, width) else self._enlarged(width, height))
+        return _with_colors_of(resize(self.content, width, height), picture) if self.config.keep_color else picture
+
     def result(self) -> StyleResult:
         """The picture as it is saved, and what is known of it."""
         width, height = self.sizes[-1]
-        picture = to_pil(self.image if self.image.shape[2:] == (height, width) else self._enlarged(width, height))
-        if self.config.keep_color:
-            picture = _with_colors_of(resize(self.content, width, height), picture)
+        try:
+            picture = self._picture(width, height)
+        except (MemoryError, RuntimeError) as error:
+            if not _lacks_memory(error):
+                raise
+            self._gave_up(error, width, height)
+            picture = self._picture(self.image.shape[3], self.image.shape[2])
         losses: dict[str, float] = {}
         if self.objective is not None and self.objective.size == (height, width):
             with torch.no_grad():

@@ -71,6 +71,7 @@ class Dream:
         activations: of each channel on its picture as it is saved, in 8 bits.
         start: likewise on the picture that the run began with.
         sheet: the pictures side by side; a single one as it is.
+        interrupted: whether Ctrl-C ended it early; the pictures are then what there was.
     """
 
     images: list[Image.Image]
@@ -78,6 +79,7 @@ class Dream:
     activations: list[float]
     start: list[float]
     sheet: Sheet = field(repr=False)
+    interrupted: bool = False
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the sheet, see `Sheet.save`."""
@@ -103,6 +105,8 @@ def dream(
     callback: Callable[[DreamStep], object] | None = None,
 ) -> Dream:
     """Images that excite a channel, a unit or a class most (Erhan et al. 2009; Olah et al. 2017).
+
+    After the first step Ctrl-C does not raise: it ends the run with the pictures as they stand.
 
     Each step sees the image shifted, turned and zoomed a little at random, so that only what survives that grows. The
     image is either `fourier` (Olah et al. 2017, Feature Visualization; Mordvintsev et al. 2018, Differentiable Image
@@ -160,12 +164,18 @@ def dream(
     kind = _Fourier if parametrization == "fourier" else _Pixels
     canvas: _Canvas = kind((len(shown), 3, size, size), learning_rate, generator, device)
     before = canvas.images()
-    for step in range(1, steps + 1):
-        images = canvas.images()
-        excited = activation(_jittered(images, min(jitter, size // 8), generator), _LEAK)
-        canvas.step(-excited.sum(), step / steps)
-        if callback is not None:
-            callback(DreamStep(step, steps, excited.tolist(), images.detach()))
+    done = 0
+    try:
+        for step in range(1, steps + 1):
+            images = canvas.images()
+            excited = activation(_jittered(images, min(jitter, size // 8), generator), _LEAK)
+            canvas.step(-excited.sum(), step / steps)
+            done = step
+            if callback is not None:
+                callback(DreamStep(step, steps, excited.tolist(), images.detach()))
+    except KeyboardInterrupt:
+        if not done:
+            raise
     pictures = [to_pil(image) for image in canvas.images()]
     with torch.no_grad():
         start, end = (
@@ -174,12 +184,13 @@ def dream(
         )
     settings = {
         "picture": "dream", "layer": layer, "channels": shown, "activations": end, "parametrization": parametrization,
-        "steps": steps, "seed": seed, "arch": loaded.arch.name, "weights": loaded.label,
+        "steps": done, "seed": seed, "arch": loaded.arch.name, "weights": loaded.label,
     }  # fmt: skip
     single = len(shown) == 1
     title = "" if single else f"What excites {layer} of {loaded.arch.name} most"
     labels = [] if single else [str(channel) for channel in shown]
-    return Dream(pictures, shown, end, start, Sheet(pictures, labels, title, settings=settings))
+    sheet = Sheet(pictures, labels, title, settings=settings)
+    return Dream(pictures, shown, end, start, sheet, interrupted=done < steps)
 
 
 def _place(unit: bool | tuple[int, int], tap: Tensor, layer: str) -> tuple[int, int] | None:
@@ -338,6 +349,7 @@ def invert(
         InputError: a layer or choice that is not there, or an image that cannot be read or is too small.
         WeightsError: weights that cannot be had or do not reach the layers.
         RunError: the loss was not finite from the start.
+        KeyboardInterrupt: Ctrl-C before the first step was done; later the result is what there was.
     """
     original = to_pil(load_image(image, size))
     weights = os.fspath(resolved(weights))
@@ -359,6 +371,5 @@ def invert(
     config = StyleConfig(**(terms | fixed | {"weights": weights} | options))
     result = stylize(original, original, config, callback=callback)
     term = "style" if gram else "content"
-    error = result.losses.get(term, math.nan)
-    start = result.history[0][term] if result.history else math.nan  # after Ctrl-C in the first step
-    return Inversion(result.image, original, layers, error, start, result)
+    error = result.losses.get(term, math.nan)  # after Ctrl-C at a coarser scale
+    return Inversion(result.image, original, layers, error, result.history[0][term], result)

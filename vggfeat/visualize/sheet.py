@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,14 +121,16 @@ def _across(count: int, tall: float) -> int:
     return min(near, key=lambda n: (abs(n - best), -n), default=best)
 
 
-def check_sheet(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def check_sheet(
+    path: str | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[str | os.PathLike[str]] = ()
+) -> Path:
     """`path`, once it is clear that a `Sheet` can be written there: to be called before any long work.
 
     Raises:
         ImageError: unknown suffix, no writable folder, or a file that must not be replaced.
         DependencyError: PDF and SVG need matplotlib.
     """
-    path = check_output(path, overwrite=overwrite, formats=(*FORMATS, *VECTOR))
+    path = check_output(path, overwrite=overwrite, inputs=inputs, formats=(*FORMATS, *VECTOR))
     if path.suffix.lower() in VECTOR:
         _figure_class()
     return path
