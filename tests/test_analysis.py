@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -529,6 +530,20 @@ def test_plots(narrow, tmp_path, name, suffix):
     assert ("matplotlib.pyplot" in sys.modules) == loaded and dict(matplotlib.rcParams) == before
     with pytest.raises(InputError, match="already exists"):
         plots(narrow)[name](path)
+
+
+@pytest.mark.parametrize(("width", "height"), [(20, 16), (1, 2000), (2000, 1)])
+def test_fields_over_small_and_narrow_pictures(tmp_path, width, height):
+    """pool5 of vgg16 sees 212 pixels: there is room around the picture for its square, in its colour."""
+    pytest.importorskip("matplotlib")
+    picture = Image.new("RGB", (width, height), "white")
+    path = vggfeat.plot_receptive_fields(picture, "vgg16", ["pool5"], tmp_path / "a.png", measure=False)
+    with Image.open(path) as drawn:
+        pixels = torch.frombuffer(bytearray(drawn.convert("RGB").tobytes()), dtype=torch.uint8)
+        square = (pixels.view(drawn.height, drawn.width, 3) == torch.tensor([240, 228, 66])).all(2)
+        assert max(drawn.size) < 3000
+    tall, wide = int(square.sum(0).max()), int(square.sum(1).max())  # the longest line down and across
+    assert wide == pytest.approx(tall, rel=0.05) and tall > 50
 
 
 def test_plots_say_what_is_wrong(narrow, tmp_path):

@@ -80,7 +80,7 @@ ROOMS = {
     },
     "vggfeat.visualize": {"visualize.dreams", "visualize.heat", "visualize.sheet", "visualize.units"},
     "vggfeat.visualize.inputs": {"errors", "image"},
-    "vggfeat.visualize.sheet": {"errors", "image"},
+    "vggfeat.visualize.sheet": {"errors", "image", "tables"},
     "vggfeat.visualize.units": {
         "arch",
         "errors",
@@ -151,7 +151,7 @@ ROOMS = {
         "weights",
     },
     "vggfeat_cli": set(),
-    "vggfeat_cli.run": {"errors"},
+    "vggfeat_cli.run": {"errors", "image"},
     "vggfeat_cli.options": set(),
     "vggfeat_cli.reports": {"errors", "files", "plots", "tables"},
     "vggfeat_cli.style": {"", "image", "transfer.config"},

@@ -24,6 +24,7 @@ from vggfeat.arch import Arch, parse
 from vggfeat.image import fit, open_image, read_settings, resize, to_pil, to_tensor
 from vggfeat.transfer.objective import Objective
 from vggfeat.visualize import Sheet, cam, distance, dream, filters, invert, maps
+from vggfeat.visualize import sheet as sheet_module
 from vggfeat.visualize.dreams import _Fourier
 from vggfeat.visualize.sheet import overlay, palette, spread
 from vggfeat.visualize.units import _crop, _peaks
@@ -58,6 +59,25 @@ def pixels(picture):
     return (to_tensor(picture)[0] * 255).round().int()  # (3,H,W)
 
 
+# ── what goes in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_images_that_are_not_in_0_to_1_are_refused(small, size):
+    for wrong in (noise(48, 48) * 255, noise(48, 48) * 4 - 2):
+        with pytest.raises(vggfeat.InputError, match=r"expected an image in \[0,1\], got values from"):
+            maps(wrong, "relu1_1", weights=small, size=size)
+    with pytest.raises(vggfeat.InputError, match="at least 1 pixel"):
+        maps(noise(48, 48), "relu1_1", weights=small, size=0)
+
+
+def test_pictures_are_rgb_before_they_are_resized(small):
+    picture = to_pil(noise(48, 64)).quantize(16)  # whose numbers have no order
+    expected = resize(picture.convert("RGB"), 32, 24)
+    found = distance(picture, expected, ["relu1_1"], weights=small, size=32)
+    assert found.total == 0
+
+
 # ── sheets ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -75,6 +95,27 @@ def test_labels_and_title_are_drawn_in_black():
     tile = Image.new("RGB", (40, 10), "white")
     plain, labelled = Sheet([tile, tile]).image, Sheet([tile, tile], ["12", "13"], "Title").image
     assert min(plain.convert("L").tobytes()) == 255 and min(labelled.convert("L").tobytes()) < 50
+
+
+def test_labels_of_any_letters_and_length():
+    tile = Image.new("RGB", (300, 10), "white")
+    heads = [
+        Sheet([tile], [label]).image.crop((0, 12, 324, 26)).tobytes() for label in ("Tübingen\n→", "Tübingen →", "T")
+    ]
+    assert heads[0] == heads[1] != heads[2]  # a line break is a space
+    boxes = Sheet([tile], ["T\uffffbingen \uffff"]).image.crop((0, 12, 324, 26)).tobytes()  # what no font has
+    assert heads[1] != boxes
+    assert Sheet([tile], ["x" * 5000], "y" * 5000).image.width < 2000
+
+
+def test_labels_without_a_font_for_them(monkeypatch):
+    monkeypatch.setattr(sheet_module, "FONT", "no such font")
+    sheet_module._font.cache_clear()
+    try:
+        assert sheet_module._drawable("Tübingen … ‖×") == "Tubingen ... ??"
+        assert Sheet([Image.new("RGB", (9, 9))], ["größte"]).image.width > 30
+    finally:
+        sheet_module._font.cache_clear()
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".svg", b"<?xml"), (".png", b"\x89PNG")])

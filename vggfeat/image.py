@@ -25,6 +25,8 @@ from vggfeat.files import check_path, taken
 
 __all__ = [
     "FORMATS",
+    "ImageLike",
+    "as_picture",
     "check_output",
     "fit",
     "free_path",
@@ -36,6 +38,8 @@ __all__ = [
     "to_pil",
     "to_tensor",
 ]
+
+ImageLike = str | os.PathLike[str] | Image.Image | Tensor
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 
@@ -75,6 +79,26 @@ def open_image(path: str | os.PathLike[str], file: IO[bytes] | None = None) -> I
     """
     with _opened(Path(path), file) as image:
         return _to_rgb(image)
+
+
+def as_picture(image: ImageLike) -> Image.Image:
+    """A file, a Pillow image in any mode, or a tensor (1, 3, H, W) or (3, H, W) in [0, 1], as 8-bit RGB.
+
+    Raises:
+        ImageError: a file that cannot be read.
+        InputError: something else, a tensor that is no image, or one whose values are far outside [0, 1].
+    """
+    if isinstance(image, Image.Image):
+        return _to_rgb(image)
+    if isinstance(image, Tensor):
+        picture = to_pil(image)
+        low, high = (float(value) for value in image.detach().aminmax())
+        if low < -0.5 or high > 1.5:  # in 0..255 or normalised; a little beyond is what optimisers and filters leave
+            raise InputError(f"expected an image in [0,1], got values from {low:.4g} to {high:.4g}; scale them first")
+        return picture
+    if isinstance(image, str | os.PathLike):
+        return open_image(image)
+    raise InputError(f"expected a file, a PIL image or a tensor (1,3,H,W), got {type(image).__name__}")
 
 
 def to_tensor(image: Image.Image) -> Tensor:

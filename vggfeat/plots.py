@@ -16,13 +16,13 @@ from vggfeat.analysis import Comparison, Description, Net, Stacked, effective_fi
 from vggfeat.arch import Arch, parse
 from vggfeat.errors import DependencyError, InputError
 from vggfeat.files import check_path
-from vggfeat.tables import written
+from vggfeat.tables import short, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL import Image
 
+    from vggfeat.image import ImageLike
     from vggfeat.training.evaluation import Evaluation
     from vggfeat.training.loop import Epoch
     from vggfeat.weights import Weights, WeightsLike
@@ -276,7 +276,7 @@ def _box(corner: tuple[float, float], width: float, height: float, face: str, ed
 
 
 def plot_receptive_fields(
-    image: PathLike | Image.Image,
+    image: ImageLike,
     arch: str | Arch | None,
     layers: Sequence[str] | None,
     path: PathLike,
@@ -292,7 +292,7 @@ def plot_receptive_fields(
     (`vggfeat.analysis.effective_field`) is drawn dotted, and one panel for each layer has the gradient itself.
 
     Args:
-        image: a file or a PIL image.
+        image: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
         arch: the network; None means what the weights imply, and vgg16 where nothing is measured.
         layers: names of the convolutional part, at most seven; None means the last convolution of each block but the
             fifth's, and pool5, as far as the weights reach.
@@ -308,8 +308,10 @@ def plot_receptive_fields(
         WeightsError: weights that cannot be had or do not reach a layer.
         DependencyError: matplotlib is missing.
     """
+    from vggfeat.image import as_picture
+
     path = check_plot(path, overwrite=overwrite)
-    picture = _picture(image)  # before weights, which may have to be fetched
+    picture = as_picture(image)  # before weights, which may have to be fetched
     loaded = None
     if measure:
         from vggfeat.weights import load
@@ -332,7 +334,10 @@ def plot_receptive_fields(
     columns = 2 if len(fields) <= 4 else 3
     rows = -(-len(fields) // columns)
     side = 2.35
-    height = max(6.6 * high / wide + 0.7, (side + 0.2) * rows + 0.3)
+    # a field larger than the picture shows as such, and a picture much higher than wide makes no endless figure
+    seen = max(layer.receptive_field for layer in found)
+    across, down = max(wide, seen), max(high, seen)
+    height = max(6.6 * min(2.0, down / across) + 0.7, (side + 0.2) * rows + 0.3)
     figure = _figure(6.6 + (columns * side if fields else 0), height)
     parts: Any = figure.subfigures(1, 2, width_ratios=(6.6, columns * side)) if fields else (figure, None)
     left, right = parts
@@ -344,11 +349,12 @@ def plot_receptive_fields(
             corner = ((wide - side) / 2 - 0.5, (high - side) / 2 - 0.5)
             label = f"{layer.name}: {side} px" if side == reach else None
             if style == "-":
-                axes.add_patch(_box(corner, side, side, "none", "black", linewidth=3.2))
+                axes.add_patch(_box(corner, side, side, "none", "black", linewidth=3.2, clip_on=False))
             if side and (style == "-" or reach > 30):  # of a small one, the dots would hide it
-                axes.add_patch(_box(corner, side, side, "none", color, linewidth=1.8, linestyle=style, label=label))
-    axes.set_xlim(-0.5, wide - 0.5)
-    axes.set_ylim(high - 0.5, -0.5)
+                options: dict[str, Any] = {"linewidth": 1.8, "linestyle": style, "label": label, "clip_on": False}
+                axes.add_patch(_box(corner, side, side, "none", color, **options))
+    axes.set_xlim((wide - across) / 2 - 0.5, (wide + across) / 2 - 0.5)
+    axes.set_ylim((high + down) / 2 - 0.5, (high - down) / 2 - 0.5)
     axes.set_axis_off()
     dotted = "\ndotted: the effective field" if fields else ""
     left.suptitle(f"what one unit of {arch.name} sees in {wide}×{high} pixels{dotted}", fontsize=11)
@@ -359,7 +365,7 @@ def plot_receptive_fields(
         fontsize=9,
     )
     if right is not None:
-        label = _short(loaded.label.split(" (")[0], 40) if loaded is not None else ""
+        label = short(loaded.label.split(" (")[0], 40) if loaded is not None else ""
         right.suptitle(f"what it depends on: mean gradient\nweights {label}", fontsize=11)
         panels: Any = right.subplots(rows, columns, squeeze=False).flat
         for axes, each, color in itertools.zip_longest(panels, fields, colors[: len(fields)]):
@@ -371,12 +377,6 @@ def plot_receptive_fields(
                 axes.add_patch(_box((-0.5, -0.5), full, full, "none", color, linewidth=3, clip_on=False))
                 axes.set_title(f"{each.layer}: {full} px, {each.effective:.0f} effective", fontsize=9)
     return _save(figure, path, overwrite)
-
-
-def _picture(image: PathLike | Image.Image) -> Image.Image:
-    from vggfeat.image import open_image
-
-    return open_image(image) if isinstance(image, str | os.PathLike) else image.convert("RGB")
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -422,12 +422,6 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
     return _save(figure, path, overwrite)
 
 
-def _short(name: str, most: int = 20) -> str:
-    """A file's or folder's name as a label: whatever it was called, what a font has, and so much that there is room."""
-    name = " ".join(name.encode(errors="replace").decode().split())
-    return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
 def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = False) -> Path:
     """The confusion matrix: of each true class (row), the share that was taken for each class (column).
 
@@ -446,7 +440,7 @@ def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = 
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     if named:
-        names = [_short(name) for name in evaluation.classes]
+        names = [short(name) for name in evaluation.classes]
         axes.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
         axes.set_yticks(range(n), names, parse_math=False)
         for i, j in itertools.product(range(n), range(n)):

@@ -14,12 +14,18 @@ from typing import IO, Any
 from vggfeat.errors import InputError, RunError
 from vggfeat.files import new_file, taken
 
-__all__ = ["Column", "Report", "Table", "mega", "written"]
+__all__ = ["Column", "Report", "Table", "mega", "short", "written"]
 
 
 def mega(value: float, digits: int = 2) -> str:
     """A count in millions (10⁶), or bytes in MB: `12.85`."""
     return f"{value / 1e6:,.{digits}f}"
+
+
+def short(name: str, most: int = 20) -> str:
+    """A file's or folder's name as a label: whatever it was called, what a font has, and so much that there is room."""
+    name = " ".join(name.encode(errors="replace").decode().split())
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 @dataclass(frozen=True)

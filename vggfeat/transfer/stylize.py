@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat.errors import InputError, RunError, first_line
 from vggfeat.features import VGGFeatures
-from vggfeat.image import fit, open_image, resize, save_image, to_pil, to_tensor
+from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.processor import bfloat16_is_fast, resolve
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.gpu import Reading, ahead, recorded
@@ -29,7 +29,6 @@ from vggfeat.weights import load, resolved
 
 __all__ = ["StyleResult", "StyleStep", "stylize"]
 
-ImageLike = str | os.PathLike[str] | Image.Image | Tensor
 Callback = Callable[["StyleStep"], object]
 
 EXPLODED = 4.0  # a total this many times the best one of its scale is given up
@@ -152,9 +151,9 @@ def stylize(
         KeyboardInterrupt: Ctrl-C before anything was painted.
     """
     config = config or StyleConfig()
-    picture = _picture(content)
+    picture = as_picture(content)
     several: Sequence[Any] = style if isinstance(style, list | tuple) else [style]
-    styles = [_picture(image) for image in several]
+    styles = [as_picture(image) for image in several]
     if not styles:
         raise InputError("no style image: give at least one")
     config.shares("style_blend", len(styles))
@@ -353,20 +352,6 @@ def _together(total: Tensor, terms: dict[str, Tensor], grad: Tensor) -> tuple[Te
 
 def _precision(policy: str, device: torch.device) -> str:
     return ("bfloat16" if bfloat16_is_fast(device) else "float32") if policy == "auto" else policy
-
-
-def _picture(image: ImageLike) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return to_pil(to_tensor(image))
-    if isinstance(image, Tensor):
-        picture = to_pil(image)
-        low, high = (float(value) for value in image.detach().aminmax())
-        if low < -0.5 or high > 1.5:
-            raise InputError(f"expected an image in [0,1], got values from {low:.4g} to {high:.4g}; scale them first")
-        return picture
-    if isinstance(image, str | os.PathLike):
-        return open_image(image)
-    raise InputError(f"expected a file, a PIL image or a tensor (1,3,H,W), got {type(image).__name__}")
 
 
 def _has_own_arch(weights: str) -> bool:

@@ -18,12 +18,12 @@ from vggfeat.arch import Arch
 from vggfeat.errors import InputError, WeightsError, nearest
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import wide
-from vggfeat.image import to_pil, to_tensor
+from vggfeat.image import ImageLike, to_pil, to_tensor
 from vggfeat.processor import resolve
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.optimize import Adam
 from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize
-from vggfeat.visualize.inputs import ImageLike, chosen, load_image
+from vggfeat.visualize.inputs import chosen, load_image
 from vggfeat.visualize.sheet import Sheet
 from vggfeat.weights import DEFAULT, NAMES, WeightsLike, load, resolved
 

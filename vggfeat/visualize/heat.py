@@ -14,9 +14,9 @@ from vggfeat.arch import Arch
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import mse, unit_normalize, wide
-from vggfeat.image import to_pil
+from vggfeat.image import ImageLike, to_pil
 from vggfeat.network import VGG, evaluating, of_weights
-from vggfeat.visualize.inputs import ImageLike, load_image
+from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, overlay, spread
 from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, facts_of, load
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vggfeat.errors import InputError, nearest
-from vggfeat.image import fit, open_image, resize, to_pil, to_tensor
+from vggfeat.image import ImageLike, as_picture, fit, resize, to_tensor
 
-__all__ = ["ImageLike", "chosen", "load_image"]
-
-ImageLike = str | os.PathLike[str] | Image.Image | Tensor
+__all__ = ["chosen", "load_image"]
 
 
 def load_image(image: ImageLike, size: int | None = None) -> Tensor:
@@ -22,19 +18,14 @@ def load_image(image: ImageLike, size: int | None = None) -> Tensor:
 
     Raises:
         ImageError: a file that cannot be read.
-        InputError: something else, or a tensor that is no image.
+        InputError: something else, a tensor that is no image in [0,1], or a size below 1.
     """
-    if isinstance(image, Tensor):
-        picture = to_pil(image)  # also checks it
-        if size is None:
-            return image.detach().reshape(1, *image.shape[-3:]).to("cpu", torch.float32)
-    elif isinstance(image, Image.Image):
-        picture = image
-    elif isinstance(image, str | os.PathLike):
-        picture = open_image(image)
-    else:
-        raise InputError(f"expected a file, a PIL image or a tensor (1,3,H,W), got {type(image).__name__}")
-    return to_tensor(resize(picture, *fit(picture.width, picture.height, size)) if size else picture)
+    picture = as_picture(image)  # also checks a tensor
+    if size is not None:
+        return to_tensor(resize(picture, *fit(picture.width, picture.height, size)))
+    if isinstance(image, Tensor):  # not by way of 8 bits
+        return image.detach().reshape(1, *image.shape[-3:]).to("cpu", torch.float32)
+    return to_tensor(picture)
 
 
 def chosen(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
 import math
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +20,7 @@ from torch.nn import functional as F
 
 from vggfeat.errors import DependencyError, InputError, nearest
 from vggfeat.image import FORMATS, check_output, fit, new_file, save_image
+from vggfeat.tables import short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +30,8 @@ __all__ = ["Sheet", "check_sheet", "colored", "enlarged", "overlay", "palette", 
 VECTOR = (".pdf", ".svg")
 MARGIN, GAP, SMALL, LARGE = 12, 6, 13, 18  # pixels; the last two are heights of letters
 DPI = 100
+LONGEST = 60  # letters of a label
+FONT = "DejaVuSans.ttf"
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Sheet:
         picture, texts = self._layout()
         draw = ImageDraw.Draw(picture)
         for x, y, text, height, anchor in texts:
-            draw.text((x, y), text, "black", ImageFont.load_default(height), anchor)
+            draw.text((x, y), text, "black", _font(height), anchor)
         return picture
 
     def figure(self) -> Figure:
@@ -91,24 +98,46 @@ class Sheet:
         """The tiles on their ground, and the texts: x, y of the anchor, the words, height, Pillow's anchor."""
         if len(self.tiles) == 1 and not self.title and not any(self.labels):
             return self.tiles[0].copy(), []
-        font = ImageFont.load_default(SMALL)
-        labels = list(self.labels) or [""] * len(self.tiles)
+        labels = [_drawable(short(label, LONGEST)) for label in self.labels] or [""] * len(self.tiles)
+        title = _drawable(short(self.title, 2 * LONGEST))
         head = SMALL + GAP if any(labels) else 0
-        wide = max(max(t.width, math.ceil(font.getlength(label))) for t, label in zip(self.tiles, labels, strict=True))
+        wide = max(
+            max(t.width, math.ceil(_font(SMALL).getlength(label))) for t, label in zip(self.tiles, labels, strict=True)
+        )
         high = max(tile.height for tile in self.tiles) + head
         columns = min(self.columns or _across(len(self.tiles), high / wide), len(self.tiles))
         rows = math.ceil(len(self.tiles) / columns)
-        top = MARGIN + (LARGE + 2 * GAP if self.title else 0)
+        top = MARGIN + (LARGE + 2 * GAP if title else 0)
         width = 2 * MARGIN + columns * (wide + GAP) - GAP
-        width = max(width, math.ceil(ImageFont.load_default(LARGE).getlength(self.title)) + 2 * MARGIN)
+        width = max(width, math.ceil(_font(LARGE).getlength(title)) + 2 * MARGIN)
         picture = Image.new("RGB", (width, top + rows * (high + GAP) - GAP + MARGIN), "white")
-        texts = [(MARGIN, MARGIN + LARGE // 2, self.title, LARGE, "lm")] if self.title else []
+        texts = [(MARGIN, MARGIN + LARGE // 2, title, LARGE, "lm")] if title else []
         for i, (tile, label) in enumerate(zip(self.tiles, labels, strict=True)):
             x, y = MARGIN + i % columns * (wide + GAP), top + i // columns * (high + GAP)
             picture.paste(tile, (x + (wide - tile.width) // 2, y + head))
             if label:
                 texts.append((x + wide // 2, y + SMALL // 2, label, SMALL, "mm"))
         return picture, texts
+
+
+@functools.lru_cache
+def _font(height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans, of matplotlib or of the system; Pillow's own font has no letters but ASCII's."""
+    found = importlib.util.find_spec("matplotlib")  # which is not imported for that
+    folders = found.submodule_search_locations or [] if found else []
+    for place in (*(Path(folder, "mpl-data", "fonts", "ttf", FONT) for folder in folders), FONT):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(str(place), height)
+    return ImageFont.load_default(height)
+
+
+def _drawable(text: str) -> str:
+    """The text in letters that the font has; if need be without accents, or a question mark instead."""
+    font = _font(SMALL)
+    if isinstance(font, ImageFont.FreeTypeFont) and font.getname()[0] == "DejaVu Sans":
+        return text
+    plain = [each for each in unicodedata.normalize("NFKD", text) if not unicodedata.combining(each)]
+    return "".join(each if each.isascii() else "?" for each in plain)
 
 
 def _across(count: int, tall: float) -> int:

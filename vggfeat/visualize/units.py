@@ -15,8 +15,8 @@ from vggfeat.arch import Arch, Layer
 from vggfeat.errors import InputError
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import wide
-from vggfeat.image import to_pil
-from vggfeat.visualize.inputs import ImageLike, chosen, load_image
+from vggfeat.image import ImageLike, to_pil
+from vggfeat.visualize.inputs import chosen, load_image
 from vggfeat.visualize.sheet import Sheet, colored, enlarged
 from vggfeat.weights import DEFAULT, WeightsLike, load
 
