@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -164,8 +165,10 @@ def test_json_is_all_there_is_on_stdout(vggstyle, folder, tiny):
     assert losses.items() <= (read_settings("content-style.png") or {})["losses"].items()
 
 
-def test_quiet_shows_no_bar(vggstyle, folder):
-    assert "\r" not in vggstyle("content.jpg", "style.png", "--quiet")[2]
+def test_a_log_has_a_line_for_each_scale_and_quiet_has_none(vggstyle, folder):
+    loud, quiet = (vggstyle(*PAIR, "--start-size", "20", *more)[2] for more in ([], ["--quiet"]))
+    assert re.findall("^scale .*$", loud, re.MULTILINE) == ["scale 1/2 20×15, 2 steps", "scale 2/2 40×30, 4 steps"]
+    assert "scale" not in quiet and "\r" not in loud + quiet
 
 
 # ── vggstyle: flags ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -421,30 +424,40 @@ def environment():
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONIOENCODING": "utf-8"}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to another process")
+@pytest.mark.skipif(os.name == "nt", reason="a terminal, and SIGINT to another process")
 def test_a_real_ctrl_c_and_the_progress_bar(folder, quick):
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from vggfeat_cli.style import main; main()"
     flags = [*quick, "--start-size", "20", "--steps", "200000"]  # click takes the last of a flag given twice
+    termios = pytest.importorskip("termios")
+    terminal, stderr = os.openpty()
+    termios.tcsetwinsize(stderr, (24, 120))
     process = subprocess.Popen(
         [sys.executable, "-c", code, *PAIR, *flags],
         env=environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         start_new_session=True,
     )
+    os.close(stderr)
+    seen, told, deadline = b"", False, time.monotonic() + 120
     try:
-        seen, deadline = b"", time.monotonic() + 120
-        while b" step " not in seen:
-            seen += os.read(process.stderr.fileno(), 4096)
-            assert time.monotonic() < deadline and process.poll() is None, seen
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        while time.monotonic() < deadline:
+            if b" step " in seen and not told:
+                time.sleep(0.3)
+                process.send_signal(signal.SIGINT)
+                told = True
+            if select.select([terminal], [], [], 1)[0]:
+                try:
+                    seen += os.read(terminal, 4096)
+                except OSError:  # the other end is closed
+                    break
+        out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    text = (seen + err).decode()
+        os.close(terminal)
+    text = seen.decode().replace("\r\n", "\n")
     assert process.returncode == 130 and "Traceback" not in text
     assert out == b"content-style.png\n" and "interrupted" in text.splitlines()[-1]
     # scale 1/3 20×15 step 5/100000   0% |          | 00:00<12:34, total 0.3 style 0.2 content 0.1

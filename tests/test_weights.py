@@ -770,6 +770,13 @@ def test_environment_names_the_default(tmp_path, monkeypatch, state):
     assert W.load(W.DEFAULT).label == "mine.pth"
     assert VGGFeatures(["conv1_1"]).weights == "mine.pth"
     assert VGGFeatures(["conv1_1"], weights="random").weights == "random"
+    with monkeypatch.context() as patched:
+        patched.setenv("VGGFEAT_WEIGHTS", "bundeld")
+        for default in (W.DEFAULT, "auto"):
+            with pytest.raises(
+                WeightsUnavailableError, match="VGGFEAT_WEIGHTS is 'bundeld': expected imagenet, .*found none"
+            ):
+                W.load(default)
     with pytest.raises(WeightsUnavailableError):
         W.load("imagenet")  # said outright, it is not the default
     monkeypatch.delenv("VGGFEAT_WEIGHTS")

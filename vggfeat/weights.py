@@ -227,9 +227,13 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
 
 def resolved(weights: WeightsLike) -> Any:
     """What the default and `"auto"` mean: what VGGFEAT_WEIGHTS says, where it says something; others as they are."""
-    if isinstance(weights, _Default):
-        return os.environ.get("VGGFEAT_WEIGHTS") or "imagenet"
-    return (os.environ.get("VGGFEAT_WEIGHTS") or "auto") if isinstance(weights, str) and weights == "auto" else weights
+    default = isinstance(weights, _Default)
+    if not default and not (isinstance(weights, str) and weights == "auto"):
+        return weights
+    told = os.environ.get("VGGFEAT_WEIGHTS") or ("imagenet" if default else "auto")
+    if told not in NAMES and not Path(told.removeprefix("caffe:")).expanduser().exists():
+        raise WeightsUnavailableError(f"VGGFEAT_WEIGHTS is {told!r}: expected {', '.join(NAMES)} or a file, found none")
+    return told
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

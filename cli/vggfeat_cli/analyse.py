@@ -93,6 +93,8 @@ def compare(
 
     Without a name: vgg16, resnet50, efficientnet_b0.
     """
+    if device is not None and not measure:
+        raise vggfeat.InputError("--device says where to measure: add --measure")
     check_outputs(output, plot, overwrite)
     tell: Callable[[str], None] | None = (lambda name: click.echo(f"measuring {name}", err=True)) if measure else None
     report = vggfeat.compare(

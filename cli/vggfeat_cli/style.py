@@ -71,9 +71,8 @@ class _Bar:
         from tqdm import tqdm
 
         shape = "{desc} {percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}{postfix}"
-        # in a log, an error before the first step shall be a line of its own: show nothing until then
-        delay = 0 if sys.stderr.isatty() else 0.01
-        self.bar = tqdm(total=1.0, bar_format=shape, disable=disable, desc="loading", leave=False, delay=delay)
+        self.quiet, hidden = disable, disable or not sys.stderr.isatty()  # in a log, a line a scale will do
+        self.bar = tqdm(total=1.0, bar_format=shape, disable=hidden, desc="loading", leave=False)
 
     def __enter__(self) -> _Bar:
         return self
@@ -89,6 +88,8 @@ class _Bar:
     def _show(self, step: StyleStep) -> None:
         if step.scale == step.step == 1:  # before the wait, not after it
             self.bar.write(f"weights: {step.weights}", file=sys.stderr)
+        if self.bar.disable and not self.quiet and step.step == 1:
+            click.echo(f"scale {step.scale}/{step.scales} {step.width}×{step.height}, {step.steps} steps", err=True)
         where = f"scale {step.scale}/{step.scales} {step.width}×{step.height} step {step.step}/{step.steps}"
         self.bar.set_description_str(where, refresh=False)
         self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in step.losses.items() if v), refresh=False)

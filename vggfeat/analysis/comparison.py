@@ -157,8 +157,9 @@ def compare(
     names = list(names)
     if not names:
         raise InputError("nothing to compare: name at least one network, such as 'vgg16'")
-    if batch < 1:
-        raise InputError(f"batch must be at least 1, got {batch}")
+    for what, value in (("batch", batch), ("num_classes", num_classes)):
+        if value < 1:
+            raise InputError(f"{what} must be at least 1, got {value}")
     builders = [_builder(name, num_classes, input_size) for name in names]  # all names are good before work begins
     nets = []
     where = ""
@@ -184,7 +185,7 @@ def _builder(name: str | Arch, num_classes: int, input_size: int | None) -> _Bui
     try:
         arch = name if isinstance(name, Arch) else replace(parse(name), num_classes=num_classes)
     except InputError:
-        if not isinstance(name, str) or num_classes < 1:
+        if not isinstance(name, str):
             raise
         return _torchvision_builder(name, num_classes, input_size)
     size = 224 if input_size is None else input_size
