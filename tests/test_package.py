@@ -65,7 +65,8 @@ ROOMS = {
     "vggfeat.transfer.config": {"arch", "errors", "settings"},
     "vggfeat.transfer.gpu": {"errors"},
     "vggfeat.transfer.optimize": set(),
-    "vggfeat.transfer.objective": {"features", "functional", "transfer.config"},
+    "vggfeat.transfer.tiles": {"arch"},
+    "vggfeat.transfer.objective": {"features", "functional", "transfer.config", "transfer.tiles"},
     "vggfeat.transfer.stylize": {
         "",  # the package itself, for its version
         "errors",
@@ -76,6 +77,7 @@ ROOMS = {
         "transfer.gpu",
         "transfer.objective",
         "transfer.optimize",
+        "transfer.tiles",
         "weights",
     },
     "vggfeat.visualize": {"visualize.dreams", "visualize.heat", "visualize.sheet", "visualize.units"},

@@ -14,12 +14,15 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat import InputError, RunError, StyleConfig, VGGFeatures, WeightsError, stylize
+from vggfeat.arch import parse
 from vggfeat.image import fit, read_settings, resize, to_pil, to_tensor
 from vggfeat.transfer import objective as objective_module
 from vggfeat.transfer import stylize as stylize_module
+from vggfeat.transfer import tiles as tiles_module
 from vggfeat.transfer.config import CHOICES
 from vggfeat.transfer.objective import Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
+from vggfeat.transfer.tiles import _spans, side_for
 
 UNIT = 8  # channels of conv1_1: a VGG-19 an eighth as wide
 STAGES = (2, 2, 4, 4, 4)
@@ -140,9 +143,10 @@ def pair():
 # ── objective ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def objective(state, config, content, styles):
+def objective(state, config, content, styles, side=0):
     layers = (*config.style_layers, *config.content_layers)
-    return Objective(VGGFeatures(layers, weights=state), config, content, styles)
+    options = {"weights": state, "pooling": config.pooling, "padding": config.padding, "keep": "values"}
+    return Objective(VGGFeatures(layers, **options), config, content, styles, side)
 
 
 @pytest.mark.parametrize("normalization", CHOICES["normalization"])
@@ -415,6 +419,7 @@ BAD = [
     *[("steps", value) for value in (0, 2.5, "many", None)],
     *[("start_size", value) for value in (0, 1.5, None)],
     *[("seed", value) for value in (-1, 2**64, 0.5, "x", None)],
+    *[("tile", value) for value in (-1, 0.5, "x")],
     *[(name, value) for name in ("weights", "init", "device") for value in (3, None)],
     *[("arch", value) for value in (3, "vgg99", "resnet50")],
     *[(name, value) for name in CHOICES for value in ("nonsense", None, 1, [])],
@@ -522,6 +527,93 @@ def test_a_thin_style_serves_every_scale(config, pair):
 def test_the_environment_names_the_automatic_weights(config, pair, weights, monkeypatch):
     monkeypatch.setenv("VGGFEAT_WEIGHTS", weights)
     assert stylize(*pair, config(weights="auto", steps=1)).weights == Path(weights).name
+
+
+# ── tiles ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DEEP = {"style_layers": ("relu1_1", "conv2_1", "pool4", "relu5_1"), "content_layers": ("relu4_2", "relu2_2")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "width", "height", "side", "count"),
+    [
+        ({}, 97, 235, 48, 2 * 5),
+        ({"pooling": "average", "padding": "reflect"}, 235, 97, 100, 3),
+        ({"pooling": "l2", "padding": "replicate", "normalization": "gatys", "tv_weight": 0.1}, 130, 120, 64, 3 * 2),
+        ({"padding": "reflect", "style_layers": ("relu1_2",), "content_layers": ("pool1",)}, 50, 37, 7, 7 * 5),
+    ],
+)
+def test_tiles_are_the_whole(state, config, changes, width, height, side, count):
+    """Values and gradients in float64, of sizes that no stride divides."""
+    config = config(**(DEEP | changes))
+    x, content, style = (scene(width, height, seed=seed).double() for seed in (1, 2, 3))
+    whole = objective(state, config, content, [style, x])
+    tiled = objective(state, config, content, [style, x], side)
+    assert (len(whole.tiles), len(tiled.tiles)) == (1, count)
+    for name, target in whole.content.items():
+        torch.testing.assert_close(tiled.content[name], target, rtol=1e-12, atol=1e-12)
+    wanted, found = whole.value_and_grad(x), tiled.value_and_grad(x)
+    assert found[0] == pytest.approx(float(wanted[0]), rel=1e-12) and not found[2].requires_grad
+    for terms in (found[1], tiled.terms(x)):
+        assert terms == pytest.approx({name: float(value) for name, value in wanted[1].items()}, rel=1e-11)
+    assert float((found[2] - wanted[2]).norm() / wanted[2].norm()) < 1e-12
+
+
+def test_every_position_counts_once():
+    for length in range(16, 150):
+        for side in (1, 16, 33, 64, 200):
+            spans = _spans(length, side, 16, 32)
+            for stride in (1, 2, 4, 8, 16):
+                seen = [n for span in spans for n in range(length // stride)[span.counts(stride)]]
+                assert seen == [*range(length // stride)]
+                for span in spans:
+                    read = range(span.start // stride, span.stop // stride)  # what the tile's own map stands for
+                    own = read[span.counts(stride, span.start)]
+                    assert own == range(length // stride)[span.counts(stride)]
+                    # as far from the edge of what is read as `around` says, but where the picture ends
+                    assert span.start == 0 or not own or own[0] * stride - span.start >= 32
+                    assert span.stop == length or not own or span.stop - (own[-1] + 1) * stride >= 32
+
+
+def test_a_picture_by_tiles_is_the_same(config, pair):
+    whole, tiled = (stylize(*pair, config(start_size=24, steps=5, tile=tile)) for tile in (0, 16))
+    assert tiled.losses == pytest.approx(whole.losses, rel=1e-3) and tiled.config.tile == 16
+    assert (to_tensor(tiled.image) - to_tensor(whole.image)).abs().max() < 0.02
+
+
+def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
+    """VGG-19 in float32 takes 16 × 64 × 4 bytes a pixel, and the optimiser 360."""
+    arch, layers = parse("vgg19"), ["relu1_1", "relu5_1"]
+
+    def side(free, height=3000, width=4000, names=layers, itemsize=4):
+        monkeypatch.setattr(tiles_module, "_free", lambda device: free)
+        return side_for(arch, names, height, width, itemsize, torch.device("cpu"))
+
+    whole = 12e6 * 4096 / 0.7
+    assert side(whole * 1.001) == 0 and side(whole / 2 * 1.001, itemsize=2) == 0
+    assert side(whole / 5) == pytest.approx(math.sqrt((12e6 * 819.2 - 12e6 * 360) / 4096) - 156, abs=2)
+    assert side(whole * 0.99) < 4000 and side(1e6) == 256  # something must be tried
+    assert side(1e6, names=["relu1_1", "fc7"]) == 0  # of a classifier there are no parts
+    asked = []
+    monkeypatch.setattr(stylize_module, "side_for", lambda *given: asked.append(given) or 16)
+    automatic = stylize(*pair, config(steps=3, precision="bfloat16"))
+    assert [each[2:5] for each in asked] == [(36, 48, 2)]
+    assert automatic.losses == stylize(*pair, config(steps=3, precision="bfloat16", tile=16)).losses
+
+
+def test_what_is_free(tmp_path):
+    assert 1 << 20 < tiles_module._free(torch.device("cpu")) < 1 << 60
+    assert tiles_module._group_free(tmp_path) > 1 << 60
+    (tmp_path / "memory.max").write_text("max\n")
+    assert tiles_module._group_free(tmp_path) > 1 << 60
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert tiles_module._group_free(tmp_path) == 3000
+    old = tmp_path / "old" / "memory"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("700\n")
+    (old / "memory.usage_in_bytes").write_text("900\n")
+    assert tiles_module._group_free(tmp_path / "old") == 0
 
 
 # ── stylize: scales and starts ────────────────────────────────────────────────────────────────────────────────────────

@@ -56,7 +56,9 @@ def command(
         click.echo(f"vggstyle: {trouble}; the picture is in {written}", err=True)
         return FAILED
     if result.failure:
-        click.echo(f"vggstyle: {result.failure}; the picture is that of a coarser scale: lower --size", err=True)
+        click.echo(
+            f"vggstyle: {result.failure}; the picture is that of a coarser scale: lower --size or --tile", err=True
+        )
         return FAILED
     if result.interrupted:
         click.echo("vggstyle: interrupted; this is the best picture so far", err=True)

@@ -18,13 +18,14 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat.errors import InputError, RunError, first_line
-from vggfeat.features import VGGFeatures
+from vggfeat.features import VGGFeatures, trunk_dtype
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.processor import bfloat16_is_fast, resolve
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.gpu import Reading, ahead, recorded
 from vggfeat.transfer.objective import TERMS, Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Optimizer, Spectrum
+from vggfeat.transfer.tiles import side_for
 from vggfeat.weights import load, resolved
 
 __all__ = ["StyleResult", "StyleStep", "stylize"]
@@ -33,6 +34,7 @@ Callback = Callable[["StyleStep"], object]
 
 EXPLODED = 4.0  # a total this many times the best one of its scale is given up
 FIRST, LATER = 0.03, 0.02  # first step of L-BFGS at the coarsest scale and at others, as a mean change of a value
+HISTORY, SHORT = 20, 8  # pairs that L-BFGS remembers: of whole pictures, and of those that go by tiles to save memory
 RESTARTS = 5  # at one scale, before it is left with its best picture
 
 
@@ -242,7 +244,12 @@ class _Run:
             least = math.ceil(self.features.plan.min_size * max(picture.size) / min(picture.size))
             side = max(least, round(max(width, height) * self.config.style_scale))
             styles.append(self._tensor(picture, *fit(picture.width, picture.height, side)))
-        return Objective(self.features, self.config, self._tensor(self.content, width, height), styles)
+        tile = self.config.tile
+        if tile is None:
+            precision = trunk_dtype(self.config.precision, self.image)
+            layers = self.features.layers
+            tile = side_for(self.features.arch, layers, height, width, precision.itemsize, self.device)
+        return Objective(self.features, self.config, self._tensor(self.content, width, height), styles, tile)
 
     def go(self) -> None:
         """All scales, or as many as there is memory for."""
@@ -264,13 +271,15 @@ class _Run:
 
     def _scale(self, number: int, objective: Objective) -> None:
         config, steps = self.config, self._steps(number)
-        image = self.image
+        image, whole = self.image, len(objective.tiles) == 1
         optimizer: Optimizer
         if config.optimizer == "lbfgs":
-            optimizer = LBFGS(first=FIRST if number == 1 else LATER, spectrum=Spectrum(image))
+            first = FIRST if number == 1 else LATER
+            optimizer = LBFGS(HISTORY if whole else SHORT, first, Spectrum(image))
         else:
             optimizer = Adam(config.learning_rate)
-        evaluate = recorded(lambda image: _together(*objective.value_and_grad(image)), image, steps)
+        # tiles are large: they are worth no recording
+        evaluate = recorded(lambda image: _together(*objective.value_and_grad(image)), image, steps if whole else 0)
         waiting: deque[tuple[int, Tensor, Reading]] = deque()
         best, restarts, forgiven = math.inf, 0, 0
         for begun in range(1, steps + 1):

@@ -1,0 +1,153 @@
+"""Large pictures in tiles, so that memory depends on the tile and not on the picture.
+
+What a style transfer minimises is made of sums over positions. A tile is read with as much around it as its positions
+see, and counts for its own positions alone: summed over the tiles, values and gradients are those of the whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vggfeat.arch import Arch
+
+__all__ = ["Span", "Tile", "side_for", "tiles"]
+
+MAPS = 16  # of the first block's size: what a step takes at its peak, measured and somewhat more
+IMAGES = 30  # float32, of the whole picture: what the optimiser and the steps around it take
+SHARE = 0.7  # of the free memory that a step may take
+LEAST, UNKNOWN = 256, 4 << 30  # pixels of a side; bytes that are taken to be free where nothing tells
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a tile reads along one side of the picture, and which part of that counts; in pixels.
+
+    Attributes:
+        start: the first that is read.
+        stop: where reading ends.
+        first: the first that counts.
+        last: where counting ends; None means that it goes on to the end of the picture.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int | None
+
+    def counts(self, stride: int, offset: int = 0) -> slice:
+        """Which positions of a layer count, numbered from pixel `offset` on."""
+        return slice((self.first - offset) // stride, None if self.last is None else (self.last - offset) // stride)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of a picture; a classifier's values (N,C), which have no positions, belong to the picture as a whole."""
+
+    rows: Span
+    columns: Span
+
+    def read(self, image: Tensor) -> Tensor:
+        """The part of an image (N,C,H,W) that is read; a view."""
+        return image[:, :, self.rows.start : self.rows.stop, self.columns.start : self.columns.stop]
+
+    def own(self, tap: Tensor, stride: int) -> Tensor:
+        """Of a layer's values on what was read (N,C,h,w), those that count; a view."""
+        return (
+            tap
+            if tap.ndim == 2
+            else tap[:, :, self.rows.counts(stride, self.rows.start), self.columns.counts(stride, self.columns.start)]
+        )
+
+    def of(self, whole: Tensor, stride: int) -> Tensor:
+        """The same positions of a layer's values on the whole picture; a view."""
+        return whole if whole.ndim == 2 else whole[:, :, self.rows.counts(stride), self.columns.counts(stride)]
+
+
+def tiles(arch: Arch, layers: Sequence[str], height: int, width: int, side: int) -> list[Tile]:
+    """The tiles of a picture, of about `side` pixels without what is around them; a single one where that is enough.
+
+    Args:
+        arch: the network.
+        layers: of its convolutional part, the ones whose positions are summed over.
+        height: of the picture.
+        width: likewise.
+        side: 0 means a single tile.
+    """
+    if not side:
+        return [Tile(Span(0, height, 0, None), Span(0, width, 0, None))]
+    found = [arch.layer(name) for name in layers]
+    stride = max(layer.stride for layer in found)
+    # a position at stride s sees its own s pixels and as many more on each side
+    reach = max((layer.receptive_field - layer.stride) // 2 for layer in found)
+    around = math.ceil(reach / stride) * stride  # so that every layer's positions lie where they lie in the picture
+    spans = [_spans(length, side, stride, around) for length in (height, width)]
+    return [Tile(*pair) for pair in itertools.product(*spans)]
+
+
+def _spans(length: int, side: int, stride: int, around: int) -> list[Span]:
+    step = math.ceil(length / math.ceil(length / side) / stride) * stride
+    # what would not make a position of its own belongs to the one before
+    cuts = [*range(0, max(1, length - stride + 1), step), length]
+    return [
+        Span(max(0, first - around), min(length, last + around), first, None if last == length else last)
+        for first, last in itertools.pairwise(cuts)
+    ]
+
+
+def side_for(arch: Arch, layers: Sequence[str], height: int, width: int, itemsize: int, device: torch.device) -> int:
+    """The side of tiles with which a step fits into the memory that is free; 0 where the whole picture does.
+
+    Args:
+        arch: the network.
+        layers: that are summed over.
+        height: of the picture.
+        width: likewise.
+        itemsize: bytes of a value in the network.
+        device: where it runs.
+    """
+    if any(name in arch.head_names for name in layers):
+        return 0  # a classifier sees the picture as a whole
+    free, each = SHARE * _free(device), MAPS * itemsize * arch.layer("conv1_1").channels
+    if height * width * each <= free:
+        return 0
+    pixels = max(0.0, free - IMAGES * 12 * height * width) / each
+    around = 2 * max(arch.layer(name).receptive_field // 2 for name in layers)
+    return max(LEAST, int(math.sqrt(pixels)) - around)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of memory that are free on a device, as far as that can be told."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min(_machine_free(), _group_free())
+
+
+def _machine_free() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration, IndexError):  # not Linux
+        return UNKNOWN
+
+
+def _group_free(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit leaves, of either version of control groups."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return max(0, int((folder / limit).read_text()) - int((folder / used).read_text()))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return 1 << 62
