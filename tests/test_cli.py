@@ -195,7 +195,7 @@ def test_every_flag_sets_its_setting():
     words = {
         **{"size": "300", "steps": "3", "start_size": "33", "seed": "5", "arch": "vgg16", "device": "cpu"},
         **{"weights": "caffe", "init": "noise", "style_weight": "2.5", "content_weight": "0.25", "tv_weight": "0.125"},
-        **{"style_scale": "1.5", "learning_rate": "0.5", "style_blend": "2,1"},
+        **{"style_scale": "1.5", "learning_rate": "0.5", "style_blend": "2,1", "tile": "256"},
         **{"style_layers": "relu1_1, conv2_2", "content_layers": "conv4_2", "style_layer_weights": "1,0.5"},
         **{"content_layer_weights": "3", "keep_color": None},
         **{name: next(c for c in choices if c != getattr(StyleConfig(), name)) for name, choices in CHOICES.items()},
