@@ -586,8 +586,7 @@ def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
     arch, layers = parse("vgg19"), ["relu1_1", "relu5_1"]
 
     def side(free, height=3000, width=4000, names=layers, itemsize=4):
-        monkeypatch.setattr(tiles_module, "_free", lambda device: free)
-        return side_for(arch, names, height, width, itemsize, torch.device("cpu"))
+        return side_for(arch, names, height, width, itemsize, free)
 
     whole = 12e6 * 4096 / 0.7
     assert side(whole * 1.001) == 0 and side(whole / 2 * 1.001, itemsize=2) == 0
@@ -596,13 +595,17 @@ def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
     assert side(1e6, names=["relu1_1", "fc7"]) == 0  # of a classifier there are no parts
     asked = []
     monkeypatch.setattr(stylize_module, "side_for", lambda *given: asked.append(given) or 16)
+    memory = iter(range(1000, 1010))
+    monkeypatch.setattr(stylize_module, "free_memory", lambda device: next(memory))
     automatic = stylize(*pair, config(steps=3, precision="bfloat16"))
-    assert [each[2:5] for each in asked] == [(36, 48, 2)]
+    assert [each[2:] for each in asked] == [(36, 48, 2, 1000)]
+    stylize(*pair, config(steps=3, start_size=24))  # what the first scale took is there for the second
+    assert [each[2:] for each in asked[1:]] == [(18, 24, 4, 1001), (36, 48, 4, 1001)]
     assert automatic.losses == stylize(*pair, config(steps=3, precision="bfloat16", tile=16)).losses
 
 
 def test_what_is_free(tmp_path):
-    assert 1 << 20 < tiles_module._free(torch.device("cpu")) < 1 << 60
+    assert 1 << 20 < tiles_module.free_memory(torch.device("cpu")) < 1 << 60
     assert tiles_module._group_free(tmp_path) > 1 << 60
     (tmp_path / "memory.max").write_text("max\n")
     assert tiles_module._group_free(tmp_path) > 1 << 60

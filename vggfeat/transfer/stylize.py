@@ -20,12 +20,12 @@ import vggfeat
 from vggfeat.errors import InputError, RunError, first_line
 from vggfeat.features import VGGFeatures, trunk_dtype
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
-from vggfeat.processor import bfloat16_is_fast, resolve
+from vggfeat.processor import resolve
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.gpu import Reading, ahead, recorded
 from vggfeat.transfer.objective import TERMS, Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Optimizer, Spectrum
-from vggfeat.transfer.tiles import side_for
+from vggfeat.transfer.tiles import free_memory, side_for
 from vggfeat.weights import load, resolved
 
 __all__ = ["StyleResult", "StyleStep", "stylize"]
@@ -206,6 +206,9 @@ class _Run:
         starts = {"content": content, "noise": None}
         self.begun = starts[config.init] if config.init in starts else open_image(config.init)
         self.image = self._initial(*self.sizes[0])
+        self.dtype = trunk_dtype(config.precision, self.image)
+        # before there is any work: what one scale took is there for the next, though the system counts it as taken
+        self.memory = free_memory(device)
         self.objective: Objective | None = None
 
     def _tensor(self, picture: Image.Image, width: int, height: int) -> Tensor:
@@ -246,9 +249,8 @@ class _Run:
             styles.append(self._tensor(picture, *fit(picture.width, picture.height, side)))
         tile = self.config.tile
         if tile is None:
-            precision = trunk_dtype(self.config.precision, self.image)
             layers = self.features.layers
-            tile = side_for(self.features.arch, layers, height, width, precision.itemsize, self.device)
+            tile = side_for(self.features.arch, layers, height, width, self.dtype.itemsize, self.memory)
         return Objective(self.features, self.config, self._tensor(self.content, width, height), styles, tile)
 
     def go(self) -> None:
@@ -342,7 +344,7 @@ class _Run:
             weights=self.features.weights,
             arch=self.features.arch.name,
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
-            precision=_precision(self.config.precision, self.device),
+            precision=str(self.dtype).removeprefix("torch."),
             elapsed=time.perf_counter() - self.start,
             interrupted=self.interrupted,
             failure=self.failure,
@@ -357,10 +359,6 @@ def _lacks_memory(error: Exception) -> bool:
 def _together(total: Tensor, terms: dict[str, Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
     """The numbers as one tensor, since each reading waits for the device, and the gradient."""
     return torch.stack([total, *terms.values()]), grad
-
-
-def _precision(policy: str, device: torch.device) -> str:
-    return ("bfloat16" if bfloat16_is_fast(device) else "float32") if policy == "auto" else policy
 
 
 def _has_own_arch(weights: str) -> bool:

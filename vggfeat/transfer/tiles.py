@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vggfeat.arch import Arch
 
-__all__ = ["Span", "Tile", "side_for", "tiles"]
+__all__ = ["Span", "Tile", "free_memory", "side_for", "tiles"]
 
 MAPS = 16  # of the first block's size: what a step takes at its peak, measured and somewhat more
 IMAGES = 30  # float32, of the whole picture: what the optimiser and the steps around it take
@@ -101,7 +101,7 @@ def _spans(length: int, side: int, stride: int, around: int) -> list[Span]:
     ]
 
 
-def side_for(arch: Arch, layers: Sequence[str], height: int, width: int, itemsize: int, device: torch.device) -> int:
+def side_for(arch: Arch, layers: Sequence[str], height: int, width: int, itemsize: int, memory: int) -> int:
     """The side of tiles with which a step fits into the memory that is free; 0 where the whole picture does.
 
     Args:
@@ -110,11 +110,11 @@ def side_for(arch: Arch, layers: Sequence[str], height: int, width: int, itemsiz
         height: of the picture.
         width: likewise.
         itemsize: bytes of a value in the network.
-        device: where it runs.
+        memory: bytes that are free.
     """
     if any(name in arch.head_names for name in layers):
         return 0  # a classifier sees the picture as a whole
-    free, each = SHARE * _free(device), MAPS * itemsize * arch.layer("conv1_1").channels
+    free, each = SHARE * memory, MAPS * itemsize * arch.layer("conv1_1").channels
     if height * width * each <= free:
         return 0
     pixels = max(0.0, free - IMAGES * 12 * height * width) / each
@@ -122,7 +122,7 @@ def side_for(arch: Arch, layers: Sequence[str], height: int, width: int, itemsiz
     return max(LEAST, int(math.sqrt(pixels)) - around)
 
 
-def _free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes of memory that are free on a device, as far as that can be told."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
