@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -613,3 +614,55 @@ def test_repr_says_what_it_is(state):
     assert "relu2_1" in text
     assert "vgg16" in text
     assert "bfloat16" in text
+
+
+# ── there and back ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WALKS = [
+    ("D", {}, ["relu1_1", "conv2_1", "relu2_1", "pool3"], {}),
+    ("D", {}, ["pool1", "relu3_3", "relu3_2"], {"pooling": "average", "padding": "reflect"}),
+    ("A", {"batch_norm": True}, ["relu2_1", "conv2_1", "bn2_1", "bn1_1"], {"pooling": "l2", "padding": "replicate"}),
+    ("A-LRN", {}, ["lrn1_1", "relu2_1"], {"input_range": (-1, 1)}),
+    ("A", {}, ["fc6", "relu1_1"], {}),
+]
+
+
+@pytest.mark.parametrize("keep", ["bits", "values"])
+@pytest.mark.parametrize(("config", "options", "names", "how"), WALKS)
+def test_there_and_back_is_what_autograd_does(config, options, names, how, keep):
+    net = small(config, **options)
+    features = VGGFeatures(names, net.arch, net.state_dict(), keep=keep, **how)
+    x = batch(2, 3, 35, 42, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    wanted = features(leaf)
+    seeds = {name: torch.randn(tap.shape, dtype=tap.dtype) for name, tap in wanted.items()}
+    (gradient,) = torch.autograd.grad([*wanted.values()], leaf, [seeds[name] for name in wanted])
+    with torch.autocast("cpu", torch.bfloat16):  # which float64 has no use for
+        taps, back = features.walk(x)
+        assert {*taps} == {*names} and not any(tap.requires_grad for tap in taps.values())
+        for name, tap in wanted.items():
+            torch.testing.assert_close(taps[name], tap)
+
+        def slope(name, tap):
+            torch.testing.assert_close(tap, wanted[name])
+            return seeds[name]
+
+        found = back(slope)
+    assert not found.requires_grad and (found.shape, found.dtype) == (x.shape, x.dtype)
+    torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("keep", ["bits", "values"])
+def test_taps_are_let_go_on_the_way_back(state, keep):
+    names = ["relu1_1", "relu1_2", "conv2_1", "pool2"]
+    taps, back = VGGFeatures(names, weights=state, keep=keep).walk(batch())
+    alive, asked = {name: weakref.ref(tap) for name, tap in taps.items()}, []
+
+    def slope(name, tap):
+        for before in asked[:-1]:  # the one before may still be what masks the way
+            assert alive[before]() is None, f"{before} is still there at {name}"
+        asked.append(name)
+        return torch.ones_like(tap)
+
+    gradient = back(slope)
+    assert asked == names[::-1] and not taps and bool(gradient.isfinite().all())

@@ -25,7 +25,7 @@ from vggfeat.transfer import gpu
 from vggfeat.transfer import stylize as stylize_module
 from vggfeat.transfer.objective import Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
-from vggfeat.trunk import PADDINGS, POOLINGS, Plan, operators
+from vggfeat.trunk import PADDINGS, POOLINGS, Plan, operators, walk
 from vggfeat.trunk import autograd as autograd_module
 from vggfeat.trunk import filters as filters_module
 
@@ -152,7 +152,7 @@ def test_the_trunk_waits_for_nothing(fake, keep, precision, pooling, padding):
     with Strict(), torch.no_grad():
         found = autograd_module.trunk_forward(x, filters, plan.code, keep)
         count = len(plan.names)
-        again = [found[i] for i in operators.reread(plan, keep)]
+        again = [found[i] for i in walk.reread(plan, keep)]
         gradient = autograd_module.trunk_backward(
             [tap.clone() for tap in found[:count]],
             range(count),

@@ -14,7 +14,7 @@ from vggfeat import vgg16
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError
 from vggfeat.features import VGGFeatures
-from vggfeat.trunk import Plan, Trunk, direct, layers, operators, plain, run
+from vggfeat.trunk import Plan, Trunk, bits, direct, layers, operators, plain, run, walk
 from vggfeat.trunk.bits import pack, unpack
 from vggfeat.weights import load
 
@@ -576,6 +576,25 @@ def test_pack_round_trip(shape):
         assert torch.equal(unpack(pack(signed), shape) > 0, signed > 0)
 
 
+@pytest.mark.parametrize(("dtype", "height"), [(torch.float32, 37), (torch.bfloat16, 64)])
+def test_in_bands_as_in_one_piece(monkeypatch, dtype, height):
+    """What is packed, pooled and let through a few rows at a time, against all of it at once."""
+    x = images(2, 6, height, 10).relu().to(dtype).contiguous(memory_format=torch.channels_last)
+    whole, (y, route) = pack(x), layers.pool(x, "max", "bits")
+    grad = images(*y.shape, seed=1).to(dtype).contiguous(memory_format=torch.channels_last)
+    back = layers.max_pool_back(grad, height, 10, route, None)
+    monkeypatch.setattr(bits, "BAND", 500)
+    assert [rows.stop - rows.start for _, rows, _ in bits.bands(x.shape, x.device)][:2] == [8, 8]
+    assert torch.equal(pack(x), whole)
+    small, narrow = layers.pool(x, "max", "bits")
+    assert torch.equal(small, y) and torch.equal(small, torch.nn.functional.max_pool2d(x, 2))
+    assert torch.equal(narrow, route)
+    assert torch.equal(layers.max_pool_back(grad, height, 10, narrow, None), back)
+    leaf = x.clone().requires_grad_()
+    alive = torch.where(y > 0, grad, 0)
+    assert torch.equal(back, torch.autograd.grad(torch.nn.functional.max_pool2d(leaf, 2), leaf, alive)[0])
+
+
 # ── plans ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -638,7 +657,7 @@ def test_opcheck(trunks, arch, names, pooling, padding, keep):
         torch.library.opcheck(operators.trunk_forward, (x, filters, plan.code, keep), test_utils=tests)
         found = operators.trunk_forward(x, filters, plan.code, keep)
         taps, kept = found[: len(names)], found[len(names) :]
-        again = [taps[i] for i in operators.reread(plan, keep)]
+        again = [taps[i] for i in walk.reread(plan, keep)]
         present = list(range(len(names)))
         args = (taps, present, again, kept, filters, list(x.shape), plan.code, keep)
         torch.library.opcheck(operators.trunk_backward, args, test_utils=tests)

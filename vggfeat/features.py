@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ from vggfeat.weights import DEFAULT, LINEAR, WeightsLike, load
 __all__ = ["PRECISIONS", "VGGFeatures", "count_and_size", "trunk_dtype"]
 
 PRECISIONS = ("float32", "bfloat16", "auto")
+BY_HAND = ("cpu", "cuda")  # devices on which the trunk's own walk runs; elsewhere ordinary operations do
+
+Slope = Callable[[str, Tensor], Tensor]
+Back = Callable[[Slope], Tensor]
 
 
 class VGGFeatures(nn.Module):
@@ -134,16 +138,45 @@ class VGGFeatures(nn.Module):
 
     def taps(self, images: Tensor) -> dict[str, Tensor]:
         """As a call of the module, for images (N,3,H,W) known to be good: nothing is looked at."""
-        dtype = trunk_dtype(self.precision, images)
-        linear = [LINEAR[name] for name in self._head if name in LINEAR]
-        # an exported graph serves any size
-        size = None if torch.compiler.is_exporting() else (images.shape[2], images.shape[3])
-        filters = self.trunk.filters(self.plan, images.device, dtype, linear, size)
-        with _trunk.no_autocast(images.device):  # its wish is in the dtype
+        filters = self._filters(images)
+        with _trunk.no_autocast(images.device):  # its wish is in the filters' type
             return self._run(self._normalised(images), filters)
 
+    def walk(self, images: Tensor) -> tuple[dict[str, Tensor], Back]:
+        """The taps of images known to be good, in no graph, and the way back to the images.
+
+        The way back is a function of `slope(name, tap)`, the gradient with respect to a tap of that value, and gives
+        the gradient with respect to the images. It takes the least memory that can be: a tap's gradient is asked for
+        when the walk gets there, deepest first, and the tap is let go. It can be gone once, and empties the taps.
+        """
+        images = images.detach()
+        if self._head or images.device.type not in BY_HAND:
+            return self._walk_by_autograd(images)
+        with torch.no_grad(), _trunk.no_autocast(images.device):
+            x, dtype = self._normalised(images), images.dtype
+            scale, _ = self._factors(x)
+            keep = "values" if self.keep == "values" else "taps"
+            taps, back = _trunk.there_and_back(x, self._filters(images), self.plan, keep=keep)
+
+        def home(slope: Slope) -> Tensor:
+            with torch.no_grad():
+                return back(slope).mul_(scale).to(dtype)
+
+        return taps, home
+
+    def _walk_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Back]:
+        leaf = images.requires_grad_()
+        with torch.enable_grad():
+            taps = self.taps(leaf)
+
+        def home(slope: Slope) -> Tensor:
+            slopes = [slope(name, tap.detach()) for name, tap in taps.items()]
+            return torch.autograd.grad([*taps.values()], leaf, slopes)[0]
+
+        return {name: tap.detach() for name, tap in taps.items()}, home
+
     def _run(self, x: Tensor, filters: list[Tensor]) -> dict[str, Tensor]:
-        if torch.compiler.is_exporting() or x.device.type not in ("cpu", "cuda"):
+        if torch.compiler.is_exporting() or x.device.type not in BY_HAND:
             deep = _trunk.plain(x, filters, self.plan)
             found = [deep[i] for i in self.plan.order]
         else:
@@ -158,10 +191,21 @@ class VGGFeatures(nn.Module):
         images = images.to(work)
         if not in_functorch():  # which maps over tensors of another rank
             images = images.contiguous(memory_format=torch.channels_last)
+        scale, shift = self._factors(images)
+        return images * scale + shift
+
+    def _factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalisation as one factor and one shift per channel, (3,1,1), in the type of the images."""
         # a compiler makes constants of them; elsewhere they are kept, since a GPU waits for what is copied to it
         ready = _channels if torch.compiler.is_compiling() else _kept_channels
-        scale, shift = (ready(v, work, images.device) for v in (self._scale, self._shift))
-        return images * scale + shift
+        return ready(self._scale, images.dtype, images.device), ready(self._shift, images.dtype, images.device)
+
+    def _filters(self, images: Tensor) -> list[Tensor]:
+        linear = [LINEAR[name] for name in self._head if name in LINEAR]
+        # an exported graph serves any size
+        size = None if torch.compiler.is_exporting() else (images.shape[2], images.shape[3])
+        dtype = trunk_dtype(self.precision, images)
+        return self.trunk.filters(self.plan, images.device, dtype, linear, size)
 
     def _run_head(self, x: Tensor) -> dict[str, Tensor]:
         taps = {}

@@ -72,6 +72,18 @@ def _products(features: Tensor) -> Tensor:
     return products
 
 
+def gram_slope(features: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with respect to features (N,C,h,w), from that with respect to their `gram`, (N,C,C)."""
+    return _spread(features, grad / (features.shape[1] * features.shape[2] * features.shape[3]))
+
+
+def _spread(features: Tensor, grad: Tensor) -> Tensor:
+    """F·(D + Dᵀ) for the gradient D of F Fᵀ, as a 1×1 convolution."""
+    kernel = (grad + grad.mT).to(features.dtype)
+    parts = [F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(_images(features), kernel, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros_like(features)
+
+
 def in_functorch() -> bool:
     """Whether vmap, grad or another transform of torch.func is at work, under which values cannot be looked at.
 
@@ -84,7 +96,7 @@ def in_functorch() -> bool:
 
 
 class _Products(torch.autograd.Function):
-    """F Fᵀ on a CPU, summed in float32 over pieces that stay in the cache, and back F·(D + Dᵀ) as a 1×1 convolution."""
+    """F Fᵀ on a CPU, summed in float32 over pieces that stay in the cache, and back by `_spread`."""
 
     CHUNK = 1 << 20  # values converted to float32 at a time
 
@@ -106,13 +118,10 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         features: Tensor = ctx.saved_tensors[0]
-        kernel = (grad + grad.mT).to(features.dtype)
         if torch.is_grad_enabled():  # a second derivative was asked for
+            kernel = (grad + grad.mT).to(features.dtype)
             return (features.permute(0, 2, 3, 1).flatten(1, 2) @ kernel).mT.reshape(features.shape)
-        parts = [
-            F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(_images(features), kernel, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros_like(features)
+        return _spread(features, grad)
 
 
 def _images(batch: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
-from vggfeat.features import VGGFeatures, count_and_size
+from vggfeat.features import BY_HAND, VGGFeatures, count_and_size
 from vggfeat.functional import (
     CRITERIA,
     SLOPES,
@@ -145,7 +145,7 @@ class _FeatureLoss(nn.Module):
         return (
             torch.is_grad_enabled()
             and input.requires_grad
-            and input.device.type in ("cpu", "cuda")  # where the trunk is written by hand
+            and input.device.type in BY_HAND
             and not any(other.requires_grad for other in others)
             and isinstance(self.criterion, str)
             and not torch.compiler.is_compiling()

@@ -21,7 +21,7 @@ from vggfeat_cli.reports import (
     overwrite_option,
     plot_option,
 )
-from vggfeat_cli.run import INTERRUPTED
+from vggfeat_cli.run import INTERRUPTED, keep_memory
 
 if TYPE_CHECKING:
     from vggfeat.training.loop import TrainStep
@@ -55,6 +55,7 @@ def train(
     Ctrl-C saves a checkpoint; --resume goes on from the newest one. In several processes: torchrun --nproc-per-node 2
     -m vggfeat.training DATA …
     """
+    keep_memory()
     config = recipe(name, **{key: value for key, value in values.items() if value is not None})
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that speaks
     from vggfeat.files import free_name
@@ -187,6 +188,7 @@ def evaluate(
     --holdout and its own images, those that were held out.
     """
     check_outputs(output, plot, overwrite)
+    keep_memory()
     from vggfeat.training.evaluation import Views
 
     views = Views(size, scales, grid, flip, dense)

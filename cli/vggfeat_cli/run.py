@@ -28,7 +28,6 @@ def finish(command: click.Command) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")  # × and → are not in every code page
-    keep_memory()
     try:
         with _signals():
             code = command.main(prog_name=name, standalone_mode=False)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vggfeat.features import VGGFeatures
-from vggfeat.functional import gram, total_variation, wide
+from vggfeat.functional import gram, gram_slope, total_variation, wide
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.tiles import Tile, tiles
 
 __all__ = ["TERMS", "Objective"]
 
+Sums = dict[tuple[str, str], Tensor]  # by term and layer
 TERMS = ("style", "content", "tv")
 RANGE_WEIGHT = 10.0  # of the mean squared distance of a value to [0,1], where the terms begin at about 1
 
@@ -100,42 +102,59 @@ class Objective:
 
     def _grams(self, taps: dict[str, Tensor], tile: Tile, image: Tensor) -> dict[str, Tensor]:
         """What a tile adds to the Gram matrix of each style layer."""
-        found = {}
-        for name in self.style_shares:
+        owned = {name: tile.own(taps[name], self._stride(name)) for name in self.style_shares}
+        return {name: gram(own) * self._part(name, own, image) for name, own in owned.items()}
+
+    def _part(self, name: str, own: Tensor, image: Tensor) -> float:
+        """The share that a tile's own positions are of the layer's."""
+        height, width = (side // self._stride(name) for side in image.shape[2:])
+        return own.shape[2] * own.shape[3] / (height * width)
+
+    def _error(self, name: str, own: Tensor, tile: Tile) -> Tensor:
+        return wide(own) - wide(tile.of(self.content[name], self._stride(name)))
+
+    def _sums(self, taps: dict[str, Tensor], tile: Tile, image: Tensor) -> Sums:
+        """What a tile adds to each Gram matrix and to each squared error of the content."""
+        sums = {("style", name): value for name, value in self._grams(taps, tile, image).items()}
+        for name in self.content_shares:
             own = tile.own(taps[name], self._stride(name))
-            height, width = (side // self._stride(name) for side in image.shape[2:])
-            found[name] = gram(own) * (own.shape[2] * own.shape[3] / (height * width))
-        return found
-
-    def _sums(self, part: Tensor, tile: Tile, image: Tensor) -> list[Tensor]:
-        """What a tile, read as `part` of the image, adds to each Gram matrix, and then to each error of the content."""
-        taps = self.features.taps(part)
-        sums = [*self._grams(taps, tile, image).values()]
-        for name, target in self.content.items():
-            stride = self._stride(name)
-            sums.append((wide(tile.own(taps[name], stride)) - wide(tile.of(target, stride))).square().sum())
+            sums["content", name] = self._error(name, own, tile).square().sum()
         return sums
 
-    def _whole(self, image: Tensor) -> list[Tensor]:
+    def _slope(self, name: str, tap: Tensor, tile: Tile, image: Tensor, worth: Sums) -> Tensor:
+        """The total's gradient with respect to a tap of a tile, from those with respect to the sums."""
+        stride = self._stride(name)
+        own = tile.own(tap, stride)
+        slopes = []
+        if name in self.style_shares:
+            slopes.append(gram_slope(own, worth["style", name] * self._part(name, own, image)))
+        if name in self.content_shares:
+            slopes.append(self._error(name, own, tile).mul_(2 * worth["content", name]).to(own.dtype))
+        slope = functools.reduce(torch.add, slopes)
+        if own.shape == tap.shape:
+            return slope
+        padded = torch.zeros_like(tap)
+        tile.own(padded, stride).copy_(slope)
+        return padded
+
+    def _whole(self, image: Tensor) -> Sums:
         """The sums over all tiles."""
-        first, *others = self.tiles
-        sums = self._sums(first.read(image), first, image)
-        for tile in others:
-            more = self._sums(tile.read(image), tile, image)
-            sums = [one + other for one, other in zip(sums, more, strict=True)]
-        return sums
+        whole: Sums = {}
+        for tile in self.tiles:
+            sums = self._sums(self.features.taps(tile.read(image)), tile, image)
+            whole = {key: whole[key] + value if whole else value for key, value in sums.items()}
+        return whole
 
-    def _terms(self, sums: Sequence[Tensor], image: Tensor) -> dict[str, Tensor]:
+    def _terms(self, sums: Sums, image: Tensor) -> dict[str, Tensor]:
         paper = self.config.normalization == "gatys"
         zero = image.new_zeros(())
         style, content, smooth = zero, zero, zero
-        count = len(self.style_shares)
-        for (name, share), found in zip(self.style_shares.items(), sums[:count], strict=True):
-            error = (found - self.style[name]).square().sum()
+        for name, share in self.style_shares.items():
+            error = (sums["style", name] - self.style[name]).square().sum()
             # our Gram matrix is the paper's over N·M, which cancels the N² M² of eq. 4
             style = style + share * error * (0.25 if paper else 1 / self._style_norms[name])
-        for (name, share), error in zip(self.content_shares.items(), sums[count:], strict=True):
-            content = content + share * error * (0.5 if paper else 1 / self._content_norms[name])
+        for name, share in self.content_shares.items():
+            content = content + share * sums["content", name] * (0.5 if paper else 1 / self._content_norms[name])
         if self.config.tv_weight:
             smooth = total_variation(image).sum()
         weighted = (self.style_weight * style, self.content_weight * content, self.config.tv_weight * smooth)
@@ -151,22 +170,27 @@ class Objective:
         The total holds one thing more than the terms: a penalty on values outside [0,1], which keeps the optimiser's
         image close to the picture that can be saved.
         """
-        image = image.detach().requires_grad_()
-        tiled = len(self.tiles) > 1
-        with torch.set_grad_enabled(not tiled):
-            sums = self._whole(image)
-        if tiled:
-            sums = [each.requires_grad_() for each in sums]
-        terms = self._terms(sums, image)
-        outside = (image - image.detach().clamp(0, 1)).square().mean()
+        image = image.detach()
+        single = len(self.tiles) == 1
+        with torch.no_grad():
+            if single:
+                taps, back = self.features.walk(image)
+                sums = self._sums(taps, self.tiles[0], image)
+            else:
+                sums = self._whole(image)
+        leaf = image.detach().requires_grad_()
+        leaves = {key: value.requires_grad_() for key, value in sums.items()}
+        terms = self._terms(leaves, leaf)
+        outside = (leaf - image.clamp(0, 1)).square().mean()
         total = sum(terms.values(), self._range_weight * outside)
-        if tiled:
-            grad, *outer = torch.autograd.grad(total, [image, *sums])
-            for tile in self.tiles:  # once more, now that it is known what each sum is worth
-                part = tile.read(image).detach().requires_grad_()
-                tile.read(grad).add_(torch.autograd.grad(self._sums(part, tile, image), part, outer)[0])
-        else:
-            (grad,) = torch.autograd.grad(total, image)
+        grad, *slopes = torch.autograd.grad(total, [leaf, *leaves.values()])
+        worth = dict(zip(leaves, slopes, strict=True))
+        with torch.no_grad():
+            for tile in self.tiles:
+                if not single:  # once more, now that it is known what each sum is worth
+                    _, back = self.features.walk(tile.read(image))
+                slope = functools.partial(self._slope, tile=tile, image=image, worth=worth)
+                tile.read(grad).add_(back(slope))
         return total.detach(), {name: value.detach() for name, value in terms.items()}, grad
 
 

@@ -19,7 +19,9 @@ from vggfeat.arch import Arch
 
 __all__ = ["Span", "Tile", "free_memory", "side_for", "tiles"]
 
-MAPS = 16  # of the first block's size: what a step takes at its peak, measured and somewhat more
+MAPS = (
+    8  # of the first block's size: what a step takes at its peak, somewhat more than measured (float32 4, bfloat16 7)
+)
 IMAGES = 30  # float32, of the whole picture: what the optimiser and the steps around it take
 SHARE = 0.7  # of the free memory that a step may take
 LEAST, UNKNOWN = 256, 4 << 30  # pixels of a side; bytes that are taken to be free where nothing tells

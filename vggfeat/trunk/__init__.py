@@ -8,9 +8,10 @@ the ReLU outputs themselves where memory does not matter and time does (`keep="v
 Everything runs in channels_last, in which these convolutions are fastest on CPUs and GPUs alike. `plain` is the same
 computation in ordinary differentiable operations: for second derivatives, for export, and to test against.
 
-From the outside in: `plan.py` says what to run and `filters.py` with which weights, `autograd.py` is what is called,
-`operators.py` walks forward and back, on the operations of `layers.py`, the convolutions of `direct.py` and, by tiles,
-of `vggfeat/winograd.py`, and the packed signs of `bits.py`.
+From the outside in: `plan.py` says what to run and `filters.py` with which weights. Autograd goes through `autograd.py`
+and the two operators of `operators.py`; who wants the gradient at once calls `there_and_back`. Both are the walk of
+`walk.py`, forward and back, on the operations of `layers.py`, the convolutions of `direct.py` and, by tiles, of
+`vggfeat/winograd.py`, and the packed signs of `bits.py`.
 """
 
 from vggfeat.trunk.autograd import run
@@ -18,5 +19,6 @@ from vggfeat.trunk.filters import Trunk, outside
 from vggfeat.trunk.layers import no_autocast
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import PADDINGS, POOLINGS, Plan, Stage
+from vggfeat.trunk.walk import there_and_back
 
-__all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage", "Trunk", "no_autocast", "outside", "plain", "run"]
+__all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage", "Trunk", "no_autocast", "outside", "plain", "run", "there_and_back"]

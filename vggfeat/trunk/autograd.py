@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vggfeat.trunk.operators import reread, trunk_backward, trunk_forward
+from vggfeat.trunk.operators import trunk_backward, trunk_forward
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan
+from vggfeat.trunk.walk import reread
 
 __all__ = ["run"]
 

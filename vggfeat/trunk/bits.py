@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["pack", "unpack"]
+__all__ = ["bands", "pack", "size", "unpack"]
 
 # eight bytes of 0 or 1 times this number have their eight bits side by side in the topmost byte
 _GATHER = 0x0102040810204080
@@ -17,11 +18,42 @@ _SELECT = struct.unpack("<q", bytes(1 << i for i in range(8)))[0]  # byte i has 
 _SPREAD = 0x0101010101010101
 
 
+BAND = 1 << 20  # values at a time on a CPU, so that what is made on the way stays in its caches
+
+
+def bands(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
+    """Images, rows and the bytes that hold their bits, part by part of values (N,C,H,W); all at once but on a CPU."""
+    n, c, h, w = shape
+    if device.type != "cpu":
+        yield slice(0, n), slice(0, h), slice(0, size(shape))
+        return
+    rows = 8 * max(1, BAND // max(1, 8 * c * w))  # so that their bits fill bytes
+    for image in range(n):
+        for top in range(0, h, rows):
+            here = (1, c, min(rows, h - top), w)
+            start = top * w * c // 8
+            yield slice(image, image + 1), slice(top, top + here[2]), slice(start, start + size(here))
+
+
+def size(shape: Sequence[int]) -> int:
+    """How many bytes the bits of each image of values (N,C,H,W) take."""
+    return -(-math.prod(shape[1:]) // 8)
+
+
 def pack(x: Tensor) -> Tensor:
     """One bit for each value, set where it is positive: (N,C,H,W) channels_last to uint8 (N, ceil(C·H·W / 8)).
 
     Values are bool or come out of a ReLU: none is below 0.
     """
+    if x.device.type != "cpu":
+        return _pack(x)
+    packed = x.new_empty((len(x), size(x.shape)), dtype=torch.uint8)
+    for images, rows, where in bands(x.shape, x.device):
+        packed[images, where] = _pack(x[images, :, rows])
+    return packed
+
+
+def _pack(x: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16:  # only the sign of 0 can be set: without it, what is not 0 is positive
         x = x.view(torch.int16).bitwise_left_shift(1).to(torch.bool)  # faster than a comparison
     flat = (x if x.dtype == torch.bool else x > 0).permute(0, 2, 3, 1).flatten(1)

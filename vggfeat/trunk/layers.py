@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vggfeat import winograd
 from vggfeat.arch import LRN
 from vggfeat.trunk import direct
-from vggfeat.trunk.bits import pack, unpack
+from vggfeat.trunk.bits import bands, pack, size, unpack
 
 
 def no_autocast(device: torch.device) -> Any:
@@ -100,15 +100,28 @@ def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
     if keep == "values" and x.device.type == "cpu":
         found: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
         return found
-    a, b, c, d = _quarters(x, x.shape[2] // 2, x.shape[3] // 2)
+    small = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
+    y = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if keep == "values":
+        down, right = _winners(x, y)
+        return y, down.to(torch.uint8).mul_(2).add_(right)
+    route = torch.empty((len(x), 3, size(small)), dtype=torch.uint8, device=x.device)
+    for images, rows, where in bands(small, x.device):
+        part = y[images, :, rows]
+        down, right = _winners(x[images, :, 2 * rows.start : 2 * rows.stop], part)
+        for plane, values in enumerate((down, right, part)):
+            route[images, plane, where] = pack(values)
+    return y, route
+
+
+def _winners(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Max pooling of `x` into `y`, and who won each window: whether one below, whether one to the right."""
+    a, b, c, d = _quarters(x, *y.shape[2:])
     top, bottom = torch.maximum(a, b), torch.maximum(c, d)
-    y = torch.maximum(top, bottom)
+    torch.maximum(top, bottom, out=y)
     # of equals the first wins, as in torch.nn.MaxPool2d
     down = bottom > top
-    right = ((d > c) & down) | ((b > a) & ~down)
-    if keep == "values":
-        return y, down.to(torch.uint8).mul_(2).add_(right)
-    return y, torch.stack([pack(down), pack(right), pack(y)], dim=1)
+    return down, ((d > c) & down) | ((b > a) & ~down)
 
 
 def plain_pool(x: Tensor, pooling: str) -> Tensor:
@@ -124,18 +137,25 @@ def plain_pool(x: Tensor, pooling: str) -> Tensor:
 
 def max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled: Tensor | None) -> Tensor:
     """Each gradient goes to the winner of its window, and nowhere where the winner was not positive."""
-    if pooled is None:
-        down, right, alive = (unpack(bits, grad.shape).to(grad.dtype) for bits in route.unbind(1))
-        grad = torch.ops.aten.threshold_backward(grad, alive, 0)
-    else:
+    if pooled is not None and route.dtype == torch.int64:  # torch's own, on a CPU; on CUDA it adds in no fixed order
         grad = torch.ops.aten.threshold_backward(grad, pooled, 0)
-        if route.dtype == torch.int64:  # torch's own, on a CPU; on CUDA it adds atomically, in no fixed order
-            size = (*grad.shape[:2], height, width)
-            like = torch.empty(size, dtype=grad.dtype, memory_format=torch.channels_last)
-            back = torch.ops.aten.max_pool2d_with_indices_backward
-            return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, route)  # type: ignore[no-any-return]
-        down, right = (route >= 2).to(grad.dtype), (route & 1).to(grad.dtype)
+        like = torch.empty((*grad.shape[:2], height, width), dtype=grad.dtype, memory_format=torch.channels_last)
+        back = torch.ops.aten.max_pool2d_with_indices_backward
+        return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, route)  # type: ignore[no-any-return]
     out = _unpooled(grad, height, width)
+    if pooled is not None:
+        _to_winners(grad, (route >= 2).to(grad.dtype), (route & 1).to(grad.dtype), pooled, out)
+        return out
+    for images, rows, where in bands(grad.shape, grad.device):
+        part = grad[images, :, rows]
+        down, right, alive = (unpack(route[images, i, where], part.shape).to(grad.dtype) for i in range(3))
+        _to_winners(part, down, right, alive, out[images, :, 2 * rows.start : 2 * rows.stop])
+    return out
+
+
+def _to_winners(grad: Tensor, down: Tensor, right: Tensor, alive: Tensor, out: Tensor) -> None:
+    """The gradient of each window into the place in `out` that won it, where what won was above 0."""
+    grad = torch.ops.aten.threshold_backward(grad, alive, 0)
     a, b, c, d = _quarters(out, *grad.shape[2:])
     bottom = torch.ops.aten.threshold_backward(grad, down, 0)
     top = grad.sub_(bottom)
@@ -143,7 +163,6 @@ def max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled: 
     torch.sub(top, b, out=a)
     torch.ops.aten.threshold_backward.grad_input(bottom, right, 0, grad_input=d)
     torch.sub(bottom, d, out=c)
-    return out
 
 
 def pool_back(grad: Tensor, height: int, width: int, pooling: str, values: Tensor | None) -> Tensor:

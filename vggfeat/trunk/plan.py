@@ -47,7 +47,7 @@ class Plan:
         if self.padding not in PADDINGS:
             raise InputError(f"unknown padding {self.padding!r}: {nearest(str(self.padding), PADDINGS)}")
         # computed now, since torch.compile cannot follow a cached property's first use (it takes a lock in Python 3.11)
-        _ = self.code, self.stages, self.order, self.min_size
+        _ = self.code, self.stages, self.ran, self.order, self.min_size
 
     @functools.cached_property
     def code(self) -> str:
@@ -86,10 +86,14 @@ class Plan:
         return tuple(stages)
 
     @functools.cached_property
+    def ran(self) -> tuple[str, ...]:
+        """The names, shallow to deep."""
+        return tuple(sorted(self.names, key=self.arch.names.index))
+
+    @functools.cached_property
     def order(self) -> tuple[int, ...]:
         """Position of each name among the taps, shallow to deep."""
-        ran = sorted(self.names, key=self.arch.names.index)
-        return tuple(ran.index(name) for name in self.names)
+        return tuple(self.ran.index(name) for name in self.names)
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width that each stage works at, for images of that size."""
