@@ -134,7 +134,7 @@ class VGGFeatures(nn.Module):
                 infinite values (off the CPU looked for in the first batch alone, and not under `torch.compile` and
                 `torch.func`: there they make the taps NaN).
         """
-        return self.taps(self._checked(images))
+        return self.taps(self.checked(images))
 
     def taps(self, images: Tensor) -> dict[str, Tensor]:
         """As a call of the module, for images (N,3,H,W) known to be good: nothing is looked at."""
@@ -167,7 +167,7 @@ class VGGFeatures(nn.Module):
     def _walk_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Back]:
         leaf = images.requires_grad_()
         with torch.enable_grad():
-            taps = self.taps(leaf)
+            taps = self.taps(leaf.view_as(leaf))  # hooks of counters and trackers cannot take a leaf
 
         def home(slope: Slope) -> Tensor:
             slopes = [slope(name, tap.detach()) for name, tap in taps.items()]
@@ -216,7 +216,8 @@ class VGGFeatures(nn.Module):
             taps[name] = x
         return taps
 
-    def _checked(self, images: Tensor) -> Tensor:
+    def checked(self, images: Tensor) -> Tensor:
+        """The images (N,3,H,W) as they are, or why not: see `forward` for what is refused; grey ones repeated."""
         count_and_size(images)
         shape = tuple(images.shape)
         if not images.is_floating_point():

@@ -212,17 +212,22 @@ class _FeatureLoss(nn.Module):
 
     def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """By layer, what two images are compared by."""
+        taps = self.features(images)
+        return {name: self._representation(tap, self._mask_of(name, mask)) for name, tap in taps.items()}
+
+    def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
+        """What is compared of a tap."""
         raise NotImplementedError
 
     def _distance(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
         """Of two representations of a layer: (N,), or a scalar where the user's criterion gives one."""
         raise NotImplementedError
 
-    def _distance_and_gradient(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The distance (N,) and its gradient with respect to `ours`, which is in no graph."""
+    def _distance_and_gradient(self, tap: Tensor, theirs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The distance (N,) of a tap, which is in no graph, and its gradient with respect to that."""
         with torch.enable_grad():
-            leaf = ours.requires_grad_()
-            distance = self._distance(leaf, theirs, mask)
+            leaf = tap.detach().requires_grad_()
+            distance = self._distance(self._representation(leaf, mask), theirs, mask)
             (gradient,) = torch.autograd.grad(distance.sum(), leaf)
         return distance.detach(), gradient
 
@@ -261,7 +266,7 @@ class _AtOnce(torch.autograd.Function):
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             for part in loss._parts(input, target, mask):
                 value, gradient = _value_and_gradient(loss, *part)
                 losses.append(value)
@@ -292,19 +297,21 @@ class _AtOnce(torch.autograd.Function):
 def _value_and_gradient(
     loss: _FeatureLoss, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The losses (N,) and their gradients (N,3,H,W): the distances' by hand or by autograd, then back by the trunk."""
+    """The losses (N,) and their gradients in the images' shape, by going through the trunk and back."""
     theirs = target.values if isinstance(target, EncodedTarget) else loss._represent(target, mask)
-    leaf = wide(images.detach()).requires_grad_()  # in float16, small gradients would be lost: they are not scaled yet
-    ours = loss._represent(leaf.view_as(leaf), mask)  # hooks of counters and trackers cannot take a leaf
-    values, seeds = [], []
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        for name, weight in loss.layer_weights.items():
-            at_layer = loss._mask_of(name, mask)
-            value, seed = loss._distance_and_gradient(ours[name].detach(), theirs[name], at_layer)
-            values.append(weight * value)
-            seeds.append(seed if weight == 1 else seed.mul_(weight))
-    (gradient,) = torch.autograd.grad([ours[name] for name in loss.layer_weights], leaf, seeds)
-    return functools.reduce(torch.add, values), gradient
+    # in float16, small gradients would be lost: they are not scaled yet
+    _, back = loss.features.walk(loss.features.checked(wide(images.detach())))
+    values: dict[str, Tensor] = {}
+
+    def slope(name: str, tap: Tensor) -> Tensor:
+        weight = loss.layer_weights[name]
+        with torch.autocast(images.device.type, enabled=False):
+            value, found = loss._distance_and_gradient(tap, theirs[name], loss._mask_of(name, mask))
+        values[name] = weight * value
+        return found if weight == 1 else found.mul_(weight)
+
+    gradient = back(slope).sum_to_size(images.shape)  # of a grey image that was repeated
+    return functools.reduce(torch.add, (values[name] for name in loss.layer_weights)), gradient
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -366,9 +373,8 @@ class PerceptualLoss(_FeatureLoss):
             raise InputError("a perceptual target is encoded whole; give the mask to the comparison")
         return super().encode(target)
 
-    def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        taps: dict[str, Tensor] = self.features(images)
-        return taps
+    def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
+        return tap
 
     def _distance(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
         if self.normalize_features:
@@ -379,10 +385,10 @@ class PerceptualLoss(_FeatureLoss):
                 raise InputError(f"a mask needs a criterion that gives (N,C,h,w), got shape {tuple(values.shape)}")
         return masked_mean(values, mask)
 
-    def _distance_and_gradient(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.criterion not in SLOPES or ours.ndim != 4:
-            return super()._distance_and_gradient(ours, theirs, mask)
-        return distance_and_gradient(ours, theirs, str(self.criterion), self.normalize_features, mask)
+    def _distance_and_gradient(self, tap: Tensor, theirs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.criterion not in SLOPES or tap.ndim != 4:
+            return super()._distance_and_gradient(tap, theirs, mask)
+        return distance_and_gradient(tap, theirs, str(self.criterion), self.normalize_features, mask)
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         if input != target:
@@ -413,11 +419,8 @@ class StyleLoss(_FeatureLoss):
         """
         return super().encode(target, None if mask is None else _checked_mask(mask, target))
 
-    def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        taps = self.features(images)
-        if self.normalize_features:
-            taps = {name: unit_normalize(tap) for name, tap in taps.items()}
-        return {name: gram(tap, self._mask_of(name, mask)) for name, tap in taps.items()}
+    def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
+        return gram(unit_normalize(tap) if self.normalize_features else tap, mask)
 
     def _distance(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
         return masked_mean(self._criterion(ours, theirs))
