@@ -666,3 +666,14 @@ def test_taps_are_let_go_on_the_way_back(state, keep):
 
     gradient = back(slope)
     assert asked == names[::-1] and not taps and bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("keep", ["bits", "values"])
+def test_there_and_back_runs_in_what_autocast_says(state, keep):
+    features, x = VGGFeatures(["relu2_1"], weights=state, keep=keep), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = features(x)["relu2_1"]
+        taps, back = features.walk(x)
+        assert (wanted.dtype, taps["relu2_1"].dtype) == (torch.bfloat16, torch.bfloat16)
+        assert torch.equal(taps["relu2_1"], wanted)
+        assert back(lambda name, tap: torch.ones_like(tap)).dtype == torch.float32

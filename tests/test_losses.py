@@ -596,6 +596,10 @@ def test_inside_autocast(pair, make):
     assert torch.isfinite(leaf.grad).all()
     assert value != expected  # it was followed
     close(value.detach(), expected, rtol=1e-2)
+    other = x.clone().requires_grad_()
+    wanted = make(["relu1_2", "relu3_1"], precision="bfloat16")(other, y)
+    wanted.backward()
+    assert torch.equal(value, wanted) and torch.equal(leaf.grad, other.grad)  # of both images, and all the way back
 
 
 @pytest.mark.parametrize("make", [perceptual, style])

@@ -152,11 +152,11 @@ class VGGFeatures(nn.Module):
         images = images.detach()
         if self._head or images.device.type not in BY_HAND:
             return self._walk_by_autograd(images)
-        with torch.no_grad(), _trunk.no_autocast(images.device):
-            x, dtype = self._normalised(images), images.dtype
+        filters, dtype = self._filters(images), images.dtype
+        with torch.no_grad(), _trunk.no_autocast(images.device):  # its wish is in the filters' type
+            x = self._normalised(images)
             scale, _ = self._factors(x)
-            keep = "values" if self.keep == "values" else "taps"
-            taps, back = _trunk.there_and_back(x, self._filters(images), self.plan, keep=keep)
+            taps, back = _trunk.there_and_back(x, filters, self.plan, keep="taps" if self.keep == "bits" else "values")
 
         def home(slope: Slope) -> Tensor:
             with torch.no_grad():

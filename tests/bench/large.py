@@ -32,7 +32,7 @@ def one(side: str, width: int, height: int) -> None:
         terms = (config.style_layers, config.content_layers, config.term_weights[1])
         work = PlainLoop(weights.arch, weights.state, content, style, *terms)
     else:
-        features = VGGFeatures(layers, weights=weights, keep="values")
+        features = VGGFeatures(layers, weights=weights)  # signs as bits, as `stylize` keeps them in float32
         work = Objective(features, config, content, [style], int(side))
     gauge = PeakMemory(torch.device("cpu"))
     times = []

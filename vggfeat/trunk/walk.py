@@ -63,8 +63,8 @@ def forward(x: Tensor, filters: Sequence[Tensor], plan: Plan, keep: str) -> tupl
         x: normalised images (N,3,H,W), float32 for bfloat16 filters, else in the filters' type.
         filters: of `Trunk.filters` for the plan.
         plan: what to run.
-        keep: "none" keeps nothing, "values" what came out of the ReLUs, "bits" single bits in its place, "taps" too
-            where it is no tap, for callers that hold the taps anyway.
+        keep: "none" keeps nothing, "values" what came out of the ReLUs, "bits" single bits instead, and "taps" bits
+            but for ReLUs that are taps: for callers that hold those anyway.
     """
     taps: list[Tensor] = []
     kept: list[Tensor] = []
