@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import vggfeat
+from vggfeat import features as features_module
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures, trunk_dtype
@@ -627,10 +628,13 @@ WALKS = [
 ]
 
 
-@pytest.mark.parametrize("keep", ["bits", "values"])
+@pytest.mark.parametrize("keep", ["bits", "values", "by autograd"])
 @pytest.mark.parametrize(("config", "options", "names", "how"), WALKS)
-def test_there_and_back_is_what_autograd_does(config, options, names, how, keep):
+def test_there_and_back_is_what_autograd_does(config, options, names, how, keep, monkeypatch):
     net = small(config, **options)
+    if keep == "by autograd":  # as on MPS
+        monkeypatch.setattr(features_module, "BY_HAND", ())
+        keep = "bits"
     features = VGGFeatures(names, net.arch, net.state_dict(), keep=keep, **how)
     x = batch(2, 3, 35, 42, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
@@ -643,11 +647,15 @@ def test_there_and_back_is_what_autograd_does(config, options, names, how, keep)
         for name, tap in wanted.items():
             torch.testing.assert_close(taps[name], tap)
 
+        asked = []
+
         def slope(name, tap):
+            asked.append(name)
             torch.testing.assert_close(tap, wanted[name])
             return seeds[name]
 
         found = back(slope)
+    assert asked == sorted(names, key=net.arch.names.index, reverse=True) and not taps
     assert not found.requires_grad and (found.shape, found.dtype) == (x.shape, x.dtype)
     torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12 * float(gradient.abs().max()))
 

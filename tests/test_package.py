@@ -66,7 +66,7 @@ ROOMS = {
     "vggfeat.transfer.config": {"arch", "errors", "settings"},
     "vggfeat.transfer.gpu": {"errors"},
     "vggfeat.transfer.optimize": set(),
-    "vggfeat.transfer.tiles": {"arch"},
+    "vggfeat.transfer.tiles": {"arch", "features", "processor"},
     "vggfeat.transfer.objective": {"features", "functional", "transfer.config", "transfer.tiles"},
     "vggfeat.transfer.stylize": {
         "",  # the package itself, for its version

@@ -610,11 +610,15 @@ def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
     """VGG-19 in float32 takes 8 × 64 × 4 bytes a pixel, and the optimiser 360."""
     arch, layers = parse("vgg19"), ["relu1_1", "relu5_1"]
 
-    def side(free, height=3000, width=4000, names=layers, itemsize=4):
-        return side_for(arch, names, height, width, itemsize, free)
+    def side(free, height=3000, width=4000, names=layers, dtype=torch.float32, device="cpu"):
+        return side_for(arch, names, height, width, dtype, torch.device(device), free)
 
     whole = 12e6 * 2048 / 0.7
-    assert side(whole * 1.001) == 0 and side(whole / 2 * 1.001, itemsize=2) == 0
+    assert side(whole * 1.001) == 0 and side(whole / 2 * 1.001, dtype=torch.bfloat16, device="cuda") == 0
+    monkeypatch.setattr(tiles_module, "emulates", lambda dtype, device: True)  # bfloat16 that is computed in float32
+    assert side(whole / 2 * 1.001, dtype=torch.bfloat16) > 0 and side(whole * 1.001, dtype=torch.bfloat16) == 0
+    monkeypatch.undo()
+    assert side(whole * 1.001, device="mps") > 0 and side(2 * whole * 1.001, device="mps") == 0  # by autograd
     assert side(whole / 4) == pytest.approx(math.sqrt((12e6 * 512 - 12e6 * 360) / 2048) - 156, abs=2)
     assert side(whole * 0.99) < 4000 and side(1e6) == 256  # something must be tried
     assert side(1e6, names=["relu1_1", "fc7"]) == 0  # of a classifier there are no parts
@@ -623,9 +627,11 @@ def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
     memory = iter(range(1000, 1010))
     monkeypatch.setattr(stylize_module, "free_memory", lambda device: next(memory))
     automatic = stylize(*pair, config(steps=3, precision="bfloat16"))
-    assert [each[2:] for each in asked] == [(36, 48, 2, 1000)]
+    cpu = torch.device("cpu")
+    assert [each[2:] for each in asked] == [(36, 48, torch.bfloat16, cpu, 1000)]
     stylize(*pair, config(steps=3, start_size=24))  # what the first scale took is there for the second
-    assert [each[2:] for each in asked[1:]] == [(18, 24, 4, 1001), (36, 48, 4, 1001)]
+    sizes = [(18, 24), (36, 48)]
+    assert [each[2:] for each in asked[1:]] == [(*size, torch.float32, cpu, 1001) for size in sizes]
     assert automatic.losses == stylize(*pair, config(steps=3, precision="bfloat16", tile=16)).losses
 
 

@@ -586,6 +586,12 @@ def test_in_bands_as_in_one_piece(monkeypatch, dtype, height):
     monkeypatch.setattr(bits, "BAND", 500)
     assert [rows.stop - rows.start for _, rows, _ in bits.bands(x.shape, x.device)][:2] == [8, 8]
     assert torch.equal(pack(x), whole)
+    odd = images(3, 3, 17, 11).gt(0.5).contiguous(memory_format=torch.channels_last)  # no image begins at a whole byte
+    assert torch.equal(unpack(pack(odd), odd.shape) > 0, odd)
+    monkeypatch.setattr(bits, "BAND", 2000)
+    assert torch.equal(unpack(pack(odd), odd.shape) > 0, odd)
+    assert [part[0] for part in bits.bands(odd.shape, odd.device)] == [slice(0, 3)]  # small images, together
+    monkeypatch.setattr(bits, "BAND", 500)
     small, narrow = layers.pool(x, "max", "bits")
     assert torch.equal(small, y) and torch.equal(small, torch.nn.functional.max_pool2d(x, 2))
     assert torch.equal(narrow, route)

@@ -16,7 +16,7 @@ from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
 from vggfeat.functional import in_functorch
 from vggfeat.processor import bfloat16_is_fast
-from vggfeat.trunk import Plan, Trunk
+from vggfeat.trunk import Plan, Slope, Trunk
 from vggfeat.weights import DEFAULT, LINEAR, WeightsLike, load
 
 __all__ = ["PRECISIONS", "VGGFeatures", "count_and_size", "trunk_dtype"]
@@ -24,7 +24,6 @@ __all__ = ["PRECISIONS", "VGGFeatures", "count_and_size", "trunk_dtype"]
 PRECISIONS = ("float32", "bfloat16", "auto")
 BY_HAND = ("cpu", "cuda")  # devices on which the trunk's own walk runs; elsewhere ordinary operations do
 
-Slope = Callable[[str, Tensor], Tensor]
 Back = Callable[[Slope], Tensor]
 
 
@@ -146,8 +145,9 @@ class VGGFeatures(nn.Module):
         """The taps of images known to be good, in no graph, and the way back to the images.
 
         The way back is a function of `slope(name, tap)`, the gradient with respect to a tap of that value, and gives
-        the gradient with respect to the images. It takes the least memory that can be: a tap's gradient is asked for
-        when the walk gets there, deepest first, and the tap is let go. It can be gone once, and empties the taps.
+        the gradient with respect to the images. A tap's gradient is asked for when the walk gets there, deepest first,
+        and the tap is let go, so that there is never more than one such gradient (but with a classifier's layers, and
+        on devices that leave the walk to autograd). It can be gone once, and empties the taps.
         """
         images = images.detach()
         if self._head or images.device.type not in BY_HAND:
@@ -169,11 +169,15 @@ class VGGFeatures(nn.Module):
         with torch.enable_grad():
             taps = self.taps(leaf.view_as(leaf))  # hooks of counters and trackers cannot take a leaf
 
-        def home(slope: Slope) -> Tensor:
-            slopes = [slope(name, tap.detach()) for name, tap in taps.items()]
-            return torch.autograd.grad([*taps.values()], leaf, slopes)[0]
+        known = {name: tap.detach() for name, tap in taps.items()}
 
-        return {name: tap.detach() for name, tap in taps.items()}, home
+        def home(slope: Slope) -> Tensor:
+            deepest_first = sorted(taps, key=self.arch.names.index, reverse=True)
+            with torch.no_grad(), _trunk.no_autocast(leaf.device):
+                slopes = [slope(name, known.pop(name)) for name in deepest_first]
+            return torch.autograd.grad([taps.pop(name) for name in deepest_first], leaf, slopes)[0]
+
+        return known, home
 
     def _run(self, x: Tensor, filters: list[Tensor]) -> dict[str, Tensor]:
         if torch.compiler.is_exporting() or x.device.type not in BY_HAND:

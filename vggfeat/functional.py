@@ -78,8 +78,12 @@ def gram_slope(features: Tensor, grad: Tensor) -> Tensor:
 
 
 def _spread(features: Tensor, grad: Tensor) -> Tensor:
-    """F·(D + Dᵀ) for the gradient D of F Fᵀ, as a 1×1 convolution."""
+    """F·(D + Dᵀ) for the gradient D of F Fᵀ, on a CPU as a 1×1 convolution."""
     kernel = (grad + grad.mT).to(features.dtype)
+    if features.device.type != "cpu":
+        rows = features.permute(0, 2, 3, 1)
+        spread: Tensor = (rows.flatten(1, 2) @ kernel).view(rows.shape).permute(0, 3, 1, 2)
+        return spread
     parts = [F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(_images(features), kernel, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros_like(features)
 

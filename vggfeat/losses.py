@@ -298,7 +298,7 @@ def _value_and_gradient(
     loss: _FeatureLoss, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The losses (N,) and their gradients in the images' shape, by going through the trunk and back."""
-    theirs = target.values if isinstance(target, EncodedTarget) else loss._represent(target, mask)
+    theirs = dict(target.values if isinstance(target, EncodedTarget) else loss._represent(target, mask))
     # in float16, small gradients would be lost: they are not scaled yet
     _, back = loss.features.walk(loss.features.checked(wide(images.detach())))
     values: dict[str, Tensor] = {}
@@ -306,7 +306,7 @@ def _value_and_gradient(
     def slope(name: str, tap: Tensor) -> Tensor:
         weight = loss.layer_weights[name]
         with torch.autocast(images.device.type, enabled=False):
-            value, found = loss._distance_and_gradient(tap, theirs[name], loss._mask_of(name, mask))
+            value, found = loss._distance_and_gradient(tap, theirs.pop(name), loss._mask_of(name, mask))
         values[name] = weight * value
         return found if weight == 1 else found.mul_(weight)
 

@@ -130,6 +130,8 @@ class Objective:
             slopes.append(gram_slope(own, worth["style", name] * self._part(name, own, image)))
         if name in self.content_shares:
             slopes.append(self._error(name, own, tile).mul_(2 * worth["content", name]).to(own.dtype))
+        if not slopes:  # tapped for somebody else
+            return torch.zeros_like(tap)
         slope = functools.reduce(torch.add, slopes)
         if own.shape == tap.shape:
             return slope

@@ -161,7 +161,7 @@ def stylize(
     config.shares("style_blend", len(styles))
     device = resolve(config.device)
     weights = resolved(config.weights)
-    in_bits = trunk_dtype(config.precision, torch.empty(0, device=device)) == torch.float32
+    dtype = trunk_dtype(config.precision, torch.empty(0, dtype=torch.float32, device=device))
     features = VGGFeatures(
         (*config.style_layers, *config.content_layers),
         weights=load(weights, config.arch or (None if _has_own_arch(weights) else "vgg19")),
@@ -169,9 +169,9 @@ def stylize(
         padding=config.padding,
         precision=config.precision,
         # signs as bits cost 1 to 3 % of a step in float32, more in bfloat16, whose values take half the memory anyway
-        keep="bits" if in_bits else "values",
+        keep="bits" if dtype == torch.float32 else "values",
     )
-    run = _Run(features, config, picture, styles, device, callback)
+    run = _Run(features, config, picture, styles, device, dtype, callback)
     try:
         run.go()
         return run.result()
@@ -192,9 +192,11 @@ class _Run:
         content: Image.Image,
         styles: list[Image.Image],
         device: torch.device,
+        dtype: torch.dtype,
         callback: Callback | None,
     ) -> None:
-        self.features, self.config, self.device, self.callback = features, config, device, callback
+        self.features, self.config, self.callback = features, config, callback
+        self.device, self.dtype = device, dtype
         self.content, self.styles = content, styles
         self.sizes = _scales(content, config, features.plan.min_size)
         self.history: list[dict[str, float]] = []
@@ -207,7 +209,6 @@ class _Run:
         starts = {"content": content, "noise": None}
         self.begun = starts[config.init] if config.init in starts else open_image(config.init)
         self.image = self._initial(*self.sizes[0])
-        self.dtype = trunk_dtype(config.precision, self.image)
         # before there is any work: what one scale took is there for the next, though the system counts it as taken
         self.memory = free_memory(device)
         self.objective: Objective | None = None
@@ -251,7 +252,7 @@ class _Run:
         tile = self.config.tile
         if tile is None:
             layers = self.features.layers
-            tile = side_for(self.features.arch, layers, height, width, self.dtype.itemsize, self.memory)
+            tile = side_for(self.features.arch, layers, height, width, self.dtype, self.device, self.memory)
         return Objective(self.features, self.config, self._tensor(self.content, width, height), styles, tile)
 
     def go(self) -> None:

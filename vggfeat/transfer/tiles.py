@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from vggfeat.arch import Arch
+from vggfeat.features import BY_HAND
+from vggfeat.processor import emulates
 
 __all__ = ["Span", "Tile", "free_memory", "side_for", "tiles"]
 
-MAPS = (
-    8  # of the first block's size: what a step takes at its peak, somewhat more than measured (float32 4, bfloat16 7)
-)
+# what a step takes at its peak, in outputs of the first convolution, and somewhat more: measured were 4 (max pooling)
+# to 8 (l2, padded by replication) in float32, 7 in bfloat16, and 10 to 15 by autograd, where it counts twice
+MAPS = 8
 IMAGES = 30  # float32, of the whole picture: what the optimiser and the steps around it take
 SHARE = 0.7  # of the free memory that a step may take
 LEAST, UNKNOWN = 256, 4 << 30  # pixels of a side; bytes that are taken to be free where nothing tells
@@ -103,7 +105,9 @@ def _spans(length: int, side: int, stride: int, around: int) -> list[Span]:
     ]
 
 
-def side_for(arch: Arch, layers: Sequence[str], height: int, width: int, itemsize: int, memory: int) -> int:
+def side_for(
+    arch: Arch, layers: Sequence[str], height: int, width: int, dtype: torch.dtype, device: torch.device, memory: int
+) -> int:
     """The side of tiles with which a step fits into the memory that is free; 0 where the whole picture does.
 
     Args:
@@ -111,12 +115,15 @@ def side_for(arch: Arch, layers: Sequence[str], height: int, width: int, itemsiz
         layers: that are summed over.
         height: of the picture.
         width: likewise.
-        itemsize: bytes of a value in the network.
+        dtype: what the network computes in.
+        device: where.
         memory: bytes that are free.
     """
     if any(name in arch.head_names for name in layers):
         return 0  # a classifier sees the picture as a whole
-    free, each = SHARE * memory, MAPS * itemsize * arch.layer("conv1_1").channels
+    itemsize = 4 if emulates(dtype, device) else dtype.itemsize
+    maps = MAPS if device.type in BY_HAND else 2 * MAPS
+    free, each = SHARE * memory, maps * itemsize * arch.layer("conv1_1").channels
     if height * width * each <= free:
         return 0
     pixels = max(0.0, free - IMAGES * 12 * height * width) / each

@@ -19,6 +19,18 @@ from vggfeat.trunk.filters import Trunk, outside
 from vggfeat.trunk.layers import no_autocast
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import PADDINGS, POOLINGS, Plan, Stage
-from vggfeat.trunk.walk import there_and_back
+from vggfeat.trunk.walk import Slope, there_and_back
 
-__all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage", "Trunk", "no_autocast", "outside", "plain", "run", "there_and_back"]
+__all__ = [
+    "PADDINGS",
+    "POOLINGS",
+    "Plan",
+    "Slope",
+    "Stage",
+    "Trunk",
+    "no_autocast",
+    "outside",
+    "plain",
+    "run",
+    "there_and_back",
+]

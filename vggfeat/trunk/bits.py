@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["bands", "pack", "size", "unpack"]
+__all__ = ["bands", "bytes_of", "pack", "unpack"]
 
 # eight bytes of 0 or 1 times this number have their eight bits side by side in the topmost byte
 _GATHER = 0x0102040810204080
@@ -22,20 +22,25 @@ BAND = 1 << 20  # values at a time on a CPU, so that what is made on the way sta
 
 
 def bands(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
-    """Images, rows and the bytes that hold their bits, part by part of values (N,C,H,W); all at once but on a CPU."""
+    """Images, rows and the bytes that hold their bits, part by part of values (N,C,H,W); all at once but on a CPU.
+
+    A part is some rows of an image, or as many images as make no more than that.
+    """
     n, c, h, w = shape
-    if device.type != "cpu":
-        yield slice(0, n), slice(0, h), slice(0, size(shape))
+    if device.type != "cpu" or c * h * w <= BAND:
+        step = n if device.type != "cpu" else max(1, BAND // max(1, c * h * w))
+        for image in range(0, n, max(1, step)):
+            yield slice(image, min(n, image + step)), slice(0, h), slice(0, bytes_of(shape))
         return
-    rows = 8 * max(1, BAND // max(1, 8 * c * w))  # so that their bits fill bytes
+    rows = 8 * max(1, BAND // (8 * c * w))  # so that their bits fill bytes
     for image in range(n):
         for top in range(0, h, rows):
             here = (1, c, min(rows, h - top), w)
             start = top * w * c // 8
-            yield slice(image, image + 1), slice(top, top + here[2]), slice(start, start + size(here))
+            yield slice(image, image + 1), slice(top, top + here[2]), slice(start, start + bytes_of(here))
 
 
-def size(shape: Sequence[int]) -> int:
+def bytes_of(shape: Sequence[int]) -> int:
     """How many bytes the bits of each image of values (N,C,H,W) take."""
     return -(-math.prod(shape[1:]) // 8)
 
@@ -47,7 +52,7 @@ def pack(x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu":
         return _pack(x)
-    packed = x.new_empty((len(x), size(x.shape)), dtype=torch.uint8)
+    packed = x.new_empty((len(x), bytes_of(x.shape)), dtype=torch.uint8)
     for images, rows, where in bands(x.shape, x.device):
         packed[images, where] = _pack(x[images, :, rows])
     return packed
@@ -59,6 +64,8 @@ def _pack(x: Tensor) -> Tensor:
     flat = (x if x.dtype == torch.bool else x > 0).permute(0, 2, 3, 1).flatten(1)
     if flat.shape[1] % 8:
         flat = F.pad(flat, (0, 8 - flat.shape[1] % 8))
+    if flat.storage_offset() % 8:  # of bools in the middle of others, which cannot be seen eight at a time
+        flat = flat.clone()
     return flat.view(torch.int64).mul(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vggfeat import winograd
 from vggfeat.arch import LRN
 from vggfeat.trunk import direct
-from vggfeat.trunk.bits import bands, pack, size, unpack
+from vggfeat.trunk.bits import bands, bytes_of, pack, unpack
 
 
 def no_autocast(device: torch.device) -> Any:
@@ -105,7 +105,7 @@ def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
     if keep == "values":
         down, right = _winners(x, y)
         return y, down.to(torch.uint8).mul_(2).add_(right)
-    route = torch.empty((len(x), 3, size(small)), dtype=torch.uint8, device=x.device)
+    route = torch.empty((len(x), 3, bytes_of(small)), dtype=torch.uint8, device=x.device)
     for images, rows, where in bands(small, x.device):
         part = y[images, :, rows]
         down, right = _winners(x[images, :, 2 * rows.start : 2 * rows.stop], part)

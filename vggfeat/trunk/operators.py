@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggfeat.trunk.bits import size
+from vggfeat.trunk.bits import bytes_of
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.walk import backward, forward, kept_of, reads_relu, reread
 
@@ -56,7 +56,7 @@ def trunk_backward(
 
 
 def _fake_pack(shape: Sequence[int], x: Tensor, planes: tuple[int, ...] = ()) -> Tensor:
-    return x.new_empty((shape[0], *planes, size(shape)), dtype=torch.uint8)
+    return x.new_empty((shape[0], *planes, bytes_of(shape)), dtype=torch.uint8)
 
 
 @trunk_forward.register_fake

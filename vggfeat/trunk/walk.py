@@ -11,10 +11,10 @@ from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bands, pack, unpack
 from vggfeat.trunk.plan import Plan, Stage
 
-__all__ = ["Slope", "SlopeOf", "backward", "forward", "kept_of", "reads_relu", "reread", "there_and_back"]
+__all__ = ["Slope", "SlopeAt", "backward", "forward", "kept_of", "reads_relu", "reread", "there_and_back"]
 
-Slope = Callable[[int], Tensor | None]  # the gradient with respect to a tap, by its position; None where it is 0
-SlopeOf = Callable[[str, Tensor], Tensor]  # the same by its name, and the tap
+SlopeAt = Callable[[int], Tensor | None]  # the gradient with respect to a tap, by its position; None where it is 0
+Slope = Callable[[str, Tensor], Tensor]  # the same by the tap's name and value
 
 
 # ── forward ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,7 +114,7 @@ def forward(x: Tensor, filters: Sequence[Tensor], plan: Plan, keep: str) -> tupl
 
 
 def backward(
-    slope: Slope,
+    slope: SlopeAt,
     again: dict[int, Tensor],
     kept: list[Tensor],
     filters: Sequence[Tensor],
@@ -178,7 +178,9 @@ def backward(
             values = packed = None
             flow.add(arriving("bn"))
             double = "bn" in stage.steps and "conv" in stage.taps
-            aside = raw = None
+            aside: Tensor | None = None
+            raw: Tensor | None = None
+            extra: Tensor | None = None
             if double:
                 aside, raw = arriving("conv"), left.pop()
                 del left[-2:]
@@ -193,13 +195,14 @@ def backward(
                 extra = layers.conv_back(layers.laid(aside), raw, stage.pad, plan.padding, height, width)
                 total = extra if total is None else total.add_(extra)
             flow.own(total)
+            total = extra = aside = raw = None  # which would be there until the next stage has its own
     # where values were NaN the signs say 0, and a bad step would pass for a good one; all of it ends in the deepest tap
     return flow.grad if flow.grad is None or flow.sound else torch.full_like(flow.grad, torch.nan)
 
 
 def there_and_back(
     x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str
-) -> tuple[dict[str, Tensor], Callable[[SlopeOf], Tensor]]:
+) -> tuple[dict[str, Tensor], Callable[[Slope], Tensor]]:
     """The taps by name, and the way back to the images, for a gradient that is wanted now.
 
     No graph holds on to what was kept: it is let go on the way, as each tap is once its gradient was asked for. The way
@@ -219,7 +222,7 @@ def there_and_back(
     again = {i: found[i] for i in reread(plan, keep)}
     size, dtype = (x.shape[2], x.shape[3]), x.dtype
 
-    def back(slope: SlopeOf) -> Tensor:
+    def back(slope: Slope) -> Tensor:
         def at(position: int) -> Tensor:
             name = plan.ran[position]
             return slope(name, taps.pop(name))
@@ -260,12 +263,15 @@ class _Flow:
     def mask(self, values: Tensor | None, packed: Tensor | None) -> None:
         """Let through only where the ReLU did."""
         assert self.grad is not None
-        if not self.ours:
-            self.own(self.grad.clone())
+        if values is not None and not self.ours:
+            self.own(torch.ops.aten.threshold_backward(self.grad, values, 0))
+            return
         if values is not None:
             torch.ops.aten.threshold_backward.grad_input(self.grad, values, 0, grad_input=self.grad)
             return
         assert packed is not None
+        if not self.ours:
+            self.own(self.grad.clone())
         for images, rows, where in bands(self.grad.shape, self.grad.device):
             part = self.grad[images, :, rows]
             signs = unpack(packed[images, where], part.shape).to(part.dtype)
