@@ -88,11 +88,14 @@ def vggstyle(call, quick):
 
 
 @pytest.fixture
-def real_sigint():
-    """Ctrl-C raises KeyboardInterrupt even where the tests run in the background, which ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def real_signals():
+    """Ctrl-C raises KeyboardInterrupt in the background too, and a hangup is not ignored under nohup."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    numbers = {getattr(signal, name): handler for name, handler in usual.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def one_line(err, name="vggstyle"):
@@ -330,7 +333,7 @@ def test_a_picture_that_cannot_be_saved_is_rescued(vggstyle, folder, tmp_path, m
     assert trouble == "folder gone" or Path("out/new.jpg").read_bytes() == b"precious"
 
 
-def test_ctrl_c_saves_and_says_so(vggstyle, folder, monkeypatch, real_sigint):
+def test_ctrl_c_saves_and_says_so(vggstyle, folder, monkeypatch, real_signals):
     value_and_grad, calls = Objective.value_and_grad, []
 
     def interrupted(self, image):
@@ -347,7 +350,7 @@ def test_ctrl_c_saves_and_says_so(vggstyle, folder, monkeypatch, real_sigint):
     assert (read_settings(summary["output"]) or {})["interrupted"]
 
 
-def test_ctrl_c_before_the_first_step_is_one_line(vggstyle, folder, monkeypatch, real_sigint):
+def test_ctrl_c_before_the_first_step_is_one_line(vggstyle, folder, monkeypatch, real_signals):
     monkeypatch.setattr(stylize_module, "load", lambda *_: signal.raise_signal(signal.SIGINT))
     code, out, err = vggstyle(*PAIR)
     assert (code, out) == (130, "") and "interrupted" in one_line(err.lstrip("\n"))
@@ -356,7 +359,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(vggstyle, folder, monkeypatch,
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("when", ["running", "putting together", "saving"])
-def test_to_be_told_to_end_again_costs_nothing(vggstyle, folder, monkeypatch, real_sigint, name, when):
+def test_to_be_told_to_end_again_costs_nothing(vggstyle, folder, monkeypatch, real_signals, name, when):
     number = getattr(signal, name, signal.SIGINT)
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, number)}
     place = {"running": "value_and_grad", "putting together": "terms"}.get(when)
@@ -584,7 +587,7 @@ def test_unknown_subcommands_are_one_line(vgg, args):
     assert (code, out) == (2, "") and "--help" in one_line(err, "vggfeat")
 
 
-def test_ctrl_c_while_fetching(vgg, monkeypatch, real_sigint):
+def test_ctrl_c_while_fetching(vgg, monkeypatch, real_signals):
     monkeypatch.setattr(weights, "find", lambda *_: signal.raise_signal(signal.SIGINT))
     code, out, err = vgg("weights", "fetch", "imagenet")
     assert (code, out) == (130, "") and "interrupted" in one_line(err.lstrip("\n"), "vggfeat")
@@ -672,7 +675,7 @@ def test_what_cannot_be_trained_or_tested_is_one_line(vgg, labelled, words, says
     assert sorted(labelled.iterdir()) == before
 
 
-def test_ctrl_c_while_training_can_be_gone_on_from(vgg, labelled, monkeypatch, real_sigint):
+def test_ctrl_c_while_training_can_be_gone_on_from(vgg, labelled, monkeypatch, real_signals):
     from vggfeat.training import loop
 
     real, count = loop._Run._step, [0]
