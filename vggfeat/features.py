@@ -168,7 +168,6 @@ class VGGFeatures(nn.Module):
         leaf = images.requires_grad_()
         with torch.enable_grad():
             taps = self.taps(leaf.view_as(leaf))  # hooks of counters and trackers cannot take a leaf
-
         known = {name: tap.detach() for name, tap in taps.items()}
 
         def home(slope: Slope) -> Tensor:

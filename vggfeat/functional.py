@@ -80,7 +80,7 @@ def gram_slope(features: Tensor, grad: Tensor) -> Tensor:
 def _spread(features: Tensor, grad: Tensor) -> Tensor:
     """F·(D + Dᵀ) for the gradient D of F Fᵀ, on a CPU as a 1×1 convolution."""
     kernel = (grad + grad.mT).to(features.dtype)
-    if features.device.type != "cpu":
+    if features.device.type != "cpu" or torch.is_grad_enabled():  # the latter where a second derivative was asked for
         rows = features.permute(0, 2, 3, 1)
         spread: Tensor = (rows.flatten(1, 2) @ kernel).view(rows.shape).permute(0, 3, 1, 2)
         return spread
@@ -121,11 +121,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        features: Tensor = ctx.saved_tensors[0]
-        if torch.is_grad_enabled():  # a second derivative was asked for
-            kernel = (grad + grad.mT).to(features.dtype)
-            return (features.permute(0, 2, 3, 1).flatten(1, 2) @ kernel).mT.reshape(features.shape)
-        return _spread(features, grad)
+        return _spread(ctx.saved_tensors[0], grad)
 
 
 def _images(batch: Tensor) -> list[Tensor]:

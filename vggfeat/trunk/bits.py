@@ -27,10 +27,10 @@ def bands(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, s
     A part is some rows of an image, or as many images as make no more than that.
     """
     n, c, h, w = shape
-    if device.type != "cpu" or c * h * w <= BAND:
-        step = n if device.type != "cpu" else max(1, BAND // max(1, c * h * w))
-        for image in range(0, n, max(1, step)):
-            yield slice(image, min(n, image + step)), slice(0, h), slice(0, bytes_of(shape))
+    together = max(1, n) if device.type != "cpu" else BAND // max(1, c * h * w)
+    if together:
+        for image in range(0, n, together):
+            yield slice(image, min(n, image + together)), slice(0, h), slice(0, bytes_of(shape))
         return
     rows = 8 * max(1, BAND // (8 * c * w))  # so that their bits fill bytes
     for image in range(n):

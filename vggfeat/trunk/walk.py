@@ -137,6 +137,15 @@ def backward(
     left = list(filters)
     position = len(plan.names)
     flow = _Flow()
+
+    def through(grad: Tensor | None, stage: Stage, height: int, width: int) -> Tensor | None:
+        """Back through the last convolution that is left."""
+        back = left.pop()
+        del left[-2:]
+        return (
+            None if grad is None else layers.conv_back(layers.laid(grad), back, stage.pad, plan.padding, height, width)
+        )
+
     with layers.no_autocast(filters[0].device):
         for stage, (height, width) in zip(reversed(plan.stages), reversed(plan.sizes(*size)), strict=True):
             position -= len(stage.taps)
@@ -177,25 +186,14 @@ def backward(
                 flow.mask(values, packed)
             values = packed = None
             flow.add(arriving("bn"))
-            double = "bn" in stage.steps and "conv" in stage.taps
-            aside: Tensor | None = None
-            raw: Tensor | None = None
-            extra: Tensor | None = None
-            if double:
-                aside, raw = arriving("conv"), left.pop()
-                del left[-2:]
+            if "bn" in stage.steps and "conv" in stage.taps:  # tapped beside the stream, by a convolution of its own
+                aside = through(arriving("conv"), stage, height, width)
+                flow.own(through(flow.grad, stage, height, width))
+                flow.add(aside)
+                del aside
             else:
                 flow.add(arriving("conv"))
-            back = left.pop()
-            del left[-2:]
-            total = (
-                None if flow.grad is None else layers.conv_back(flow.grad, back, stage.pad, plan.padding, height, width)
-            )
-            if raw is not None and aside is not None:
-                extra = layers.conv_back(layers.laid(aside), raw, stage.pad, plan.padding, height, width)
-                total = extra if total is None else total.add_(extra)
-            flow.own(total)
-            total = extra = aside = raw = None  # which would be there until the next stage has its own
+                flow.own(through(flow.grad, stage, height, width))
     # where values were NaN the signs say 0, and a bad step would pass for a good one; all of it ends in the deepest tap
     return flow.grad if flow.grad is None or flow.sound else torch.full_like(flow.grad, torch.nan)
 
@@ -263,11 +261,11 @@ class _Flow:
     def mask(self, values: Tensor | None, packed: Tensor | None) -> None:
         """Let through only where the ReLU did."""
         assert self.grad is not None
-        if values is not None and not self.ours:
-            self.own(torch.ops.aten.threshold_backward(self.grad, values, 0))
-            return
         if values is not None:
-            torch.ops.aten.threshold_backward.grad_input(self.grad, values, 0, grad_input=self.grad)
+            if self.ours:
+                torch.ops.aten.threshold_backward.grad_input(self.grad, values, 0, grad_input=self.grad)
+            else:
+                self.own(torch.ops.aten.threshold_backward(self.grad, values, 0))
             return
         assert packed is not None
         if not self.ours:
