@@ -27,6 +27,7 @@ ROOMS = {
     "vggfeat.arch": {"errors"},
     "vggfeat.settings": {"errors"},
     "vggfeat.files": {"errors"},
+    "vggfeat.signals": set(),
     "vggfeat.image": {"errors", "files"},
     "vggfeat.functional": set(),
     "vggfeat.fetch": {"errors", "files"},
@@ -123,7 +124,7 @@ ROOMS = {
     "vggfeat.training.__main__": set(),
     "vggfeat.training.config": {"arch", "errors", "settings"},
     "vggfeat.training.data": {"errors", "image"},
-    "vggfeat.training.batches": {"errors", "training.config", "training.data", "weights"},
+    "vggfeat.training.batches": {"errors", "signals", "training.config", "training.data", "weights"},
     "vggfeat.training.checkpoint": {"errors", "files"},
     "vggfeat.training.distributed": {"processor"},
     "vggfeat.training.evaluation": {
@@ -144,6 +145,7 @@ ROOMS = {
         "files",
         "network",
         "processor",
+        "signals",
         "training.batches",
         "training.checkpoint",
         "training.config",
@@ -154,7 +156,7 @@ ROOMS = {
         "weights",
     },
     "vggfeat_cli": set(),
-    "vggfeat_cli.run": {"errors", "image"},
+    "vggfeat_cli.run": {"errors", "image", "signals"},
     "vggfeat_cli.options": set(),
     "vggfeat_cli.reports": {"errors", "files", "plots", "tables"},
     "vggfeat_cli.style": {"", "image", "transfer.config"},
@@ -357,7 +359,7 @@ try:
 except RuntimeError as error:
     trouble = str(error)
 layers = ["relu1_1", "relu2_1"]
-options = {"weights": "random", "arch": "vgg11"}
+options = {"weights": "bundled"}
 x = torch.rand(1, 3, 32, 32, requires_grad=True)
 for kind in (vggfeat.PerceptualLoss, vggfeat.StyleLoss):
     kind(layers, **options)(x, torch.rand(1, 3, 32, 32)).backward()

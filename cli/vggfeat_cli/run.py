@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import signal
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import click
 
 from vggfeat.errors import ImageError, RunError, VGGFeatError
+from vggfeat.signals import ignore_endings, on_ending
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 # out of memory on either kind of device is a RuntimeError
@@ -29,7 +27,7 @@ def finish(command: click.Command) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")  # × and → are not in every code page
     try:
-        with _signals():
+        with on_ending(_interrupt):
             code = command.main(prog_name=name, standalone_mode=False)
     except (click.UsageError, click.BadParameter) as error:
         fail(name, f"{error.format_message()} (see {error.ctx.command_path if error.ctx else name} --help)", BAD_INPUT)
@@ -47,37 +45,10 @@ def finish(command: click.Command) -> None:
     sys.exit(code or 0)
 
 
-def _numbers() -> list[signal.Signals]:
-    """The signals that ask to end, but for those that whoever started the command wants ignored, as `nohup` does."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
+def _interrupt(number: int, frame: object) -> None:
     """To be told to end is to be interrupted: once, since what is then saved must not be lost to a second Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        finishing()
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in _numbers()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
-
-
-def finishing() -> None:
-    """From here on what was made is saved, which takes a moment: signals that ask to end are ignored."""
-    if threading.current_thread() is threading.main_thread():
-        for number in _numbers():
-            signal.signal(number, signal.SIG_IGN)
+    ignore_endings()
+    raise KeyboardInterrupt
 
 
 class _Picture(Protocol):
@@ -88,7 +59,7 @@ def save(picture: _Picture, target: Path, overwrite: bool) -> tuple[Path, str]:
     """Write the picture where it was to go, or, rather than lose it, somewhere else; where it is, and the trouble."""
     from vggfeat.image import free_path
 
-    finishing()
+    ignore_endings()  # from here on what was made is saved, which takes a moment
     try:
         return picture.save(target, overwrite=overwrite), ""
     except ImageError as error:

@@ -11,7 +11,6 @@ drawn on the CPU and copied to the device without waiting for what that is at.
 from __future__ import annotations
 
 import functools
-import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.errors import DependencyError, ImageError, InputError, RunError, first_line
+from vggfeat.signals import ignore_endings
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet
 from vggfeat.weights import IMAGENET
@@ -232,9 +232,7 @@ class Batches:
 
 def deaf(worker: int) -> None:
     """What a worker does first: leave it to the run to end on signals that a whole group of processes may get."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ignore_endings()
 
 
 def _drawn(low: int, high: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:

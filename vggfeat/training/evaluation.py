@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -203,13 +204,18 @@ def evaluate(
             net.to(home)
 
 
-def _held_out(images: ImageSet, share: float, seed: int, digest: str) -> ImageSet | None:
+def _held_out(images: ImageSet, share: float, seed: int, digest: str, data: str | None = None) -> ImageSet | None:
     """The part of a training set that a run had set aside; None where this is another set."""
-    try:
+    with contextlib.suppress(InputError):  # too few to be parted
         rest = parted(images, share, seed)[1]
-    except InputError:  # too few to be parted
-        return None
-    return rest if rest.digest == digest else None
+        if rest.digest == digest:
+            return rest
+    if images.label == data:
+        raise InputError(
+            f"{data} is what the run was trained on, but its images are others now: which of them were held out is "
+            "not known any more; test it on other images"
+        )
+    return None
 
 
 def _network(weights: WeightsLike, arch: str | None) -> VGG:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,6 +33,7 @@ from vggfeat.errors import InputError, RunError, WeightsError, first_line
 from vggfeat.files import TEMPORARY, new_file
 from vggfeat.network import VGG
 from vggfeat.processor import emulates
+from vggfeat.signals import on_ending
 from vggfeat.training import checkpoint
 from vggfeat.training.batches import Batch, Batches, parted, scale_for, seeded, transforms
 from vggfeat.training.config import TrainConfig
@@ -505,7 +505,7 @@ class _Run:
         """Train from where it is to the end."""
         evaluation = None
         board = _Board(self.folder / "tensorboard", self.announce) if self.world.first else None
-        with _signals(self):
+        with on_ending(self._asked_to_end):
             while self.epoch < self.config.epochs and not self.stop:
                 evaluation = self._epoch(board)
                 self._agree()
@@ -561,6 +561,15 @@ class _Run:
             done = self.history[-1]
             self.callback(TrainStep(self.epoch, config.epochs, steps, steps, self.loss, self.lr, done))
         return evaluation
+
+    def _asked_to_end(self, number: int, frame: object) -> None:
+        """End after the step in progress; at a second Ctrl-C at once.
+
+        Of several processes each may get a Ctrl-C twice, from the terminal and from `torchrun`: the second is ignored.
+        """
+        if self.asked and number == signal.SIGINT and self.world.size == 1:
+            raise KeyboardInterrupt
+        self.asked = True
 
     def _agree(self) -> None:
         """Stop, all processes after the same step, where any was asked to."""
@@ -652,7 +661,8 @@ class _Run:
             scales = (self.config.resize[-1],)
         facts: dict[str, Any] = {"classes": self.images.classes, "size": self.size, "scales": scales}
         if self.test is not None and self.config.holdout:
-            facts["holdout"] = {"share": self.config.holdout, "seed": self.config.seed, "digest": self.test.digest}
+            config, data = self.config, self.images.label
+            facts["holdout"] = {"share": config.holdout, "seed": config.seed, "digest": self.test.digest, "data": data}
         self._write("weights.safetensors", save(state, {"format": "pt", "vggfeat": json.dumps(facts)}))
 
     def _write(self, name: str, content: bytes) -> None:
@@ -663,32 +673,6 @@ class _Run:
             raise RunError(
                 f"cannot write {self.folder / name}: {error.strerror}; the run can go on from its checkpoints"
             ) from error
-
-
-@contextmanager
-def _signals(run: _Run) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a terminal that goes end the run after the step in progress; a second Ctrl-C at once.
-
-    Of several processes each may get a Ctrl-C twice, from the terminal and from `torchrun`: the second is ignored.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: object) -> None:
-        if run.asked and number == signal.SIGINT and run.world.size == 1:
-            raise KeyboardInterrupt
-        run.asked = True
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
 
 
 class _Board:
