@@ -1,5 +1,6 @@
 """Fixtures for all tests: test data that may be absent, no Internet, no caches of the person who runs them."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -16,8 +17,12 @@ OXFORD = "vgg19-oxford-conv1_1-conv3_4.safetensors"
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: nothing listens there
 
 
+_homes = itertools.count()
+_random = {}
+
+
 def pytest_configure(config):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -33,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _sealed(request, tmp_path_factory, monkeypatch):
     """An empty torch.hub cache, no VGGFEAT variables, and every published file at an address where nobody answers."""
-    home = tmp_path_factory.mktemp("torch_home")
+    home = tmp_path_factory.getbasetemp() / f"torch_home{next(_homes)}"
     monkeypatch.setenv("TORCH_HOME", str(home))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)  # set_dir() of an earlier test
     for name in ("VGGFEAT_WEIGHTS", "VGGFEAT_WEIGHTS_DIR"):
@@ -51,6 +56,22 @@ def _sealed(request, tmp_path_factory, monkeypatch):
             for name, entries in weights.SETS.items()
         }
         monkeypatch.setattr(weights, "SETS", sets)
+
+
+@pytest.fixture(autouse=True)
+def _drawn_once(request, monkeypatch):
+    """Random weights are drawn and calibrated once for all tests but their own: at full width that takes a second."""
+    draw = weights._random_state
+
+    def remembered(arch, seed=0):
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():  # fake tensors, other devices
+            return draw(arch, seed)
+        if (arch, seed) not in _random:
+            _random[arch, seed] = draw(arch, seed)
+        return {key: value.clone() for key, value in _random[arch, seed].items()}
+
+    if request.module.__name__ != "test_weights":
+        monkeypatch.setattr(weights, "_random_state", remembered)
 
 
 def _folder(variable, default, needed):

@@ -92,7 +92,7 @@ def test_bundled_weights_carry_style(test_data, oxford):
 
     def error(picture):
         goal = open_image(pair[1])
-        goal = judge(to_tensor(resize(goal, *fit(*goal.size, 144))))
+        goal = judge(to_tensor(resize(goal, *fit(*goal.size, 96))))
         return sum(
             float((gram(value) - gram(goal[name])).norm() ** 2 / gram(goal[name]).norm() ** 2)
             for name, value in judge(to_tensor(picture)).items()
@@ -100,6 +100,6 @@ def test_bundled_weights_carry_style(test_data, oxford):
 
     errors = {}
     for weights in ("bundled", "random"):
-        config = StyleConfig(size=144, weights=weights, style_layers=STYLE, content_layers=("relu3_3",), steps=40)
+        config = StyleConfig(size=96, weights=weights, style_layers=STYLE, content_layers=("relu3_3",), steps=40)
         errors[weights] = error(stylize(*pair, config).image)
     assert errors["bundled"] < errors["random"] / 5

@@ -179,20 +179,16 @@ def test_the_network_uses_it_and_agrees_with_torchvision(torchvision, monkeypatc
     real = convolution.conv3x3
     monkeypatch.setattr(convolution, "conv3x3", lambda x, *rest: seen.append(tuple(x.shape[2:])) or real(x, *rest))
     torch.manual_seed(0)
-    net = vggfeat.vgg16(num_classes=7, batch_norm=True)
-    other = torchvision.models.vgg16_bn(num_classes=7)
+    net = vggfeat.vgg16(num_classes=7, batch_norm=True, head="slim").features
+    other = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=True)
     other.load_state_dict(net.state_dict())
-    x, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 7
-    for each in (net, other):
-        for name, buffer in each.named_buffers():
-            assert "classifier" not in name and buffer is not None
-        each.features.train(), each.avgpool.train(), each.classifier.eval()
-    scores = [each(x) for each in (net, other)]
+    x, labels = torch.randn(32, 3, 32, 32), torch.arange(32)
+    scores = [each.train()(x).flatten(1) for each in (net, other)]
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-3)
     assert seen == [(4, 4)] * 3 + [(2, 2)] * 3
     for score in scores:
         F.cross_entropy(score, labels).backward()
-    ours, theirs = (each.features[0].weight.grad for each in (net, other))
+    ours, theirs = (each[0].weight.grad for each in (net, other))
     assert F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.9999
 
 

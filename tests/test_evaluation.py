@@ -5,6 +5,7 @@ import json
 import pictures
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
@@ -159,7 +160,18 @@ def test_bfloat16_is_near():
 def test_published_weights_are_normalised_as_they_were_trained(torchvision, tmp_path):
     """A file of torchvision's gives what torchvision's own network and preset give."""
     torch.manual_seed(0)
-    other = torchvision.models.vgg11_bn(num_classes=3).eval()
+    eighth = [size if size == "M" else size // 8 for size in torchvision.models.vgg.cfgs["A"]]
+    other = torchvision.models.VGG(torchvision.models.vgg.make_layers(eighth, batch_norm=True), init_weights=False)
+    other.classifier = nn.Sequential(
+        nn.Linear(64 * 49, 512),
+        nn.ReLU(),
+        nn.Identity(),
+        nn.Linear(512, 512),
+        nn.ReLU(),
+        nn.Identity(),
+        nn.Linear(512, 3),
+    )
+    other.eval()
     path = tmp_path / "weights.pth"
     torch.save(other.state_dict(), path)
     data = images(count=4, height=64, width=64)

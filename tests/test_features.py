@@ -3,14 +3,13 @@
 import copy
 import gc
 import pickle
-import subprocess
-import sys
 import warnings
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from interpreters import Python
 from torch import nn
 
 import vggfeat
@@ -411,13 +410,14 @@ def test_pickle_in_another_process(state, tmp_path):
     x = batch() * 2 - 1
     (tmp_path / "f.pickle").write_bytes(pickle.dumps((f, copy.deepcopy(f))))
     torch.save(x, tmp_path / "x.pt")
-    script = (
-        "import pickle, sys, torch; torch.set_num_threads(1); folder = sys.argv[1]\n"
+    (tmp_path / "script.py").write_text(
+        "import pickle, sys, torch; folder = sys.argv[1]\n"
         "f, g = pickle.load(open(folder + '/f.pickle', 'rb'))\n"
         "assert f.trunk is g.trunk\n"
         "torch.save(f(torch.load(folder + '/x.pt')), folder + '/taps.pt')\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=REPO, timeout=120)
+    status, _, error = Python(tmp_path / "script.py", tmp_path).wait()
+    assert status == 0, error
     equal(torch.load(tmp_path / "taps.pt"), f(x))
 
 

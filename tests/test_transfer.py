@@ -925,7 +925,10 @@ def test_ctrl_c_gives_the_best_picture_so_far(state, config, pair, stop):
         small = scene(48, 36, seed=1)
         terms = by_hand(state, config, small, [pair[1]], to_tensor(result.image))
         start = by_hand(state, config, small, [pair[1]], small)
-        assert stop < 3 or float(terms["style"]) < float(start["style"])
+        if stop == 1:  # where that step led to was not looked at yet
+            assert torch.equal(to_tensor(result.image), small.float())
+        else:
+            assert float(terms["style"]) < float(start["style"])
 
 
 def spoilt(monkeypatch, at, how, width=48):
@@ -952,6 +955,12 @@ def ahead(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def unspoilt():
+    """Where each optimizer ends undisturbed."""
+    return {}
+
+
 @pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
 @pytest.mark.parametrize(
     "how",
@@ -963,9 +972,11 @@ def ahead(request, monkeypatch):
     ],
     ids=["exploded", "infinite", "nan", "nan gradient"],
 )
-def test_a_spoilt_step_costs_little(config, pair, optimizer, how, ahead, monkeypatch):
+def test_a_spoilt_step_costs_little(config, pair, optimizer, how, ahead, unspoilt, monkeypatch):
     config = config(optimizer=optimizer, steps=40)
-    wanted = stylize(*pair, config).losses["total"]
+    if optimizer not in unspoilt:  # when numbers are looked at changes nothing: tests/test_gpu.py
+        unspoilt[optimizer] = stylize(*pair, config).losses["total"]
+    wanted = unspoilt[optimizer]
     spoilt(monkeypatch, {12}, how)
     result = stylize(*pair, config)
     assert len(result.history) == config.steps
@@ -1022,7 +1033,7 @@ def test_tuebingen_takes_on_the_starry_night(oxford, test_data):
     totals = []
     for precision in ("float32", "bfloat16"):
         config = StyleConfig(
-            size=144, weights=oxford, style_layers=LAYERS, content_layers=("relu3_3",), precision=precision
+            size=96, weights=oxford, style_layers=LAYERS, content_layers=("relu3_3",), precision=precision
         )
         result = stylize(content, style, config)
         with Image.open(content) as photo, Image.open(style) as painting:
