@@ -176,7 +176,7 @@ def test_a_log_has_a_line_for_each_scale_and_quiet_has_none(vggstyle, folder):
 
 # ── vggstyle: flags ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-OWN_FLAGS = {"output", "overwrite", "as_json", "quiet", "help", "version"}
+OWN_FLAGS = {"checkpoint", "output", "overwrite", "as_json", "quiet", "help", "version"}
 
 
 def parsed(*words):
@@ -389,6 +389,29 @@ def test_to_be_told_to_end_again_costs_nothing(vggstyle, folder, monkeypatch, re
         picture.load()
     assert len(calls) == (3 if when == "running" else 4) and len(list(folder.iterdir())) == 3
     assert before == {each: signal.getsignal(each) for each in before}
+
+
+def test_a_run_goes_on_from_its_checkpoint(vggstyle, folder, monkeypatch, real_signals):
+    value_and_grad, calls = Objective.value_and_grad, []
+
+    def interrupted(self, image):
+        calls.append(image)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return value_and_grad(self, image)
+
+    whole = vggstyle(*PAIR, "-o", "whole.png", "--quiet")
+    monkeypatch.setattr(Objective, "value_and_grad", interrupted)
+    code, _, err = vggstyle(*PAIR, "--checkpoint", "run.pt")
+    assert code == 130 and err.splitlines()[-1].endswith("; the same command goes on from run.pt")
+    code, out, err = vggstyle(*PAIR, "--checkpoint", "run.pt")
+    assert (code, out) == (0, "content-style-2.png\n") and "going on after step 2 of scale 1/1" in err
+    assert len(calls) == 3 + 2 and whole[0] == 0
+    with Image.open("content-style-2.png") as ours, Image.open("whole.png") as theirs:
+        assert ours.tobytes() == theirs.tobytes()
+    assert not Path("run.pt").exists()
+    code, out, err = vggstyle(*PAIR, "--checkpoint", "content.jpg")
+    assert (code, out) == (2, "") and "one of the files that are read" in one_line(err)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")

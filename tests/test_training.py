@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat import convolution, processor, winograd
+from vggfeat import checkpoint, convolution, processor, winograd
 from vggfeat.errors import InputError, RunError, WeightsError
-from vggfeat.training import checkpoint, loop
+from vggfeat.training import loop
 from vggfeat.training.batches import parted
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World
@@ -493,7 +493,7 @@ def test_no_good_checkpoint_is_an_error(data, tmp_path):
 
 
 def test_a_checkpoint_holds_what_it_must(finished):
-    state, damaged = checkpoint.newest(finished[0].folder / "checkpoints")
+    state, damaged = checkpoint.newest(finished[0].folder / "checkpoints", loop.NEEDED)
     assert not damaged
     assert {"net", "optimizer", "scheduler", "ema", "scaler", "rng", "epoch", "step", "config"} <= state.keys()
     assert (state["epoch"], state["step"]) == (7, 3)  # before the last test
@@ -508,7 +508,7 @@ def test_a_signal_ends_the_run_after_its_step(data, tmp_path, number):
     before = signal.getsignal(number)
     result = run(data, tmp_path / "r", callback=callback)
     assert result.interrupted and not result.history and signal.getsignal(number) is before
-    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints")
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", loop.NEEDED)
     assert state["step"] in (2, 3)
     whole = run(data, tmp_path / "whole")
     assert same(weights(run(data, tmp_path / "r", resume=True).folder), weights(whole.folder))
@@ -569,7 +569,7 @@ def test_sigkill_at_random_steps(data, tmp_path):
 def test_a_loss_that_is_not_finite(data, tmp_path):
     with pytest.raises(RunError, match=r"not finite at epoch 1, step \d of 3"):
         run(data, tmp_path / "r", arch="vgg11", lr=1e9, schedule="constant", save_every=1)
-    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints")
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", loop.NEEDED)
     assert state is None or all(bool(value.isfinite().all()) for value in state["net"].values())
     assert not (tmp_path / "r" / "weights.safetensors").exists()
 
@@ -739,7 +739,7 @@ def test_a_test_that_fails_costs_no_epoch(tmp_path, torchvision):
     assert tested.pixels is None  # so that the damaged image is met on the way
     with pytest.raises(RunError, match=r"ant/0\.png.*--bad-images skip"):
         run(good, tmp_path / "r", test=tested, **options)
-    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints")
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", loop.NEEDED)
     assert (state["epoch"], state["step"]) == (0, 3)
     result = run(good, tmp_path / "r", test=tested, resume=True, bad_images="skip", **options)
     assert result.evaluation.images == 9 and result.evaluation.skipped == ["ant/0.png"]
@@ -831,7 +831,7 @@ def test_a_damaged_checkpoint_is_passed_over_whatever_the_damage(finished, tmp_p
         place = draw.randrange(len(content))
     content[place] ^= 1 << draw.randrange(8)
     (tmp_path / newer.name).write_bytes(content)
-    state, wrong = checkpoint.newest(tmp_path)
+    state, wrong = checkpoint.newest(tmp_path, loop.NEEDED)
     assert state is not None and len(wrong) <= 1
     intact = torch.load(older if wrong else newer)
     assert state["epoch"] == (6 if wrong else 7) == intact["epoch"] and same(state["net"], intact["net"])
@@ -860,7 +860,7 @@ def test_what_a_kill_left_is_cleared_away(data, tmp_path):
     (folder / ".vggfeat-0123456789abcdef.tmp").write_bytes(b"half a checkpoint")
     (folder / "step-000000099.pt").write_bytes(b"damaged")
     good = {path.name for path in folder.glob("step-00000000?.pt")}
-    state, damaged = checkpoint.newest(folder)
+    state, damaged = checkpoint.newest(folder, loop.NEEDED)
     assert state["step"] == 1 and len(damaged) == 1
     assert {path.name for path in folder.iterdir()} == good | {
         "step-000000099.damaged"
@@ -934,7 +934,7 @@ def test_a_checkpoint_that_cannot_be_read_now_stays(data, tmp_path, monkeypatch)
 
     monkeypatch.setattr(checkpoint.zipfile, "ZipFile", refused)
     with pytest.raises(RunError, match="cannot read .*step-000000006.pt: Permission denied"):
-        checkpoint.newest(tmp_path / "r" / "checkpoints")
+        checkpoint.newest(tmp_path / "r" / "checkpoints", loop.NEEDED)
     assert sorted((tmp_path / "r" / "checkpoints").iterdir()) == files
 
 

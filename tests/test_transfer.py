@@ -931,6 +931,117 @@ def test_ctrl_c_gives_the_best_picture_so_far(state, config, pair, stop):
             assert float(terms["style"]) < float(start["style"])
 
 
+@pytest.fixture(params=[0, 1], ids=["at once", "a step later"])
+def ahead(request, monkeypatch):
+    """When the numbers of a step are looked at: as on a CPU, or as on CUDA."""
+    monkeypatch.setattr(stylize_module, "ahead", lambda device: request.param)
+    return request.param
+
+
+# ── runs that go on ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Killed(BaseException):
+    """As good as SIGKILL: nobody catches it."""
+
+
+def killed_at(count):
+    seen = []
+
+    def callback(step):
+        seen.append(step)
+        if len(seen) == count:
+            raise Killed
+
+    return callback
+
+
+@pytest.mark.parametrize(
+    ("late", "changes"),
+    [
+        (0, {}),
+        (0, {"optimizer": "adam"}),
+        (0, {"tile": 16}),
+        (0, {"init": "noise", "keep_color": True}),
+        (1, {}),  # where no step is spoilt, it makes no difference when its numbers are looked at
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_picture(config, pair, tmp_path, monkeypatch, late, changes):
+    """Killed before the first checkpoint, and again and again."""
+    monkeypatch.setattr(stylize_module, "ahead", lambda device: late)
+    settings = config(start_size=24, steps=6, **changes)
+    whole = stylize(*pair, settings)
+    monkeypatch.setattr(stylize_module, "KEEP_EVERY", 0.0)
+    path = tmp_path / "run.pt"
+    for count in (1, 2, 1, 2, 5):  # the last time at the second scale
+        with pytest.raises(Killed):
+            stylize(*pair, settings, callback=killed_at(count), checkpoint=path)
+    seen = []
+    result = stylize(*pair, settings, callback=seen.append, checkpoint=path)
+    # the step that it is killed in, after its callback, is made again
+    assert [(step.scale, step.step) for step in seen] == [(2, step) for step in range(4, 7)]
+    assert result.image.tobytes() == whole.image.tobytes() and result.losses == whole.losses
+    assert result.history == whole.history and seen[-1].progress == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+    # and what is done already is not done again
+    seen.clear()
+    again = stylize(*pair, settings, callback=seen.append, checkpoint=path)
+    assert not seen and again.image.tobytes() == whole.image.tobytes() and again.losses == whole.losses
+
+
+def test_ctrl_c_brings_the_checkpoint_up_to_date(config, pair, tmp_path):
+    path, settings = tmp_path / "run.pt", config(steps=6)
+
+    def callback(step):
+        if step.step == 4:
+            raise KeyboardInterrupt
+
+    assert stylize(*pair, settings, callback=callback, checkpoint=path).interrupted
+    seen = []
+    result = stylize(*pair, settings, callback=seen.append, checkpoint=path)
+    assert [step.step for step in seen] == [4, 5, 6]
+    assert result.image.tobytes() == stylize(*pair, settings).image.tobytes()
+
+
+def test_a_checkpoint_is_of_one_run(config, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(stylize_module, "KEEP_EVERY", 0.0)
+    path, settings = tmp_path / "run.pt", config(steps=3)
+    stylize(*pair, settings, checkpoint=path)
+    before = path.read_bytes()
+    for images, changed, match in (
+        (pair, {"steps": 4}, "other settings: steps was 3, is 4"),
+        (pair, {"style_layers": STYLE[:1]}, "other settings: style_layers was"),
+        ((pair[0], pair[1].flip(3)), {}, "is of other pictures"),
+    ):
+        with pytest.raises(InputError, match=match):
+            stylize(*images, dataclasses.replace(settings, **changed), checkpoint=path)
+    assert path.read_bytes() == before
+    for content in (b"", b"mine", before[: len(before) // 2], before.replace(b"config", b"konfig")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"run\.pt is no checkpoint of a style transfer, or damaged"):
+            stylize(*pair, settings, checkpoint=path)
+        assert path.read_bytes() == content
+    with pytest.raises(InputError, match="expected a folder at"):
+        stylize(*pair, settings, checkpoint=tmp_path / "nowhere" / "run.pt")
+    to_pil(pair[0]).save(tmp_path / "content.png")
+    with pytest.raises(InputError, match="one of the files that are read"):
+        stylize(tmp_path / "content.png", pair[1], settings, checkpoint=tmp_path / "content.png")
+
+
+def test_a_full_disk_costs_the_checkpoint_alone(config, pair, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stylize_module, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(stylize_module.checkpoints, "write", full)
+    with pytest.warns(UserWarning, match=r"cannot write checkpoint .*run\.pt: No space left on device"):
+        result = stylize(*pair, config(steps=3), checkpoint=tmp_path / "run.pt")
+    assert result.image.tobytes() == stylize(*pair, config(steps=3)).image.tobytes()
+
+
+# ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def spoilt(monkeypatch, at, how, width=48):
     """Objective.value_and_grad whose calls at `width`, numbered in `at`, return what `how` makes of them."""
     count = 0
@@ -946,13 +1057,6 @@ def spoilt(monkeypatch, at, how, width=48):
         return total, terms, grad
 
     monkeypatch.setattr(Objective, "value_and_grad", wrapper)
-
-
-@pytest.fixture(params=[0, 1], ids=["at once", "a step later"])
-def ahead(request, monkeypatch):
-    """When the numbers of a step are looked at: as on a CPU, or as on CUDA."""
-    monkeypatch.setattr(stylize_module, "ahead", lambda device: request.param)
-    return request.param
 
 
 @pytest.fixture(scope="module")

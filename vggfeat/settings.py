@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 from vggfeat.errors import InputError
 
-__all__ = ["option", "typed"]
+__all__ = ["changed", "option", "typed"]
 
 
 def option(default: Any, help: str) -> Any:
@@ -37,3 +37,9 @@ def typed(name: str, kind: str, value: Any) -> Any:
         return float(value)
     expected = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number"}[kind]
     raise InputError(f"{name} must be {expected}, got {value!r}")
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
+    """In words, which settings differ from those that a run was begun with, but for `free` ones; empty if none does."""
+    odd = [name for name, value in now.items() if name not in free and before.get(name) != value]
+    return ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in odd)

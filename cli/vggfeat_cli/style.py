@@ -24,12 +24,24 @@ if TYPE_CHECKING:
 @click.argument("style", type=click.Path(), nargs=-1, required=True)
 @click.option("-o", "--output", type=click.Path(), help="PNG, JPEG, WebP or TIFF file.  [default: CONTENT-STYLE.png]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(),
+    help="Keep the run in this file, once a minute; the same command goes on from it, until the picture is done.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @settings(StyleConfig, CHOICES)
 @click.version_option(vggfeat.__version__)
 def command(
-    content: str, style: tuple[str, ...], output: str | None, overwrite: bool, as_json: bool, quiet: bool, **values: Any
+    content: str,
+    style: tuple[str, ...],
+    output: str | None,
+    overwrite: bool,
+    checkpoint: str | None,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
 ) -> int:
     """Paint CONTENT in the manner of STYLE (one image, or several to blend).
 
@@ -42,7 +54,7 @@ def command(
     read = (content, *style, config.init)
     target = check_output(output or (name if overwrite else free_path(name)), overwrite=overwrite, inputs=read)
     with _Bar(disable=quiet) as bar:
-        result = vggfeat.stylize(content, list(style), config, callback=bar)
+        result = vggfeat.stylize(content, list(style), config, callback=bar, checkpoint=checkpoint)
     written, trouble = save(result, target, overwrite)
     if as_json:
         summary = {"output": str(written), "content": content, "style": list(style)} | result.to_dict()
@@ -61,8 +73,11 @@ def command(
         )
         return FAILED
     if result.interrupted:
-        click.echo("vggstyle: interrupted; this is the best picture so far", err=True)
+        on = f"; the same command goes on from {checkpoint}" if checkpoint and Path(checkpoint).exists() else ""
+        click.echo(f"vggstyle: interrupted; this is the best picture so far{on}", err=True)
         return INTERRUPTED
+    if checkpoint is not None:  # the picture is safe
+        Path(checkpoint).unlink(missing_ok=True)
     return 0
 
 
@@ -74,6 +89,7 @@ class _Bar:
 
         shape = "{desc} {percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}{postfix}"
         self.quiet, hidden = disable, disable or not sys.stderr.isatty()  # in a log, a line a scale will do
+        self.begun = False
         self.bar = tqdm(total=1.0, bar_format=shape, disable=hidden, desc="loading", leave=False)
 
     def __enter__(self) -> _Bar:
@@ -88,8 +104,11 @@ class _Bar:
             self._show(step)
 
     def _show(self, step: StyleStep) -> None:
-        if step.scale == step.step == 1:  # before the wait, not after it
+        if not self.begun:  # before the wait, not after it
             self.bar.write(f"weights: {step.weights}", file=sys.stderr)
+        if not self.begun and (step.scale, step.step) != (1, 1):
+            self.bar.write(f"going on after step {step.step - 1} of scale {step.scale}/{step.scales}", file=sys.stderr)
+        self.begun = True
         if self.bar.disable and not self.quiet and step.step == 1:
             click.echo(f"scale {step.scale}/{step.scales} {step.width}×{step.height}, {step.steps} steps", err=True)
         where = f"scale {step.scale}/{step.scales} {step.width}×{step.height} step {step.step}/{step.steps}"

@@ -28,13 +28,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vggfeat import checkpoint
 from vggfeat.arch import Arch, parse, unit_of
 from vggfeat.errors import InputError, RunError, WeightsError, first_line
 from vggfeat.files import TEMPORARY, new_file
 from vggfeat.network import VGG
 from vggfeat.processor import emulates
+from vggfeat.settings import changed
 from vggfeat.signals import on_ending
-from vggfeat.training import checkpoint
 from vggfeat.training.batches import Batch, Batches, parted, scale_for, seeded, transforms
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
@@ -47,6 +48,7 @@ from vggfeat.weights import load_weights
 __all__ = ["Epoch", "TrainResult", "TrainStep", "train"]
 
 PathLike = str | os.PathLike[str]
+NEEDED = ("config", "classes", "images", "net")  # what makes a checkpoint ours
 
 
 @dataclass(frozen=True)
@@ -196,17 +198,14 @@ def _begin(
     folder: Path, config: TrainConfig, images: ImageSet, resume: bool
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Make the run's folder, or find where the run in it is."""
-    state, damaged = checkpoint.newest(folder / "checkpoints") if resume else (None, [])
+    state, damaged = checkpoint.newest(folder / "checkpoints", NEEDED) if resume else (None, [])
     if resume and damaged and state is None:
         raise InputError(f"no checkpoint in {folder} is whole: {'; '.join(damaged)}")
     if resume and state is None and (folder / "config.json").exists() and not _is_ours(folder / "config.json"):
         raise InputError(f"{folder / 'config.json'} is not of a run of vggfeat's: choose another folder")
     if state is not None:
-        before = {key: tuple(v) if isinstance(v, list) else v for key, v in state["config"].items()}
         free = ("device", "workers", "save_every", "compile", "bad_images")
-        odd = [name for name, value in config.to_dict().items() if before.get(name) != value and name not in free]
-        if odd:
-            said = ", ".join(f"{name} was {before.get(name)}, is {getattr(config, name)}" for name in odd)
+        if said := changed(state["config"], config.to_dict(), free):
             raise InputError(f"the run in {folder} has other settings: {said}")
         if (state["classes"], state["images"]) != (images.classes, len(images)):
             raise InputError(

@@ -6,7 +6,7 @@ Neither reads a number back from the device, so that a step on a GPU never waits
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ class Optimizer(Protocol):
 
     def restart(self) -> None:
         """Forget what was seen and be more careful from here on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen, tensors and plain values, which later steps leave alone."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
 
 
 class Spectrum:
@@ -117,6 +123,19 @@ class LBFGS:
         self._forget()
         self.scale /= 2
 
+    def state_dict(self) -> dict[str, Any]:
+        """The pairs, the last image and gradient, and how careful it is."""
+        lists = {name: list(getattr(self, name)) for name in ("steps", "changes", "curvatures")}
+        seen = [] if self.spectrum is None else list(self.spectrum.seen)
+        return lists | {"last": self.last, "scale": self.scale, "seen": seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.last, self.scale = state["last"], state["scale"]
+        self.steps, self.changes, self.curvatures = (list(state[name]) for name in ("steps", "changes", "curvatures"))
+        if self.spectrum is not None:
+            self.spectrum.seen = list(state["seen"])
+
     def step(self, image: Tensor, grad: Tensor) -> Tensor:
         """The next image."""
         x, g = image.flatten(), grad.flatten()
@@ -178,14 +197,23 @@ class Adam:
         self._forget()
         self.learning_rate /= 2
 
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, how many gradients are in them, and the step."""
+        return {name: getattr(self, name) for name in ("count", "mean", "square", "learning_rate")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.count, self.mean, self.square = state["count"], state["mean"], state["square"]
+        self.learning_rate = state["learning_rate"]
+
     def step(self, image: Tensor, grad: Tensor) -> Tensor:
         """The next image."""
         if self.mean is None or self.square is None:
             self.mean, self.square = torch.zeros_like(grad), torch.zeros_like(grad)
         self.count += 1
         first, second = self.betas
-        self.mean.lerp_(grad, 1 - first)
-        self.square.mul_(second).addcmul_(grad, grad, value=1 - second)
+        self.mean = self.mean.lerp(grad, 1 - first)
+        self.square = (self.square * second).addcmul_(grad, grad, value=1 - second)
         root = (self.square / (1 - second**self.count)).sqrt_().add_(1e-12)
         step = self.learning_rate / (1 - first**self.count)
         return image.addcdiv(self.mean, root, value=-step).clamp_(0, 1)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vggfeat
+from vggfeat import checkpoint as checkpoints
 from vggfeat.errors import InputError, RunError, first_line
 from vggfeat.features import VGGFeatures, trunk_dtype
+from vggfeat.files import check_path
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.processor import resolve
+from vggfeat.settings import changed
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.gpu import Reading, ahead, recorded
 from vggfeat.transfer.objective import TERMS, Objective
@@ -36,6 +43,7 @@ EXPLODED = 4.0  # a total this many times the best one of its scale is given up
 FIRST, LATER = 0.03, 0.02  # first step of L-BFGS at the coarsest scale and at others, as a mean change of a value
 HISTORY, SHORT = 20, 8  # pairs that L-BFGS remembers: of whole pictures, and of those that go by tiles to save memory
 RESTARTS = 5  # at one scale, before it is left with its best picture
+KEEP_EVERY = 60.0  # seconds between two checkpoints, which hold all that L-BFGS remembers: 40 pictures in float32
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,11 @@ class StyleStep:
     elapsed: float
     progress: float
     weights: str
-    _tensor: Tensor = field(repr=False, compare=False)
+    _picture: Callable[[], Image.Image] = field(repr=False, compare=False)
 
     def image(self) -> Image.Image:
         """The picture as it stands."""
-        return to_pil(self._tensor)
+        return self._picture()
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ def stylize(
     config: StyleConfig | None = None,
     *,
     callback: Callback | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> StyleResult:
     """Paint the content in the manner of the style (Gatys, Ecker and Bethge 2016).
 
@@ -145,13 +154,19 @@ def stylize(
         style: one of these, or several, blended by `config.style_blend`.
         config: the settings.
         callback: called after each step.
+        checkpoint: a file that the run is kept in, at most a minute old, or up to date after Ctrl-C. Where it is there
+            already, the run goes on from it to the picture, to rounding, that it would have come to. It stays when the
+            run is over.
 
     Raises:
-        InputError: an image that cannot be read, settings that do not fit, images too small for the network.
+        InputError: an image that cannot be read, settings that do not fit, images too small for the network, or a
+            checkpoint of another run.
         WeightsError: weights that cannot be had or do not reach the deepest layer.
         RunError: the loss was not finite from the start.
         KeyboardInterrupt: Ctrl-C before anything was painted.
     """
+    if not isinstance(config, StyleConfig | None):
+        raise InputError(f"config must be a StyleConfig, got {type(config).__name__}")
     config = config or StyleConfig()
     picture = as_picture(content)
     several: Sequence[Any] = style if isinstance(style, list | tuple) else [style]
@@ -172,6 +187,9 @@ def stylize(
         keep="bits" if dtype == torch.float32 else "values",
     )
     run = _Run(features, config, picture, styles, device, dtype, callback)
+    if checkpoint is not None:
+        given = (content, *several, config.init)
+        run.keep_in(checkpoint, [each for each in given if isinstance(each, str | os.PathLike)])
     try:
         run.go()
         return run.result()
@@ -179,7 +197,45 @@ def stylize(
         if not run.history:
             raise
         run.interrupted = True
-        return run.result()
+        result = run.result()
+        with contextlib.suppress(KeyboardInterrupt):
+            run.keep()
+        return result
+
+
+@dataclass
+class _Scale:
+    """How far one scale has come.
+
+    Attributes:
+        number: which scale, from 1.
+        image: where the next step is made.
+        optimizer: makes it.
+        side: of the tiles, 0 for none.
+        begun: steps so far.
+        best: total of the best picture.
+        restarts: of the optimizer.
+        forgiven: up to this step, none is held against it.
+    """
+
+    number: int
+    image: Tensor
+    optimizer: Optimizer
+    side: int
+    begun: int = 0
+    best: float = math.inf
+    restarts: int = 0
+    forgiven: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as tensors and plain values, which later steps leave alone."""
+        return vars(self) | {"optimizer": self.optimizer.state_dict()}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("image", "begun", "best", "restarts", "forgiven"):
+            setattr(self, name, state[name])
 
 
 class _Run:
@@ -212,6 +268,10 @@ class _Run:
         # before there is any work: what one scale took is there for the next, though the system counts it as taken
         self.memory = free_memory(device)
         self.objective: Objective | None = None
+        self.checkpoint: Path | None = None
+        self.kept = time.monotonic()  # when it was written
+        self.state: dict[str, Any] = {}  # after the last step that was complete
+        self.before: dict[str, Any] = {}  # what is gone on from
 
     def _tensor(self, picture: Image.Image, width: int, height: int) -> Tensor:
         return to_tensor(resize(picture, width, height)).to(self.device)
@@ -242,14 +302,13 @@ class _Run:
         coarse = self._initial(self.image.shape[3], self.image.shape[2])
         return (self._initial(width, height) + up(self.image - coarse)).clamp(0, 1)
 
-    def _objective(self, width: int, height: int) -> Objective:
+    def _objective(self, width: int, height: int, tile: int | None) -> Objective:
         styles = []
         for picture in self.styles:
             # a long thin style must still reach the deepest layer at the coarsest scale
             least = math.ceil(self.features.plan.min_size * max(picture.size) / min(picture.size))
             side = max(least, round(max(width, height) * self.config.style_scale))
             styles.append(self._tensor(picture, *fit(picture.width, picture.height, side)))
-        tile = self.config.tile
         if tile is None:
             layers = self.features.layers
             tile = side_for(self.features.arch, layers, height, width, self.dtype, self.device, self.memory)
@@ -260,10 +319,16 @@ class _Run:
         number = 1
         try:
             for number, (width, height) in enumerate(self.sizes, start=1):
+                if number < self.before.get("number", 1):
+                    continue  # it is done
                 if self.image.shape[2:] != (height, width):
                     self.image = self._enlarged(width, height)
-                self.objective = self._objective(width, height)
-                self._scale(number, self.objective)
+                before = self.before if number == self.before.get("number") else {}
+                self.objective = self._objective(width, height, before.get("side", self.config.tile))
+                scale = _Scale(number, self.image, self._optimizer(number, self.objective), self.objective.side)
+                if before:
+                    scale.go_on(_to(before, self.device))
+                self._improve(scale, self.objective)
         except (MemoryError, RuntimeError) as error:
             if number == 1 or not _lacks_memory(error):
                 raise
@@ -273,40 +338,45 @@ class _Run:
         self.objective = None  # and with it the memory that it holds
         self.failure = f"not enough memory for {width}×{height}: {first_line(error)}"
 
-    def _scale(self, number: int, objective: Objective) -> None:
-        config, steps = self.config, self._steps(number)
-        image, whole = self.image, len(objective.tiles) == 1
-        optimizer: Optimizer
-        if config.optimizer == "lbfgs":
-            first = FIRST if number == 1 else LATER
-            optimizer = LBFGS(HISTORY if whole else SHORT, first, Spectrum(image))
-        else:
-            optimizer = Adam(config.learning_rate)
+    def _optimizer(self, number: int, objective: Objective) -> Optimizer:
+        if self.config.optimizer == "adam":
+            return Adam(self.config.learning_rate)
+        history = HISTORY if len(objective.tiles) == 1 else SHORT
+        return LBFGS(history, FIRST if number == 1 else LATER, Spectrum(self.image))
+
+    def _improve(self, scale: _Scale, objective: Objective) -> None:
+        number, steps = scale.number, self._steps(scale.number)
         # tiles are large: they are worth no recording
-        evaluate = recorded(lambda image: _together(*objective.value_and_grad(image)), image, steps if whole else 0)
+        times = steps - scale.begun if len(objective.tiles) == 1 else 0
+        evaluate = recorded(lambda image: _together(*objective.value_and_grad(image)), scale.image, times)
         waiting: deque[tuple[int, Tensor, Reading]] = deque()
-        best, restarts, forgiven = math.inf, 0, 0
-        for begun in range(1, steps + 1):
-            numbers, grad = evaluate(image)
-            waiting.append((begun, image, Reading(numbers)))
-            image = optimizer.step(image, grad)
-            while len(waiting) > (ahead(self.device) if begun < steps else 0):
+        while scale.begun < steps:
+            numbers, grad = evaluate(scale.image)
+            scale.begun += 1
+            waiting.append((scale.begun, scale.image, Reading(numbers)))
+            scale.image = scale.optimizer.step(scale.image, grad)
+            due = self.checkpoint is not None and time.monotonic() - self.kept >= KEEP_EVERY
+            while len(waiting) > (0 if due or scale.begun == steps else ahead(self.device)):
                 step, seen, reading = waiting.popleft()
                 value, *parts = reading.get()
-                if value < best:
-                    best, self.image = value, seen
-                if step > forgiven and not (math.isfinite(value) and value <= EXPLODED * best):
-                    if best == math.inf and number > 1:
+                if value < scale.best:
+                    scale.best, self.image = value, seen
+                if step > scale.forgiven and not (math.isfinite(value) and value <= EXPLODED * scale.best):
+                    if scale.best == math.inf and number > 1:
                         return  # the picture of the coarser scales stands
-                    if best == math.inf:
+                    if scale.best == math.inf:
                         raise RunError(f"the loss is {value} at the start; try --precision float32 or other weights")
-                    restarts += 1
-                    if restarts > RESTARTS:
+                    scale.restarts += 1
+                    if scale.restarts > RESTARTS:
                         return
-                    optimizer.restart()
+                    scale.optimizer.restart()
                     # what was begun since is of no use, and not to be held against the new start
-                    image, forgiven = self.image, begun
+                    scale.image, scale.forgiven = self.image, scale.begun
                 self._tell(number, step, steps, {"total": sum(parts)} | dict(zip(TERMS, parts, strict=True)))
+            if self.checkpoint is not None and not waiting:
+                self.state = self._state(scale)
+            if due:
+                self.keep()
 
     def _tell(self, number: int, step: int, steps: int, losses: dict[str, float]) -> None:
         """Put a step on record and tell the callback."""
@@ -316,22 +386,70 @@ class _Run:
         if self.callback is not None:
             elapsed, progress = time.perf_counter() - self.start, self.done / self.work
             where = (number, len(self.sizes), step, steps, width, height)
-            self.callback(StyleStep(*where, losses, elapsed, progress, self.features.weights, self.image))
+            picture = functools.partial(self._picture, self.image)
+            self.callback(StyleStep(*where, losses, elapsed, progress, self.features.weights, picture))
 
-    def _picture(self, width: int, height: int) -> Image.Image:
-        picture = to_pil(self.image if self.image.shape[2:] == (height, width) else self._enlarged(width, height))
-        return _with_colors_of(resize(self.content, width, height), picture) if self.config.keep_color else picture
+    def _picture(self, image: Tensor) -> Image.Image:
+        picture = to_pil(image)
+        return _with_colors_of(resize(self.content, *picture.size), picture) if self.config.keep_color else picture
+
+    # ── what a killed run goes on from ────────────────────────────────────────────────────────────────────────────────
+
+    def keep_in(self, path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
+        """Keep the run in a file from here on, and go on from what is in it."""
+        self.checkpoint = check_path(path, overwrite=True, inputs=inputs)
+        if not self.checkpoint.exists():
+            return
+        try:
+            found = checkpoints.read(self.checkpoint, self._identity().keys() | {"picture", "optimizer"})
+        except Exception as error:
+            raise InputError(
+                f"{path} is no checkpoint of a style transfer, or damaged ({first_line(error)}): name another file"
+            ) from error
+        if said := changed(found["config"], self.config.to_dict(), ("device",)):
+            raise InputError(f"the run in {path} has other settings: {said}")
+        if odd := [what for what, value in self._identity().items() if what != "config" and found[what] != value]:
+            raise InputError(f"the run in {path} is of other {' and '.join(odd)}: name another file to begin anew")
+        self.before, self.history, self.done = found, found["history"], found["done"]
+        self.image = found["picture"].to(self.device)
+        self.start -= found["elapsed"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What another run would differ in."""
+        pictures = [self.content, *self.styles, *([self.begun] if isinstance(self.begun, Image.Image) else [])]
+        digests = [hashlib.sha256(repr(each.size).encode() + each.tobytes()).hexdigest() for each in pictures]
+        return {"config": self.config.to_dict(), "weights": self.features.weights, "pictures": digests}
+
+    def _state(self, scale: _Scale) -> dict[str, Any]:
+        return scale.state_dict() | {
+            "picture": self.image,
+            "told": len(self.history),
+            "done": self.done,
+            "elapsed": time.perf_counter() - self.start,
+        }
+
+    def keep(self) -> None:
+        """Write the checkpoint; where that cannot be done, the picture is worth more."""
+        if self.checkpoint is None or not self.state:
+            return
+        self.kept = time.monotonic()
+        try:
+            history = self.history[: self.state["told"]]
+            checkpoints.write(self.checkpoint, self._identity() | self.state | {"history": history})
+        except OSError as error:
+            warnings.warn(f"cannot write checkpoint {self.checkpoint}: {error.strerror}", stacklevel=2)
 
     def result(self) -> StyleResult:
         """The picture as it is saved, and what is known of it."""
         width, height = self.sizes[-1]
         try:
-            picture = self._picture(width, height)
+            whole = self.image.shape[2:] == (height, width)
+            picture = self._picture(self.image if whole else self._enlarged(width, height))
         except (MemoryError, RuntimeError) as error:
             if not _lacks_memory(error):
                 raise
             self._gave_up(error, width, height)
-            picture = self._picture(self.image.shape[3], self.image.shape[2])
+            picture = self._picture(self.image)
         losses: dict[str, float] = {}
         if self.objective is not None and self.objective.size == (height, width):
             with torch.no_grad():
@@ -351,6 +469,15 @@ class _Run:
             interrupted=self.interrupted,
             failure=self.failure,
         )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Tensors in lists, tuples and dictionaries, brought to the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(each, device) for key, each in value.items()}
+    return type(value)(_to(each, device) for each in value) if isinstance(value, list | tuple) else value
 
 
 def _lacks_memory(error: Exception) -> bool:

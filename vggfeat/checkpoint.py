@@ -1,0 +1,96 @@
+"""Checkpoints: what a run would need to go on, written whole or not at all, checked when it is read."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vggfeat.errors import RunError, first_line
+from vggfeat.files import TEMPORARY, new_file
+
+__all__ = ["newest", "read", "save", "write"]
+
+KEPT = 2  # the one before the newest is for the case that the newest is damaged
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state of tensors and plain values, in place of one that is there.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; what is there stays.
+    """
+    try:
+        with new_file(path, overwrite=True) as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # what torch reports that its writer ran into
+        cause = error.__context__
+        known = (cause.errno, cause.strerror) if isinstance(cause, OSError) else (0, first_line(error))
+        raise OSError(*known) from error
+
+
+def read(path: Path, needed: Collection[str]) -> dict[str, Any]:
+    """A state that is whole: the checksums of all parts fit, and nothing is unpickled that could run code.
+
+    Raises:
+        PermissionError: it cannot be read now.
+        Exception: of any kind, which is how flipped bits come out of the readers of zips and pickles.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if part := archive.testzip():
+            raise zipfile.BadZipFile(f"checksum of {part} does not fit")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if missing := set(needed) - state.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def save(folder: Path, steps: int, state: Mapping[str, Any]) -> Path:
+    """Write the state after so many steps of a run to its folder, and remove all but the newest two.
+
+    Raises:
+        RunError: it cannot be written, as on a full disk; those that are there stay.
+    """
+    path = folder / f"step-{steps:09d}.pt"
+    try:
+        folder.mkdir(exist_ok=True)
+        write(path, state)
+    except OSError as error:
+        kept = _files(folder)
+        rest = f"the run can go on from {kept[0]}" if kept else "there is no earlier one"
+        raise RunError(f"cannot write checkpoint {path}: {error.strerror}; free some space; {rest}") from error
+    for old in _files(folder)[KEPT:]:
+        old.unlink()
+    return path
+
+
+def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest state of a folder that is whole, None where there is none, and what was wrong with newer ones.
+
+    What a kill left half written is removed; what is damaged is given another name, once there is something better.
+
+    Raises:
+        RunError: one cannot be read, for a reason that may pass.
+    """
+    wrong: dict[Path, str] = {}
+    for rest in folder.glob(TEMPORARY):
+        rest.unlink()
+    for path in _files(folder):
+        try:
+            state = read(path, needed)
+        except PermissionError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}") from error
+        except Exception as error:
+            wrong[path] = f"{path} is damaged ({first_line(error)})"
+        else:
+            for damaged in wrong:
+                damaged.rename(damaged.with_suffix(".damaged"))
+            return state, list(wrong.values())
+    return None, list(wrong.values())
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"step-{'?' * 9}.pt"), reverse=True)
