@@ -63,7 +63,7 @@ ROOMS = {
     },
     "vggfeat.analysis.fields": {"arch", "errors", "features", "tables"},
     "vggfeat.plots": {"analysis", "arch", "errors", "files", "image", "tables", "weights"},
-    "vggfeat.losses": {"arch", "errors", "features", "functional", "weights"},
+    "vggfeat.losses": {"arch", "errors", "features", "functional", "trunk", "weights"},
     "vggfeat.transfer": set(),
     "vggfeat.transfer.config": {"arch", "errors", "settings"},
     "vggfeat.transfer.gpu": {"errors"},

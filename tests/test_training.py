@@ -376,7 +376,8 @@ def test_a_new_head_is_asked_for(finished, tmp_path):
         run(two, tmp_path / "c", new_head=True, freeze="conv9_9", **options)
 
 
-def test_holdout(tmp_path):
+def test_holdout(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     source = pictures.folder(tmp_path / "s", pictures.tree(8))
     result = run(source, tmp_path / "r", holdout=0.25, epochs=1)
     assert result.evaluation.images == 6
@@ -389,6 +390,8 @@ def test_holdout(tmp_path):
     assert vggfeat.evaluate(tmp_path / "r", pictures.folder(tmp_path / "other", other)).images == 24
     few = {name: content for name, content in pictures.tree(8).items() if "0." in name}
     assert vggfeat.evaluate(tmp_path / "r", pictures.folder(tmp_path / "few", few)).images == len(few)
+    home = vggfeat.evaluate("~/r", tmp_path / "moved", batch_size=6)  # what the shell makes of it, where no shell does
+    assert home.images == 6
     # of the set it was trained on and more, which were held out cannot be told, and most are those trained on
     more = pictures.folder(source, other | pictures.tree(8))
     with pytest.raises(InputError, match="its images are others now"):
@@ -784,7 +787,7 @@ def test_a_run_goes_on_as_weights(finished, tmp_path):
     """For every command; and Grad-CAM knows the classes."""
     result, _ = finished
     loaded = vggfeat.weights.load(result.folder)
-    assert loaded.label == "weights.safetensors" and loaded.arch == result.net.arch
+    assert loaded.label == "finished/weights.safetensors" and loaded.arch == result.net.arch
     seen = vggfeat.visualize.cam(pictures.picture("ant", 0, 32, 32), 1, weights=result.folder, size=None)
     assert seen.class_name == "bee" and "1 bee" in seen.sheet.labels[1]
 

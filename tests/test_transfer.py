@@ -989,6 +989,19 @@ def test_a_killed_run_goes_on_to_the_same_picture(config, pair, tmp_path, monkey
     assert not seen and again.image.tobytes() == whole.image.tobytes() and again.losses == whole.losses
 
 
+def test_the_callback_sees_the_colours_that_are_kept(config, pair):
+    pictures = []
+    settings = config(steps=3, keep_color=True)
+    result = stylize(*pair, settings, callback=lambda step: pictures.append(step.image()))
+    colours = [
+        [to_tensor(image).mean((2, 3)) - to_tensor(image).mean() for image in (each, to_pil(pair[0]))]
+        for each in (*pictures, result.image)
+    ]
+    assert all((ours - theirs).abs().max() < 0.02 for ours, theirs in colours)
+    with pytest.raises(InputError, match="config must be a StyleConfig, got dict"):
+        stylize(*pair, {"size": 48})
+
+
 def test_ctrl_c_brings_the_checkpoint_up_to_date(config, pair, tmp_path):
     path, settings = tmp_path / "run.pt", config(steps=6)
 

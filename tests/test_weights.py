@@ -483,6 +483,13 @@ def test_weights_that_are_not_finite(state, value):
         W.load(state | {"features.5.weight": bad})
 
 
+def test_none_is_untrained():
+    arch = Arch("A", unit=4, head=None)
+    untrained, random = W.load(None, arch), W.load("random", arch)
+    assert untrained.label == "random" and untrained.key == random.key
+    assert all(torch.equal(untrained.state[key], value) for key, value in random.state.items())
+
+
 def test_what_is_no_file(tmp_path):
     with pytest.raises(WeightsError, match="is a folder without weights.safetensors: give a .pth"):
         W.load(tmp_path)
@@ -492,7 +499,7 @@ def test_what_is_no_file(tmp_path):
         W.load("imagnet")
     with pytest.raises(WeightsUnavailableError, match="choose from imagenet, caffe, bundled, random, auto"):
         W.load("xyz")
-    for wrong in (3, None, small()):
+    for wrong in (3, small()):
         with pytest.raises(InputError, match=f"a path or a state dict, got {type(wrong).__name__}"):
             W.load(wrong)
     with pytest.raises(InputError, match="unknown architecture 'vgg61'"):

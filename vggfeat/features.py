@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +71,9 @@ class VGGFeatures(nn.Module):
         super().__init__()
         if isinstance(layers, str):
             raise InputError(f"layers is a list of names: write [{layers!r}]")
+        if isinstance(layers, Mapping | Set):
+            hint = ", numbers in layer_weights" if isinstance(layers, Mapping) else ""
+            raise InputError(f"layers is a list of names{hint}; got a {type(layers).__name__}")
         given = [*layers] if isinstance(layers, Iterable) else [layers]
         if not all(isinstance(name, str) for name in given):
             raise InputError(f"layers is a list of names such as 'relu3_3', got {layers!r}")
@@ -106,6 +111,7 @@ class VGGFeatures(nn.Module):
             if key[: key.rindex(".") + 1] in held or (self._head and key.startswith("classifier."))
         }
         self.trunk = Trunk.shared(arch, state, loaded.key)
+        self._held, self._mean, self._std = tuple(sorted(state)), loaded.mean, loaded.std
         # (x - low) / (high - low), then (· - mean) / std, as one factor and one shift per channel
         span = high - low
         self._scale = tuple(1 / (span * std) for std in loaded.std)
@@ -177,6 +183,16 @@ class VGGFeatures(nn.Module):
             return torch.autograd.grad([taps.pop(name) for name in deepest_first], leaf, slopes)[0]
 
         return known, home
+
+    def checksum(self) -> str:
+        """Eight hex digits (CRC-32) of all that the taps depend on but the options: weights and their normalisation."""
+        if torch._C._len_torch_dispatch_stack():  # fake tensors have no values
+            return "unknown"
+        found = zlib.crc32(repr((self._mean, self._std)).encode())
+        for key in self._held:
+            values: Any = self.trunk.state[key].flatten().view(torch.uint8).numpy()
+            found = zlib.crc32(values, zlib.crc32(key.encode(), found))
+        return f"{found:08x}"
 
     def _run(self, x: Tensor, filters: list[Tensor]) -> dict[str, Tensor]:
         if torch.compiler.is_exporting() or x.device.type not in BY_HAND:

@@ -175,7 +175,8 @@ def charbonnier(a: Tensor, b: Tensor, eps: float = 1e-3) -> Tensor:
 
     Charbonnier et al. 1994; ε as in Lai et al. 2017 (arXiv:1704.03915), who leave the constant -ε out.
     """
-    return ((wide(a) - wide(b)).square() + eps * eps).sqrt() - eps
+    square = (wide(a) - wide(b)).square()
+    return square / ((square + eps * eps).sqrt() + eps)  # the same without the difference of two near numbers
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -261,8 +262,9 @@ def _l1_slope(difference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _charbonnier_slope(difference: Tensor, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
-    root = difference.square().add_(eps * eps).sqrt_()
-    return root - eps, difference.div_(root)
+    square = difference.square()
+    root = (square + eps * eps).sqrt_()
+    return square.div_(root + eps), difference.div_(root)
 
 
 # of a criterion that looks at differences: its values, and its slopes in place of them

@@ -27,6 +27,7 @@ from vggfeat.functional import (
     unit_normalize,
     wide,
 )
+from vggfeat.trunk import no_autocast
 from vggfeat.weights import DEFAULT, WeightsLike
 
 __all__ = ["EncodedTarget", "PerceptualLoss", "StyleLoss"]
@@ -43,18 +44,22 @@ class EncodedTarget:
     Attributes:
         values: by layer, features (N,C,h,w) or Gram matrices (N,C,C), detached.
         size: height and width of the images.
-        made_by: which kind of loss and which weights; only its like can read it.
+        made_by: the loss, its network and a checksum of its weights, in words; only its like can read it.
+
+    `torch.save` writes it; `torch.load` reads it once `vggfeat.EncodedTarget` was named, which tells torch of it.
     """
 
     values: Mapping[str, Tensor]
     size: tuple[int, int]
-    made_by: tuple[object, ...]
+    made_by: str
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> EncodedTarget:
         """Some of the images, for mini-batches: a position, a slice, or a tensor or list of positions."""
+        if index is None or isinstance(index, tuple):
+            raise InputError(f"an encoded target is indexed by its images alone, got {index!r}")
         if isinstance(index, int) or getattr(index, "ndim", 1) == 0:
             index = [int(index)]  # type: ignore[arg-type]  # a batch of one
         return EncodedTarget({name: value[index] for name, value in self.values.items()}, self.size, self.made_by)
@@ -63,6 +68,9 @@ class EncodedTarget:
         """The same on another device or in another type, as `torch.Tensor.to`."""
         moved = {name: value.to(*args, **kwargs) for name, value in self.values.items()}
         return EncodedTarget(moved, self.size, self.made_by)
+
+
+torch.serialization.add_safe_globals([EncodedTarget])
 
 
 class _FeatureLoss(nn.Module):
@@ -94,6 +102,7 @@ class _FeatureLoss(nn.Module):
             raise InputError(f"unknown reduction {reduction!r}: {nearest(str(reduction), REDUCTIONS)}")
         self.features = VGGFeatures(layers, arch, weights, pooling, padding, precision, input_range, repeat_grey, keep)
         self.layer_weights = _weights_by_layer(self.features.layers, layer_weights)
+        self._checksum = self.features.checksum()  # now: a compiler could not trace it
         self.criterion = criterion
         self.normalize_features = normalize_features
         self.reduction = reduction
@@ -106,7 +115,7 @@ class _FeatureLoss(nn.Module):
             mask: as for `forward`; only a style loss can use one here.
         """
         _, size = count_and_size(target)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be trained against
             values = self._represent(target.detach(), mask)
         return EncodedTarget(values, size, self._signature)
 
@@ -118,7 +127,7 @@ class _FeatureLoss(nn.Module):
         """
         if isinstance(target, EncodedTarget):
             if target.made_by != self._signature:
-                raise InputError("this target was encoded by a loss with other layers, weights or options")
+                raise InputError(f"this target was encoded by {target.made_by}; this is {self._signature}")
             count, size = len(target), target.size
         else:
             count, size = count_and_size(target)
@@ -127,9 +136,15 @@ class _FeatureLoss(nn.Module):
             raise InputError(f"{images} images against {count} targets: expected as many, or one for all")
         self._check_sizes(own_size, size, mask is not None and isinstance(target, Tensor))
         if mask is not None:
+            self._check_masked()
             mask = _checked_mask(mask, input)
         if self._at_once(input, target, mask):
-            total: Tensor = _AtOnce.apply(input, self, target, mask)
+            if isinstance(target, EncodedTarget):
+                values = {name: _for_graphs(value) for name, value in target.values.items()}
+                target = EncodedTarget(values, target.size, target.made_by)
+            else:
+                target = _for_graphs(target)
+            total: Tensor = _AtOnce.apply(input, self, target, None if mask is None else _for_graphs(mask))
         else:
             total = self._compare_parts(input, target, mask)
         if self.reduction == "none":
@@ -137,6 +152,10 @@ class _FeatureLoss(nn.Module):
                 raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
             return total
         return total.mean() if self.reduction == "mean" else total.sum()
+
+    def _check_masked(self) -> None:
+        if heads := [name for name in self.layer_weights if name in self.features.arch.head_names]:
+            raise InputError(f"a mask fits no layer of the classifier, which has no positions: leave out {heads[0]}")
 
     def _at_once(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
         """Whether the gradient can be had with the value: where it is wanted of `input` alone, image by image."""
@@ -190,7 +209,7 @@ class _FeatureLoss(nn.Module):
     def _compare(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> Tensor:
         ours = self._represent(input, mask)
         theirs = target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
-        with torch.autocast(input.device.type, enabled=False):
+        with no_autocast(input.device):
             parts = [
                 weight * self._distance(ours[name], theirs[name], self._mask_of(name, mask))
                 for name, weight in self.layer_weights.items()
@@ -199,16 +218,20 @@ class _FeatureLoss(nn.Module):
 
     def _mask_of(self, name: str, mask: Tensor | None) -> Tensor | None:
         """The mask's mean over the pixels of each position of a layer: squares of its stride, as the pools cut them."""
-        arch = self.features.arch
-        if mask is None or name in arch.head_names:
+        if mask is None:
             return None
-        stride = arch.layer(name).stride
+        stride = self.features.arch.layer(name).stride
         return mask if stride == 1 else F.avg_pool2d(mask, stride)
 
     @property
-    def _signature(self) -> tuple[object, ...]:
-        features = self.features
-        return (type(self).__name__, features.plan, features.trunk.key, self.normalize_features)
+    def _signature(self) -> str:
+        features, plan = self.features, self.features.plan
+        normalized = ", normalized features" * self.normalize_features
+        return (
+            f"{type(self).__name__} of {', '.join(sorted(features.layers))}{normalized}, {plan.arch.name} with "
+            f"{'/'.join(map(str, plan.arch.channels))} channels, {plan.pooling} pooling, {plan.padding} padding, "
+            f"weights {self._checksum}"
+        )
 
     def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """By layer, what two images are compared by."""
@@ -271,17 +294,20 @@ class _AtOnce(torch.autograd.Function):
                 value, gradient = _value_and_gradient(loss, *part)
                 losses.append(value)
                 gradients.append(gradient)
-        # the caller's own target is kept in autograd's hands: changed meanwhile it is an error, afterwards it is let go
+        gradient = torch.cat(gradients)
+        ctx.gradient = gradient.contiguous() if input.is_contiguous() else gradient
+        ctx.dtype = input.dtype
+        # for a second derivative alone: to have changed the images meanwhile is an error there, and nothing to a first
         encoded = target if isinstance(target, EncodedTarget) else None
         ctx.encoded = None if encoded is None else ([*encoded.values], encoded.size, encoded.made_by)
         theirs = [target] if isinstance(target, Tensor) else [*target.values.values()]
-        ctx.save_for_backward(input, torch.cat(gradients), mask, *theirs)
+        ctx.save_for_backward(input, mask, *theirs)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, gradient, mask, *theirs = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative was asked for
+            input, mask, *theirs = ctx.saved_tensors
             target = theirs[0]
             if ctx.encoded is not None:
                 names, size, made_by = ctx.encoded
@@ -290,8 +316,18 @@ class _AtOnce(torch.autograd.Function):
                 losses = ctx.loss._compare_parts(input, target, mask)
             (found,) = torch.autograd.grad(losses, input, grad, create_graph=True)
         else:
-            found = (gradient * grad[:, None, None, None]).to(input.dtype)
+            if ctx.gradient is None:
+                raise RuntimeError("the loss's gradient was asked for a second time: the first time, use retain_graph")
+            found = (ctx.gradient * grad[:, None, None, None]).to(ctx.dtype)
+            if not _keeps_graph():
+                ctx.gradient = None
         return found, None, None, None
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward that is running was asked with `retain_graph`."""
+    asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
 
 
 def _value_and_gradient(
@@ -305,7 +341,7 @@ def _value_and_gradient(
 
     def slope(name: str, tap: Tensor) -> Tensor:
         weight = loss.layer_weights[name]
-        with torch.autocast(images.device.type, enabled=False):
+        with no_autocast(images.device):
             value, found = loss._distance_and_gradient(tap, theirs.pop(name), loss._mask_of(name, mask))
         values[name] = weight * value
         return found if weight == 1 else found.mul_(weight)
@@ -316,6 +352,11 @@ def _value_and_gradient(
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _for_graphs(tensor: Tensor) -> Tensor:
+    """A copy of what was made in inference mode: autograd takes no such tensor."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class PerceptualLoss(_FeatureLoss):
@@ -342,7 +383,8 @@ class PerceptualLoss(_FeatureLoss):
         layers: names such as `conv3_3` (before the ReLU) and `relu3_3` (after it).
         layer_weights: one for each layer, in order or by name; 1 by default.
         criterion: `"mse"`, `"l1"`, `"charbonnier"` (ε = 1e-3), `"cosine"` (1 - cos of the channel vectors at each
-            position), or a function of two feature tensors (N,C,h,w) that gives values (N,…), value by value.
+            position), or a function of two feature tensors (N,C,h,w) that gives values (N,…), value by value; of one
+            that gives a scalar, that is the loss, whatever the reduction.
         arch: the network; None means the weights' own, and vgg16 where nothing implies one.
         weights: see `vggfeat.weights.load`.
         normalize_features: bring the channel vector at each position to unit length first, as LPIPS does.
@@ -436,8 +478,10 @@ def _weights_by_layer(layers: Sequence[str], given: Sequence[float] | Mapping[st
     if isinstance(given, Mapping):
         if unknown := set(given) - set(layers):
             raise InputError(f"layer_weights for {', '.join(sorted(unknown))}, which is not among {', '.join(layers)}")
-        return {name: float(given.get(name, 1.0)) for name in layers}
+        given = [given.get(name, 1.0) for name in layers]
     try:
+        if isinstance(given, str):
+            raise TypeError
         values = [float(value) for value in given]
     except (TypeError, ValueError) as error:
         raise InputError(f"layer_weights are numbers, one for each of {', '.join(layers)}; got {given!r}") from error
@@ -455,4 +499,9 @@ def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
         raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}) with values in [0,1], got {what}")
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
         raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}), got shape {tuple(mask.shape)}")
-    return mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
+    mask = mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
+    if mask.device.type == "cpu" and mask.numel() and not torch.compiler.is_compiling() and not in_functorch():
+        low, high = torch.aminmax(mask.detach())
+        if not (low >= 0 and high < math.inf):
+            raise InputError(f"a mask has values in [0,1], this one from {float(low):.4g} to {float(high):.4g}")
+    return mask

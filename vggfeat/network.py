@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -292,21 +292,53 @@ def of_weights(weights: Weights) -> VGG:
     return load_weights(net, weights)
 
 
-def vgg11(num_classes: int = 1000, batch_norm: bool = False, **options: Any) -> VGG:
-    """VGG-11, the paper's A: 8 convolutions and 3 fully connected layers; `options` as for `vgg`."""
-    return vgg("A", num_classes, batch_norm, **options)
+def vgg11(
+    num_classes: int = 1000,
+    batch_norm: bool = False,
+    weights: WeightsLike | None = None,
+    head: str = "paper",
+    width: float = 1.0,
+    dropout: float = 0.5,
+    init: str = "kaiming",
+) -> VGG:
+    """VGG-11, the paper's A: 8 convolutions and 3 fully connected layers; see `vgg`."""
+    return vgg("A", num_classes, batch_norm, weights, head, width, dropout, init)
 
 
-def vgg13(num_classes: int = 1000, batch_norm: bool = False, **options: Any) -> VGG:
-    """VGG-13, the paper's B: 10 convolutions and 3 fully connected layers; `options` as for `vgg`."""
-    return vgg("B", num_classes, batch_norm, **options)
+def vgg13(
+    num_classes: int = 1000,
+    batch_norm: bool = False,
+    weights: WeightsLike | None = None,
+    head: str = "paper",
+    width: float = 1.0,
+    dropout: float = 0.5,
+    init: str = "kaiming",
+) -> VGG:
+    """VGG-13, the paper's B: 10 convolutions and 3 fully connected layers; see `vgg`."""
+    return vgg("B", num_classes, batch_norm, weights, head, width, dropout, init)
 
 
-def vgg16(num_classes: int = 1000, batch_norm: bool = False, **options: Any) -> VGG:
-    """VGG-16, the paper's D: 13 convolutions and 3 fully connected layers; `options` as for `vgg`."""
-    return vgg("D", num_classes, batch_norm, **options)
+def vgg16(
+    num_classes: int = 1000,
+    batch_norm: bool = False,
+    weights: WeightsLike | None = None,
+    head: str = "paper",
+    width: float = 1.0,
+    dropout: float = 0.5,
+    init: str = "kaiming",
+) -> VGG:
+    """VGG-16, the paper's D: 13 convolutions and 3 fully connected layers; see `vgg`."""
+    return vgg("D", num_classes, batch_norm, weights, head, width, dropout, init)
 
 
-def vgg19(num_classes: int = 1000, batch_norm: bool = False, **options: Any) -> VGG:
-    """VGG-19, the paper's E: 16 convolutions and 3 fully connected layers; `options` as for `vgg`."""
-    return vgg("E", num_classes, batch_norm, **options)
+def vgg19(
+    num_classes: int = 1000,
+    batch_norm: bool = False,
+    weights: WeightsLike | None = None,
+    head: str = "paper",
+    width: float = 1.0,
+    dropout: float = 0.5,
+    init: str = "kaiming",
+) -> VGG:
+    """VGG-19, the paper's E: 16 convolutions and 3 fully connected layers; see `vgg`."""
+    return vgg("E", num_classes, batch_norm, weights, head, width, dropout, init)

@@ -7,11 +7,13 @@ could run code.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SETS", "Convention", "Published", "Weights", "find", "load", "load_weights"]
 
-WeightsLike = Union[str, os.PathLike[str], Mapping[str, Tensor], "Weights"]
+WeightsLike = Union[str, os.PathLike[str], Mapping[str, Tensor], "Weights", None]
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
             other than vgg19), a path to a `.pth`, `.safetensors` or Keras `.h5` file or to the folder of a run of
             `train`, or a state dict. `"caffe:PATH"` says of a `.pth` or `.safetensors` file that it takes Oxford's
             input convention (BGR, 0..255); files published under a known name and Keras files are known to.
-            What was loaded already is given back.
+            What was loaded already is given back. None means untrained, which is `"random"`.
         arch: the network, by name; None means the file's own, and vgg16 where nothing implies one.
 
     Raises:
@@ -195,7 +197,7 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
     """
     if isinstance(weights, Weights):
         return weights
-    weights = resolved(weights)
+    weights = "random" if weights is None else resolved(weights)
     if isinstance(weights, Mapping):
         return _read_state(weights, arch, IMAGENET, "from a state dict")
     if not isinstance(weights, str | os.PathLike):
@@ -205,7 +207,7 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
     if weights == "auto":
         try:
             return load("imagenet", arch)
-        except WeightsUnavailableError as error:
+        except WeightsError as error:  # not to be had, or not what was published
             other = arch is not None and parse(arch).name != "vgg19"
             loaded = load("random" if other else "bundled", arch)
             return replace(loaded, label=f"{loaded.label} ({str(error).split(';')[0]})")
@@ -247,7 +249,8 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 
 def _load_path(text: str, arch: str | Arch | None) -> Weights:
     caffe = text.startswith("caffe:")
-    path = _of_run(Path(text.removeprefix("caffe:")).expanduser())
+    given = Path(text.removeprefix("caffe:")).expanduser()
+    path = _of_run(given)
     if not path.exists():
         hint = "" if path.suffix or len(path.parts) > 1 else f"; as a name: {nearest(text, NAMES)}"
         raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}")
@@ -257,7 +260,7 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     if published:
         verify(path, published.digest)
     convention = CAFFE if caffe or _is_hdf5(path) else published.convention if published else IMAGENET
-    label = "caffe:" * caffe + path.name
+    label = "caffe:" * caffe + (path.name if path == given else f"{given.name}/{path.name}")
     return _read_state(read(path), arch, convention, label, (*file_key(path), convention))
 
 
@@ -462,7 +465,9 @@ def read(path: Path) -> Mapping[str, Any]:
     magic = _magic(path)
     try:
         # a file in torch's zip format is mapped: layers that nobody asks for are never read
-        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():  # of a pickle's protocol, which is no user's concern
+            warnings.simplefilter("ignore")
+            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if magic.startswith((b"\x80", b"PK")):  # a pickle, or torch's zip around one
             raise WeightsError(
@@ -479,7 +484,8 @@ def read(path: Path) -> Mapping[str, Any]:
 
 def facts_of(weights: str | os.PathLike[str]) -> dict[str, Any]:
     """What `vggfeat.train` says of the weights that it wrote (classes, size, scales); empty for any others."""
-    path = _of_run(Path(weights))
+    weights = resolved(weights)
+    path = _of_run(Path(weights).expanduser())
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         return {}
     from safetensors import SafetensorError, safe_open
@@ -602,24 +608,25 @@ def _random_state(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
     they serve tests and previews where nothing can be downloaded. The calibration is what batch normalisation would
     subtract and divide by (Mishkin and Matas 2015, arXiv:1511.06422, per channel).
     """
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.zeros(8, 3, 96, 96)
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    x = torch.zeros(8, 3, 96, 96, dtype=torch.float32)
     for side in (3, 6, 12, 24, 48, 96):  # octaves of equal power make 1/f
-        noise = torch.randn(8, 3, side, side, generator=generator)
+        noise = draw(8, 3, side, side)
         x += F.interpolate(noise, size=96, mode="bilinear", align_corners=False)
     x /= x.std()
     state: dict[str, Tensor] = {}
     for layer in arch.layers:
         if layer.kind == "conv":
-            weight = torch.randn(layer.channels, layer.in_channels, layer.kernel, layer.kernel, generator=generator)
+            weight = draw(layer.channels, layer.in_channels, layer.kernel, layer.kernel)
             x = F.conv2d(x, weight, padding=layer.kernel // 2)
             std, mean = torch.std_mean(x, dim=(0, 2, 3))
             x = (x - mean[:, None, None]) / std[:, None, None]
             state[f"features.{layer.index}.weight"] = weight / std[:, None, None, None]
             state[f"features.{layer.index}.bias"] = -mean / std
         elif layer.kind == "bn":
-            ones, zeros = torch.ones(layer.channels), torch.zeros(layer.channels)
-            state |= dict(zip(_keys(layer), (ones, zeros, zeros.clone(), ones.clone()), strict=True))
+            ones = torch.ones(layer.channels, dtype=torch.float32)
+            parts = (ones, torch.zeros_like(ones), torch.zeros_like(ones), ones.clone())
+            state |= dict(zip(_keys(layer), parts, strict=True))
         elif layer.kind == "relu":
             x = x.relu()
         elif layer.kind == "lrn":

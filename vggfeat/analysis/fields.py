@@ -160,7 +160,11 @@ def effective_field(
     total = torch.zeros(side, side, dtype=torch.float64, device="cpu")
     for _ in range(samples):
         # in float64, whose convolutions are direct: those by tiles leave traces of rounding outside the field
-        image = torch.rand(1, 3, side, side, generator=generator, device="cpu").double().requires_grad_()
+        image = (
+            torch.rand(1, 3, side, side, generator=generator, dtype=torch.float32, device="cpu")
+            .double()
+            .requires_grad_()
+        )
         unit = features(image)[layer][0, :, middle, middle].sum()
         total += torch.autograd.grad(unit, image)[0][0].abs().mean(0)
     rows, columns = (total.amax(1) > 0).nonzero(), (total.amax(0) > 0).nonzero()

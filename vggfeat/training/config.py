@@ -236,7 +236,8 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
     (0.05, 0.02)
 
     Args:
-        name: `chapter` (the chapter's), `paper` (Simonyan and Zisserman's) or `fast` (ours).
+        name: `chapter` (the chapter's), `paper` (Simonyan and Zisserman's) or `fast` (ours). A recipe is how to train:
+            the network is `arch`'s, the first weights are drawn as `init` says (theirs is `init="paper"`).
         changes: fields of `TrainConfig`.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from vggfeat.errors import ImageError, InputError, RunError
+from vggfeat.errors import ImageError, InputError, RunError, nearest
 from vggfeat.network import VGG, evaluating, of_weights
 from vggfeat.processor import bfloat16_is_fast
 from vggfeat.settings import typed
@@ -167,8 +167,12 @@ def evaluate(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if workers < 0:
         raise InputError(f"workers must be at least 0, got {workers}")
-    if bad_images not in ("fail", "skip") or precision not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"unknown bad_images {bad_images!r} or precision {precision!r}")
+    for name, value, choices in (
+        ("bad_images", bad_images, ("fail", "skip")),
+        ("precision", precision, ("auto", "float32", "bfloat16")),
+    ):
+        if value not in choices:
+            raise InputError(f"unknown {name} {value!r}: {nearest(value, choices)}")
     names, held, views = None, None, views or Views()
     if isinstance(weights, VGG):
         net = weights

@@ -57,7 +57,7 @@ class Spectrum:
         self.band = (band + bands * apart).to(image.device)
         # half of the spectrum says all: what is left out is the mirror image of what lies between the outer columns
         outer = (across == 0) | (across == 0.5)
-        self.count = torch.where(outer, 1.0, 2.0).to(image.device)
+        self.count = torch.where(outer, 1.0, 2.0).float().to(image.device)
         self.forget()
 
     def forget(self) -> None:

@@ -280,7 +280,7 @@ class _Run:
         if self.begun is not None:
             return self._tensor(self.begun, width, height)
         generator = torch.Generator().manual_seed(self.config.seed)
-        noise = torch.randn(1, 3, height, width, generator=generator, device="cpu")
+        noise = torch.randn(1, 3, height, width, generator=generator, dtype=torch.float32, device="cpu")
         return (0.5 + 0.2 * noise).clamp(0, 1).to(self.device)
 
     def _steps(self, number: int) -> int:

@@ -151,7 +151,7 @@ def dream(
     below = loaded.arch.names[loaded.arch.names.index(layer) - 1] if relu else layer
     features = VGGFeatures([below], weights=loaded, precision=precision, keep="values")
     with torch.no_grad():
-        probe = features(torch.full((1, 3, size, size), 0.5, device=device))[below]
+        probe = features(torch.full((1, 3, size, size), 0.5, dtype=torch.float32, device=device))[below]
     shown = chosen(channels, count, probe.shape[1], probe[0], "first", f"{layer} of {loaded.arch.name}")
     place = _place(unit, probe, layer)
 
@@ -235,10 +235,12 @@ class _Fourier:
         down, right = torch.fft.fftfreq(shape[2], device="cpu")[:, None], torch.fft.rfftfreq(shape[3], device="cpu")
         # a frequency of f has amplitude 1/f, the mean that of the lowest; the rest makes a pixel's σ alike at any size
         frequency = torch.sqrt(down**2 + right**2).clamp_min(1 / max(self.size))
-        self.scale = (math.sqrt(shape[2] * shape[3]) / 4 / frequency)[..., None].to(device)
-        start = 0.01 * torch.randn(*shape[:2], *frequency.shape, 2, generator=generator, device="cpu")
+        self.scale = (math.sqrt(shape[2] * shape[3]) / 4 / frequency)[..., None].float().to(device)
+        start = 0.01 * torch.randn(
+            *shape[:2], *frequency.shape, 2, generator=generator, dtype=torch.float32, device="cpu"
+        )
         self.spectrum = start.to(device).requires_grad_()
-        self.colors = torch.tensor(_COLORS, device=device) / _SPREAD
+        self.colors = torch.tensor(_COLORS, dtype=torch.float32, device=device) / _SPREAD
         self.optimizer = torch.optim.Adam([self.spectrum], rate)
 
     def images(self) -> Tensor:
@@ -258,7 +260,9 @@ class _Pixels:
     """The values themselves, blurred now and then, the less the further the run."""
 
     def __init__(self, shape: tuple[int, ...], rate: float, generator: torch.Generator, device: torch.device) -> None:
-        self.pixels = (0.5 + 0.05 * torch.randn(shape, generator=generator, device="cpu")).to(device)
+        self.pixels = (0.5 + 0.05 * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")).to(
+            device
+        )
         self.optimizer = Adam(rate / 3)
         self.count = 0
 

@@ -191,7 +191,7 @@ def cam(
     if class_index is not None and not 0 <= class_index < net.arch.num_classes:
         raise InputError(f"{net.arch.name} has classes 0 to {net.arch.num_classes - 1} here, got {class_index}")
     device = next(net.parameters()).device
-    shift, scale = (torch.tensor(tuple(v), device=device)[:, None, None] for v in (mean, std))
+    shift, scale = (torch.tensor(tuple(v), dtype=torch.float32, device=device)[:, None, None] for v in (mean, std))
     with evaluating(net), torch.enable_grad():
         taps = net.taps(((x.to(device) - shift) / scale).requires_grad_(), [layer, last])
         logits = wide(taps[last][0])

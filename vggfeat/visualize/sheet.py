@@ -184,14 +184,14 @@ def palette(name: str) -> Tensor:
         InputError: an unknown name.
     """
     if name == "grey":
-        return torch.linspace(0, 1, 256, device="cpu")[:, None].expand(-1, 3)
+        return torch.linspace(0, 1, 256, dtype=torch.float32, device="cpu")[:, None].expand(-1, 3)
     from kornia.color import ColorMap, ColorMapType
 
     names = [str(each) for each in ColorMapType.list()]
     if name not in names:
         raise InputError(f"unknown colours {name!r}: {nearest(name, ['grey', *names])}")
     with torch.device("cpu"):
-        return ColorMap(name, num_colors=256).colors.T.clone()
+        return ColorMap(name, num_colors=256, dtype=torch.float32).colors.T.clone()
 
 
 def colored(values: Tensor, colors: str) -> Tensor:
