@@ -64,6 +64,7 @@ ROOMS = {
     "vggfeat.analysis.fields": {"arch", "errors", "features", "tables"},
     "vggfeat.plots": {"analysis", "arch", "errors", "files", "image", "tables", "weights"},
     "vggfeat.losses": {"arch", "errors", "features", "functional", "trunk", "weights"},
+    "vggfeat.metrics": {"errors", "features", "losses", "weights"},
     "vggfeat.transfer": set(),
     "vggfeat.transfer.config": {"arch", "errors", "settings"},
     "vggfeat.transfer.gpu": {"errors"},

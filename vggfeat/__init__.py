@@ -24,6 +24,7 @@ _HOMES = {
     "vggfeat.weights": ("load_weights",),
     "vggfeat.features": ("VGGFeatures",),
     "vggfeat.losses": ("EncodedTarget", "PerceptualLoss", "StyleLoss"),
+    "vggfeat.metrics": ("LPIPS",),
     "vggfeat.analysis": ("compare", "describe", "effective_field", "stacked_3x3"),
     "vggfeat.plots": (
         "plot_comparison",

@@ -215,9 +215,7 @@ class VGGFeatures(nn.Module):
 
     def _factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The normalisation as one factor and one shift per channel, (3,1,1), in the type of the images."""
-        # a compiler makes constants of them; elsewhere they are kept, since a GPU waits for what is copied to it
-        ready = _channels if torch.compiler.is_compiling() else _kept_channels
-        return ready(self._scale, images.dtype, images.device), ready(self._shift, images.dtype, images.device)
+        return per_channel(self._scale, images), per_channel(self._shift, images)
 
     def _filters(self, images: Tensor) -> list[Tensor]:
         linear = [LINEAR[name] for name in self._head if name in LINEAR]
@@ -282,8 +280,14 @@ class VGGFeatures(nn.Module):
         return f"{', '.join(self.layers)}; {self.arch.name}, weights {self.weights}, {self.precision}"
 
 
+def per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """One value a channel, (C,1,1), in the type of a tensor and where it is."""
+    # a compiler makes constants of them; elsewhere they are kept, since a GPU waits for what is copied to it
+    ready = _channels if torch.compiler.is_compiling() else _kept_channels
+    return ready(values, like.dtype, like.device)
+
+
 def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(3,1,1), one value a channel."""
     return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 

@@ -277,7 +277,12 @@ BAND = 1 << 20  # values of one image's features in float32 at a time on a CPU, 
 
 
 def distance_and_gradient(
-    ours: Tensor, theirs: Tensor, criterion: str, normalize: bool = False, mask: Tensor | None = None
+    ours: Tensor,
+    theirs: Tensor,
+    criterion: str,
+    normalize: bool = False,
+    mask: Tensor | None = None,
+    worth: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`masked_mean` of a criterion of two features, and its gradient with respect to the first, by hand.
 
@@ -290,6 +295,7 @@ def distance_and_gradient(
         criterion: one of `SLOPES`.
         normalize: bring both to unit length first, as `unit_normalize`.
         mask: (N,1,h,w) or (1,1,h,w).
+        worth: (C,1,1), what the criterion's values are multiplied by.
 
     Returns:
         The distances (N,) in float32 or float64, and the gradient (N,C,h,w) in the type of `ours`.
@@ -309,6 +315,8 @@ def distance_and_gradient(
             factor = _to_unit(a)
             a, b = a * factor, b * _to_unit(b)
         values, slope = SLOPES[criterion](a - b)
+        if worth is not None:
+            values, slope = values.mul_(worth), slope.mul_(worth)
         part = share[:, :, here] if isinstance(share, Tensor) else share
         total += values.mul_(part).sum((1, 2, 3)) if isinstance(part, Tensor) else values.sum((1, 2, 3)) * part
         if normalize:  # back through y = F r: r (g - y ⟨y, g⟩)

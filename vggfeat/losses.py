@@ -211,7 +211,7 @@ class _FeatureLoss(nn.Module):
         theirs = target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
         with no_autocast(input.device):
             parts = [
-                weight * self._distance(ours[name], theirs[name], self._mask_of(name, mask))
+                weight * self._distance(name, ours[name], theirs[name], self._mask_of(name, mask))
                 for name, weight in self.layer_weights.items()
             ]
         return functools.reduce(torch.add, parts)
@@ -242,15 +242,17 @@ class _FeatureLoss(nn.Module):
         """What is compared of a tap."""
         raise NotImplementedError
 
-    def _distance(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    def _distance(self, name: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
         """Of two representations of a layer: (N,), or a scalar where the user's criterion gives one."""
         raise NotImplementedError
 
-    def _distance_and_gradient(self, tap: Tensor, theirs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _distance_and_gradient(
+        self, name: str, tap: Tensor, theirs: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The distance (N,) of a tap, which is in no graph, and its gradient with respect to that."""
         with torch.enable_grad():
             leaf = tap.detach().requires_grad_()
-            distance = self._distance(self._representation(leaf, mask), theirs, mask)
+            distance = self._distance(name, self._representation(leaf, mask), theirs, mask)
             (gradient,) = torch.autograd.grad(distance.sum(), leaf)
         return distance.detach(), gradient
 
@@ -342,7 +344,7 @@ def _value_and_gradient(
     def slope(name: str, tap: Tensor) -> Tensor:
         weight = loss.layer_weights[name]
         with no_autocast(images.device):
-            value, found = loss._distance_and_gradient(tap, theirs.pop(name), loss._mask_of(name, mask))
+            value, found = loss._distance_and_gradient(name, tap, theirs.pop(name), loss._mask_of(name, mask))
         values[name] = weight * value
         return found if weight == 1 else found.mul_(weight)
 
@@ -418,19 +420,28 @@ class PerceptualLoss(_FeatureLoss):
     def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
         return tap
 
-    def _distance(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    def _worth(self, name: str, like: Tensor) -> Tensor | None:
+        """What each channel's values are multiplied by, (C,1,1); None where all are worth the same."""
+        return None
+
+    def _distance(self, name: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
         if self.normalize_features:
             ours, theirs = unit_normalize(ours), unit_normalize(theirs)
         values = self._criterion(ours, theirs)
+        if (worth := self._worth(name, values)) is not None:
+            values = values * worth
         if mask is not None:
             if values.ndim != 4 or values.shape[2:] != mask.shape[2:]:
                 raise InputError(f"a mask needs a criterion that gives (N,C,h,w), got shape {tuple(values.shape)}")
         return masked_mean(values, mask)
 
-    def _distance_and_gradient(self, tap: Tensor, theirs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _distance_and_gradient(
+        self, name: str, tap: Tensor, theirs: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if self.criterion not in SLOPES or tap.ndim != 4:
-            return super()._distance_and_gradient(tap, theirs, mask)
-        return distance_and_gradient(tap, theirs, str(self.criterion), self.normalize_features, mask)
+            return super()._distance_and_gradient(name, tap, theirs, mask)
+        worth = self._worth(name, wide(tap))
+        return distance_and_gradient(tap, theirs, str(self.criterion), self.normalize_features, mask, worth)
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         if input != target:
@@ -464,7 +475,7 @@ class StyleLoss(_FeatureLoss):
     def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
         return gram(unit_normalize(tap) if self.normalize_features else tap, mask)
 
-    def _distance(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    def _distance(self, name: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
         return masked_mean(self._criterion(ours, theirs))
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:

@@ -1,0 +1,114 @@
+"""LPIPS: against its formula in float64, and against the package of its authors."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import vggfeat
+from vggfeat.arch import Arch
+from vggfeat.metrics import CALIBRATION
+from vggfeat.weights import load
+
+LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3"]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return load("random", "vgg16")
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 2, 3, 32, 24, generator=generator)
+    return a, (0.7 * a + 0.3 * b)
+
+
+def by_hand(weights, a, b):
+    """The paper's eq. 1 in float64, (N,)."""
+    features = vggfeat.VGGFeatures(LAYERS, weights=weights)
+    worth, total = load_file(CALIBRATION), 0
+    ours, theirs = (features(image.double()) for image in (a, b))
+    for name in LAYERS:
+        x, y = (taps[name] / taps[name].norm(dim=1, keepdim=True).clamp_min(1e-30) for taps in (ours, theirs))
+        total = total + ((x - y).square() * worth[name].double()[:, None, None]).sum(1).mean((1, 2))
+    return total
+
+
+def test_it_is_the_papers(weights, pair):
+    metric = vggfeat.LPIPS(weights=weights)
+    expected = by_hand(weights, *pair)
+    assert expected.min() > 0.01
+    for value in (metric(*pair), metric(*pair, torch.ones(1, 1, 32, 24)), metric(pair[0], metric.encode(pair[1]))):
+        assert value.shape == (2,)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=0)
+    leaf = pair[0].double().requires_grad_()
+    (exact,) = torch.autograd.grad(by_hand(weights, leaf, pair[1]).sum(), leaf)
+    for images in (pair[0].clone().requires_grad_(), leaf):
+        value = metric(images, pair[1])
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=0)
+        (found,) = torch.autograd.grad(value.sum(), images)
+        assert F.cosine_similarity(found.double().flatten(), exact.flatten(), dim=0) > 1 - 1e-6
+    mean = vggfeat.LPIPS(weights=weights, reduction="mean")(*pair)
+    torch.testing.assert_close(mean.double(), expected.mean(), rtol=1e-4, atol=0)
+
+
+def test_it_is_that_of_the_package(weights, pair):
+    """The authors' own, with the same network; their weights lie in the package."""
+    lpips = pytest.importorskip("lpips", reason="lpips, the other implementation, is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's, of how lpips asks it for a network
+        peer = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    convs = [module for module in peer.net.modules() if isinstance(module, nn.Conv2d)]
+    for conv, layer in zip(convs, weights.arch.convs, strict=True):
+        conv.weight.data, conv.bias.data = (
+            weights.state[f"features.{layer.index}.{part}"] for part in ("weight", "bias")
+        )
+    images, target = (image * 2 - 1 for image in pair)
+    ours = vggfeat.LPIPS(weights=weights, input_range=(-1, 1))
+    torch.testing.assert_close(ours(images, target), peer(images, target).flatten(), rtol=1e-4, atol=0)
+    found = []
+    for metric in (ours, peer):
+        leaf = images.clone().requires_grad_()
+        found.append(torch.autograd.grad(metric(leaf, target).sum(), leaf)[0].flatten())
+    assert F.cosine_similarity(*found, dim=0) > 1 - 1e-5
+
+
+def test_equal_images_and_flat_ones(weights, pair):
+    metric = vggfeat.LPIPS(weights=weights)
+    assert torch.equal(metric(pair[0], pair[0]), torch.zeros(2))
+    flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    value = metric(flat, torch.zeros(1, 3, 32, 32))
+    assert value.item() == 0 and torch.equal(torch.autograd.grad(value, flat)[0], torch.zeros_like(flat))
+
+
+def test_it_is_as_invisible_as_a_loss(weights, pair):
+    metric = vggfeat.LPIPS(weights=weights)
+    assert not list(metric.parameters()) and not metric.state_dict()
+    for other in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        assert torch.equal(other(*pair), metric(*pair))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own tracer
+def test_compiled(weights, pair):
+    metric = vggfeat.LPIPS(weights=weights)
+    torch._dynamo.reset()
+    compiled = torch.compile(metric, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*pair), metric(*pair), rtol=1e-4, atol=0)
+
+
+def test_other_networks_are_refused():
+    narrow = load("random", Arch("D", unit=4, head=None))
+    with pytest.raises(vggfeat.InputError, match=r"made for VGG-16 at full width, got vgg16 with \(4, 8, 16, 32, 32\)"):
+        vggfeat.LPIPS(weights=narrow)
+    with pytest.raises(vggfeat.WeightsError, match="bundled belong to vgg19, not to vgg16"):
+        vggfeat.LPIPS(weights="bundled")
+    encoded = vggfeat.PerceptualLoss(LAYERS, weights=narrow).encode(torch.rand(1, 3, 16, 16))
+    with pytest.raises(vggfeat.InputError, match="encoded by PerceptualLoss"):
+        vggfeat.LPIPS(weights="random")(torch.rand(1, 3, 16, 16), encoded)

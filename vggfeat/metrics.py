@@ -1,0 +1,79 @@
+"""Distances that agree with people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from vggfeat.errors import InputError
+from vggfeat.features import per_channel
+from vggfeat.losses import PerceptualLoss
+from vggfeat.weights import DEFAULT, WeightsLike, read
+
+__all__ = ["LPIPS"]
+
+CALIBRATION = Path(__file__).with_name("assets") / "lpips-vgg16.safetensors"  # LICENSE-lpips.txt is beside it
+
+
+class LPIPS(PerceptualLoss):
+    """How differently two images look to people (Zhang et al. 2018, arXiv:1801.03924, eq. 1): 0 where they are equal.
+
+    Σ over relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of VGG-16 of the mean over positions of Σ over channels of
+    w · (difference of the features at unit length)², per image, with the weights w of the paper's authors (version 0.1,
+    `lin`), which were fitted to half a million judgements and come with this package.
+
+    It is a `PerceptualLoss` in all that is not said here, and as good a loss: finite gradients everywhere, nothing to
+    train, targets that are encoded once, masks. Values agree with the package `lpips` to rounding, for the network
+    "vgg" and `weights="imagenet"`, with which alone they are those of the literature.
+
+        >>> import torch, vggfeat
+        >>> metric = vggfeat.LPIPS(weights="random")  # for the example alone; it is made for "imagenet"
+        >>> image = torch.rand(2, 3, 64, 64)
+        >>> metric(image, image)
+        tensor([0., 0.])
+
+    Args:
+        weights: of VGG-16, see `vggfeat.weights.load`.
+        input_range: lowest and highest value of both images; `lpips` itself takes (-1, 1).
+        reduction: `"none"` gives a value for each image, (N,); `"mean"` and `"sum"` of them.
+        precision: see `VGGFeatures`.
+        repeat_grey: accept one channel and repeat it.
+        keep: see `PerceptualLoss`.
+
+    Raises:
+        InputError: an unknown choice, or weights of another network than VGG-16 at full width.
+        WeightsError: weights that cannot be had or do not reach relu5_3.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: WeightsLike = DEFAULT,
+        input_range: tuple[float, float] = (0.0, 1.0),
+        reduction: str = "none",
+        precision: str = "float32",
+        repeat_grey: bool = False,
+        keep: str = "bits",
+    ) -> None:
+        worth = {name: tuple(values.tolist()) for name, values in sorted(read(CALIBRATION).items())}
+        super().__init__(
+            list(worth),
+            arch="vgg16",
+            weights=weights,
+            normalize_features=True,
+            input_range=input_range,
+            reduction=reduction,
+            precision=precision,
+            repeat_grey=repeat_grey,
+            keep=keep,
+        )
+        self._worths = worth  # by layer, what a channel's squared difference is worth
+        arch = self.features.arch
+        if any(arch.layer(name).channels != len(values) for name, values in worth.items()):
+            raise InputError(f"LPIPS is made for VGG-16 at full width, got {arch.name} with {arch.channels} channels")
+
+    def _worth(self, name: str, like: Tensor) -> Tensor | None:
+        """Of each channel, (C,1,1), such that the mean over channels is the sum that the paper has."""
+        values = self._worths[name]
+        return per_channel(values, like) * len(values)
