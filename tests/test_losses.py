@@ -1004,6 +1004,16 @@ def test_a_mask_fits_no_layer_of_the_classifier(pair):
         perceptual(["relu1_2", "fc"])(*pair, torch.ones(1, 1, *pair[0].shape[2:]))
 
 
+def test_a_classifier_has_no_gram_matrices(pair):
+    with pytest.raises(vggfeat.InputError, match="have no positions and so no Gram matrices"):
+        style(["relu1_2", "fc"])(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))
+
+
+def test_without_values(pair, loss):
+    """Meta tensors say what shapes there will be."""
+    assert loss(*(image.to("meta") for image in pair)).shape == loss(*pair).shape
+
+
 def test_the_default_type_makes_no_difference(pair):
     losses = []
     for dtype in (torch.float32, torch.float64):

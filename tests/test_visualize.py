@@ -598,7 +598,7 @@ LINES = {
     "filters photo.png other.png --layer relu2_1 --channel 0-3,7 --patches 2": "filters-relu2_1.png",
     "maps photo.png --layer relu2_1 --count 4 --size 48": "photo-maps-relu2_1.png",
     "dream --layer relu1_1 --channel 1 --size 32 --steps 2 --quiet": "dream-relu1_1.png",
-    "dream --class 0,3 --size 32 --steps 2 --parametrization pixels": "dream-fc8.png",
+    "dream --class 0,3 --size 32 --steps 2 --parametrization pixels": "dream-classes.png",
     "invert photo.png --layer relu1_1 --size 32 --steps 2": "photo-inverted.png",
     "invert photo.png --gram --layer relu1_1,relu2_1 --layer relu1_1 --size 32 --steps 2": "photo-texture.png",
     "cam photo.png --class 1": "photo-cam.png",

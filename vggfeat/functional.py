@@ -66,6 +66,8 @@ def _products(features: Tensor) -> Tensor:
     plain = torch.compiler.is_compiling() or in_functorch() or forward_ad._current_level >= 0
     if plain or features.device.type != "cpu":
         rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
+        if features.device.type == "meta":  # which has no autocast
+            return rows.mT @ rows
         with torch.autocast(features.device.type, enabled=False):
             return rows.mT @ rows
     products: Tensor = _Products.apply(features)

@@ -151,7 +151,7 @@ class _FeatureLoss(nn.Module):
             if total.ndim != 1:
                 raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
             return total
-        return total.mean() if self.reduction == "mean" else total.sum()
+        return {"mean": Tensor.mean, "sum": Tensor.sum}[self.reduction](total)
 
     def _check_masked(self) -> None:
         if heads := [name for name in self.layer_weights if name in self.features.arch.head_names]:
@@ -473,6 +473,8 @@ class StyleLoss(_FeatureLoss):
         return super().encode(target, None if mask is None else _checked_mask(mask, target))
 
     def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
+        if tap.ndim != 4:
+            raise InputError("layers of the classifier have no positions and so no Gram matrices: leave them out")
         return gram(unit_normalize(tap) if self.normalize_features else tap, mask)
 
     def _distance(self, name: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:

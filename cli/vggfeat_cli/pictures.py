@@ -153,7 +153,7 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
         if options["channels"] is not None:
             raise vggfeat.InputError("give --channel or --class, not both")
         options |= {"channels": classes, "layer": "fc8"}
-    target = _target(output, f"dream-{options['layer']}.png", overwrite)
+    target = _target(output, f"dream-{'classes' if classes is not None else options['layer']}.png", overwrite)
     from vggfeat.visualize import dream
     from vggfeat.weights import load
 
