@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -36,7 +37,7 @@ def typed(name: str, kind: str, value: Any) -> Any:
     if kind == "float" and isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
     expected = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number"}[kind]
-    raise InputError(f"{name} must be {expected}, got {value!r}")
+    raise InputError(f"{name} must be {expected}, got {reprlib.repr(value)}")
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
