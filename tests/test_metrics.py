@@ -80,6 +80,20 @@ def test_it_is_that_of_the_package(weights, pair):
     assert F.cosine_similarity(*found, dim=0) > 1 - 1e-5
 
 
+def test_maps_have_the_distance_as_their_mean(weights, pair):
+    metric = vggfeat.LPIPS(weights=weights)
+    maps = metric.maps(*pair)
+    assert {name: tuple(each.shape) for name, each in maps.items()} == {
+        name: (2, 32 >> block, 24 >> block) for block, name in enumerate(LAYERS)
+    }
+    torch.testing.assert_close(sum(each.mean((1, 2)) for each in maps.values()), metric(*pair), rtol=1e-4, atol=0)
+    found = vggfeat.visualize.distance(pair[0][:1], pair[1][:1], lpips=True, weights=weights)
+    assert found.total == pytest.approx(float(metric(*pair)[0]), rel=1e-4) and list(found.layers) == LAYERS
+    assert found.sheet.settings["lpips"] and found.sheet.settings["arch"] == "vgg16"
+    with pytest.raises(vggfeat.InputError, match="LPIPS has layers of its own"):
+        vggfeat.visualize.distance(pair[0][:1], pair[1][:1], ["relu1_1"], lpips=True, weights=weights)
+
+
 def test_equal_images_and_flat_ones(weights, pair):
     metric = vggfeat.LPIPS(weights=weights)
     assert torch.equal(metric(pair[0], pair[0]), torch.zeros(2))

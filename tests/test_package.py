@@ -120,6 +120,7 @@ ROOMS = {
         "features",
         "functional",
         "image",
+        "metrics",
         "network",
         "visualize.inputs",
         "visualize.sheet",

@@ -424,12 +424,16 @@ class PerceptualLoss(_FeatureLoss):
         """What each channel's values are multiplied by, (C,1,1); None where all are worth the same."""
         return None
 
-    def _distance(self, name: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    def _values(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
+        """What the criterion gives of a layer's features, which the distance is the mean of."""
         if self.normalize_features:
             ours, theirs = unit_normalize(ours), unit_normalize(theirs)
         values = self._criterion(ours, theirs)
-        if (worth := self._worth(name, values)) is not None:
-            values = values * worth
+        worth = self._worth(name, values)
+        return values if worth is None else values * worth
+
+    def _distance(self, name: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+        values = self._values(name, ours, theirs)
         if mask is not None:
             if values.ndim != 4 or values.shape[2:] != mask.shape[2:]:
                 raise InputError(f"a mask needs a criterion that gives (N,C,h,w), got shape {tuple(values.shape)}")

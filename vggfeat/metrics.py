@@ -73,6 +73,16 @@ class LPIPS(PerceptualLoss):
         if any(arch.layer(name).channels != len(values) for name, values in worth.items()):
             raise InputError(f"LPIPS is made for VGG-16 at full width, got {arch.name} with {arch.channels} channels")
 
+    def maps(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The distance at each position of each layer, (N,h,w); the sum of their means is the distance.
+
+        Args:
+            input: as for a call of the module.
+            target: likewise, images.
+        """
+        ours, theirs = self.features(input), self.features(target)
+        return {name: self._values(name, ours[name], theirs[name]).mean(1) for name in ours}
+
     def _worth(self, name: str, like: Tensor) -> Tensor | None:
         """Of each channel, (C,1,1), such that the mean over channels is the sum that the paper has."""
         values = self._worths[name]

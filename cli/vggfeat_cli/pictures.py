@@ -237,6 +237,7 @@ def invert(
     multiple=True,
     help="Which layer; give it again for more.  [default: the last ReLU of each block, as far as the weights reach]",
 )
+@click.option("--lpips", is_flag=True, help="LPIPS, with its learned weights, in VGG-16 and layers of its own.")
 @_size(None, "Long side that both images are brought to, in pixels.")
 @_colors("turbo")
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
@@ -251,7 +252,7 @@ def distance(
     result = distance(a, b, layers or None, **options)
     written, trouble = save(result, target, overwrite) if target else (None, "")
     if as_json:
-        summary = {key: result.sheet.settings[key] for key in ("total", "layers", "arch", "weights")}
+        summary = {key: result.sheet.settings[key] for key in ("total", "lpips", "layers", "arch", "weights")}
         click.echo(json.dumps(summary | ({"output": str(written)} if written else {}), indent=2))
     else:
         for name, value in {"total": result.total, **result.layers}.items():

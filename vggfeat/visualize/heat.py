@@ -15,6 +15,7 @@ from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import mse, unit_normalize, wide
 from vggfeat.image import ImageLike, to_pil
+from vggfeat.metrics import LPIPS
 from vggfeat.network import VGG, evaluating, of_weights
 from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, overlay, spread
@@ -51,6 +52,7 @@ def distance(
     b: ImageLike,
     layers: Sequence[str] | None = None,
     *,
+    lpips: bool = False,
     size: int | None = None,
     colors: str = "turbo",
     arch: str | Arch | None = None,
@@ -67,31 +69,35 @@ def distance(
         a: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
         b: likewise, of the same size.
         layers: whose features; None means the last ReLU of each block, as far as the weights reach.
+        lpips: LPIPS itself, with its learned weights, which are of VGG-16 and its own five layers: see `vggfeat.LPIPS`.
         size: long side that both are brought to, in pixels; None leaves them.
         colors: `grey` or a colour map of kornia's.
         arch: the network, see `VGGFeatures`.
         weights: see `vggfeat.weights.load`.
 
     Raises:
-        InputError: an unknown layer, an image that cannot be read, or two of different sizes.
+        InputError: an unknown layer, an image that cannot be read, or two of different sizes; with `lpips`, layers, or
+            another network than VGG-16.
         WeightsError: weights that cannot be had or do not reach the layers.
     """
+    if lpips and layers is not None:
+        raise InputError("LPIPS has layers of its own: leave them out")
     first, second = load_image(a, size), load_image(b, size)
     if first.shape != second.shape:
         (h, w), (k, v) = first.shape[2:], second.shape[2:]
         raise InputError(f"the images differ in size, {w}×{h} and {v}×{k}: scale or crop one of them first")
-    loaded = load(weights, arch)
+    loaded = load(weights, "vgg16" if lpips and arch is None else arch)
     if layers is None:
         relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
         layers = loaded.served({name[:5]: name for name in relus}.values())
     for name in layers:
         loaded.arch.layer(name)
-    features = VGGFeatures(layers, weights=loaded)
     with torch.no_grad():
-        ours, theirs = features(first), features(second)
-        maps = {
-            name: mse(unit_normalize(ours[name]), unit_normalize(theirs[name])).sum(1)[0] for name in features.layers
-        }
+        if lpips:
+            maps = {name: each[0] for name, each in LPIPS(weights=loaded).maps(first, second).items()}
+        else:
+            ours, theirs = (VGGFeatures(layers, weights=loaded)(image) for image in (first, second))
+            maps = {name: mse(unit_normalize(ours[name]), unit_normalize(theirs[name])).sum(1)[0] for name in ours}
     values = {name: float(each.mean()) for name, each in maps.items()}
     full = (first.shape[2], first.shape[3])
     heats = {name: spread(each, full) for name, each in maps.items()}
@@ -100,11 +106,12 @@ def distance(
     for label, heat, value in [("all layers", total, sum(values.values()))] + [(n, heats[n], values[n]) for n in heats]:
         tiles.append(to_pil(overlay(first, heat / heat.max().clamp_min(1e-6), colors)))
         labels.append(f"{label}: {value:.3g}, at most {float(heat.max()):.3g}")
+    what = "LPIPS" if lpips else "Perceptual distance"
     settings = {
-        "picture": "distance", "total": sum(values.values()), "layers": values,
+        "picture": "distance", "lpips": lpips, "total": sum(values.values()), "layers": values,
         "arch": loaded.arch.name, "weights": loaded.label,
     }  # fmt: skip
-    sheet = Sheet(tiles, labels, f"Perceptual distance {sum(values.values()):.3g}", settings=settings)
+    sheet = Sheet(tiles, labels, f"{what} {sum(values.values()):.3g}", settings=settings)
     return Distance(sum(values.values()), values, maps, total, sheet)
 
 
