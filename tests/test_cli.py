@@ -595,7 +595,8 @@ def test_weights_verify(vgg, published, tmp_path):
     for text, good in (("a note of my own\n", True), (f"{ours}  noted.pth\n", True), (f"{digest}  noted.pth\n", False)):
         note.write_text(text)
         code, out, err = vgg("weights", "verify", path, noted, mine)  # the bad ones stop nothing
-        assert (code, out.split("\n")[-2]) == (1, f"{ours}  {mine}") and path.name in err.splitlines()[0]
+        nothing = "  (nothing is published or recorded to compare it with)"
+        assert (code, out.split("\n")[-2]) == (1, f"{ours}  {mine}{nothing}") and path.name in err.splitlines()[0]
         assert (str(noted) in out) == good and (f"{noted} was changed since" in err) != good
         assert note.read_text() == text and "delete both" not in err
     assert not (tmp_path / "mine.pth.sha256").exists()
@@ -715,6 +716,19 @@ def test_ctrl_c_while_training_can_be_gone_on_from(vgg, labelled, monkeypatch, r
     assert count == [2] and not Path("run/weights.safetensors").exists()
     assert vgg("train", "set.zip", *SMALL, "-o", "run", "--resume", "--quiet")[0] == 0
     assert count == [6] and Path("run/weights.safetensors").exists()
+
+
+def test_a_run_that_goes_on_leaves_other_plots_alone(vgg, labelled):
+    pytest.importorskip("matplotlib")
+    Path("curves.png").write_bytes(b"of another run")
+    words = ("train", "set.zip", *SMALL, "-o", "run", "--quiet", "--plot", "curves.png")
+    code, _, err = vgg(*words)
+    assert code == 2 and "curves.png: it already exists; pass --overwrite" in err
+    assert vgg(*words[:-2])[0] == 0
+    code, _, err = vgg(*words, "--resume")
+    assert code == 0 and "curves.png was there already: the plot is curves-2.png" in err
+    assert Path("curves.png").read_bytes() == b"of another run" and Path("curves-2.png").stat().st_size > 5000
+    assert vgg(*words, "--resume", "--overwrite")[0] == 0 and Path("curves.png").stat().st_size > 5000
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")

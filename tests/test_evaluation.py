@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat.errors import InputError, RunError, WeightsError
+from vggfeat.tables import apart
 from vggfeat.training.data import ImageSet, load
 from vggfeat.training.evaluation import Evaluation, Views, _judged
 from vggfeat.weights import IMAGENET
@@ -184,6 +185,14 @@ def test_published_weights_are_normalised_as_they_were_trained(torchvision, tmp_
 @pytest.fixture
 def folder(tmp_path):
     return pictures.folder(tmp_path / "set", pictures.tree(3))
+
+
+def test_labels_tell_classes_apart():
+    assert apart(["cat", "dog"]) == ["cat", "dog"]
+    ends = apart(["pneumonia_bacterial_left", "pneumonia_bacterial_right"])
+    assert ends == ["…onia_bacterial_left", "…nia_bacterial_right"]
+    same = apart(["a" * 30, "a" * 30, "b"])
+    assert len(set(same)) == 3 and same[2] == "b" and all(len(each) <= 20 for each in same)
 
 
 def test_class_counts_must_fit(folder):

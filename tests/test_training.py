@@ -928,6 +928,35 @@ def test_other_peoples_folders_are_left_alone(data, tmp_path):
     assert all(path.read_text() == text for path, text in before.items() if path.name != "thesis.txt")
 
 
+def test_one_process_at_a_time(data, tmp_path):
+    """A second one in the same folder is refused, whether it begins or goes on; afterwards it may."""
+    pytest.importorskip("fcntl")
+    said = []
+
+    def callback(step):
+        for resume in (True, False) if not said else ():
+            with pytest.raises(InputError) as info:
+                run(data, tmp_path / "r", resume=resume, epochs=1)
+            said.append(str(info.value))
+
+    run(data, tmp_path / "r", callback=callback, epochs=1)
+    assert said[0].startswith("another process is at work in") and "is there already" in said[1]
+    assert run(data, tmp_path / "r", resume=True, epochs=1).history
+
+
+def test_what_has_to_be_given_again_is_said_first(data, tmp_path):
+    run(data, tmp_path / "r", epochs=1)
+    with pytest.raises(InputError, match="other settings, which have to be given again: .*batch_size was 8, is 500"):
+        vggfeat.train(data, None, vggfeat.recipe("fast"), tmp_path / "r", resume=True)
+
+
+def test_one_class_is_none(tmp_path):
+    one = pictures.folder(tmp_path / "s", {k: v for k, v in pictures.tree(8).items() if k.startswith("ant")})
+    with pytest.raises(InputError, match="has one class, ant: there is nothing to tell apart"):
+        run(one, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_checkpoint_that_cannot_be_read_now_stays(data, tmp_path, monkeypatch):
     run(data, tmp_path / "r", epochs=2)
     files = sorted((tmp_path / "r" / "checkpoints").iterdir())

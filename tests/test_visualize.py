@@ -97,6 +97,13 @@ def test_labels_and_title_are_drawn_in_black():
     assert min(plain.convert("L").tobytes()) == 255 and min(labelled.convert("L").tobytes()) < 50
 
 
+def test_heat_shows_in_grey_too():
+    image, heat = torch.full((1, 3, 4, 4), 0.5), torch.zeros(4, 4)
+    heat[1, 2] = 1
+    found = overlay(image, heat, "grey")
+    assert torch.allclose(found[..., 1, 2], torch.tensor(0.5)) and found[..., 0, 0].max() < 0.1
+
+
 def test_labels_of_any_letters_and_length():
     tile = Image.new("RGB", (300, 10), "white")
     heads = [

@@ -794,7 +794,7 @@ def test_auto(monkeypatch, net, state):
     loaded = W.load("auto", "vgg11")
     assert loaded.label.startswith("random (imagenet weights for vgg11 cannot be had")
     assert torch.equal(loaded.state["features.3.weight"], W.load("random", "vgg11").state["features.3.weight"])
-    assert W.load("auto", Arch("C", unit=2)).label.startswith("random (there are no 'imagenet' weights for vgg16-c")
+    assert W.load("auto", Arch("C", unit=2)).label.startswith("random (imagenet weights for vgg16-c cannot be had)")
     for arch in (None, "vgg19"):
         assert W.load("auto", arch).label.startswith("bundled (imagenet weights for vgg1")
     data = torch_bytes(dict(state))
@@ -927,8 +927,10 @@ def test_auto_takes_an_architecture_as_it_takes_its_name(monkeypatch, tmp_path):
     monkeypatch.delenv("VGGFEAT_WEIGHTS", raising=False)
     monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setattr(W, "find", lambda *_: (_ for _ in ()).throw(WeightsUnavailableError("offline")))
-    assert W.load("auto", parse("vgg19")).label == "bundled (offline)"
-    assert W.load("auto", parse("vgg11")).label == "random (offline)"
+    assert W.load("auto", parse("vgg19")).label == "bundled (imagenet weights for vgg19 cannot be had)"
+    assert W.load("auto", parse("vgg11")).label == "random (imagenet weights for vgg11 cannot be had)"
+    monkeypatch.setattr(W, "find", lambda *_: (_ for _ in ()).throw(WeightsError("other digits")))
+    assert W.load("auto", "vgg19").label == "bundled (imagenet weights for vgg19 are damaged)"
     monkeypatch.setenv("VGGFEAT_WEIGHTS", "random")
     assert W.load("auto", "vgg19").label == "random"
 

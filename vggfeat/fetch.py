@@ -14,7 +14,7 @@ from pathlib import Path
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError
 from vggfeat.files import new_file
 
-__all__ = ["fetch", "published_digest", "verify"]
+__all__ = ["fetch", "published_digest", "recorded", "verify"]
 
 CONNECT_TIMEOUT = 5.0  # seconds until a server must have answered the call
 READ_TIMEOUT = 60.0  # seconds that a running download may stand still
@@ -65,6 +65,11 @@ def verify(path: Path, digest: str = "", *, record: bool = True) -> str:
     if record and recorded is None:
         _record(path, actual)
     return actual
+
+
+def recorded(path: Path) -> bool:
+    """Whether a file's sha256 was recorded when it was checked before."""
+    return bool(_recorded(_note(path)))
 
 
 def _recorded(note: Path) -> str | None:

@@ -15,7 +15,12 @@ from typing import IO
 
 from vggfeat.errors import InputError
 
-__all__ = ["TEMPORARY", "check_path", "free_name", "new_file", "taken"]
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["TEMPORARY", "check_path", "free_name", "locked", "new_file", "taken"]
 
 TEMPORARY = ".vggfeat-*.tmp"  # what a file is called while it is being written
 
@@ -131,3 +136,25 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
         with contextlib.suppress(OSError):
             shutil.copymode(path, temporary)
     os.replace(temporary, path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder, as far as the system can; a process that dies lets go.
+
+    Raises:
+        InputError: another one has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"another process is at work in {folder}: wait for it, or name another") from error
+        yield
+    finally:
+        os.close(file)

@@ -16,7 +16,7 @@ from vggfeat.analysis import Comparison, Description, Net, Stacked, effective_fi
 from vggfeat.arch import Arch, parse
 from vggfeat.errors import DependencyError, InputError
 from vggfeat.files import check_path
-from vggfeat.tables import short, written
+from vggfeat.tables import apart, short, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -432,22 +432,22 @@ def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = 
         DependencyError: matplotlib is missing.
     """
     path = check_plot(path, overwrite=overwrite)
-    shares = [[count / max(1, sum(row)) for count in row] for row in evaluation.confusion]
+    shares = [[100 * count / max(1, sum(row)) for count in row] for row in evaluation.confusion]
     n = len(shares)
     named = n <= 25
-    side = 1.8 + 0.42 * n if named else 8.0
+    side = max(4.6, 1.8 + 0.42 * n) if named else 8.0
     figure = _figure(side + 0.8, side)
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     if named:
-        names = [short(name) for name in evaluation.classes]
+        names = apart(evaluation.classes)
         axes.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
         axes.set_yticks(range(n), names, parse_math=False)
         for i, j in itertools.product(range(n), range(n)):
-            if shares[i][j] >= 0.0005:
-                dark = "white" if shares[i][j] > 0.5 else "black"
-                axes.text(j, i, f"{100 * shares[i][j]:.1f}", ha="center", va="center", fontsize=7, color=dark)
+            if shares[i][j] >= 0.05:
+                dark = "white" if shares[i][j] > 50 else "black"
+                axes.text(j, i, f"{shares[i][j]:.1f}", ha="center", va="center", fontsize=7, color=dark)
     axes.set(xlabel="taken for", ylabel="true class")
     axes.set_title(f"{evaluation.images:,} images, top-1 {100 * evaluation.top1:.2f} %", fontsize=11)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
     return _save(figure, path, overwrite)

@@ -14,7 +14,7 @@ from typing import IO, Any
 from vggfeat.errors import InputError, RunError
 from vggfeat.files import new_file, taken
 
-__all__ = ["Column", "Report", "Table", "mega", "short", "written"]
+__all__ = ["Column", "Report", "Table", "apart", "mega", "short", "written"]
 
 
 def mega(value: float, digits: int = 2) -> str:
@@ -26,6 +26,15 @@ def short(name: str, most: int = 20) -> str:
     """A file's or folder's name as a label: whatever it was called, what a font has, and so much that there is room."""
     name = " ".join(name.encode(errors="replace").decode().split())
     return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def apart(names: Sequence[str], most: int = 20) -> list[str]:
+    """Names as labels, of which no two are the same: those that would be keep their ends, or get their numbers."""
+    labels = [short(name, most) for name in names]
+    ends = ["…" + short(name, len(name))[1 - most :] for name in names]
+    for made in (ends, [f"{i}: {short(name, most - 4)}" for i, name in enumerate(names)]):
+        labels = [own if labels.count(own) == 1 else made[i] for i, own in enumerate(labels)]
+    return labels
 
 
 @dataclass(frozen=True)

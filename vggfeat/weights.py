@@ -210,7 +210,9 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
         except WeightsError as error:  # not to be had, or not what was published
             other = arch is not None and parse(arch).name != "vgg19"
             loaded = load("random" if other else "bundled", arch)
-            return replace(loaded, label=f"{loaded.label} ({str(error).split(';')[0]})")
+            # no paths of this machine: labels are stored in pictures; `vggfeat weights fetch` tells the whole story
+            why = "cannot be had" if isinstance(error, WeightsUnavailableError) else "are damaged"
+            return replace(loaded, label=f"{loaded.label} (imagenet weights for {parse(arch or 'vgg16').name} {why})")
     if weights == "bundled":
         return _read_state(read(BUNDLED), arch, IMAGENET, "bundled", file_key(BUNDLED))
     if weights == "random":
@@ -255,6 +257,8 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
         hint = "" if path.suffix or len(path.parts) > 1 else f"; as a name: {nearest(text, NAMES)}"
         raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}")
     if path.is_dir():
+        if any((path / "checkpoints").glob("step-*.pt")):
+            raise WeightsError(f"the run in {path} has not ended: go on with --resume, or name one of its checkpoints")
         raise WeightsError(f"{path} is a folder without weights.safetensors: give a .pth, .safetensors or .h5 file")
     published = {p.filename: p for group in SETS.values() for p in group.values()}.get(path.name)
     if published:

@@ -137,10 +137,16 @@ def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: 
 @click.option(
     "--layers",
     type=Values(str),
-    help="Between commas.  [default: the last convolution of each block and pool5, as far as the weights reach]",
+    help="Between commas.  [default: the last convolution of blocks 1 to 4, and pool5, as far as the weights reach]",
 )
 @click.option("--weights", default="auto", show_default=True, help="What to measure the effective fields with.")
-@click.option("--samples", type=int, default=4, show_default=True, help="Noise images to average over; 0 for none.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Noise images to average over; 0 for none.",
+)
 @overwrite_option
 def fields(
     image: str,

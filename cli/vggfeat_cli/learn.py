@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(), help="Folder of the run.  [default: ARCH-RECIPE]")
 @click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
 @click.option("--plot", type=click.Path(), help="Draw loss and accuracy: PNG, PDF or SVG.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing plot.")
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @settings(TrainConfig, CHOICES, defaults=False)
@@ -46,14 +47,15 @@ def train(
     output: str | None,
     resume: bool,
     plot: str | None,
+    overwrite: bool,
     as_json: bool,
     quiet: bool,
     **values: Any,
 ) -> int:
     """Train a classifier on DATA: CIFAR's folder or .tar.gz, a folder of class folders, or a zip of one.
 
-    Ctrl-C saves a checkpoint; --resume goes on from the newest one. In several processes: torchrun --nproc-per-node 2
-    -m vggfeat.training DATA …
+    Ctrl-C saves a checkpoint; the same command with --resume goes on from the newest one. In several processes:
+    torchrun --nproc-per-node 2 -m vggfeat.training DATA …
     """
     keep_memory()
     config = recipe(name, **{key: value for key, value in values.items() if value is not None})
@@ -63,7 +65,7 @@ def train(
     if resume and output is None:
         raise vggfeat.InputError("--resume needs the run's folder: name it with --output")
     if first:
-        check_outputs(None, plot, overwrite=resume)
+        check_outputs(None, plot, overwrite=overwrite or resume)  # of a run that goes on, the plot may be there
     folder = (
         Path(output) if output else free_name(Path(f"{config.arch or Path(config.weights or 'vgg16_bn').stem}-{name}"))
     )
@@ -87,8 +89,10 @@ def train(
     if plot is not None and result.history:
         from vggfeat.plots import plot_training
 
-        target = Path(plot) if resume else free_name(Path(plot))  # what has come to be there meanwhile stays
-        plot_training({result.net.arch.name: result.history}, target, overwrite=resume)
+        target = Path(plot) if overwrite else free_name(Path(plot))  # what has come to be there meanwhile stays
+        plot_training({result.net.arch.name: result.history}, target, overwrite=overwrite)
+        if target != Path(plot):
+            click.echo(f"{plot} was there already: the plot is {target}", err=True)
     last = result.history[-1] if result.history else None
     if as_json:
         summary = {

@@ -11,7 +11,9 @@ from vggfeat_cli import analyse, learn, pictures
 from vggfeat_cli.run import FAILED, finish
 
 
-@click.group("vggfeat", no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "vggfeat", no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
 @click.version_option(vggfeat.__version__)
 def command() -> None:
     """See what VGG is, train it, and look after its weights."""
@@ -54,6 +56,7 @@ def fetch(name: str, arch: str) -> None:
 @click.argument("files", nargs=-1, type=click.Path())
 def verify(files: tuple[str, ...]) -> int:
     """Check FILES, or every published file on this machine, against the published and recorded sha256."""
+    from vggfeat.fetch import recorded
     from vggfeat.fetch import verify as check
     from vggfeat.weights import SETS, folders
 
@@ -68,7 +71,9 @@ def verify(files: tuple[str, ...]) -> int:
     bad = 0
     for path in paths:
         try:
-            click.echo(f"{check(path, known.get(path.name, ''), record=path.name in known)}  {path}")
+            digest = check(path, known.get(path.name, ""), record=path.name in known)
+            unknown = path.name not in known and not recorded(path)
+            click.echo(f"{digest}  {path}{'  (nothing is published or recorded to compare it with)' * unknown}")
         except (OSError, vggfeat.WeightsError) as error:
             bad += 1
             click.echo(f"vggfeat: {error}", err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +24,9 @@ UNFORESEEN = (MemoryError, OSError, OverflowError, RuntimeError, ValueError)
 def finish(command: click.Command) -> None:
     """Run a command and exit: 0, or one line on stderr and 2 for bad input, 1 for a failure, 130 after Ctrl-C."""
     name = command.name or "vggfeat"
+    for closed in ("stdout", "stderr"):
+        if getattr(sys, closed) is None:  # closed by whoever started the command: nobody reads it
+            setattr(sys, closed, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")  # × and → are not in every code page

@@ -191,7 +191,7 @@ class Description(Report):
         mb: Callable[[int], str] = lambda value: mega(value, 3) if value else ""  # noqa: E731
         layers = Table(
             f"{self.label}: {self.arch.num_classes if self.arch.head else 'no'} classes, one image of "
-            f"{self.width}×{self.height}, float32",
+            f"3×{self.height}×{self.width}, float32",
             [
                 Column("name", "layer", left=True),
                 Column("shape", "output", left=True),

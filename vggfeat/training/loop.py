@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from vggfeat import checkpoint
 from vggfeat.arch import Arch, parse, unit_of
 from vggfeat.errors import InputError, RunError, WeightsError, first_line
-from vggfeat.files import TEMPORARY, new_file
+from vggfeat.files import TEMPORARY, locked, new_file
 from vggfeat.network import VGG
 from vggfeat.processor import emulates
 from vggfeat.settings import changed
@@ -164,25 +164,28 @@ def train(
     config, folder = config or TrainConfig(), Path(folder)
     with joined(config.device) as world, _repeatable(config, world):
         says = announce if announce is not None and world.first else _silent
-        agreed(lambda: _check(folder, resume), world)
+        agreed(lambda: _check(folder, config, resume), world)
         images, test_images = load(data, test, resize=config.resize, bad_images=config.bad_images)
+        if len(images.classes) < 2:
+            raise InputError(f"{images.label} has one class, {images.classes[0]}: there is nothing to tell apart")
         if test_images is None and config.holdout:
             images, test_images = parted(images, config.holdout, config.seed)
         run = _Run(config, images, test_images, world, folder, callback if world.first else None, says)
-        state, damaged = agreed(lambda: _begin(folder, config, images, resume), world)
-        for text in run.summary(damaged):
-            says(text)
-        if state is not None:
-            run.load(state)
-            says(f"going on after {run.done} of {config.epochs * run.batches.steps} steps")
-        return run.finish(damaged)
+        with ExitStack() as alone:
+            state, damaged = agreed(lambda: _begin(folder, config, images, resume, alone), world)
+            for text in run.summary(damaged):
+                says(text)
+            if state is not None:
+                run.load(state)
+                says(f"going on after {run.done} of {config.epochs * run.batches.steps} steps")
+            return run.finish(damaged)
 
 
 def _silent(text: str) -> None:
     pass
 
 
-def _check(folder: Path, resume: bool) -> None:
+def _check(folder: Path, config: TrainConfig, resume: bool) -> None:
     """Make sure that nothing in the folder will be lost: a run is gone on with, and only what is empty is filled."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -192,21 +195,34 @@ def _check(folder: Path, resume: bool) -> None:
     rest = {each.name for each in folder.iterdir() if not each.match(TEMPORARY)} - begun if folder.is_dir() else {""}
     if rest and not any((folder / "checkpoints").glob("step-*.pt")):
         raise InputError(f"{folder} has no checkpoint to go on from: choose another folder")
+    if before := _config_of(folder / "config.json"):  # before anything is said of settings that are not the run's
+        _compare(folder, before, config)
+
+
+def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
+    free = ("device", "workers", "save_every", "compile", "bad_images")
+    before = {key: tuple(value) if isinstance(value, list) else value for key, value in before.items()}
+    if said := changed(before, config.to_dict(), free):
+        raise InputError(f"the run in {folder} has other settings, which have to be given again: {said}")
 
 
 def _begin(
-    folder: Path, config: TrainConfig, images: ImageSet, resume: bool
+    folder: Path, config: TrainConfig, images: ImageSet, resume: bool, alone: ExitStack
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Make the run's folder, or find where the run in it is."""
+    """Make the run's folder, or find where the run in it is; no other process trains there while `alone` is open."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        alone.enter_context(locked(folder))
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    _check(folder, config, resume)  # what was made there meanwhile
     state, damaged = checkpoint.newest(folder / "checkpoints", NEEDED) if resume else (None, [])
     if resume and damaged and state is None:
         raise InputError(f"no checkpoint in {folder} is whole: {'; '.join(damaged)}")
-    if resume and state is None and (folder / "config.json").exists() and not _is_ours(folder / "config.json"):
+    if resume and state is None and (folder / "config.json").exists() and not _config_of(folder / "config.json"):
         raise InputError(f"{folder / 'config.json'} is not of a run of vggfeat's: choose another folder")
     if state is not None:
-        free = ("device", "workers", "save_every", "compile", "bad_images")
-        if said := changed(state["config"], config.to_dict(), free):
-            raise InputError(f"the run in {folder} has other settings: {said}")
+        _compare(folder, state["config"], config)
         if (state["classes"], state["images"]) != (images.classes, len(images)):
             raise InputError(
                 f"the run in {folder} was on {state['images']} images of {len(state['classes'])} classes, "
@@ -219,7 +235,6 @@ def _begin(
     else:
         text = json.dumps({"classes": images.classes, "data": images.label} | config.to_dict(), indent=2)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             with new_file(folder / "config.json", overwrite=True) as file:
                 file.write((text + "\n").encode())
         except OSError as error:
@@ -227,11 +242,13 @@ def _begin(
     return state, damaged
 
 
-def _is_ours(path: Path) -> bool:
+def _config_of(path: Path) -> dict[str, Any]:
+    """What a run wrote of its settings; empty where there is nothing, or it was somebody else."""
     try:
-        return bool({"classes", "data", "optimizer", "seed"} <= json.loads(path.read_text()).keys())
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found if {"classes", "data", "optimizer", "seed"} <= found.keys() else {}
     except (OSError, ValueError, AttributeError):
-        return False
+        return {}
 
 
 @contextmanager

@@ -200,7 +200,12 @@ def colored(values: Tensor, colors: str) -> Tensor:
 
 
 def overlay(image: Tensor, heat: Tensor, colors: str = "turbo") -> Tensor:
-    """Heat (H,W) in [0,1] over the greyed image (1,3,H,W), the stronger the more opaque: (1,3,H,W)."""
+    """Heat (H,W) in [0,1] over the greyed image (1,3,H,W), the stronger the more opaque: (1,3,H,W).
+
+    In grey, which would not show over grey, the image is lit where the heat is.
+    """
+    if colors == "grey":
+        return image * (0.15 + 0.85 * heat.clamp(0, 1).sqrt())
     grey = image.mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.7 + 0.15
     opacity = 0.75 * heat.clamp(0, 1).sqrt()
     return torch.lerp(grey, colored(heat[None], colors), opacity)
