@@ -444,8 +444,10 @@ def test_recipes_say_what_chapter_and_paper_say():
 
 
 def test_steps_are_shorter_without_batch_normalisation():
-    fast = {arch: vggfeat.recipe("fast", arch=arch).lr for arch in (None, "vgg16_bn", "vgg16", "A-LRN")}
-    assert fast[None] == fast["vgg16_bn"] > fast["vgg16"] == fast["A-LRN"]
+    archs = (None, "vgg16_bn", "A-LRN", "vgg11", "vgg13", "vgg16", "vgg19")
+    fast = {arch: vggfeat.recipe("fast", arch=arch).lr for arch in archs}
+    assert fast[None] == fast["vgg16_bn"] > fast["vgg11"] == fast["A-LRN"] == 0.02
+    assert fast["vgg11"] > fast["vgg13"] > fast["vgg16"] == 0.0076 > fast["vgg19"] == 0.005  # as 1 / layers²
     assert vggfeat.recipe("fast", arch="vgg16", lr=0.3).lr == 0.3
     assert vggfeat.recipe("paper", arch="vgg16").lr == vggfeat.recipe("paper", arch="vgg16_bn").lr
 

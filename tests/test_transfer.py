@@ -1016,9 +1016,11 @@ def test_ctrl_c_brings_the_checkpoint_up_to_date(config, pair, tmp_path):
     assert result.image.tobytes() == stylize(*pair, settings).image.tobytes()
 
 
-def test_a_checkpoint_is_of_one_run(config, pair, tmp_path, monkeypatch):
+def test_a_checkpoint_is_of_one_run(config, state, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(stylize_module, "KEEP_EVERY", 0.0)
-    path, settings = tmp_path / "run.pt", config(steps=3)
+    own = tmp_path / "w.safetensors"
+    save_file(state, own)
+    path, settings = tmp_path / "run.pt", config(steps=3, weights=str(own))
     stylize(*pair, settings, checkpoint=path)
     before = path.read_bytes()
     for images, changed, match in (
@@ -1028,6 +1030,10 @@ def test_a_checkpoint_is_of_one_run(config, pair, tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=match):
             stylize(*images, dataclasses.replace(settings, **changed), checkpoint=path)
+    save_file({key: value * 1.01 for key, value in state.items()}, own)  # a file that is another by now
+    with pytest.raises(InputError, match="is of other weights: name another file"):
+        stylize(*pair, settings, checkpoint=path)
+    save_file(state, own)
     assert path.read_bytes() == before
     for content in (b"", b"mine", before[: len(before) // 2], before.replace(b"config", b"konfig")):
         path.write_bytes(content)

@@ -418,7 +418,7 @@ class _Run:
         """What another run would differ in."""
         pictures = [self.content, *self.styles, *([self.begun] if isinstance(self.begun, Image.Image) else [])]
         digests = [hashlib.sha256(repr(each.size).encode() + each.tobytes()).hexdigest() for each in pictures]
-        return {"config": self.config.to_dict(), "weights": self.features.weights, "pictures": digests}
+        return {"config": self.config.to_dict(), "weights": self.features.checksum(), "pictures": digests}
 
     def _state(self, scale: _Scale) -> dict[str, Any]:
         return scale.state_dict() | {
