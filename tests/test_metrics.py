@@ -90,6 +90,8 @@ def test_maps_have_the_distance_as_their_mean(weights, pair):
     found = vggfeat.visualize.distance(pair[0][:1], pair[1][:1], lpips=True, weights=weights)
     assert found.total == pytest.approx(float(metric(*pair)[0]), rel=1e-4) and list(found.layers) == LAYERS
     assert found.sheet.settings["lpips"] and found.sheet.settings["arch"] == "vgg16"
+    with pytest.raises(vggfeat.WeightsUnavailableError, match="imagenet weights for vgg16 cannot be had"):
+        vggfeat.visualize.distance(pair[0][:1], pair[1][:1], lpips=True, weights="auto")  # and no random number
     with pytest.raises(vggfeat.InputError, match="LPIPS has layers of its own"):
         vggfeat.visualize.distance(pair[0][:1], pair[1][:1], ["relu1_1"], lpips=True, weights=weights)
 

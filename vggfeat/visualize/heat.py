@@ -19,7 +19,7 @@ from vggfeat.metrics import LPIPS
 from vggfeat.network import VGG, evaluating, of_weights
 from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, overlay, spread
-from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, facts_of, load
+from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, facts_of, load, resolved
 
 __all__ = ["Cam", "Distance", "cam", "distance"]
 
@@ -86,6 +86,8 @@ def distance(
     if first.shape != second.shape:
         (h, w), (k, v) = first.shape[2:], second.shape[2:]
         raise InputError(f"the images differ in size, {w}×{h} and {v}×{k}: scale or crop one of them first")
+    if lpips and resolved(weights) == "auto":  # which may end in random weights, whose number would pass for LPIPS
+        weights = "imagenet"
     loaded = load(weights, "vgg16" if lpips and arch is None else arch)
     if layers is None:
         relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
