@@ -9,7 +9,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _context = multiprocessing.get_context(_METHOD)
 _context.set_forkserver_preload(["torch._dynamo", "vggfeat_cli.learn", "vggfeat.training.loop", "vggfeat.losses"])

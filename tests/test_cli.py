@@ -333,16 +333,22 @@ def test_a_picture_that_cannot_be_saved_is_rescued(vggstyle, folder, tmp_path, m
     assert trouble == "folder gone" or Path("out/new.jpg").read_bytes() == b"precious"
 
 
-def test_ctrl_c_saves_and_says_so(vggstyle, folder, monkeypatch, real_signals):
+def told_in_third_step(monkeypatch, number):
+    """Have the signal come while the objective is evaluated for the third time; the evaluations so far."""
     value_and_grad, calls = Objective.value_and_grad, []
 
     def interrupted(self, image):
         calls.append(image)
         if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return value_and_grad(self, image)
 
     monkeypatch.setattr(Objective, "value_and_grad", interrupted)
+    return calls
+
+
+def test_ctrl_c_saves_and_says_so(vggstyle, folder, monkeypatch, real_signals):
+    told_in_third_step(monkeypatch, signal.SIGINT)
     code, out, err = vggstyle(*PAIR, "--json", "--quiet")
     summary = json.loads(out)
     assert (code, summary["interrupted"], summary["steps"]) == (130, True, 2)
@@ -392,16 +398,8 @@ def test_to_be_told_to_end_again_costs_nothing(vggstyle, folder, monkeypatch, re
 
 
 def test_a_run_goes_on_from_its_checkpoint(vggstyle, folder, monkeypatch, real_signals):
-    value_and_grad, calls = Objective.value_and_grad, []
-
-    def interrupted(self, image):
-        calls.append(image)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return value_and_grad(self, image)
-
     whole = vggstyle(*PAIR, "-o", "whole.png", "--quiet")
-    monkeypatch.setattr(Objective, "value_and_grad", interrupted)
+    calls = told_in_third_step(monkeypatch, signal.SIGTERM)
     code, _, err = vggstyle(*PAIR, "--checkpoint", "run.pt")
     assert code == 130 and err.splitlines()[-1].endswith("; the same command goes on from run.pt")
     code, out, err = vggstyle(*PAIR, "--checkpoint", "run.pt")

@@ -68,7 +68,8 @@ class LPIPS(PerceptualLoss):
             repeat_grey=repeat_grey,
             keep=keep,
         )
-        self._worths = worth  # by layer, what a channel's squared difference is worth
+        # by layer, of each channel, such that the mean over channels is the sum that the paper has
+        self._worths = {name: tuple(len(values) * value for value in values) for name, values in worth.items()}
         arch = self.features.arch
         if any(arch.layer(name).channels != len(values) for name, values in worth.items()):
             raise InputError(f"LPIPS is made for VGG-16 at full width, got {arch.name} with {arch.channels} channels")
@@ -84,6 +85,4 @@ class LPIPS(PerceptualLoss):
         return {name: self._values(name, ours[name], theirs[name]).mean(1) for name in ours}
 
     def _worth(self, name: str, like: Tensor) -> Tensor | None:
-        """Of each channel, (C,1,1), such that the mean over channels is the sum that the paper has."""
-        values = self._worths[name]
-        return per_channel(values, like) * len(values)
+        return per_channel(self._worths[name], like)

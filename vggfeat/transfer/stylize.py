@@ -231,7 +231,7 @@ class _Scale:
         """All of it as tensors and plain values, which later steps leave alone."""
         return vars(self) | {"optimizer": self.optimizer.state_dict()}
 
-    def go_on(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("image", "begun", "best", "restarts", "forgiven"):
@@ -269,6 +269,7 @@ class _Run:
         self.memory = free_memory(device)
         self.objective: Objective | None = None
         self.checkpoint: Path | None = None
+        self.identity: dict[str, Any] = {}  # what another run would differ in
         self.kept = time.monotonic()  # when it was written
         self.state: dict[str, Any] = {}  # after the last step that was complete
         self.before: dict[str, Any] = {}  # what is gone on from
@@ -327,7 +328,7 @@ class _Run:
                 self.objective = self._objective(width, height, before.get("side", self.config.tile))
                 scale = _Scale(number, self.image, self._optimizer(number, self.objective), self.objective.side)
                 if before:
-                    scale.go_on(_to(before, self.device))
+                    scale.load_state_dict(_to(before, self.device))
                 self._improve(scale, self.objective)
         except (MemoryError, RuntimeError) as error:
             if number == 1 or not _lacks_memory(error):
@@ -398,17 +399,18 @@ class _Run:
     def keep_in(self, path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
         """Keep the run in a file from here on, and go on from what is in it."""
         self.checkpoint = check_path(path, overwrite=True, inputs=inputs)
+        self.identity = self._identity()
         if not self.checkpoint.exists():
             return
         try:
-            found = checkpoints.read(self.checkpoint, self._identity().keys() | {"picture", "optimizer"})
+            found = checkpoints.read(self.checkpoint, self.identity.keys() | {"picture", "optimizer"})
         except Exception as error:
             raise InputError(
                 f"{path} is no checkpoint of a style transfer, or damaged ({first_line(error)}): name another file"
             ) from error
         if said := changed(found["config"], self.config.to_dict(), ("device",)):
             raise InputError(f"the run in {path} has other settings: {said}")
-        if odd := [what for what, value in self._identity().items() if what != "config" and found[what] != value]:
+        if odd := [what for what, value in self.identity.items() if what != "config" and found[what] != value]:
             raise InputError(f"the run in {path} is of other {' and '.join(odd)}: name another file to begin anew")
         self.before, self.history, self.done = found, found["history"], found["done"]
         self.image = found["picture"].to(self.device)
@@ -435,7 +437,7 @@ class _Run:
         self.kept = time.monotonic()
         try:
             history = self.history[: self.state["told"]]
-            checkpoints.write(self.checkpoint, self._identity() | self.state | {"history": history})
+            checkpoints.write(self.checkpoint, self.identity | self.state | {"history": history})
         except OSError as error:
             warnings.warn(f"cannot write checkpoint {self.checkpoint}: {error.strerror}", stacklevel=2)
 

@@ -98,7 +98,8 @@ def distance(
         if lpips:
             maps = {name: each[0] for name, each in LPIPS(weights=loaded).maps(first, second).items()}
         else:
-            ours, theirs = (VGGFeatures(layers, weights=loaded)(image) for image in (first, second))
+            features = VGGFeatures(layers, weights=loaded)
+            ours, theirs = features(first), features(second)
             maps = {name: mse(unit_normalize(ours[name]), unit_normalize(theirs[name])).sum(1)[0] for name in ours}
     values = {name: float(each.mean()) for name, each in maps.items()}
     full = (first.shape[2], first.shape[3])
