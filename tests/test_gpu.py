@@ -153,7 +153,7 @@ def test_the_trunk_waits_for_nothing(fake, keep, precision, pooling):
     with Strict(), torch.no_grad():
         found = autograd_module.trunk_forward(x, filters, plan.code, keep)
         count = len(plan.names)
-        again = [found[i] for i in walk.reread(plan, keep)]
+        again = [found[i] for i in walk.reread(plan, keep, x.device)]
         gradient = autograd_module.trunk_backward(
             [tap.clone() for tap in found[:count]],
             range(count),

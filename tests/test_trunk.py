@@ -15,7 +15,7 @@ from vggfeat import vgg16
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError
 from vggfeat.features import VGGFeatures
-from vggfeat.trunk import Plan, Trunk, bits, direct, layers, operators, plain, run, walk
+from vggfeat.trunk import Plan, Trunk, bits, direct, layers, operators, plain, run, strips, walk
 from vggfeat.trunk.bits import pack, unpack
 from vggfeat.weights import load
 
@@ -604,6 +604,83 @@ def test_in_bands_as_in_one_piece(monkeypatch, dtype, height):
     assert torch.equal(back, torch.autograd.grad(torch.nn.functional.max_pool2d(leaf, 2), leaf, alive)[0])
 
 
+# ── the first block strip by strip ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def thin(monkeypatch):
+    """Strips of 8 rows for maps of 8 channels and 22 columns."""
+    monkeypatch.setattr(strips, "VALUES", 8 * 8 * 22)
+
+
+@pytest.mark.parametrize("keep", (*KEEPS, "taps"))
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("arch", ["vgg16", "vgg19_bn", "A-LRN"])
+@pytest.mark.parametrize("height", [16, 33, 37])
+def test_by_strips(thin, trunks, arch, pooling, padding, keep, height):
+    """Taps and gradients of strips of one image and another, with and without taps in the block, against plain."""
+    trunk = trunks(ARCHS[arch])
+    every = names_of(trunk.arch, blocks=2)
+    choice = random.Random(f"{arch} {pooling} {padding} {keep} {height}")
+    for names in (every[-1:], choice.sample(every[:-1], 3) + every[-1:]):
+        plan = Plan(trunk.arch, tuple(names), pooling, padding)
+        cuts = [strip.rows for strip in strips.strips(plan, 2, height, 22)]
+        assert cuts[: len(cuts) // 2] == cuts[len(cuts) // 2 :] and len(cuts) >= 4
+        if keep == "taps":
+            walk_there_and_back(trunk, plan, images(2, 3, height, 22))
+        else:
+            compare(trunk, names, pooling, padding, keep, shape=(2, 3, height, 22), seed=choice.randrange(99))
+
+
+def walk_there_and_back(trunk, plan, x):
+    """Taps and gradient without autograd, against the reference in float64; every tap gets a gradient."""
+    leaf = x.clone().requires_grad_()
+    theirs = reference(leaf, trunk.state, trunk.arch, plan.ran, plan.pooling, plan.padding)
+    grads = [images(*tap.shape, seed=i) for i, tap in enumerate(theirs)]
+    slopes = dict(zip(plan.ran, grads, strict=True))
+    with torch.no_grad():
+        taps, back = walk.there_and_back(x, trunk.filters(plan, x.device, x.dtype), plan, keep="taps")
+        for name, other in zip(plan.ran, theirs, strict=True):
+            torch.testing.assert_close(taps[name], other, rtol=1e-9, atol=1e-10)
+        found = back(lambda name, tap: slopes[name])
+    (expected,) = torch.autograd.grad(theirs, leaf, grads)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_no_map_of_the_first_block_is_ever_whole(thin, trunks, monkeypatch, keep):
+    arch = ARCHS["vgg16"]
+    plan = Plan(arch, ("relu3_1",))
+    x = images(3, 3, 64, 22).requires_grad_()
+    rows = []
+    real = direct.convolve
+
+    def spy(x, weight, *args, **kw):
+        if 8 in weight.shape[:2] and 16 not in weight.shape[:2]:  # conv1_1 and conv1_2
+            rows.append(x.shape[2])
+        return real(x, weight, *args, **kw)
+
+    monkeypatch.setattr(direct, "convolve", spy)
+    (tap,) = run(x, trunks(arch).filters(plan, x.device, x.dtype), plan, keep=keep)
+    assert len(rows) == 2 * 3 * 8 and max(rows) <= 8 + 4
+    rows.clear()
+    tap.sum().backward()
+    assert len(rows) == 2 * 3 * 8 and max(rows) <= 8 + 4
+
+
+def test_strips_cover_every_row_once(monkeypatch):
+    for height, width, count, values in itertools.product(
+        (2, 15, 16, 100, 1000), (1, 64), (1, 5), (1, 1 << 10, 1 << 16)
+    ):
+        monkeypatch.setattr(strips, "VALUES", values)
+        seen = torch.zeros(count, height)
+        for strip in strips.strips(Plan(Arch(unit=8, head=None), ("relu2_1",)), count, height, width):
+            assert strip.rows.start % 2 == 0 and strip.rows.stop - strip.rows.start >= min(2, height)
+            seen[strip.which, strip.rows] += 1
+        assert torch.equal(seen, torch.ones_like(seen))
+
+
 # ── plans ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -666,7 +743,7 @@ def test_opcheck(trunks, arch, names, pooling, padding, keep):
         torch.library.opcheck(operators.trunk_forward, (x, filters, plan.code, keep), test_utils=tests)
         found = operators.trunk_forward(x, filters, plan.code, keep)
         taps, kept = found[: len(names)], found[len(names) :]
-        again = [taps[i] for i in walk.reread(plan, keep)]
+        again = [taps[i] for i in walk.reread(plan, keep, x.device)]
         present = list(range(len(names)))
         args = (taps, present, again, kept, filters, list(x.shape), plan.code, keep)
         torch.library.opcheck(operators.trunk_backward, args, test_utils=tests)

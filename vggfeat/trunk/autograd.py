@@ -29,7 +29,7 @@ def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits")
     if forward_ad._current_level >= 0:  # forward-mode derivatives want ordinary operations
         found: Sequence[Tensor] = plain(x, filters, plan)
     elif torch.is_grad_enabled() and x.requires_grad:
-        found = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep), *filters)
+        found = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep, x.device), *filters)
     else:
         found = trunk_forward(x, filters, plan.code, "none")
     return [found[i] for i in plan.order]

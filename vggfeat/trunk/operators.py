@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vggfeat.trunk.bits import bytes_of
 from vggfeat.trunk.plan import Plan
-from vggfeat.trunk.walk import backward, forward, kept_of, reads_relu, reread
+from vggfeat.trunk.step import kept_of
+from vggfeat.trunk.walk import backward, forward, reread
 
 __all__ = ["trunk_backward", "trunk_forward"]
 
@@ -47,7 +48,7 @@ def trunk_backward(
     """
     plan = Plan.decode(code)
     incoming = dict(zip(present, grads, strict=True))
-    again = dict(zip(reread(plan, keep), taps, strict=True))
+    again = dict(zip(reread(plan, keep, filters[0].device), taps, strict=True))
     found = backward(incoming.get, again, list(kept), filters, (shape[2], shape[3]), plan, keep)
     return grads[0].new_zeros(tuple(shape)) if found is None else found
 
@@ -68,23 +69,21 @@ def _(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor
     def like(c: int, h: int, w: int, dtype: torch.dtype = filters[0].dtype) -> Tensor:
         return torch.empty((x.shape[0], c, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
-    for stage, (h, w) in zip(plan.stages, plan.sizes(*x.shape[2:]), strict=True):
+    for number, (stage, (h, w)) in enumerate(zip(plan.stages, plan.sizes(*x.shape[2:]), strict=True)):
         c = plan.arch.layer(stage.conv).channels
-        wants = kept_of(stage, plan.pooling) if keep != "none" else ""
-        taps += [like(c, h, w) for kind in stage.taps if kind != "pool"]
-        if reads_relu(stage, plan.pooling, keep):
-            kept += [like(c, h, w)] if "relu" not in stage.taps else []
-        elif "sign" in wants:
+        wants = kept_of(plan, number, keep, x.device)
+        small = (c, h // 2, w // 2)
+        taps += [like(*small) if kind == "pool" else like(c, h, w) for kind in stage.taps]
+        if "relu" in wants and "relu" not in stage.taps:
+            kept.append(like(c, h, w))
+        if "sign" in wants:
             kept.append(_fake_pack((x.shape[0], c, h, w), x))
-        if "pool" in stage.steps:
-            small = (c, h // 2, w // 2)
-            if "route" in wants:
-                if keep != "values":
-                    kept.append(_fake_pack((x.shape[0], *small), x, (3,)))
-                else:
-                    kept += [like(*small, dtype=torch.int64 if x.device.type == "cpu" else torch.uint8)]
-                    kept += [like(*small)] if "pool" not in stage.taps else []
-            taps += [like(*small)] if "pool" in stage.taps else []
+        if "route" in wants and "pool" not in wants:
+            kept.append(_fake_pack((x.shape[0], *small), x, (3,)))
+        elif "route" in wants:
+            kept.append(like(*small, dtype=torch.int64 if x.device.type == "cpu" else torch.uint8))
+        if "pool" in wants and "pool" not in stage.taps:
+            kept.append(like(*small))
     return taps + kept
 
 

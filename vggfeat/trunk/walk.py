@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from vggfeat.trunk import layers
-from vggfeat.trunk.bits import bands, pack, unpack
-from vggfeat.trunk.plan import Plan, Stage
+from vggfeat.trunk.plan import Plan
+from vggfeat.trunk.step import Flow, Named, Step, cut, kept_of, steps
+from vggfeat.trunk.strips import Rows, Strip, inside, length, stages_in_strips, strips
 
-__all__ = ["Slope", "SlopeAt", "backward", "forward", "kept_of", "reads_relu", "reread", "there_and_back"]
+__all__ = ["Slope", "SlopeAt", "backward", "forward", "reread", "there_and_back"]
 
 SlopeAt = Callable[[int], Tensor | None]  # the gradient with respect to a tap, by its position; None where it is 0
 Slope = Callable[[str, Tensor], Tensor]  # the same by the tap's name and value
 
 
-# ── forward ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def kept_of(stage: Stage, pooling: str) -> str:
-    """What the backward of a stage needs.
-
-    "sign" of the ReLU, "route" of the gradient through a max pool, "sign route" for both, or the "values" that came out
-    of the ReLU. A ReLU right before a max pool needs no sign unless it was tapped: the winners' own say enough.
-    """
-    if "relu" not in stage.steps:
-        return ""
-    if "lrn" in stage.steps:
-        return "values route" if "pool" in stage.steps and pooling == "max" else "values"
-    if "pool" not in stage.steps or pooling == "average":
-        return "sign"
-    if pooling == "l2":
-        return "values"
-    return "sign route" if "relu" in stage.taps else "route"
-
-
-def reread(plan: Plan, keep: str) -> tuple[int, ...]:
+def reread(plan: Plan, keep: str, device: torch.device) -> tuple[int, ...]:
     """Positions, shallow to deep, of the taps that the backward reads again, because keeping them twice is waste."""
-    kinds = [(stage, kind) for stage in plan.stages for kind in stage.taps]
-    return tuple(i for i, (stage, kind) in enumerate(kinds) if _rereads(stage, kind, plan.pooling, keep))
-
-
-def _rereads(stage: Stage, kind: str, pooling: str, keep: str) -> bool:
-    if kind == "relu":
-        return reads_relu(stage, pooling, keep)
-    return kind == "pool" and "route" in kept_of(stage, pooling) and keep == "values"
-
-
-def reads_relu(stage: Stage, pooling: str, keep: str) -> bool:
-    """Whether the backward reads what came out of the ReLU; if not, it makes do with what `kept_of` says as bits."""
-    wants = kept_of(stage, pooling)
-    as_it_is = keep == "values" or (keep == "taps" and "relu" in stage.taps)
-    return keep != "none" and ("values" in wants or ("sign" in wants and as_it_is))
+    kinds = [(number, kind) for number, stage in enumerate(plan.stages) for kind in stage.taps]
+    return tuple(i for i, (number, kind) in enumerate(kinds) if kind in kept_of(plan, number, keep, device))
 
 
 def forward(x: Tensor, filters: Sequence[Tensor], plan: Plan, keep: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -63,54 +32,39 @@ def forward(x: Tensor, filters: Sequence[Tensor], plan: Plan, keep: str) -> tupl
         x: normalised images (N,3,H,W), float32 for bfloat16 filters, else in the filters' type.
         filters: of `Trunk.filters` for the plan.
         plan: what to run.
-        keep: "none" keeps nothing, "values" what came out of the ReLUs, "bits" single bits instead, and "taps" bits
-            but for ReLUs that are taps: for callers that hold those anyway.
+        keep: "none" keeps nothing, "values" what came out of the ReLUs (but bits in the first block, which goes strip
+            by strip, on a CPU), "bits" single bits instead, and "taps" bits but for ReLUs that are taps: for callers
+            that hold those anyway.
     """
-    taps: list[Tensor] = []
-    kept: list[Tensor] = []
-    left = list(filters)
     sound = layers.sound(x)
     x = layers.doubled(x, filters[0]).contiguous(memory_format=torch.channels_last)
+    every, block = steps(plan, filters, keep), stages_in_strips(plan, x.device)
+    found: list[tuple[Named, Named]] = []
     with layers.no_autocast(x.device):
-        for stage in plan.stages:
-            wants = kept_of(stage, plan.pooling) if keep != "none" else ""
-            # where the value before the ReLU is a tap, the ReLU is a step of its own
-            fused = "relu" in stage.steps and not {"conv", "bn"} & set(stage.taps) and sound
-            below = layers.padded(x, stage.pad, plan.padding)
-            pad = stage.pad if plan.padding == "zeros" else 0
-            x = layers.conv(below, left[:3], pad, relu=fused)
-            del left[:3]
-            if "conv" in stage.taps:
-                if "bn" in stage.steps:
-                    taps.append(layers.conv(below, left[:3], pad))
-                    del left[:3]
-                else:
-                    taps.append(x)
-            if "bn" in stage.taps:
-                taps.append(x)
-            if "relu" in stage.steps:
-                x = x if fused else x.relu()
-                if "relu" in stage.taps:
-                    taps.append(x)
-                if reads_relu(stage, plan.pooling, keep):
-                    kept += [x] if "relu" not in stage.taps else []
-                elif "sign" in wants:
-                    kept.append(pack(x))
-            if "lrn" in stage.steps:
-                x = layers.lrn(x)
-                if "lrn" in stage.taps:
-                    taps.append(x)
-            if "pool" in stage.steps:
-                x, route = layers.pool(x, plan.pooling, keep if "route" in wants else "none")
-                kept += [] if route is None else [route]
-                if "pool" in stage.taps:
-                    taps.append(x)
-                elif "route" in wants and keep == "values":
-                    kept.append(x)
+        if block:
+            x, found = _in_strips(x, sound, plan, every[:block])
+        for step in every[block:]:
+            x, *parts = step.forward(x, sound)
+            found.append((parts[0], parts[1]))
+    taps, kept = ([value for named in each for value in named.values()] for each in zip(*found, strict=True))
     return taps, kept
 
 
-# ── backward ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _in_strips(x: Tensor, sound: bool, plan: Plan, block: Sequence[Step]) -> tuple[Tensor, list[tuple[Named, Named]]]:
+    """What comes out of the first block, and each stage's taps and what is kept besides."""
+    found: list[tuple[Named, Named]] = [({}, {}) for _ in block]
+    out: Named = {}
+    images, _, height, width = x.shape
+    for strip in strips(plan, images, height, width):
+        seen = strip.seen(1, len(block))
+        y = cut(x[strip.which], seen[0])
+        for step, below, here, whole in zip(block, seen, seen[1:], found, strict=False):
+            y, *parts = step.forward(y, sound, inside(here, below), inside(strip.rows, here))
+            for named, those in zip(whole, parts, strict=True):
+                for name, part in those.items():
+                    strip.put(named, name, part)
+        strip.put(out, "pool", y)
+    return out["pool"], found
 
 
 def backward(
@@ -125,77 +79,95 @@ def backward(
     """The gradient with respect to the normalised images, in the filters' type; None where no tap has one.
 
     Args:
-        slope: of a tap, asked for once each, deepest first, when the walk gets there.
-        again: the taps at `reread(plan, keep)`, by position. This and `kept` are emptied on the way, so that memory
-            is free as soon as it may be.
+        slope: of a tap, asked for once each, deepest first, when the walk gets there, and for all of a block that goes
+            strip by strip before it begins.
+        again: the taps at `reread`, by position. This and `kept` are emptied on the way, so that memory is free as
+            soon as it may be.
         kept: of `forward`.
         filters: as there.
         size: height and width of the images.
         plan: as there.
         keep: as there.
     """
-    left = list(filters)
+    device = filters[0].device
+    every, block = steps(plan, filters, keep), stages_in_strips(plan, device)
+    sizes = plan.sizes(*size)
     position = len(plan.names)
-    flow = _Flow()
+    flow = Flow()
+    sound: bool | None = None  # whether the first gradient to come, the deepest tap's, is made of numbers
+    held: list[tuple[Step, dict[str, Tensor | None], Named]] = []
 
-    def through(grad: Tensor | None, stage: Stage, height: int, width: int) -> Tensor | None:
-        """Back through the last convolution that is left."""
-        back = left.pop()
-        del left[-2:]
-        return (
-            None if grad is None else layers.conv_back(layers.laid(grad), back, stage.pad, plan.padding, height, width)
-        )
+    def asked(position: int) -> Tensor | None:
+        nonlocal sound
+        found = slope(position)
+        if found is not None and sound is None:
+            sound = layers.sound(found)
+        return found
 
-    with layers.no_autocast(filters[0].device):
-        for stage, (height, width) in zip(reversed(plan.stages), reversed(plan.sizes(*size)), strict=True):
-            position -= len(stage.taps)
-            at = {kind: position + i for i, kind in enumerate(stage.taps)}
-            wants = kept_of(stage, plan.pooling)
-
-            def remembered(kind: str, at: dict[str, int] = at) -> Tensor:
-                return again.pop(at[kind]) if kind in at else kept.pop()
-
-            def arriving(kind: str, at: dict[str, int] = at) -> Tensor | None:
-                return flow.seen(slope(at[kind])) if kind in at else None
-
-            pooled = remembered("pool") if "route" in wants and keep == "values" else None
-            route = kept.pop() if "pool" in stage.steps and "route" in wants else None
-            values = packed = None
-            if reads_relu(stage, plan.pooling, keep):
-                values = remembered("relu")
-            elif "sign" in wants:
-                packed = kept.pop()
-
-            if "pool" in stage.steps:
-                flow.add(arriving("pool"))
-                if flow.grad is not None:
-                    if plan.pooling == "max":
-                        assert route is not None
-                        flow.own(layers.max_pool_back(flow.grad, height, width, route, pooled))
-                    else:
-                        before = layers.lrn(values) if values is not None and "lrn" in stage.steps else values
-                        flow.own(layers.pool_back(flow.grad, height, width, plan.pooling, before))
-                route = pooled = None
-            if "lrn" in stage.steps:
-                flow.add(arriving("lrn"))
-                if flow.grad is not None:
-                    assert values is not None
-                    flow.own(layers.lrn_back(flow.grad, values))
-            flow.add(arriving("relu"))
-            if flow.grad is not None and (values is not None or packed is not None):
-                flow.mask(values, packed)
-            values = packed = None
-            flow.add(arriving("bn"))
-            if "bn" in stage.steps and "conv" in stage.taps:  # tapped beside the stream, by a convolution of its own
-                aside = through(arriving("conv"), stage, height, width)
-                flow.own(through(flow.grad, stage, height, width))
-                flow.add(aside)
-                del aside
+    with layers.no_autocast(device):
+        for number in reversed(range(len(every))):
+            step, (height, width) = every[number], sizes[number]
+            position -= len(step.stage.taps)
+            at = {kind: position + i for i, kind in enumerate(step.stage.taps)}
+            memory = {name: again.pop(at[name]) if name in at else kept.pop() for name in reversed(step.wants)}
+            if number >= block:
+                step.back(flow, functools.partial(_arriving, asked, at), memory, height, width)
             else:
-                flow.add(arriving("conv"))
-                flow.own(through(flow.grad, stage, height, width))
+                held.append((step, {kind: asked(at[kind]) for kind in reversed(at)}, memory))
+        if held:
+            flow.own(_back_in_strips(flow.grad, plan, held, size))
     # where values were NaN the signs say 0, and a bad step would pass for a good one; all of it ends in the deepest tap
-    return flow.grad if flow.grad is None or flow.sound else torch.full_like(flow.grad, torch.nan)
+    return flow.grad if flow.grad is None or sound else torch.full_like(flow.grad, torch.nan)
+
+
+def _arriving(asked: SlopeAt, at: dict[str, int], kind: str) -> Tensor | None:
+    return asked(at[kind]) if kind in at else None
+
+
+def _back_in_strips(
+    grad: Tensor | None,
+    plan: Plan,
+    block: Sequence[tuple[Step, dict[str, Tensor | None], Named]],
+    size: tuple[int, int],
+) -> Tensor | None:
+    """The first block back.
+
+    Args:
+        grad: of what came out of it.
+        plan: that it is of.
+        block: deepest first, each step, the gradients of its taps by their kinds, and what was kept of it.
+        size: height and width of the images.
+    """
+    given = next(
+        (each for each in (grad, *(value for _, taps, _ in block for value in taps.values())) if each is not None), None
+    )
+    if given is None:
+        return None
+    height, width = size
+    shape, layout = (len(given), 3, height, width), torch.channels_last
+    out = torch.empty(shape, dtype=given.dtype, device=given.device, memory_format=layout)
+    # where a border was made by reflection, its gradient goes to the row after the first
+    reach = 2 if plan.padding == "reflect" else 1
+    for strip in strips(plan, len(given), height, width):
+        *seen, here = strip.seen_back(reach, len(block))
+        flow = Flow()
+        flow.add(None if grad is None else strip.part("pool", grad, here))
+        for step, slopes, memory in block:
+            arriving = functools.partial(_arriving_part, strip, slopes, here)
+            kept = {name: strip.part(name, value, here) for name, value in memory.items()}
+            step.back(flow, arriving, kept, length(here), width)
+            below = seen.pop()
+            if flow.grad is not None:
+                flow.grad = cut(flow.grad, inside(below, here))
+            here = below
+        assert flow.grad is not None
+        out[strip.which, :, strip.rows] = flow.grad
+    return out
+
+
+def _arriving_part(strip: Strip, slopes: dict[str, Tensor | None], rows: Rows, kind: str) -> Tensor | None:
+    slope = slopes.get(kind)
+    return None if slope is None else strip.part(kind, slope, rows)
 
 
 def there_and_back(
@@ -217,7 +189,7 @@ def there_and_back(
     """
     found, kept = forward(x, filters, plan, keep)
     taps = dict(zip(plan.ran, found, strict=True))
-    again = {i: found[i] for i in reread(plan, keep)}
+    again = {i: found[i] for i in reread(plan, keep, x.device)}
     size, dtype = (x.shape[2], x.shape[3]), x.dtype
 
     def back(slope: Slope) -> Tensor:
@@ -230,47 +202,3 @@ def there_and_back(
         return grad.to(dtype)
 
     return taps, back
-
-
-class _Flow:
-    """The gradient on its way up: added to in place once it is ours, copied while it is somebody's tap gradient."""
-
-    def __init__(self) -> None:
-        self.grad: Tensor | None = None
-        self.ours = False
-        self.sound: bool | None = None  # whether the first gradient to come, the deepest tap's, is made of numbers
-
-    def seen(self, grad: Tensor | None) -> Tensor | None:
-        if grad is not None and self.sound is None:
-            self.sound = layers.sound(grad)
-        return grad
-
-    def own(self, grad: Tensor | None) -> None:
-        self.grad, self.ours = grad, grad is not None
-
-    def add(self, other: Tensor | None) -> None:
-        if other is None:
-            return
-        if self.grad is None:
-            self.grad, self.ours = layers.laid(other), False
-        elif self.ours:
-            self.grad.add_(other)
-        else:
-            self.own(self.grad + other)
-
-    def mask(self, values: Tensor | None, packed: Tensor | None) -> None:
-        """Let through only where the ReLU did."""
-        assert self.grad is not None
-        if values is not None:
-            if self.ours:
-                torch.ops.aten.threshold_backward.grad_input(self.grad, values, 0, grad_input=self.grad)
-            else:
-                self.own(torch.ops.aten.threshold_backward(self.grad, values, 0))
-            return
-        assert packed is not None
-        if not self.ours:
-            self.own(self.grad.clone())
-        for images, rows, where in bands(self.grad.shape, self.grad.device):
-            part = self.grad[images, :, rows]
-            signs = unpack(packed[images, where], part.shape).to(part.dtype)
-            torch.ops.aten.threshold_backward.grad_input(part, signs, 0, grad_input=part)

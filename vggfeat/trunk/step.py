@@ -1,0 +1,235 @@
+"""One stage, forward and back: a convolution and what follows it, on whole maps or on some of their rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vggfeat.trunk import layers
+from vggfeat.trunk.bits import bands, pack, unpack
+from vggfeat.trunk.plan import Plan, Stage
+from vggfeat.trunk.strips import Rows, length, stages_in_strips
+
+__all__ = ["Flow", "Named", "Step", "cut", "kept_of", "steps"]
+
+Named = dict[str, Tensor]  # taps of a stage by their kind, or what is kept of it by the names of `kept_of`
+
+WHOLE = slice(None)
+
+
+def kept_of(plan: Plan, number: int, keep: str, device: torch.device) -> tuple[str, ...]:
+    """What the backward of a stage needs besides the weights, in the order in which it is kept.
+
+    Some of "relu", what came out of the ReLU, "sign", the signs of that as bits, "route", who won in each window of a
+    max pool, and "pool", what won. A ReLU right before a max pool needs no sign unless it was tapped: the winners' own
+    say enough. What is tapped as well is kept as the tap.
+
+    Args:
+        plan: what is run.
+        number: of the stage.
+        keep: as for `walk.forward`.
+        device: where.
+    """
+    stage = plan.stages[number]
+    if keep == "none" or "relu" not in stage.steps:
+        return ()
+    if keep == "values" and number < stages_in_strips(plan, device):
+        keep = "taps"  # a strip's values are in the cache when they are packed; as they are, they would go to memory
+    pool = plan.pooling if "pool" in stage.steps else ""
+    tapped = "relu" in stage.taps
+    winners = (("route", "pool") if keep == "values" else ("route",)) if pool == "max" else ()
+    if "lrn" in stage.steps:
+        return ("relu", *winners)
+    if pool == "l2":
+        return ("relu",)
+    if pool == "max" and not tapped:
+        return winners
+    return ("relu" if keep == "values" or (keep == "taps" and tapped) else "sign", *winners)
+
+
+def steps(plan: Plan, filters: Sequence[Tensor], keep: str) -> list[Step]:
+    """The stages of a plan, ready to go.
+
+    Args:
+        plan: what to run.
+        filters: of `Trunk.filters` for the plan.
+        keep: as for `walk.forward`.
+    """
+    left, device = iter(filters), filters[0].device
+    return [
+        Step(
+            plan,
+            stage,
+            tuple(itertools.islice(left, 6 if "bn" in stage.steps and "conv" in stage.taps else 3)),
+            kept_of(plan, number, keep, device),
+        )
+        for number, stage in enumerate(plan.stages)
+    ]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage with all that it needs.
+
+    Attributes:
+        plan: what it is of.
+        stage: which.
+        filters: its three of `Trunk.filters`, or six where the convolution is tapped beside the stream, which runs
+            through one with the batch normalisation folded in.
+        wants: of `kept_of`.
+    """
+
+    plan: Plan
+    stage: Stage
+    filters: tuple[Tensor, ...]
+    wants: tuple[str, ...]
+
+    def forward(self, x: Tensor, sound: bool, rows: Rows = WHOLE, counted: Rows = WHOLE) -> tuple[Tensor, Named, Named]:
+        """What comes out, the taps, and what is kept besides them.
+
+        Args:
+            x: what goes in, all rows of it or some.
+            sound: whether the images are numbers all the way.
+            rows: of the convolution's output, the ones to go on with: those that have seen no cut.
+            counted: of these, the ones to hand out and to keep.
+        """
+        stage, pooling, padding = self.stage, self.plan.pooling, self.plan.padding
+        taps: Named = {}
+        kept: Named = {}
+        # where the value before the ReLU is a tap, the ReLU is a step of its own
+        fused = "relu" in stage.steps and not {"conv", "bn"} & set(stage.taps) and sound
+        below = layers.padded(x, stage.pad, padding)
+        pad = stage.pad if padding == "zeros" else 0
+        x = cut(layers.conv(below, self.filters[:3], pad, relu=fused), rows)
+        if "conv" in stage.taps:
+            aside = self.filters[3:]
+            taps["conv"] = cut(cut(layers.conv(below, aside, pad), rows) if aside else x, counted)
+        if "bn" in stage.taps:
+            taps["bn"] = cut(x, counted)
+        if "relu" in stage.steps:
+            x = x if fused else x.relu()
+            mine = cut(x, counted)
+            if "relu" in stage.taps:
+                taps["relu"] = mine
+            elif "relu" in self.wants:
+                kept["relu"] = mine
+            if "sign" in self.wants:
+                kept["sign"] = pack(mine)
+        if "lrn" in stage.steps:
+            x = layers.lrn(x)
+            if "lrn" in stage.taps:
+                taps["lrn"] = cut(x, counted)
+        if "pool" in stage.steps:  # the last stage of a strip, where all rows count
+            how = "none" if "route" not in self.wants else "values" if "pool" in self.wants else "bits"
+            x, route = layers.pool(x, pooling, how)
+            if route is not None:
+                kept["route"] = route
+            if "pool" in stage.taps:
+                taps["pool"] = x
+            elif "pool" in self.wants:
+                kept["pool"] = x
+        return x, taps, kept
+
+    def back(
+        self, flow: Flow, arriving: Callable[[str], Tensor | None], memory: Named, height: int, width: int
+    ) -> None:
+        """Takes the gradient back from what came out to what went in.
+
+        Args:
+            flow: the gradient; is changed.
+            arriving: gives the gradient with respect to a tap by its kind, if there is one; asked for once each.
+            memory: what was kept, taps among it included; is emptied.
+            height: of what went in.
+            width: likewise.
+        """
+        stage, pooling = self.stage, self.plan.pooling
+        values, signs = memory.pop("relu", None), memory.pop("sign", None)
+        route, won = memory.pop("route", None), memory.pop("pool", None)
+        if "pool" in stage.steps:
+            flow.add(arriving("pool"))
+            if flow.grad is not None:
+                if pooling == "max":
+                    assert route is not None
+                    flow.own(layers.max_pool_back(flow.grad, height, width, route, won))
+                else:
+                    before = layers.lrn(values) if values is not None and "lrn" in stage.steps else values
+                    flow.own(layers.pool_back(flow.grad, height, width, pooling, before))
+                    del before
+            route = won = None
+        if "lrn" in stage.steps:
+            flow.add(arriving("lrn"))
+            if flow.grad is not None:
+                assert values is not None
+                flow.own(layers.lrn_back(flow.grad, values))
+        flow.add(arriving("relu"))
+        if flow.grad is not None and (values is not None or signs is not None):
+            flow.mask(values, signs)
+        values = signs = None
+        flow.add(arriving("bn"))
+
+        def through(grad: Tensor | None, back: Tensor) -> Tensor | None:
+            if grad is None:
+                return None
+            return layers.conv_back(layers.laid(grad), back, stage.pad, self.plan.padding, height, width)
+
+        if self.filters[3:]:
+            aside = through(arriving("conv"), self.filters[5])
+            flow.own(through(flow.grad, self.filters[2]))
+            flow.add(aside)
+        else:
+            flow.add(arriving("conv"))
+            flow.own(through(flow.grad, self.filters[2]))
+
+
+def cut(x: Tensor, rows: Rows) -> Tensor:
+    """Some rows of a map; the map itself where that is all of them."""
+    return x if rows == WHOLE or length(rows) == x.shape[2] else x[:, :, rows]
+
+
+class Flow:
+    """The gradient on its way up: added to in place once it is ours, copied while it is somebody's tap gradient.
+
+    Attributes:
+        grad: (N,C,H,W), None as long as there is none.
+        ours: whether nobody else has it.
+    """
+
+    def __init__(self) -> None:
+        self.grad: Tensor | None = None
+        self.ours = False
+
+    def own(self, grad: Tensor | None) -> None:
+        """Go on with another one, which nobody else has."""
+        self.grad, self.ours = grad, grad is not None
+
+    def add(self, other: Tensor | None) -> None:
+        """Add what arrives from a tap, if anything does."""
+        if other is None:
+            return
+        if self.grad is None:
+            self.grad, self.ours = layers.laid(other), False
+        elif self.ours:
+            self.grad.add_(other)
+        else:
+            self.own(self.grad + other)
+
+    def mask(self, values: Tensor | None, packed: Tensor | None) -> None:
+        """Let through only where the ReLU did."""
+        assert self.grad is not None
+        if values is not None:
+            if self.ours:
+                torch.ops.aten.threshold_backward.grad_input(self.grad, values, 0, grad_input=self.grad)
+            else:
+                self.own(torch.ops.aten.threshold_backward(self.grad, values, 0))
+            return
+        assert packed is not None
+        if not self.ours:
+            self.own(self.grad.clone())
+        for images, rows, where in bands(self.grad.shape, self.grad.device):
+            part = self.grad[images, :, rows]
+            signs = unpack(packed[images, where], part.shape).to(part.dtype)
+            torch.ops.aten.threshold_backward.grad_input(part, signs, 0, grad_input=part)
