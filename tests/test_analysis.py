@@ -622,6 +622,8 @@ def test_compare_and_stacked_commands(call, tmp_path):
         ("describe", "vgg16", "--head", "huge"),
         ("describe", "vgg16", "-o", "no/where.txt"),
         ("compare", "vgg16", "resnet5000"),
+        ("compare", "vgg16", "--batch", "4"),
+        ("compare", "vgg16", "--device", "cpu"),
         ("compare", "vgg16", "vgg11", "--plot", "plot.jpg"),
         ("stacked", "0"),
         ("stacked", "many"),

@@ -385,11 +385,13 @@ def test_holdout(tmp_path, monkeypatch):
     Path(source).rename(tmp_path / "moved")
     found = vggfeat.evaluate(tmp_path / "r", tmp_path / "moved", batch_size=6)
     assert (found.images, found.confusion) == (6, result.evaluation.confusion)
+    assert found.data == found.to_dict()["data"] == f"{tmp_path / 'moved'}, what was held out"
     assert found.loss == pytest.approx(result.evaluation.loss, rel=1e-4)
     other = {name.replace("0.", "x."): content for name, content in pictures.tree(8).items()}
     assert vggfeat.evaluate(tmp_path / "r", pictures.folder(tmp_path / "other", other)).images == 24
     few = {name: content for name, content in pictures.tree(8).items() if "0." in name}
-    assert vggfeat.evaluate(tmp_path / "r", pictures.folder(tmp_path / "few", few)).images == len(few)
+    test = vggfeat.evaluate(tmp_path / "r", pictures.folder(tmp_path / "few", few))
+    assert test.images == len(few) and f"tested on {tmp_path / 'few'}" in " ".join(str(test).split())
     home = vggfeat.evaluate("~/r", tmp_path / "moved", batch_size=6)  # what the shell makes of it, where no shell does
     assert home.images == 6
     # of the set it was trained on and more, which were held out cannot be told, and most are those trained on

@@ -720,6 +720,7 @@ BAD = {
     "dream --layer relu2_1 --channel x": "expected numbers",
     "dream --class 7 --size 32": "channels 0 to 4, got 7",
     "dream --class 1 --channel 1": "not both",
+    "dream --class 1 --layer relu1_1": "give --layer or --class, not both",
     "dream --layer relu9_9": "unknown layer",
     "invert photo.png --layer relu7_1 --size 32": "unknown layer",
     "invert photo.png --size 4": "too small",

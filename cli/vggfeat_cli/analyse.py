@@ -71,7 +71,7 @@ def describe(
 @click.option("--size", type=int, help="Side of the image.  [default: what the published weights were tested at]")
 @click.option("--classes", type=int, default=1000, show_default=True, help="Outputs.")
 @click.option("--measure", is_flag=True, help="Run them: latency, throughput and peak memory on this machine.")
-@click.option("--batch", type=int, default=8, show_default=True, help="Images at a time where measured.")
+@click.option("--batch", type=int, help="Images at a time where measured.  [default: 8]")
 @click.option("--device", help="Where to measure.  [default: cuda where there is one]")
 @plot_option
 @format_option
@@ -82,7 +82,7 @@ def compare(
     size: int | None,
     classes: int,
     measure: bool,
-    batch: int,
+    batch: int | None,
     device: str | None,
     plot: str | None,
     form: str,
@@ -93,8 +93,9 @@ def compare(
 
     Without a name: vgg16, resnet50, efficientnet_b0.
     """
-    if device is not None and not measure:
-        raise vggfeat.InputError("--device says where to measure: add --measure")
+    for name, value in (("batch", batch), ("device", device)):
+        if value is not None and not measure:
+            raise vggfeat.InputError(f"--{name} says how to measure: add --measure")
     check_outputs(output, plot, overwrite)
     tell: Callable[[str], None] | None = (lambda name: click.echo(f"measuring {name}", err=True)) if measure else None
     report = vggfeat.compare(
@@ -102,7 +103,7 @@ def compare(
         num_classes=classes,
         input_size=size,
         measure=measure,
-        batch=batch,
+        batch=8 if batch is None else batch,
         device=device,
         callback=tell,
     )

@@ -126,7 +126,7 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> int
 
 
 @click.command("dream")
-@_layer("relu3_1")
+@click.option("--layer", help="Which layer.  [default: relu3_1; with --class the classifier's last]")
 @_channels
 @click.option("--class", "classes", type=_Numbers(), help="Classes instead: numbers such as 281; needs a classifier.")
 @_count(9)
@@ -150,9 +150,11 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
     Ctrl-C stops early and saves the pictures as they stand.
     """
     if classes is not None:
-        if options["channels"] is not None:
-            raise vggfeat.InputError("give --channel or --class, not both")
+        for other, field in (("--channel", "channels"), ("--layer", "layer")):
+            if options[field] is not None:
+                raise vggfeat.InputError(f"give {other} or --class, not both")
         options |= {"channels": classes, "layer": "fc8"}
+    options["layer"] = options["layer"] or "relu3_1"
     target = _target(output, f"dream-{'classes' if classes is not None else options['layer']}.png", overwrite)
     from vggfeat.visualize import dream
     from vggfeat.weights import load

@@ -76,6 +76,7 @@ class Evaluation(Report):
         confusion: for each true class, how many images were taken for each class.
         views: views of each image.
         skipped: names of images that could not be read.
+        data: what was tested on, as a person calls it.
     """
 
     images: int
@@ -86,6 +87,7 @@ class Evaluation(Report):
     confusion: list[list[int]]
     views: int
     skipped: list[str] = field(default_factory=list)
+    data: str = ""
 
     @property
     def by_class(self) -> list[float | None]:
@@ -106,6 +108,7 @@ class Evaluation(Report):
             worst = max(range(len(row)), key=wrong.__getitem__)
             rows.append((name, sum(row), share, f"{self.classes[worst]} ({wrong[worst]})" if wrong[worst] else None))
         total = [
+            *([("tested on", self.data)] if self.data else []),
             ("images", f"{self.images:,}"),
             ("views of each", str(self.views)),
             ("top-1", _percent(100 * self.top1)),
@@ -118,7 +121,7 @@ class Evaluation(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values; accuracies are shares from 0 to 1."""
-        names = ("images", "views", "top1", "top5", "loss", "classes", "by_class", "confusion", "skipped")
+        names = ("data", "images", "views", "top1", "top5", "loss", "classes", "by_class", "confusion", "skipped")
         return {name: getattr(self, name) for name in names}
 
 
@@ -197,7 +200,7 @@ def evaluate(
             f"class {i} is {data.classes[i]!r} in {data.label} and {names[i]!r} in the weights: these are other classes"
         )
     if held is not None and (rest := _held_out(data, **held)) is not None:
-        data = rest
+        data = replace(rest, label=f"{rest.label}, what was held out")
     with joined(device) as world:
         home = next(net.parameters()).device
         dtype = autocast_dtype(precision, world.device)
@@ -271,7 +274,7 @@ def tested(
         raise RunError(f"no image of {images.label} could be read")
     labels, scores = images.labels[good], scores.cpu()[good] / count
     skipped = images.skipped + [images.names[i] for i in (~good).nonzero().flatten().tolist()]
-    return _judged(labels, scores, images.classes, count, skipped)
+    return replace(_judged(labels, scores, images.classes, count, skipped), data=images.label)
 
 
 def _judged(labels: Tensor, scores: Tensor, classes: list[str], views: int, skipped: list[str]) -> Evaluation:

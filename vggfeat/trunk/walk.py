@@ -44,10 +44,12 @@ def forward(x: Tensor, filters: Sequence[Tensor], plan: Plan, keep: str) -> tupl
         if block:
             x, found = _in_strips(x, sound, plan, every[:block])
         for step in every[block:]:
-            x, *parts = step.forward(x, sound)
-            found.append((parts[0], parts[1]))
-    taps, kept = ([value for named in each for value in named.values()] for each in zip(*found, strict=True))
-    return taps, kept
+            x, taps, kept = step.forward(x, sound)
+            found.append((taps, kept))
+    return (
+        [value for taps, _ in found for value in taps.values()],
+        [value for _, kept in found for value in kept.values()],
+    )
 
 
 def _in_strips(x: Tensor, sound: bool, plan: Plan, block: Sequence[Step]) -> tuple[Tensor, list[tuple[Named, Named]]]:
