@@ -23,6 +23,7 @@ import click
 import pictures
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 from vggfeat_cli import main as vggfeat_command
@@ -494,6 +495,13 @@ def test_a_real_ctrl_c_and_the_progress_bar(folder, quick):
         picture.load()
         assert picture.size == (40, 30)
     assert len(list(folder.iterdir())) == 3
+
+
+def test_the_list_of_commands_fits_a_terminal():
+    for words, count in ([], 13), (["weights"], 3):
+        text = CliRunner().invoke(vggfeat_command.command, [*words, "--help"], env={"COLUMNS": "80"}).output
+        listed = text.partition("Commands:\n")[2].splitlines()
+        assert len(listed) == count and all(line.endswith(".") and not line.endswith("...") for line in listed)
 
 
 def test_help_answers_without_torch():

@@ -57,9 +57,9 @@ def describe(
     output: str | None,
     overwrite: bool,
 ) -> None:
-    """Show ARCH layer by layer: shapes, parameters, MACs, memory, receptive fields.
+    """Show ARCH layer by layer.
 
-    ARCH is vgg11, vgg13, vgg16, vgg19, with _bn behind or not, or a column of the paper's table: A, A-LRN, B, C, D, E.
+    Shapes, parameters, MACs, memory, receptive fields. ARCH is vgg11, vgg13, vgg16, vgg19, with _bn behind or not, or a column of the paper's table: A, A-LRN, B, C, D, E.
     """
     wanted = None if head == "none" else head
     report = vggfeat.describe(arch, num_classes=classes, input_size=size, batch=batch, head=wanted, width=width)
@@ -89,9 +89,9 @@ def compare(
     output: str | None,
     overwrite: bool,
 ) -> None:
-    """Show NETWORKS side by side: VGGs, and any classifier of torchvision.
+    """Show NETWORKS side by side.
 
-    Without a name: vgg16, resnet50, efficientnet_b0.
+    VGGs, and any classifier of torchvision. Without a name: vgg16, resnet50, efficientnet_b0.
     """
     for name, value in (("batch", batch), ("device", device)):
         if value is not None and not measure:
@@ -121,7 +121,10 @@ def compare(
 @output_option
 @overwrite_option
 def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: bool) -> None:
-    """Show why VGG stacks 3×3 convolutions: N of them, by default 3, against one (2N+1)×(2N+1)."""
+    """Show why VGG stacks 3×3 convolutions.
+
+    N of them, by default 3, against one (2N+1)×(2N+1).
+    """
     check_outputs(output, plot, overwrite)
     report = vggfeat.stacked_3x3(n)
     if plot is not None:
@@ -158,7 +161,10 @@ def fields(
     samples: int,
     overwrite: bool,
 ) -> None:
-    """Draw over IMAGE what a unit of each layer sees, and what it really depends on."""
+    """Draw over IMAGE what a unit of each layer sees.
+
+    Its receptive field, and the effective one: what it really depends on.
+    """
     from vggfeat.image import open_image
     from vggfeat.plots import check_plot, plot_receptive_fields
 

@@ -52,7 +52,9 @@ def train(
     quiet: bool,
     **values: Any,
 ) -> int:
-    """Train a classifier on DATA: CIFAR's folder or .tar.gz, a folder of class folders, or a zip of one.
+    """Train a classifier on DATA.
+
+    DATA is CIFAR's folder or .tar.gz, a folder of class folders, or a zip of one.
 
     Ctrl-C saves a checkpoint; the same command with --resume goes on from the newest one. In several processes:
     torchrun --nproc-per-node 2 -m vggfeat.training DATA …
@@ -186,7 +188,9 @@ def evaluate(
     overwrite: bool,
     **options: Any,
 ) -> None:
-    """Test WEIGHTS (a run's folder, a file, or imagenet) on DATA: accuracy, by class, and what is taken for what.
+    """Test WEIGHTS on DATA.
+
+    Accuracy, in all and by class, and what is taken for what. WEIGHTS are a run's folder, a file, or imagenet.
 
     DATA is CIFAR's folder, a folder of class folders or a zip of one; its test set, where it has one; of a run with
     --holdout and its own images, those that were held out.

@@ -31,7 +31,10 @@ def weights() -> None:
 
 @weights.command("list")
 def list_sets() -> None:
-    """Every published file, its licence, and where it is on this machine."""
+    """Show every published file.
+
+    With its licence, and where it is on this machine.
+    """
     from vggfeat.weights import BUNDLED, SETS, folders
 
     for name, group in SETS.items():
@@ -46,7 +49,10 @@ def list_sets() -> None:
 @click.argument("name")
 @click.argument("arch", default="vgg16")
 def fetch(name: str, arch: str) -> None:
-    """Fetch a set (imagenet, caffe) for an architecture, unless it is here already, and verify it."""
+    """Fetch a set for an architecture and verify it.
+
+    NAME is imagenet or caffe. What is here already is not fetched again.
+    """
     from vggfeat.weights import find
 
     click.echo(str(find(name, arch)))
@@ -55,7 +61,10 @@ def fetch(name: str, arch: str) -> None:
 @weights.command()
 @click.argument("files", nargs=-1, type=click.Path())
 def verify(files: tuple[str, ...]) -> int:
-    """Check FILES, or every published file on this machine, against the published and recorded sha256."""
+    """Check files against their sha256.
+
+    FILES, or every published file on this machine, against the published and recorded sha256.
+    """
     from vggfeat.fetch import recorded
     from vggfeat.fetch import verify as check
     from vggfeat.weights import SETS, folders

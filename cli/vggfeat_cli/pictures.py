@@ -91,7 +91,10 @@ def _common(command: Command) -> Command:
 @_size(512, "Long side of the images in pixels.")
 @_common
 def filters(images: tuple[str, ...], output: str | None, overwrite: bool, **options: Any) -> int:
-    """The first layer's filters in colour; with IMAGES, the patches that drive any layer's channels most."""
+    """The first layer's filters, or what drives a layer most.
+
+    The filters are in colour; with IMAGES, the patches of these that drive any layer's channels most.
+    """
     target = _target(output, f"filters-{options['layer']}.png", overwrite, images)
     from vggfeat.visualize import filters
 
@@ -195,7 +198,9 @@ def invert(
     quiet: bool,
     **options: Any,
 ) -> int:
-    """IMAGE back from noise, by a layer's features or by Gram matrices.
+    """IMAGE back from noise, or its texture.
+
+    By a layer's features, or by Gram matrices.
 
     Ctrl-C stops early and saves what there is.
     """
@@ -247,7 +252,10 @@ def invert(
 def distance(
     a: str, b: str, layers: tuple[str, ...], output: str | None, overwrite: bool, as_json: bool, **options: Any
 ) -> int:
-    """The perceptual distance of images A and B, in total and by layer; with -o, a heat map."""
+    """The perceptual distance of images A and B.
+
+    In total and by layer; with -o, a heat map.
+    """
     target = _target(output, "", overwrite, [a, b]) if output else None
     from vggfeat.visualize import distance
 
