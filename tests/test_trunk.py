@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vggfeat import vgg16
 from vggfeat.arch import Arch
@@ -317,7 +318,8 @@ def test_bfloat16_on_a_photograph(oxford, test_data, keep, names, cosine):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("arch", ["vgg16", "vgg19_bn"])
-def test_a_tap_does_not_depend_on_what_else_was_asked_for(trunks, arch, dtype):
+def test_a_tap_does_not_depend_on_what_else_was_asked_for(thin, trunks, arch, dtype):
+    thin(23)  # where the plan goes on behind the first block, that goes strip by strip
     arch = ARCHS[arch]
     names = names_of(arch, 2)
     x = images(2, 3, 18, 23).to(dtype)
@@ -609,24 +611,33 @@ def test_in_bands_as_in_one_piece(monkeypatch, dtype, height):
 
 @pytest.fixture
 def thin(monkeypatch):
-    """Strips of 8 rows for maps of 8 channels and 22 columns."""
-    monkeypatch.setattr(strips, "VALUES", 8 * 8 * 22)
+    """Sets strips of 8 rows for maps of 8 channels and that many columns, or of so many whole images of 16 rows."""
+
+    def cut(width, together=None):
+        monkeypatch.setattr(strips, "ROWS", 8)
+        monkeypatch.setattr(strips, "VALUES", 8 * width * (8 if together is None else 16 * together))
+
+    return cut
+
+
+def number_of_strips(plan, count, height, width):
+    return len(list(strips._strips(plan, count, height, width)))
 
 
 @pytest.mark.parametrize("keep", (*KEEPS, "taps"))
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("arch", ["vgg16", "vgg19_bn", "A-LRN"])
-@pytest.mark.parametrize("height", [16, 33, 37])
-def test_by_strips(thin, trunks, arch, pooling, padding, keep, height):
-    """Taps and gradients of strips of one image and another, with and without taps in the block, against plain."""
+def test_by_strips(thin, trunks, arch, pooling, padding, keep):
+    """Taps and gradients, with and without taps in the block, against the reference in float64."""
     trunk = trunks(ARCHS[arch])
     every = names_of(trunk.arch, blocks=2)
-    choice = random.Random(f"{arch} {pooling} {padding} {keep} {height}")
+    choice = random.Random(f"{arch} {pooling} {padding} {keep}")
+    height, cuts = choice.choice([(16, 2), (33, 4), (37, 5)])
+    thin(22)
     for names in (every[-1:], choice.sample(every[:-1], 3) + every[-1:]):
         plan = Plan(trunk.arch, tuple(names), pooling, padding)
-        cuts = [strip.rows for strip in strips.strips(plan, 2, height, 22)]
-        assert cuts[: len(cuts) // 2] == cuts[len(cuts) // 2 :] and len(cuts) >= 4
+        assert number_of_strips(plan, 2, height, 22) == 2 * cuts
         if keep == "taps":
             walk_there_and_back(trunk, plan, images(2, 3, height, 22))
         else:
@@ -648,37 +659,104 @@ def walk_there_and_back(trunk, plan, x):
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_no_map_of_the_first_block_is_ever_whole(thin, trunks, monkeypatch, keep):
-    arch = ARCHS["vgg16"]
-    plan = Plan(arch, ("relu3_1",))
-    x = images(3, 3, 64, 22).requires_grad_()
-    rows = []
-    real = direct.convolve
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_strips_and_images_together_change_no_bit(thin, trunks, dtype, padding):
+    """In the types that people use, through the processor's own convolutions: the same values, the same gradients."""
+    trunk = trunks(ARCHS["vgg16"])
+    names = ("conv1_1", "relu1_2", "pool1", "relu2_1")
+    x = images(3, 3, 37, 21, dtype=torch.float32)
+    found = []
+    for together, count in ((1 << 10, 1), (5, 2), (None, 3 * 5)):
+        thin(21, together)
+        for plan in (Plan(trunk.arch, names, "max", padding), Plan(trunk.arch, names[-1:], "max", padding)):
+            assert number_of_strips(plan, 3, 37, 21) == count
+            leaf = x.clone().requires_grad_()
+            taps = run(leaf, trunk.filters(plan, x.device, dtype), plan)
+            sum(tap.float().square().sum() for tap in taps[-1:]).backward()
+            found.append((taps, leaf.grad))
+    for taps, grad in found:
+        assert torch.equal(taps[-1], found[0][0][-1]) and torch.equal(grad, found[0][1])
+        for tap, other in zip(taps[:-1], found[0][0][:-1], strict=False):
+            assert torch.equal(tap, other)
 
-    def spy(x, weight, *args, **kw):
-        if 8 in weight.shape[:2] and 16 not in weight.shape[:2]:  # conv1_1 and conv1_2
-            rows.append(x.shape[2])
-        return real(x, weight, *args, **kw)
 
-    monkeypatch.setattr(direct, "convolve", spy)
-    (tap,) = run(x, trunks(arch).filters(plan, x.device, x.dtype), plan, keep=keep)
-    assert len(rows) == 2 * 3 * 8 and max(rows) <= 8 + 4
-    rows.clear()
-    tap.sum().backward()
-    assert len(rows) == 2 * 3 * 8 and max(rows) <= 8 + 4
+def test_a_gradient_that_only_the_first_block_has(thin, trunks):
+    trunk = trunks(ARCHS["vgg16"])
+    plan = Plan(trunk.arch, ("relu1_1", "relu2_1"))
+    thin(22)
+    a, b = (images(2, 3, 33, 22).requires_grad_() for _ in range(2))
+    run(a, trunk.filters(plan, a.device, a.dtype), plan)[0].square().sum().backward()
+    reference(b, trunk.state, trunk.arch, plan.names)[0].square().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_not_a_number_in_one_strip(thin, trunks):
+    trunk = trunks(ARCHS["vgg16"])
+    plan = Plan(trunk.arch, ("relu1_1", "relu2_1"))
+    x = images(2, 3, 40, 22, dtype=torch.float32)
+    x[1, 0, 30, 5] = torch.nan
+    thin(22)
+    leaf = x.clone().requires_grad_()
+    taps = run(leaf, trunk.filters(plan, x.device, x.dtype), plan)
+    for tap, other in zip(taps, reference(x, trunk.state, trunk.arch, plan.names), strict=True):
+        assert torch.equal(tap.isnan(), other.isnan()) and tap.isnan().any()
+    sum(tap.square().sum() for tap in taps).backward()
+    assert leaf.grad.isnan().all()
+
+
+class _Sizes(TorchDispatchMode):
+    """Heights of the tensors of 8 channels that operations make, at the images' width of 22 or pooled."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, tuple | list) else (found,):
+            if (
+                isinstance(value, torch.Tensor)
+                and value.ndim == 4
+                and value.shape[1] == 8
+                and value.shape[3] in (22, 11)
+            ):
+                self.seen.add(value.shape[2])
+        return found
+
+
+@pytest.mark.parametrize("keep", ["values", "taps"])
+def test_no_map_of_the_first_block_is_made_whole(thin, trunks, keep):
+    plan = Plan(ARCHS["vgg16"], ("relu3_1",))
+    x = images(3, 3, 64, 22)
+    filters = trunks(plan.arch).filters(plan, x.device, x.dtype)
+    for cut, expected in ((False, {64, 32}), (True, {10, 8, 4})):  # 32 and 4 are pooled
+        if cut:
+            thin(22)
+        with torch.no_grad(), _Sizes() as sizes:
+            taps, back = walk.there_and_back(x, filters, plan, keep=keep)
+            back(lambda name, tap: torch.ones_like(tap))
+        assert expected <= sizes.seen and (64 in sizes.seen) == (not cut)
+        # the gradient of 8 rows is made of 10 and 12, and the way there of 10
+        assert not cut or sizes.seen <= set(range(13)) | {32}
 
 
 def test_strips_cover_every_row_once(monkeypatch):
+    plan = Plan(Arch(unit=8, head=None), ("relu2_1",))
+    several = False
     for height, width, count, values in itertools.product(
-        (2, 15, 16, 100, 1000), (1, 64), (1, 5), (1, 1 << 10, 1 << 16)
+        (2, 15, 16, 100, 1000), (1, 64), (1, 5), (1, 1 << 11, 1 << 16)
     ):
         monkeypatch.setattr(strips, "VALUES", values)
         seen = torch.zeros(count, height)
-        for strip in strips.strips(Plan(Arch(unit=8, head=None), ("relu2_1",)), count, height, width):
-            assert strip.rows.start % 2 == 0 and strip.rows.stop - strip.rows.start >= min(2, height)
-            seen[strip.which, strip.rows] += 1
+        for strip in strips._strips(plan, count, height, width):
+            rows, together = strip.rows.stop - strip.rows.start, strip.images.stop - strip.images.start
+            assert strip.rows.start % 32 == 0 and (rows >= 16 or rows == height)
+            assert rows * together * width * 8 <= max(values, (32 + 15) * width * 8)
+            several |= 1 < together < count
+            seen[strip.images, strip.rows] += 1
         assert torch.equal(seen, torch.ones_like(seen))
+    assert several
 
 
 # ── plans ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -723,7 +801,7 @@ def test_shared_trunk_grows_and_forgets():
 # ── operators, compilers, export ──────────────────────────────────────────────────────────────────────────────────────
 
 CASES = [
-    ("vgg16", ("relu1_2", "conv2_1", "pool2"), "max", "zeros"),
+    ("vgg16", ("relu1_2", "pool1", "conv2_1", "pool2"), "max", "zeros"),
     ("vgg19_bn", ("conv1_1", "bn1_2", "relu2_1"), "l2", "reflect"),
     ("A-LRN", ("lrn1_1", "relu2_1"), "max", "replicate"),
     ("odd", ("relu2_2",), "average", "zeros"),
@@ -732,11 +810,12 @@ CASES = [
 
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize(("arch", "names", "pooling", "padding"), CASES)
-def test_opcheck(trunks, arch, names, pooling, padding, keep):
+def test_opcheck(thin, trunks, arch, names, pooling, padding, keep):
+    thin(14)
     arch = ARCHS[arch]
     plan = Plan(arch, names, pooling, padding)
     for dtype in (torch.float32, torch.float64):
-        x = images(2, 3, 9, 14, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        x = images(2, 3, 17, 14, dtype=dtype).contiguous(memory_format=torch.channels_last)
         filters = trunks(arch).filters(plan, x.device, dtype)
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(operators.trunk_forward, (x, filters, plan.code, "none"), test_utils=tests)

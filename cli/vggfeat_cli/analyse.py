@@ -59,7 +59,8 @@ def describe(
 ) -> None:
     """Show ARCH layer by layer.
 
-    Shapes, parameters, MACs, memory, receptive fields. ARCH is vgg11, vgg13, vgg16, vgg19, with _bn behind or not, or a column of the paper's table: A, A-LRN, B, C, D, E.
+    Shapes, parameters, MACs, memory, receptive fields. ARCH is vgg11, vgg13, vgg16, vgg19, with _bn behind or not, or
+    a column of the paper's table: A, A-LRN, B, C, D, E.
     """
     wanted = None if head == "none" else head
     report = vggfeat.describe(arch, num_classes=classes, input_size=size, batch=batch, head=wanted, width=width)

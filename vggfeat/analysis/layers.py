@@ -292,7 +292,7 @@ def _trunk_rows(arch: Arch, height: int, width: int) -> Iterable[Row]:
     """The convolutional part.
 
     What autograd saves is what the backward formulas of PyTorch name: a convolution's, BN's and pool's input, a ReLU's
-    output, a pool's winners. What the trunk keeps is the rule of `kept_of` in `trunk/step.py`.
+    output, a pool's winners. What the trunk keeps is the rule of `kept_of` in `trunk/stage.py`.
     """
     image = FLOAT * 3 * height * width
     yield _row("input", "input", (3, height, width), 1, 1, saved_bytes=image, kept_bytes=image)

@@ -22,7 +22,7 @@ from vggfeat.processor import emulates
 __all__ = ["Span", "Tile", "free_memory", "side_for", "tiles"]
 
 # what a step takes at its peak, in outputs of the first convolution, and somewhat more: measured were 4 (max pooling)
-# to 8 (l2, padded by replication) in float32, 7 in bfloat16, and 10 to 15 by autograd, where it counts twice
+# to 7 (l2, padded by replication) in float32, 7 in bfloat16, and 10 to 15 by autograd, where it counts twice
 MAPS = 8
 IMAGES = 30  # float32, of the whole picture: what the optimiser and the steps around it take
 SHARE = 0.7  # of the free memory that a step may take

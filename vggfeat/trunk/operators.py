@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vggfeat.trunk.bits import bytes_of
 from vggfeat.trunk.plan import Plan
-from vggfeat.trunk.step import kept_of
+from vggfeat.trunk.stage import kept_of
 from vggfeat.trunk.walk import backward, forward, reread
 
 __all__ = ["trunk_backward", "trunk_forward"]
@@ -39,7 +39,7 @@ def trunk_backward(
     Args:
         grads: gradients of some of the taps, in their shapes.
         present: which taps, as positions shallow to deep.
-        taps: the taps at `reread(plan, keep)`.
+        taps: the taps at `reread(plan, keep, device)`.
         kept: what `trunk_forward` returned behind the taps.
         filters: as there.
         shape: of the images.

@@ -47,7 +47,7 @@ class Plan:
         if self.padding not in PADDINGS:
             raise InputError(f"unknown padding {self.padding!r}: {nearest(str(self.padding), PADDINGS)}")
         # computed now, since torch.compile cannot follow a cached property's first use (it takes a lock in Python 3.11)
-        _ = self.code, self.stages, self.block, self.ran, self.order, self.min_size
+        _ = self.code, self.stages, self._first_block, self.ran, self.order, self.min_size
 
     @functools.cached_property
     def code(self) -> str:
@@ -85,15 +85,21 @@ class Plan:
                 stages[-1] = Stage(last.conv, last.pad, (*last.steps, layer.kind), last.taps + tapped)
         return tuple(stages)
 
-    @functools.cached_property
-    def block(self) -> int:
-        """How many stages make the first block, where it can be computed in strips; else 0.
+    def in_strips(self, device: str) -> int:
+        """How many stages, from the first, go strip by strip (`strips.py`) on a type of device: 0 but on a CPU."""
+        return self._first_block if device == "cpu" else 0
 
-        It cannot where the plan ends in it, or where the bits of a row of its maps do not fill bytes.
+    @functools.cached_property
+    def _first_block(self) -> int:
+        """How many stages make the first block; 0 where the plan ends in it, or its maps do not suit strips.
+
+        Of maps with a multiple of 8 channels, the bits of a row fill bytes. Wider ones than the published are convolved
+        by tiles (`winograd.py`), which would lie elsewhere in a strip than in the whole, to other roundings.
         """
         count = next((i for i, stage in enumerate(self.stages, start=1) if "pool" in stage.steps), 0)
-        fills = all(self.arch.layer(stage.conv).channels % 8 == 0 for stage in self.stages[:count])
-        return count if fills and count < len(self.stages) else 0
+        widths = [self.arch.layer(stage.conv).channels for stage in self.stages[:count]]
+        suits = all(width % 8 == 0 and width <= 64 for width in widths)
+        return count if suits and count < len(self.stages) else 0
 
     @functools.cached_property
     def ran(self) -> tuple[str, ...]:

@@ -1,128 +1,168 @@
-"""The first block a strip at a time: which rows of each of its maps belong to a strip, and where they are.
+"""The first block strip by strip: some rows of the image up to the first pool, then the next, and back likewise.
 
-About half of all values that a VGG makes it makes in its first block, in maps of the image's size that no cache holds.
-Some rows of them fit. So a strip of rows is taken from the image to the first pool before the next one is begun, and
-back likewise, and these maps never exist as a whole, unless they are tapped.
+About half of all values that a VGG makes it makes in its first block, in maps of the image's size. Where these are too
+large for a processor's caches, they are made a few rows at a time, which are not; they never exist as a whole then,
+unless they are tapped. Small images go whole, several together.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vggfeat.trunk.plan import Plan
+from vggfeat.trunk.stage import ByName, Flow, ReadyStage, Rows, cut, length
 
-__all__ = ["Rows", "Strip", "inside", "length", "stages_in_strips", "strips"]
+__all__ = ["back_in_strips", "forward_in_strips"]
 
-Rows = slice  # of a map, with both ends
-
-VALUES = 1 << 20  # of one map of a strip, for each thread, so that what is made of it stays in the caches
-MULTIPLE = 8  # of rows: no window of the pool is cut
+VALUES = 1 << 20  # of one map of a strip, for each thread
+ROWS = 32  # a strip has a multiple of it: each convolution computes up to two more on either side, to throw them away
 POOLED = ("pool", "route")  # of the size that the pool leaves
 
+Held = tuple[ReadyStage, dict[str, Tensor | None], ByName]  # a stage, its taps' gradients by kind, what it kept
 
-def stages_in_strips(plan: Plan, device: torch.device) -> int:
-    """How many stages go strip by strip: the first block's on a CPU. Others take as much as there is at a time."""
-    return plan.block if device.type == "cpu" else 0
+
+def forward_in_strips(
+    x: Tensor, sound: bool, stages: Sequence[ReadyStage]
+) -> tuple[Tensor, list[tuple[ByName, ByName]]]:
+    """What comes out of the first block, and for each stage the taps and what is kept besides.
+
+    Args:
+        x: as the first convolution takes it, (N,C,H,W).
+        sound: whether the images are numbers all the way.
+        stages: of the block.
+    """
+    found: list[tuple[ByName, ByName]] = [({}, {}) for _ in stages]
+    out: ByName = {}
+    images, _, height, width = x.shape
+    for strip in _strips(stages[0].plan, images, height, width):
+        seen = strip.seen(len(stages))
+        y = cut(x[strip.images], seen[0])
+        for stage, below, here, whole in zip(stages, seen[:-1], seen[1:], found, strict=True):
+            y, *parts = stage.forward(y, sound, _relative(here, below), _relative(strip.rows, here))
+            for named, those in zip(whole, parts, strict=True):
+                for name, part in those.items():
+                    strip.write(named, name, part)
+        if "pool" not in parts[0]:
+            strip.write(out, "pool", y)
+    return (found[-1][0] | out)["pool"], found
+
+
+def back_in_strips(grad: Tensor | None, held: Sequence[Held], size: tuple[int, int]) -> Tensor | None:
+    """The gradient with respect to what went into the first block; None where nothing has one.
+
+    Args:
+        grad: with respect to what came out of it.
+        held: of each stage, deepest first.
+        size: height and width of the images.
+    """
+    given = [grad, *(slope for _, slopes, _ in held for slope in slopes.values())]
+    images = next((len(each) for each in given if each is not None), None)
+    if images is None:
+        return None
+    height, width = size
+    plan, found = held[0][0].plan, ByName()
+    # where a border was made by reflection, its gradient goes to the row after the first
+    reach = 2 if plan.padding == "reflect" else 1
+    for strip in _strips(plan, images, height, width):
+        *seen, here = strip.seen_back(len(held), reach)
+        flow = Flow()
+        flow.add(None if grad is None else strip.read("pool", grad, here))
+        for stage, slopes, memory in held:
+            arriving = {kind: strip.read(kind, slope, here) for kind, slope in slopes.items() if slope is not None}
+            kept = {name: strip.read(name, value, here) for name, value in memory.items()}
+            stage.back(flow, arriving.get, kept, length(here), width)
+            below = seen.pop()
+            if flow.grad is not None:
+                flow.grad = cut(flow.grad, _relative(below, here))
+            here = below
+        assert flow.grad is not None
+        strip.write(found, "image", flow.grad)
+    return found["image"]
 
 
 @dataclass(frozen=True)
-class Strip:
+class _Strip:
     """Some rows of one image, or all rows of some images.
 
-    Values of a stage are known by what they are of: a kind of layer, "sign" or "route" (`step.kept_of`).
+    Its maps are known by the kind of layer that they come of, packed bits as "sign" or "route" (`stage.kept_of`).
 
     Attributes:
-        which: the images.
+        images: which.
         rows: of the maps before the pool.
-        images: how many there are in all.
-        height: of the maps, in all.
+        count: how many images there are in all.
+        height: how many rows.
     """
 
-    which: slice
+    images: slice
     rows: Rows
-    images: int
+    count: int
     height: int
 
-    def grown(self, by: int) -> Rows:
+    def _grown(self, by: int) -> Rows:
         """With so many rows more on each side, as far as the map goes."""
         return slice(max(0, self.rows.start - by), min(self.height, self.rows.stop + by))
 
-    def seen(self, reach: int, convolutions: int) -> list[Rows]:
-        """The rows that these are made of in each map: of the image, then of what each convolution makes.
+    def seen(self, convolutions: int) -> list[Rows]:
+        """The rows that its own are made of, in each map: of the image, then of what each convolution makes."""
+        return [self._grown(left) for left in reversed(range(convolutions + 1))]
+
+    def seen_back(self, convolutions: int, reach: int) -> list[Rows]:
+        """The rows that its own rows' gradients are made of, in each map: of the image, then after each convolution.
 
         Args:
-            reach: of a convolution, in rows.
             convolutions: how many there are.
+            reach: how many rows further a convolution's gradient sees.
         """
-        return [self.grown(reach * left) for left in reversed(range(convolutions + 1))]
+        *rows, last = (self._grown(reach * passed) for passed in range(convolutions + 1))
+        # no window of the pool is cut in two
+        return [*rows, slice(last.start // 2 * 2, min(self.height, math.ceil(last.stop / 2) * 2))]
 
-    def seen_back(self, reach: int, convolutions: int) -> list[Rows]:
-        """The rows whose gradients those of these are made of in each map: of the image, then of each convolution's."""
-        *rows, last = (self.grown(reach * passed) for passed in range(convolutions + 1))
-        return [
-            *rows,
-            slice(last.start // 2 * 2, min(self.height, -(-last.stop // 2) * 2)),
-        ]  # cut no window of the pool
-
-    def part(self, name: str, value: Tensor, rows: Rows) -> Tensor:
-        """Some rows of the strip's images, of a map (N,C,H,W) or of its bits (N,…,bytes); a view."""
-        place, lines = self._place(name, rows)
+    def read(self, name: str, value: Tensor, rows: Rows) -> Tensor:
+        """Some rows of its images, from a map (N,C,H,W) or from its bits (N,…,bytes); a view."""
+        rows, lines = self._of(name, rows)
         axis = 2 if value.ndim == 4 else -1
         each = value.shape[axis] // lines  # 1, or the bytes of a row
-        return value[self.which].narrow(axis, each * place.start, each * length(place))
+        return value[self.images].narrow(axis, each * rows.start, each * length(rows))
 
-    def put(self, named: dict[str, Tensor], name: str, part: Tensor) -> None:
-        """Put a map of the strip's own rows, or their bits, where they belong in those of all."""
-        place, lines = self._place(name, self.rows)
+    def write(self, wholes: ByName, name: str, part: Tensor) -> None:
+        """Put its own rows of a map, or their bits, where they belong in those of all images."""
+        rows, lines = self._of(name, self.rows)
         axis = 2 if part.ndim == 4 else -1
-        each = part.shape[axis] // length(place)
-        shape = [self.images, *part.shape[1:]]
-        shape[axis] = each * lines
+        shape = [self.count, *part.shape[1:]]
+        shape[axis] = part.shape[axis] // length(rows) * lines
         if list(part.shape) == shape:
-            named[name] = part
+            wholes[name] = part
             return
-        if name not in named:
+        if name not in wholes:
             layout = torch.channels_last if part.ndim == 4 else torch.contiguous_format
-            named[name] = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
-        self.part(name, named[name], self.rows).copy_(part)
+            wholes[name] = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
+        self.read(name, wholes[name], self.rows).copy_(part)
 
-    def _place(self, name: str, rows: Rows) -> tuple[Rows, int]:
-        """The rows of what is of that name, and how many it has in all."""
+    def _of(self, name: str, rows: Rows) -> tuple[Rows, int]:
+        """Which rows these are in what has that name, and how many it has in all."""
         if name in POOLED:
             return slice(rows.start // 2, rows.stop // 2), self.height // 2
         return rows, self.height
 
 
-def strips(plan: Plan, images: int, height: int, width: int) -> Iterator[Strip]:
-    """The strips of a plan's first block.
-
-    Args:
-        plan: whose.
-        images: how many there are.
-        height: of them, in pixels.
-        width: likewise.
-    """
-    row = width * max(plan.arch.layer(stage.conv).channels for stage in plan.stages[: plan.block])
+def _strips(plan: Plan, count: int, height: int, width: int) -> Iterator[_Strip]:
+    """The strips of so many images of that size, in pixels."""
+    row = width * max(plan.arch.layer(stage.conv).channels for stage in plan.stages[: plan.in_strips("cpu")])
     fits = VALUES * torch.get_num_threads()
-    together = max(1, fits // max(1, row * height))
-    rows = MULTIPLE * math.ceil(height / math.ceil(row * height / fits) / MULTIPLE)
-    cuts = [*range(0, max(1, height - MULTIPLE // 2), rows), height]  # a few rows are no strip of their own
-    for image in range(0, max(1, images), together):
+    together = max(1, fits // (row * height))
+    rows = ROWS * math.ceil(height / math.ceil(row * height / fits) / ROWS)
+    cuts = [*range(0, max(1, height - ROWS // 2), rows), height]  # a few rows are no strip of their own
+    for first in range(0, max(1, count), together):
         for start, stop in itertools.pairwise(cuts):
-            yield Strip(slice(image, min(images, image + together)), slice(start, stop), images, height)
+            yield _Strip(slice(first, min(count, first + together)), slice(start, stop), count, height)
 
 
-def inside(rows: Rows, of: Rows) -> Rows:
+def _relative(rows: Rows, to: Rows) -> Rows:
     """Rows as counted from the first of others that they are among."""
-    return slice(rows.start - of.start, rows.stop - of.start)
-
-
-def length(rows: Rows) -> int:
-    """How many."""
-    return int(rows.stop - rows.start)
+    return slice(rows.start - to.start, rows.stop - to.start)

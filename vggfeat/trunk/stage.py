@@ -12,13 +12,11 @@ from torch import Tensor
 from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bands, pack, unpack
 from vggfeat.trunk.plan import Plan, Stage
-from vggfeat.trunk.strips import Rows, length, stages_in_strips
 
-__all__ = ["Flow", "Named", "Step", "cut", "kept_of", "steps"]
+__all__ = ["ByName", "Flow", "ReadyStage", "Rows", "cut", "kept_of", "length", "ready"]
 
-Named = dict[str, Tensor]  # taps of a stage by their kind, or what is kept of it by the names of `kept_of`
-
-WHOLE = slice(None)
+ByName = dict[str, Tensor]  # taps of a stage by their kind, or what is kept of it by the names of `kept_of`
+Rows = slice  # some rows of a map: where they start and where they stop
 
 
 def kept_of(plan: Plan, number: int, keep: str, device: torch.device) -> tuple[str, ...]:
@@ -37,8 +35,8 @@ def kept_of(plan: Plan, number: int, keep: str, device: torch.device) -> tuple[s
     stage = plan.stages[number]
     if keep == "none" or "relu" not in stage.steps:
         return ()
-    if keep == "values" and number < stages_in_strips(plan, device):
-        keep = "taps"  # a strip's values are in the cache when they are packed; as they are, they would go to memory
+    if number < plan.in_strips(device.type):
+        keep = "bits"  # a strip's values are in the cache when they are packed; as they are, they would go to memory
     pool = plan.pooling if "pool" in stage.steps else ""
     tapped = "relu" in stage.taps
     winners = (("route", "pool") if keep == "values" else ("route",)) if pool == "max" else ()
@@ -51,8 +49,8 @@ def kept_of(plan: Plan, number: int, keep: str, device: torch.device) -> tuple[s
     return ("relu" if keep == "values" or (keep == "taps" and tapped) else "sign", *winners)
 
 
-def steps(plan: Plan, filters: Sequence[Tensor], keep: str) -> list[Step]:
-    """The stages of a plan, ready to go.
+def ready(plan: Plan, filters: Sequence[Tensor], keep: str) -> list[ReadyStage]:
+    """The stages of a plan with their filters.
 
     Args:
         plan: what to run.
@@ -61,7 +59,7 @@ def steps(plan: Plan, filters: Sequence[Tensor], keep: str) -> list[Step]:
     """
     left, device = iter(filters), filters[0].device
     return [
-        Step(
+        ReadyStage(
             plan,
             stage,
             tuple(itertools.islice(left, 6 if "bn" in stage.steps and "conv" in stage.taps else 3)),
@@ -71,35 +69,37 @@ def steps(plan: Plan, filters: Sequence[Tensor], keep: str) -> list[Step]:
     ]
 
 
-@dataclass(frozen=True)
-class Step:
-    """A stage with all that it needs.
+@dataclass(frozen=True, eq=False)
+class ReadyStage:
+    """A stage with its filters.
 
     Attributes:
         plan: what it is of.
         stage: which.
         filters: its three of `Trunk.filters`, or six where the convolution is tapped beside the stream, which runs
             through one with the batch normalisation folded in.
-        wants: of `kept_of`.
+        keeps: of `kept_of`.
     """
 
     plan: Plan
     stage: Stage
     filters: tuple[Tensor, ...]
-    wants: tuple[str, ...]
+    keeps: tuple[str, ...]
 
-    def forward(self, x: Tensor, sound: bool, rows: Rows = WHOLE, counted: Rows = WHOLE) -> tuple[Tensor, Named, Named]:
+    def forward(
+        self, x: Tensor, sound: bool, rows: Rows | None = None, own: Rows | None = None
+    ) -> tuple[Tensor, ByName, ByName]:
         """What comes out, the taps, and what is kept besides them.
 
         Args:
             x: what goes in, all rows of it or some.
             sound: whether the images are numbers all the way.
-            rows: of the convolution's output, the ones to go on with: those that have seen no cut.
-            counted: of these, the ones to hand out and to keep.
+            rows: of the convolution's output, those to go on with, as they are not affected by where the map was cut.
+            own: of these, the strip's own, to hand out and to keep.
         """
         stage, pooling, padding = self.stage, self.plan.pooling, self.plan.padding
-        taps: Named = {}
-        kept: Named = {}
+        taps: ByName = {}
+        kept: ByName = {}
         # where the value before the ReLU is a tap, the ReLU is a step of its own
         fused = "relu" in stage.steps and not {"conv", "bn"} & set(stage.taps) and sound
         below = layers.padded(x, stage.pad, padding)
@@ -107,42 +107,43 @@ class Step:
         x = cut(layers.conv(below, self.filters[:3], pad, relu=fused), rows)
         if "conv" in stage.taps:
             aside = self.filters[3:]
-            taps["conv"] = cut(cut(layers.conv(below, aside, pad), rows) if aside else x, counted)
+            taps["conv"] = cut(cut(layers.conv(below, aside, pad), rows) if aside else x, own)
+        del below
         if "bn" in stage.taps:
-            taps["bn"] = cut(x, counted)
+            taps["bn"] = cut(x, own)
         if "relu" in stage.steps:
             x = x if fused else x.relu()
-            mine = cut(x, counted)
+            mine = cut(x, own)
             if "relu" in stage.taps:
                 taps["relu"] = mine
-            elif "relu" in self.wants:
+            elif "relu" in self.keeps:
                 kept["relu"] = mine
-            if "sign" in self.wants:
+            if "sign" in self.keeps:
                 kept["sign"] = pack(mine)
         if "lrn" in stage.steps:
             x = layers.lrn(x)
             if "lrn" in stage.taps:
-                taps["lrn"] = cut(x, counted)
-        if "pool" in stage.steps:  # the last stage of a strip, where all rows count
-            how = "none" if "route" not in self.wants else "values" if "pool" in self.wants else "bits"
+                taps["lrn"] = cut(x, own)
+        if "pool" in stage.steps:  # in strips: the last stage, where the rows that are left are the strip's own
+            how = "none" if "route" not in self.keeps else "values" if "pool" in self.keeps else "bits"
             x, route = layers.pool(x, pooling, how)
             if route is not None:
                 kept["route"] = route
             if "pool" in stage.taps:
                 taps["pool"] = x
-            elif "pool" in self.wants:
+            elif "pool" in self.keeps:
                 kept["pool"] = x
         return x, taps, kept
 
     def back(
-        self, flow: Flow, arriving: Callable[[str], Tensor | None], memory: Named, height: int, width: int
+        self, flow: Flow, arriving: Callable[[str], Tensor | None], memory: ByName, height: int, width: int
     ) -> None:
         """Takes the gradient back from what came out to what went in.
 
         Args:
             flow: the gradient; is changed.
             arriving: gives the gradient with respect to a tap by its kind, if there is one; asked for once each.
-            memory: what was kept, taps among it included; is emptied.
+            memory: what was kept, including taps that are read again; is emptied.
             height: of what went in.
             width: likewise.
         """
@@ -185,9 +186,14 @@ class Step:
             flow.own(through(flow.grad, self.filters[2]))
 
 
-def cut(x: Tensor, rows: Rows) -> Tensor:
-    """Some rows of a map; the map itself where that is all of them."""
-    return x if rows == WHOLE or length(rows) == x.shape[2] else x[:, :, rows]
+def cut(x: Tensor, rows: Rows | None) -> Tensor:
+    """Some rows of a map; the map itself where that is all of them, as None is."""
+    return x if rows is None or length(rows) == x.shape[2] else x[:, :, rows]
+
+
+def length(rows: Rows) -> int:
+    """How many."""
+    return int(rows.stop - rows.start)
 
 
 class Flow:
