@@ -153,8 +153,8 @@ class VGGFeatures(nn.Module):
         The way back is a function of `slope(name, tap)`, the gradient with respect to a tap of that value, and gives
         the gradient with respect to the images. A tap's gradient is asked for when the walk gets there, deepest first,
         and the tap is let go, so that there is never more than one such gradient (but on a CPU within the first block,
-        with a classifier's layers, and on devices that leave the walk to autograd). It can be gone once, and empties the
-        taps.
+        with a classifier's layers, and on devices that leave the walk to autograd). It can be gone once and empties
+        the taps.
         """
         images = images.detach()
         if self._head or images.device.type not in BY_HAND:
