@@ -46,8 +46,8 @@ class StyleConfig:
         init: `content`, `noise`, or an image file to start from.
         optimizer: `lbfgs` or `adam`.
         learning_rate: Adam's step, in units of the full range of a pixel.
-        steps: steps at the finest scale; each coarser one gets half as many. Each looks at a picture and makes the next,
-            so that N steps choose among N pictures, the first of which is the one that the scale begins with.
+        steps: steps at the finest scale; each coarser one gets half as many. A step looks at a picture and makes the
+            next, so that N steps choose among N pictures, the first of which is the one that the scale begins with.
         start_size: long side of the coarsest scale; at least `size` means a single scale.
         seed: of the noise.
         device: `auto` (CUDA, else the CPU), or a torch device.
