@@ -363,6 +363,16 @@ def test_frozen_batch_statistics_stay(finished, data, tmp_path):
             assert torch.equal(value, before[key]) == frozen, key
 
 
+def test_a_run_may_begin_with_a_state_dict(finished, data, tmp_path):
+    state, options = weights(finished[0].folder), {"arch": None, "width": 1.0, "epochs": 1}
+    file = run(data, tmp_path / "file", weights=str(finished[0].folder / "weights.safetensors"), **options)
+    given = run(data, tmp_path / "state", weights=state, **options)
+    assert same(weights(given.folder), weights(file.folder))
+    assert json.loads((given.folder / "config.json").read_text())["weights"] == "a state dict"
+    resumed = run(data, tmp_path / "state", weights=state, resume=True, **options)
+    assert resumed.history == given.history
+
+
 def test_a_new_head_is_asked_for(finished, tmp_path):
     files = {k: v for k, v in pictures.tree(6).items() if not k.startswith("cow")}
     two = pictures.folder(tmp_path / "two", files)

@@ -488,6 +488,29 @@ def test_settings_are_frozen_plain_values(tmp_path):
     assert StyleConfig(**read) == config
 
 
+def test_weights_may_be_a_state_dict(config, pair, state, tmp_path, monkeypatch):
+    settings = config(weights=state, steps=3)
+    result = stylize(*pair, settings)
+    assert result.image.tobytes() == stylize(*pair, config(steps=3)).image.tobytes()
+    assert result.weights == json.loads(json.dumps(result.to_dict()))["weights"] == "from a state dict"
+    assert read_settings(result.save(tmp_path / "out.png"))["config"]["weights"] == "a state dict"
+    # tensors are neither compared nor printed nor copied
+    assert dataclasses.replace(settings, steps=4).weights is settings.weights and len(repr(settings)) < 1500
+    assert settings == dataclasses.replace(settings) != config(weights=dict(state), steps=3)
+    assert len({settings, dataclasses.replace(settings)}) == 1
+    with pytest.raises(InputError, match="weights must be a text or a state dict, got 3"):
+        StyleConfig(weights=3)
+    with pytest.raises(InputError, match="size must be a whole number, got "):
+        StyleConfig(size=state)
+    # a checkpoint knows other numbers, and these
+    monkeypatch.setattr(stylize_module, "KEEP_EVERY", 0.0)
+    stylize(*pair, settings, checkpoint=tmp_path / "run.pt")
+    assert stylize(*pair, settings, checkpoint=tmp_path / "run.pt").image.tobytes() == result.image.tobytes()
+    other = {key: value * 1.01 for key, value in state.items()}
+    with pytest.raises(InputError, match="is of other weights"):
+        stylize(*pair, config(weights=other, steps=3), checkpoint=tmp_path / "run.pt")
+
+
 # ── stylize: input and settings ───────────────────────────────────────────────────────────────────────────────────────
 
 

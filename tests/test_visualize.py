@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageFilter
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from vggfeat_cli import main as command_module
 from vggfeat_cli import pictures
@@ -452,6 +452,10 @@ def test_a_texture_has_the_gram_matrices_of_the_image(thin):
         errors.append(float((g - a).square().sum() / a.square().sum()))
     assert sum(errors) / 2 == pytest.approx(found.error, rel=1e-2)
     assert found.error < found.start / 10
+    again = invert(
+        image, ["relu1_1", "relu2_1"], gram=True, size=32, steps=60, weights=load_file(thin), precision="float32"
+    )
+    assert again.image.tobytes() == found.image.tobytes()
 
 
 def test_texture_layers_go_as_far_as_the_weights(oxford):

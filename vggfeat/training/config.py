@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vggfeat.arch import parse, unit_of
 from vggfeat.errors import InputError, nearest
-from vggfeat.settings import option, typed
+from vggfeat.settings import option, plain, typed
 
 __all__ = ["RECIPES", "TrainConfig", "recipe"]
 
@@ -93,7 +94,7 @@ class TrainConfig:
     width: float = option(1.0, "Factor on every channel count.")
     dropout: float = option(0.0, "Dropout in the head.")
     init: str = option("kaiming", "How fresh weights are drawn.")
-    weights: str | None = option(None, "Start from imagenet, caffe, bundled, random or a file.")
+    weights: str | Mapping[str, Any] | None = option(None, "Start from imagenet, caffe, bundled, random or a file.")
     new_head: bool = option(False, "With --weights, draw the classifier anew.")
     freeze: str | None = option(None, "With --weights, leave everything up to this layer as it is.")
     features_lr: float = option(1.0, "Factor on the learning rate of the convolutions.")
@@ -172,7 +173,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON."""
-        return dataclasses.asdict(self)
+        return plain(self)
 
 
 def _within(config: TrainConfig, name: str, low: float, high: float) -> None:

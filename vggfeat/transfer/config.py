@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vggfeat.arch import parse
 from vggfeat.errors import InputError, nearest
-from vggfeat.settings import option, typed
+from vggfeat.settings import option, plain, typed
 
 __all__ = ["StyleConfig"]
 
@@ -62,7 +63,9 @@ class StyleConfig:
     """
 
     size: int = option(512, "Long side of the result in pixels.")
-    weights: str = option("auto", "imagenet, caffe, bundled, random, auto, or a .pth, .safetensors or .h5 file.")
+    weights: str | Mapping[str, Any] = option(
+        "auto", "imagenet, caffe, bundled, random, auto, or a .pth, .safetensors or .h5 file."
+    )
     arch: str | None = option(None, "Network: vgg19 (default), vgg16, …; a file's own where it holds one.")
     style_layers: tuple[str, ...] = option(
         ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "Layers that carry the style."
@@ -152,4 +155,4 @@ class StyleConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON."""
-        return dataclasses.asdict(self)
+        return plain(self)

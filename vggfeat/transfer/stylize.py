@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -492,7 +492,7 @@ def _together(total: Tensor, terms: dict[str, Tensor], grad: Tensor) -> tuple[Te
     return torch.stack([total, *terms.values()]), grad
 
 
-def _has_own_arch(weights: str) -> bool:
+def _has_own_arch(weights: str | Mapping[str, Any]) -> bool:
     return weights not in ("auto", "imagenet", "caffe", "random")
 
 

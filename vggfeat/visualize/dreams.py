@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -323,7 +323,7 @@ def invert(
     tv_weight: float | None = None,
     seed: int = 0,
     arch: str | None = None,
-    weights: str | os.PathLike[str] = DEFAULT,
+    weights: str | os.PathLike[str] | Mapping[str, Tensor] = DEFAULT,
     callback: Callable[[StyleStep], object] | None = None,
     **options: Any,
 ) -> Inversion:
@@ -345,7 +345,7 @@ def invert(
         tv_weight: of the total variation; None means 1 from features and 0 from Gram matrices.
         seed: of the noise.
         arch: the network; None means the weights' own, and vgg19 where they imply none.
-        weights: a name or a path, see `vggfeat.weights.load`.
+        weights: a name, a path or a state dict, see `vggfeat.weights.load`.
         callback: called after each step.
         options: further fields of `StyleConfig`, such as `pooling`, `optimizer`, `device`, `precision`.
 
