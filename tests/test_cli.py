@@ -334,6 +334,25 @@ def test_a_picture_that_cannot_be_saved_is_rescued(vggstyle, folder, tmp_path, m
     assert trouble == "folder gone" or Path("out/new.jpg").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_at_once_the_second_takes_the_next_number(vggstyle, folder, monkeypatch, overwrite):
+    stylize, name = stylize_module.stylize, f"{Path(PAIR[0]).stem}-{Path(PAIR[1]).stem}"
+    Path(f"{name}.png").write_bytes(b"before")
+
+    def meanwhile(*args, **kwargs):
+        result = stylize(*args, **kwargs)
+        Path(f"{name}-2.png").write_bytes(b"another's")
+        return result
+
+    monkeypatch.setattr(vggfeat, "stylize", meanwhile)
+    code, out, _ = vggstyle(*PAIR, "--quiet", *["--overwrite"] * overwrite)
+    assert (code, out) == (0, f"{name}.png\n" if overwrite else f"{name}-3.png\n")
+    assert Path(f"{name}-2.png").read_bytes() == b"another's"
+    assert (Path(f"{name}.png").read_bytes() == b"before") is not overwrite
+    with Image.open(out.strip()) as picture:
+        assert picture.size == (40, 30)
+
+
 def told_in_third_step(monkeypatch, number):
     """Have the signal come while the objective is evaluated for the third time; the evaluations so far."""
     value_and_grad, calls = Objective.value_and_grad, []

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import vggfeat
-from vggfeat_cli.run import FAILED, INTERRUPTED, save
+from vggfeat_cli.run import FAILED, INTERRUPTED, Target
 
 Command = Callable[..., Any]
 
@@ -99,7 +99,7 @@ def filters(images: tuple[str, ...], output: str | None, overwrite: bool, **opti
     from vggfeat.visualize import filters
 
     sheet = filters(images=list(images), **options)
-    return _saved(sheet, target, overwrite, sheet.settings["weights"])
+    return _saved(sheet, target, sheet.settings["weights"])
 
 
 @click.command("maps")
@@ -125,7 +125,7 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> int
     from vggfeat.visualize import maps
 
     sheet = maps(image, **options)
-    return _saved(sheet, target, overwrite, sheet.settings["weights"])
+    return _saved(sheet, target, sheet.settings["weights"])
 
 
 @click.command("dream")
@@ -169,7 +169,7 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
         result = dream(**options, callback=lambda _: bar.update())
     for channel, start, end in zip(result.channels, result.start, result.activations, strict=True):
         click.echo(f"{options['layer']} {channel}: {start:.4g} → {end:.4g}", err=True)
-    return _saved(result, target, overwrite, result.sheet.settings["weights"], result.interrupted)
+    return _saved(result, target, result.sheet.settings["weights"], result.interrupted)
 
 
 @click.command("invert")
@@ -232,7 +232,7 @@ def invert(
             labels.append(f"{several if len(result.layers) > 2 else ', '.join(result.layers)}: {result.error:.2g}")
         settings = {"picture": "invert", "runs": [result.result.to_dict() for result in results]}
         picture = Sheet(tiles, labels, columns=min(4, len(tiles)), settings=settings)
-    return _saved(picture, target, overwrite, results[0].result.weights, interrupted)
+    return _saved(picture, target, results[0].result.weights, interrupted)
 
 
 @click.command("distance")
@@ -260,7 +260,7 @@ def distance(
     from vggfeat.visualize import distance
 
     result = distance(a, b, layers or None, **options)
-    written, trouble = save(result, target, overwrite) if target else (None, "")
+    written, trouble = target.save(result) if target else (None, "")
     if as_json:
         summary = {key: result.sheet.settings[key] for key in ("total", "lpips", "layers", "arch", "weights")}
         click.echo(json.dumps(summary | ({"output": str(written)} if written else {}), indent=2))
@@ -288,20 +288,21 @@ def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> int:
     result = cam(image, **options)
     name = "" if result.class_name is None else f" {result.class_name}"
     click.echo(f"class {result.class_index}{name}: {100 * result.probability:.1f} %", err=True)
-    return _saved(result, target, overwrite, result.sheet.settings["weights"])
+    return _saved(result, target, result.sheet.settings["weights"])
 
 
-def _target(output: str | None, name: str, overwrite: bool, inputs: Sequence[str] = ()) -> Path:
+def _target(output: str | None, name: str, overwrite: bool, inputs: Sequence[str] = ()) -> Target:
     """Where to write, known to be free and writable before any work."""
-    from vggfeat.image import free_path
     from vggfeat.visualize import check_sheet
 
-    return check_sheet(output or (name if overwrite else free_path(name)), overwrite=overwrite, inputs=inputs)
+    target = Target(output, name, overwrite)
+    check_sheet(target.path, overwrite=overwrite, inputs=inputs)
+    return target
 
 
-def _saved(picture: Any, target: Path, overwrite: bool, weights: str, interrupted: bool = False) -> int:
+def _saved(picture: Any, target: Target, weights: str, interrupted: bool = False) -> int:
     """Save the picture, say where it is, and how the command ended."""
-    written, trouble = save(picture, target, overwrite)
+    written, trouble = target.save(picture)
     click.echo(f"weights: {weights}", err=True)
     click.echo(str(written))
     return _ended(written, trouble, interrupted)

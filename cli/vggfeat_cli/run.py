@@ -8,6 +8,7 @@ import io
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -59,16 +60,38 @@ class _Picture(Protocol):
     def save(self, path: Path, *, overwrite: bool = False) -> Path: ...
 
 
-def save(picture: _Picture, target: Path, overwrite: bool) -> tuple[Path, str]:
-    """Write the picture where it was to go, or, rather than lose it, somewhere else; where it is, and the trouble."""
-    from vggfeat.image import free_path
+@dataclass(frozen=True)
+class Target:
+    """Where a command's picture goes.
 
-    ignore_endings()  # from here on what was made is saved, which takes a moment
-    try:
-        return picture.save(target, overwrite=overwrite), ""
-    except ImageError as error:
-        rescue = free_path(Path(tempfile.gettempdir()) / (target.stem + ".png"))
-        return picture.save(rescue), str(error)
+    Attributes:
+        output: where the user wants it; None leaves it to the command.
+        name: the command's own choice, or with another number where that is taken.
+        overwrite: replace a file that is there.
+    """
+
+    output: str | None
+    name: str
+    overwrite: bool
+
+    @property
+    def path(self) -> Path:
+        """As things are now: of two commands at once, the second to end takes the next number."""
+        from vggfeat.image import free_path
+
+        return Path(self.output or (self.name if self.overwrite else free_path(self.name)))
+
+    def save(self, picture: _Picture) -> tuple[Path, str]:
+        """Write the picture there, or, rather than lose it, somewhere else; where it is, and the trouble."""
+        from vggfeat.image import free_path
+
+        ignore_endings()  # from here on what was made is saved, which takes a moment
+        path = self.path
+        try:
+            return picture.save(path, overwrite=self.overwrite), ""
+        except ImageError as error:
+            rescue = free_path(Path(tempfile.gettempdir()) / (path.stem + ".png"))
+            return picture.save(rescue), str(error)
 
 
 def keep_memory() -> None:

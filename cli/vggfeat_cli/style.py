@@ -13,7 +13,7 @@ import click
 import vggfeat
 from vggfeat.transfer.config import CHOICES, StyleConfig
 from vggfeat_cli.options import settings
-from vggfeat_cli.run import FAILED, INTERRUPTED, finish, save
+from vggfeat_cli.run import FAILED, INTERRUPTED, Target, finish
 
 if TYPE_CHECKING:
     from vggfeat.transfer.stylize import StyleStep
@@ -48,14 +48,13 @@ def command(
     Ctrl-C stops early and saves the best picture so far.
     """
     config = StyleConfig(**values)
-    from vggfeat.image import check_output, free_path
+    from vggfeat.image import check_output
 
-    name = "-".join(Path(path).stem for path in (content, *style)) + ".png"
-    read = (content, *style, config.init)
-    target = check_output(output or (name if overwrite else free_path(name)), overwrite=overwrite, inputs=read)
+    target = Target(output, "-".join(Path(path).stem for path in (content, *style)) + ".png", overwrite)
+    check_output(target.path, overwrite=overwrite, inputs=(content, *style, config.init))
     with _Bar(disable=quiet) as bar:
         result = vggfeat.stylize(content, list(style), config, callback=bar, checkpoint=checkpoint)
-    written, trouble = save(result, target, overwrite)
+    written, trouble = target.save(result)
     if as_json:
         summary = {"output": str(written), "content": content, "style": list(style)} | result.to_dict()
         click.echo(json.dumps(summary, indent=2))
