@@ -12,7 +12,7 @@ from vggfeat.processor import resolve
 from vggfeat.training.batches import Batches, normalised
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
-from vggfeat.training.loop import Epoch
+from vggfeat.training.folder import Epoch
 
 DEVICE = resolve("auto")
 

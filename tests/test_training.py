@@ -23,10 +23,11 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat import checkpoint, convolution, processor, winograd
 from vggfeat.errors import InputError, RunError, WeightsError
-from vggfeat.training import loop
+from vggfeat.training import components, loop
 from vggfeat.training.batches import parted
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World
+from vggfeat.training.folder import NEEDED, Epoch
 from vggfeat.training.muon import Muon
 
 REPO = Path(__file__).resolve().parents[1]
@@ -132,7 +133,7 @@ def test_tensorboard_has_the_curves(finished):
 def plain(run, steps):
     """The same steps in the plainest way: torch's modules and optimizer, no helper of ours but the batches."""
     torch.manual_seed(0)
-    net = loop.network(run.config, 3)
+    net = components.network(run.config, 3)
     net.load_state_dict(run.net.state_dict())
     for module in net.features:
         if isinstance(module, nn.Conv2d):
@@ -240,8 +241,8 @@ def test_compiled(data, tmp_path, monkeypatch):
 
 def rates(config, steps=10):
     net = vggfeat.vgg11(num_classes=2, width=0.125, head="slim")
-    optimizer = loop.optimizer(net, config)
-    scheduler = loop.schedule(optimizer, config, steps)
+    optimizer = components.optimizer(net, config)
+    scheduler = components.schedule(optimizer, config, steps)
     found = []
     for _ in range(config.epochs * steps):
         found.append(optimizer.param_groups[0]["lr"])
@@ -271,11 +272,13 @@ def test_schedules():
 def test_groups_of_parameters():
     net = vggfeat.vgg11(num_classes=2, batch_norm=True, width=0.125, head="slim")
     config = TrainConfig(lr=0.1, features_lr=0.5, weight_decay=1e-3)
-    groups = {(g["lr"], g["weight_decay"]): len(g["params"]) for g in loop.optimizer(net, config).param_groups}
+    groups = {(g["lr"], g["weight_decay"]): len(g["params"]) for g in components.optimizer(net, config).param_groups}
     assert groups == {(0.05, 1e-3): 8, (0.05, 0.0): 24, (0.1, 1e-3): 1, (0.1, 0.0): 1}
-    groups = loop.optimizer(net, TrainConfig(lr=0.1, decay_all=True)).param_groups
+    groups = components.optimizer(net, TrainConfig(lr=0.1, decay_all=True)).param_groups
     assert [len(g["params"]) for g in groups] == [34]
-    kinds = {kind: type(loop.optimizer(net, TrainConfig(optimizer=kind))) for kind in ("sgd", "adam", "adamw", "muon")}
+    kinds = {
+        kind: type(components.optimizer(net, TrainConfig(optimizer=kind))) for kind in ("sgd", "adam", "adamw", "muon")
+    }
     assert kinds == {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
 
 
@@ -508,7 +511,7 @@ def test_no_good_checkpoint_is_an_error(data, tmp_path):
 
 
 def test_a_checkpoint_holds_what_it_must(finished):
-    state, damaged = checkpoint.newest(finished[0].folder / "checkpoints", loop.NEEDED)
+    state, damaged = checkpoint.newest(finished[0].folder / "checkpoints", NEEDED)
     assert not damaged
     assert {"net", "optimizer", "scheduler", "ema", "scaler", "rng", "epoch", "step", "config"} <= state.keys()
     assert (state["epoch"], state["step"]) == (7, 3)  # before the last test
@@ -523,7 +526,7 @@ def test_a_signal_ends_the_run_after_its_step(data, tmp_path, number):
     before = signal.getsignal(number)
     result = run(data, tmp_path / "r", callback=callback)
     assert result.interrupted and not result.history and signal.getsignal(number) is before
-    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", loop.NEEDED)
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", NEEDED)
     assert state["step"] in (2, 3)
     whole = run(data, tmp_path / "whole")
     assert same(weights(run(data, tmp_path / "r", resume=True).folder), weights(whole.folder))
@@ -584,7 +587,7 @@ def test_sigkill_at_random_steps(data, tmp_path):
 def test_a_loss_that_is_not_finite(data, tmp_path):
     with pytest.raises(RunError, match=r"not finite at epoch 1, step \d of 3"):
         run(data, tmp_path / "r", arch="vgg11", lr=1e9, schedule="constant", save_every=1)
-    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", loop.NEEDED)
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", NEEDED)
     assert state is None or all(bool(value.isfinite().all()) for value in state["net"].values())
     assert not (tmp_path / "r" / "weights.safetensors").exists()
 
@@ -754,7 +757,7 @@ def test_a_test_that_fails_costs_no_epoch(tmp_path, torchvision):
     assert tested.pixels is None  # so that the damaged image is met on the way
     with pytest.raises(RunError, match=r"ant/0\.png.*--bad-images skip"):
         run(good, tmp_path / "r", test=tested, **options)
-    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", loop.NEEDED)
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", NEEDED)
     assert (state["epoch"], state["step"]) == (0, 3)
     result = run(good, tmp_path / "r", test=tested, resume=True, bad_images="skip", **options)
     assert result.evaluation.images == 9 and result.evaluation.skipped == ["ant/0.png"]
@@ -846,7 +849,7 @@ def test_a_damaged_checkpoint_is_passed_over_whatever_the_damage(finished, tmp_p
         place = draw.randrange(len(content))
     content[place] ^= 1 << draw.randrange(8)
     (tmp_path / newer.name).write_bytes(content)
-    state, wrong = checkpoint.newest(tmp_path, loop.NEEDED)
+    state, wrong = checkpoint.newest(tmp_path, NEEDED)
     assert state is not None and len(wrong) <= 1
     intact = torch.load(older if wrong else newer)
     assert state["epoch"] == (6 if wrong else 7) == intact["epoch"] and same(state["net"], intact["net"])
@@ -875,7 +878,7 @@ def test_what_a_kill_left_is_cleared_away(data, tmp_path):
     (folder / ".vggfeat-0123456789abcdef.tmp").write_bytes(b"half a checkpoint")
     (folder / "step-000000099.pt").write_bytes(b"damaged")
     good = {path.name for path in folder.glob("step-00000000?.pt")}
-    state, damaged = checkpoint.newest(folder, loop.NEEDED)
+    state, damaged = checkpoint.newest(folder, NEEDED)
     assert state["step"] == 1 and len(damaged) == 1
     assert {path.name for path in folder.iterdir()} == good | {
         "step-000000099.damaged"
@@ -978,7 +981,7 @@ def test_a_checkpoint_that_cannot_be_read_now_stays(data, tmp_path, monkeypatch)
 
     monkeypatch.setattr(checkpoint.zipfile, "ZipFile", refused)
     with pytest.raises(RunError, match="cannot read .*step-000000006.pt: Permission denied"):
-        checkpoint.newest(tmp_path / "r" / "checkpoints", loop.NEEDED)
+        checkpoint.newest(tmp_path / "r" / "checkpoints", NEEDED)
     assert sorted((tmp_path / "r" / "checkpoints").iterdir()) == files
 
 
@@ -1012,7 +1015,7 @@ def test_links_to_folders_around_them_are_followed_once(tmp_path):
 @pytest.mark.parametrize("epochs", [1, 3, 40])
 def test_curves_of_any_length(tmp_path, epochs):
     pytest.importorskip("matplotlib")
-    history = [loop.Epoch(i, 0.1, 1 / i, 0.5, 2 / i, 0.4, None, 1.0, 1.0, 0) for i in range(1, epochs + 1)]
+    history = [Epoch(i, 0.1, 1 / i, 0.5, 2 / i, 0.4, None, 1.0, 1.0, 0) for i in range(1, epochs + 1)]
     path = vggfeat.plot_training({"a": history}, tmp_path / "curves.png")
     assert path.stat().st_size > 5000
 

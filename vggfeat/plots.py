@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from vggfeat.image import ImageLike
     from vggfeat.training.evaluation import Evaluation
-    from vggfeat.training.loop import Epoch
+    from vggfeat.training.folder import Epoch
     from vggfeat.weights import Weights, WeightsLike
 
 __all__ = [

@@ -1,22 +1,15 @@
-"""The training loop: what a step does, what an epoch reports, and how a run stops and goes on.
-
-A run folder holds `config.json`, `log.csv` (a row an epoch), `checkpoints/`, `tensorboard/` where that is installed,
-and at the end `weights.safetensors`.
-"""
+"""The training loop: what a step does, what an epoch reports, and how a run stops and goes on."""
 
 from __future__ import annotations
 
-import csv
 import gc
-import io
-import json
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,59 +18,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vggfeat import checkpoint
-from vggfeat.arch import Arch, parse, unit_of
-from vggfeat.errors import InputError, RunError, WeightsError, first_line
-from vggfeat.files import TEMPORARY, locked, new_file
+from vggfeat.errors import InputError, RunError
 from vggfeat.network import VGG
 from vggfeat.processor import emulates
-from vggfeat.settings import changed
 from vggfeat.signals import on_ending
-from vggfeat.training.batches import Batch, Batches, parted, scale_for, seeded, transforms
+from vggfeat.training.batches import Batch, Batches, parted, scale_for, seeded
+from vggfeat.training.components import mixing, network, optimizer, schedule
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
 from vggfeat.training.distributed import World, agreed, gathered, joined, summed, synchronised
 from vggfeat.training.evaluation import Evaluation, Views, autocast_dtype, tested
-from vggfeat.training.muon import Muon
-from vggfeat.weights import load as load_set
-from vggfeat.weights import load_weights
+from vggfeat.training.folder import Board, Epoch, begin, check, write_log, write_weights
 
-__all__ = ["Epoch", "TrainResult", "TrainStep", "train"]
+__all__ = ["TrainResult", "TrainStep", "train"]
 
 PathLike = str | os.PathLike[str]
-NEEDED = ("config", "classes", "images", "net")  # what makes a checkpoint ours
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What an epoch came to; a row of `log.csv`. Accuracies are shares from 0 to 1.
-
-    Attributes:
-        epoch: its number, from 1.
-        lr: the learning rate at its end.
-        train_loss: mean of the loss that was trained on, label smoothing included.
-        train_accuracy: on the augmented images, as they were trained on.
-        test_loss: cross-entropy on the test set; None without one, as the next two.
-        test_accuracy: top-1.
-        test_top5: None with five classes or fewer, too.
-        seconds: of training, without the test.
-        images_per_second: of training.
-        skipped: images so far that could not be read.
-    """
-
-    epoch: int
-    lr: float
-    train_loss: float
-    train_accuracy: float
-    test_loss: float | None
-    test_accuracy: float | None
-    test_top5: float | None
-    seconds: float
-    images_per_second: float
-    skipped: int
 
 
 @dataclass(frozen=True)
@@ -164,7 +122,7 @@ def train(
     config, folder = config or TrainConfig(), Path(folder)
     with joined(config.device) as world, _repeatable(config, world):
         says = announce if announce is not None and world.first else _silent
-        agreed(lambda: _check(folder, config, resume), world)
+        agreed(lambda: check(folder, config, resume), world)
         images, test_images = load(data, test, resize=config.resize, bad_images=config.bad_images)
         if len(images.classes) < 2:
             raise InputError(f"{images.label} has one class, {images.classes[0]}: there is nothing to tell apart")
@@ -172,7 +130,7 @@ def train(
             images, test_images = parted(images, config.holdout, config.seed)
         run = _Run(config, images, test_images, world, folder, callback if world.first else None, says)
         with ExitStack() as alone:
-            state, damaged = agreed(lambda: _begin(folder, config, images, resume, alone), world)
+            state, damaged = agreed(lambda: begin(folder, config, images, resume, alone), world)
             for text in run.summary(damaged):
                 says(text)
             if state is not None:
@@ -183,72 +141,6 @@ def train(
 
 def _silent(text: str) -> None:
     pass
-
-
-def _check(folder: Path, config: TrainConfig, resume: bool) -> None:
-    """Make sure that nothing in the folder will be lost: a run is gone on with, and only what is empty is filled."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not resume:
-        raise InputError(f"{folder} is there already: choose another folder, or go on with resume=True (--resume)")
-    begun = {"config.json", "checkpoints", "tensorboard"}  # what a run that was killed early may have left
-    rest = {each.name for each in folder.iterdir() if not each.match(TEMPORARY)} - begun if folder.is_dir() else {""}
-    if rest and not any((folder / "checkpoints").glob("step-*.pt")):
-        raise InputError(f"{folder} has no checkpoint to go on from: choose another folder")
-    if before := _config_of(folder / "config.json"):  # before anything is said of settings that are not the run's
-        _compare(folder, before, config)
-
-
-def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
-    free = ("device", "workers", "save_every", "compile", "bad_images")
-    before = {key: tuple(value) if isinstance(value, list) else value for key, value in before.items()}
-    if said := changed(before, config.to_dict(), free):
-        raise InputError(f"the run in {folder} has other settings, which have to be given again: {said}")
-
-
-def _begin(
-    folder: Path, config: TrainConfig, images: ImageSet, resume: bool, alone: ExitStack
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Make the run's folder, or find where the run in it is; no other process trains there while `alone` is open."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        alone.enter_context(locked(folder))
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-    _check(folder, config, resume)  # what was made there meanwhile
-    state, damaged = checkpoint.newest(folder / "checkpoints", NEEDED) if resume else (None, [])
-    if resume and damaged and state is None:
-        raise InputError(f"no checkpoint in {folder} is whole: {'; '.join(damaged)}")
-    if resume and state is None and (folder / "config.json").exists() and not _config_of(folder / "config.json"):
-        raise InputError(f"{folder / 'config.json'} is not of a run of vggfeat's: choose another folder")
-    if state is not None:
-        _compare(folder, state["config"], config)
-        if (state["classes"], state["images"]) != (images.classes, len(images)):
-            raise InputError(
-                f"the run in {folder} was on {state['images']} images of {len(state['classes'])} classes, "
-                f"{images.label} has {len(images)} of {len(images.classes)}"
-            )
-        if state.get("digest", images.digest) != images.digest:
-            raise InputError(
-                f"the run in {folder} was on other images than {images.label}: their names or labels differ"
-            )
-    else:
-        text = json.dumps({"classes": images.classes, "data": images.label} | config.to_dict(), indent=2)
-        try:
-            with new_file(folder / "config.json", overwrite=True) as file:
-                file.write((text + "\n").encode())
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-    return state, damaged
-
-
-def _config_of(path: Path) -> dict[str, Any]:
-    """What a run wrote of its settings; empty where there is nothing, or it was somebody else."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found if {"classes", "data", "optimizer", "seed"} <= found.keys() else {}
-    except (OSError, ValueError, AttributeError):
-        return {}
 
 
 @contextmanager
@@ -269,106 +161,6 @@ def _repeatable(config: TrainConfig, world: World) -> Iterator[None]:
             if workspace is None:
                 os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
             torch.backends.cudnn.benchmark = chosen
-
-
-# ── what a run is made of ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def network(config: TrainConfig, num_classes: int) -> VGG:
-    """The network that a configuration begins with.
-
-    Raises:
-        InputError: a layer to freeze that it lacks.
-        WeightsError: weights of another network, or with another number of classes and no `new_head`.
-    """
-    if config.weights is None:
-        arch = parse(config.arch or "vgg16_bn")
-        arch = Arch(arch.config, arch.batch_norm, unit_of(config.width), config.head, num_classes)
-        return VGG(arch, config.dropout, config.init)
-    weights = load_set(config.weights, config.arch)
-    theirs = weights.arch
-    net = VGG(
-        Arch(theirs.config, theirs.batch_norm, theirs.unit, config.head, num_classes, theirs.blocks),
-        config.dropout,
-        config.init,
-    )
-    head = theirs.head is not None and not config.new_head
-    if head and (theirs.head, theirs.num_classes) != (config.head, num_classes):
-        raise WeightsError(
-            f"weights {weights.label} have a {theirs.head} head for {theirs.num_classes} classes, asked for is a "
-            f"{config.head} head for {num_classes}: draw it anew with new_head=True (--new-head)"
-        )
-    load_weights(net, weights, head=head)
-    if config.freeze is not None:
-        net.arch.layer(config.freeze)
-        for layer in net.arch.until([config.freeze]):
-            net.features[layer.index].requires_grad_(False)
-    return net
-
-
-def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer, with two learning rates; biases and batch normalisation do not decay unless asked for."""
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, value in net.named_parameters():
-        if value.requires_grad:
-            rate = config.lr * (config.features_lr if name.startswith("features.") else 1.0)
-            decay = config.weight_decay if value.ndim > 1 or config.decay_all else 0.0
-            groups.setdefault((rate, decay), []).append(value)
-    parameters = [{"params": values, "lr": lr, "weight_decay": decay} for (lr, decay), values in groups.items()]
-    if not parameters:
-        raise InputError("every layer is frozen: there is nothing to train")
-    device = next(net.parameters()).device
-    fused = device.type in ("cpu", "cuda")
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
-    if config.optimizer == "muon":
-        dtype = autocast_dtype(config.precision, device)
-        if dtype == torch.float16 or emulates(dtype, device):  # whose range is too short; which is slow
-            dtype = torch.float32
-        return Muon(parameters, momentum=config.momentum, dtype=dtype)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, betas=(config.momentum, 0.999), fused=fused)
-
-
-def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
-    """The learning rate's course, by steps."""
-    total, warmup = config.epochs * steps, round(config.warmup * steps)
-    if config.schedule == "onecycle":
-        return lr_scheduler.OneCycleLR(
-            optimizer,
-            [group["lr"] for group in optimizer.param_groups],
-            total_steps=total + 1,  # the last step is made before the rate's end, not after it
-            pct_start=warmup / total if warmup else 0.2 if total != 4 else 0.25,  # for 4 steps torch divides by zero
-            cycle_momentum=False,
-        )
-    main: lr_scheduler.LRScheduler
-    if config.schedule == "cosine":
-        main = lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warmup))
-    elif config.schedule == "linear":
-        main = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, total - warmup))
-    elif config.schedule == "step":
-        main = lr_scheduler.StepLR(optimizer, config.step_size * steps, config.gamma)
-    else:
-        main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    if not warmup:
-        return main
-    rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
-    return lr_scheduler.SequentialLR(optimizer, [rise, main], [warmup])
-
-
-def mixing(config: TrainConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Mixup, CutMix (both torchvision's), or one of both for each batch; None for neither.
-
-    Raises:
-        DependencyError: torchvision does not work.
-    """
-    if not (config.mixup or config.cutmix):
-        return None
-    v2 = transforms()
-    made = [v2.MixUp(alpha=config.mixup, num_classes=num_classes)] if config.mixup else []
-    made += [v2.CutMix(alpha=config.cutmix, num_classes=num_classes)] if config.cutmix else []
-    found: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = v2.RandomChoice(made) if len(made) > 1 else made[0]
-    return found
 
 
 class _Run:
@@ -520,25 +312,23 @@ class _Run:
     def finish(self, damaged: list[str]) -> TrainResult:
         """Train from where it is to the end."""
         evaluation = None
-        board = _Board(self.folder / "tensorboard", self.announce) if self.world.first else None
+        board = Board(self.folder / "tensorboard", self.announce) if self.world.first else None
         with on_ending(self._asked_to_end):
             while self.epoch < self.config.epochs and not self.stop:
                 evaluation = self._epoch(board)
                 self._agree()
         if complete := self.epoch == self.config.epochs:
             if self.world.first:
-                self._log()
-                self._save_weights()
+                write_log(self.folder, self.history)
+                write_weights(self.folder, self.tested_net, self._facts())
         if board is not None:
             board.close()
         self.model = self.net
-        if (
-            self.world.size > 1
-        ):  # what held on to the process group goes now: at the interpreter's end, its threads abort
-            gc.collect()
+        if self.world.size > 1:
+            gc.collect()  # what held on to the process group goes now: at the interpreter's end, its threads abort
         return TrainResult(self.tested_net.eval(), self.history, evaluation, self.folder, not complete, damaged)
 
-    def _epoch(self, board: _Board | None) -> Evaluation | None:
+    def _epoch(self, board: Board | None) -> Evaluation | None:
         self.model.train()
         for module in self.frozen:
             module.eval()
@@ -570,7 +360,7 @@ class _Run:
         evaluation = self._test()
         self._close_epoch(evaluation)
         if self.world.first:
-            self._log()
+            write_log(self.folder, self.history)
             if board is not None:
                 board.write(self.history[-1])
         if self.callback is not None:
@@ -661,17 +451,8 @@ class _Run:
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
 
-    def _log(self) -> None:
-        out = io.StringIO()
-        writer = csv.DictWriter(out, [each.name for each in fields(Epoch)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(epoch) for epoch in self.history)
-        self._write("log.csv", out.getvalue().encode())
-
-    def _save_weights(self) -> None:
-        from safetensors.torch import save
-
-        state = {key: value.detach().contiguous().cpu() for key, value in self.tested_net.state_dict().items()}
+    def _facts(self) -> dict[str, Any]:
+        """What the weights' file says of how they were trained, for `evaluate` and for people's labels."""
         scales = self.views.scales  # in memory, the images were brought to size before: another set has to be, too
         if scales is None and self.config.resize is not None:
             scales = (self.config.resize[-1],)
@@ -679,42 +460,4 @@ class _Run:
         if self.test is not None and self.config.holdout:
             config, data = self.config, self.images.label
             facts["holdout"] = {"share": config.holdout, "seed": config.seed, "digest": self.test.digest, "data": data}
-        self._write("weights.safetensors", save(state, {"format": "pt", "vggfeat": json.dumps(facts)}))
-
-    def _write(self, name: str, content: bytes) -> None:
-        try:
-            with new_file(self.folder / name, overwrite=True) as file:
-                file.write(content)
-        except OSError as error:
-            raise RunError(
-                f"cannot write {self.folder / name}: {error.strerror}; the run can go on from its checkpoints"
-            ) from error
-
-
-class _Board:
-    """TensorBoard's log, where it is installed and works."""
-
-    def __init__(self, folder: Path, announce: Callable[[str], None]) -> None:
-        self.writer = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder))
-        except ImportError:
-            pass
-        except Exception as error:  # it is a log beside the log: no reason to stop
-            announce(f"no log for TensorBoard, which does not work here: {first_line(error)}")
-
-    def write(self, epoch: Epoch) -> None:
-        """A point on every curve."""
-        if self.writer is None:
-            return
-        for name, value in asdict(epoch).items():
-            if value is not None and name != "epoch":
-                self.writer.add_scalar(name, value, epoch.epoch)
-        self.writer.flush()
-
-    def close(self) -> None:
-        """Flush and close."""
-        if self.writer is not None:
-            self.writer.close()
+        return facts

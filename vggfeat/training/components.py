@@ -1,0 +1,118 @@
+"""What a run is made of by its settings: the network, the optimizer, the learning rate's course, how images mix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import lr_scheduler
+
+from vggfeat.arch import Arch, parse, unit_of
+from vggfeat.errors import InputError, WeightsError
+from vggfeat.network import VGG
+from vggfeat.processor import emulates
+from vggfeat.training.batches import transforms
+from vggfeat.training.config import TrainConfig
+from vggfeat.training.evaluation import autocast_dtype
+from vggfeat.training.muon import Muon
+from vggfeat.weights import load, load_weights
+
+__all__ = ["mixing", "network", "optimizer", "schedule"]
+
+
+def network(config: TrainConfig, num_classes: int) -> VGG:
+    """The network that a configuration begins with.
+
+    Raises:
+        InputError: a layer to freeze that it lacks.
+        WeightsError: weights of another network, or with another number of classes and no `new_head`.
+    """
+    if config.weights is None:
+        arch = parse(config.arch or "vgg16_bn")
+        arch = Arch(arch.config, arch.batch_norm, unit_of(config.width), config.head, num_classes)
+        return VGG(arch, config.dropout, config.init)
+    weights = load(config.weights, config.arch)
+    theirs = weights.arch
+    net = VGG(
+        Arch(theirs.config, theirs.batch_norm, theirs.unit, config.head, num_classes, theirs.blocks),
+        config.dropout,
+        config.init,
+    )
+    head = theirs.head is not None and not config.new_head
+    if head and (theirs.head, theirs.num_classes) != (config.head, num_classes):
+        raise WeightsError(
+            f"weights {weights.label} have a {theirs.head} head for {theirs.num_classes} classes, asked for is a "
+            f"{config.head} head for {num_classes}: draw it anew with new_head=True (--new-head)"
+        )
+    load_weights(net, weights, head=head)
+    if config.freeze is not None:
+        net.arch.layer(config.freeze)
+        for layer in net.arch.until([config.freeze]):
+            net.features[layer.index].requires_grad_(False)
+    return net
+
+
+def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer, with two learning rates; biases and batch normalisation do not decay unless asked for."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, value in net.named_parameters():
+        if value.requires_grad:
+            rate = config.lr * (config.features_lr if name.startswith("features.") else 1.0)
+            decay = config.weight_decay if value.ndim > 1 or config.decay_all else 0.0
+            groups.setdefault((rate, decay), []).append(value)
+    parameters = [{"params": values, "lr": lr, "weight_decay": decay} for (lr, decay), values in groups.items()]
+    if not parameters:
+        raise InputError("every layer is frozen: there is nothing to train")
+    device = next(net.parameters()).device
+    fused = device.type in ("cpu", "cuda")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if config.optimizer == "muon":
+        dtype = autocast_dtype(config.precision, device)
+        if dtype == torch.float16 or emulates(dtype, device):  # whose range is too short; which is slow
+            dtype = torch.float32
+        return Muon(parameters, momentum=config.momentum, dtype=dtype)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, betas=(config.momentum, 0.999), fused=fused)
+
+
+def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
+    """The learning rate's course, by steps."""
+    total, warmup = config.epochs * steps, round(config.warmup * steps)
+    if config.schedule == "onecycle":
+        return lr_scheduler.OneCycleLR(
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+            total_steps=total + 1,  # the last step is made before the rate's end, not after it
+            pct_start=warmup / total if warmup else 0.2 if total != 4 else 0.25,  # for 4 steps torch divides by zero
+            cycle_momentum=False,
+        )
+    main: lr_scheduler.LRScheduler
+    if config.schedule == "cosine":
+        main = lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warmup))
+    elif config.schedule == "linear":
+        main = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, total - warmup))
+    elif config.schedule == "step":
+        main = lr_scheduler.StepLR(optimizer, config.step_size * steps, config.gamma)
+    else:
+        main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if not warmup:
+        return main
+    rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rise, main], [warmup])
+
+
+def mixing(config: TrainConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Mixup, CutMix (both torchvision's), or one of both for each batch; None for neither.
+
+    Raises:
+        DependencyError: torchvision does not work.
+    """
+    if not (config.mixup or config.cutmix):
+        return None
+    v2 = transforms()
+    made = [v2.MixUp(alpha=config.mixup, num_classes=num_classes)] if config.mixup else []
+    made += [v2.CutMix(alpha=config.cutmix, num_classes=num_classes)] if config.cutmix else []
+    found: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = v2.RandomChoice(made) if len(made) > 1 else made[0]
+    return found

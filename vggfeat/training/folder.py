@@ -1,0 +1,203 @@
+"""A run's folder: who may train in it, what is gone on from there, and what is written to it.
+
+It holds `config.json`, `log.csv` (a row an epoch), `checkpoints/`, `tensorboard/` where that is installed, and at the
+end `weights.safetensors`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vggfeat import checkpoint
+from vggfeat.errors import InputError, RunError, first_line
+from vggfeat.files import TEMPORARY, locked, new_file
+from vggfeat.network import VGG
+from vggfeat.settings import changed
+from vggfeat.training.config import TrainConfig
+from vggfeat.training.data import ImageSet
+
+__all__ = ["NEEDED", "Board", "Epoch", "begin", "check", "write_log", "write_weights"]
+
+NEEDED = ("config", "classes", "images", "net")  # what makes a checkpoint ours
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to; a row of `log.csv`. Accuracies are shares from 0 to 1.
+
+    Attributes:
+        epoch: its number, from 1.
+        lr: the learning rate at its end.
+        train_loss: mean of the loss that was trained on, label smoothing included.
+        train_accuracy: on the augmented images, as they were trained on.
+        test_loss: cross-entropy on the test set; None without one, as the next two.
+        test_accuracy: top-1.
+        test_top5: None with five classes or fewer, too.
+        seconds: of training, without the test.
+        images_per_second: of training.
+        skipped: images so far that could not be read.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    test_loss: float | None
+    test_accuracy: float | None
+    test_top5: float | None
+    seconds: float
+    images_per_second: float
+    skipped: int
+
+
+def check(folder: Path, config: TrainConfig, resume: bool) -> None:
+    """Make sure that nothing in the folder will be lost: a run is gone on with, and only what is empty is filled.
+
+    Raises:
+        InputError: it is in use, or holds a run with other settings.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not resume:
+        raise InputError(f"{folder} is there already: choose another folder, or go on with resume=True (--resume)")
+    begun = {"config.json", "checkpoints", "tensorboard"}  # what a run that was killed early may have left
+    rest = {each.name for each in folder.iterdir() if not each.match(TEMPORARY)} - begun if folder.is_dir() else {""}
+    if rest and not any((folder / "checkpoints").glob("step-*.pt")):
+        raise InputError(f"{folder} has no checkpoint to go on from: choose another folder")
+    if before := _config_of(folder / "config.json"):  # before anything is said of settings that are not the run's
+        _compare(folder, before, config)
+
+
+def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
+    free = ("device", "workers", "save_every", "compile", "bad_images")
+    before = {key: tuple(value) if isinstance(value, list) else value for key, value in before.items()}
+    if said := changed(before, config.to_dict(), free):
+        raise InputError(f"the run in {folder} has other settings, which have to be given again: {said}")
+
+
+def begin(
+    folder: Path, config: TrainConfig, images: ImageSet, resume: bool, alone: ExitStack
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Make the run's folder, or find where the run in it is.
+
+    Args:
+        folder: of the run.
+        config: its settings.
+        images: that it trains on.
+        resume: go on with the run that is there.
+        alone: until it is closed, no other process trains there.
+
+    Returns:
+        The state of the newest good checkpoint, None for a run that begins, and what is wrong with damaged ones.
+
+    Raises:
+        InputError: a folder that cannot be written, another run, or no checkpoint that is whole.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        alone.enter_context(locked(folder))
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    check(folder, config, resume)  # what was made there meanwhile
+    state, damaged = checkpoint.newest(folder / "checkpoints", NEEDED) if resume else (None, [])
+    if resume and damaged and state is None:
+        raise InputError(f"no checkpoint in {folder} is whole: {'; '.join(damaged)}")
+    if resume and state is None and (folder / "config.json").exists() and not _config_of(folder / "config.json"):
+        raise InputError(f"{folder / 'config.json'} is not of a run of vggfeat's: choose another folder")
+    if state is not None:
+        _compare(folder, state["config"], config)
+        if (state["classes"], state["images"]) != (images.classes, len(images)):
+            raise InputError(
+                f"the run in {folder} was on {state['images']} images of {len(state['classes'])} classes, "
+                f"{images.label} has {len(images)} of {len(images.classes)}"
+            )
+        if state.get("digest", images.digest) != images.digest:
+            raise InputError(
+                f"the run in {folder} was on other images than {images.label}: their names or labels differ"
+            )
+    else:
+        text = json.dumps({"classes": images.classes, "data": images.label} | config.to_dict(), indent=2)
+        try:
+            with new_file(folder / "config.json", overwrite=True) as file:
+                file.write((text + "\n").encode())
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    return state, damaged
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """What a run wrote of its settings; empty where there is nothing, or it was somebody else."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found if {"classes", "data", "optimizer", "seed"} <= found.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def write_log(folder: Path, history: Sequence[Epoch]) -> None:
+    """Write `log.csv` anew.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [each.name for each in fields(Epoch)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(epoch) for epoch in history)
+    _write(folder / "log.csv", out.getvalue().encode())
+
+
+def write_weights(folder: Path, net: VGG, facts: dict[str, Any]) -> None:
+    """Write `weights.safetensors`, with what `vggfeat.weights.facts_of` is to know of them.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    state = {key: value.detach().contiguous().cpu() for key, value in net.state_dict().items()}
+    _write(folder / "weights.safetensors", save(state, {"format": "pt", "vggfeat": json.dumps(facts)}))
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        with new_file(path, overwrite=True) as file:
+            file.write(content)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; the run can go on from its checkpoints") from error
+
+
+class Board:
+    """TensorBoard's log, where it is installed and works."""
+
+    def __init__(self, folder: Path, announce: Callable[[str], None]) -> None:
+        self.writer = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder))
+        except ImportError:
+            pass
+        except Exception as error:  # it is a log beside the log: no reason to stop
+            announce(f"no log for TensorBoard, which does not work here: {first_line(error)}")
+
+    def write(self, epoch: Epoch) -> None:
+        """A point on every curve."""
+        if self.writer is None:
+            return
+        for name, value in asdict(epoch).items():
+            if value is not None and name != "epoch":
+                self.writer.add_scalar(name, value, epoch.epoch)
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self.writer is not None:
+            self.writer.close()
