@@ -9,7 +9,8 @@ from torch import Tensor
 from vggfeat.errors import InputError
 from vggfeat.features import per_channel
 from vggfeat.losses import PerceptualLoss
-from vggfeat.weights import DEFAULT, WeightsLike, read
+from vggfeat.weight_files import read
+from vggfeat.weights import DEFAULT, WeightsLike
 
 __all__ = ["LPIPS"]
 

@@ -1,4 +1,4 @@
-"""Weight sets: where they come from, how they are found, and how their files and keys are read.
+"""Weight sets: where they come from, how they are found, and how their keys are mapped.
 
 Whatever the source, what leaves this module has torchvision's keys, float32 values and a first convolution that takes
 RGB, together with the mean and standard deviation to normalise images in [0,1] by. Nothing here is ever unpickled that
@@ -11,10 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.arch import BLOCK_CHANNELS, LRN, Arch, Layer, parse
-from vggfeat.errors import DependencyError, InputError, WeightsError, WeightsUnavailableError, first_line, nearest
+from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest
 from vggfeat.fetch import fetch, file_key, published_digest, verify
+from vggfeat.weight_files import is_keras, read
 
 if TYPE_CHECKING:
     from vggfeat.network import VGG
@@ -263,7 +260,7 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     published = {p.filename: p for group in SETS.values() for p in group.values()}.get(path.name)
     if published:
         verify(path, published.digest)
-    convention = CAFFE if caffe or _is_hdf5(path) else published.convention if published else IMAGENET
+    convention = CAFFE if caffe or is_keras(path) else published.convention if published else IMAGENET
     label = "caffe:" * caffe + (path.name if path == given else f"{given.name}/{path.name}")
     return _read_state(read(path), arch, convention, label, (*file_key(path), convention))
 
@@ -446,46 +443,6 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     return net
 
 
-# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read(path: Path) -> Mapping[str, Any]:
-    """The tensors of a `.pth`, `.safetensors` or Keras `.h5` file, by the keys that it uses itself.
-
-    Raises:
-        WeightsError: a file that is truncated, of another kind, or a pickle that would run code.
-        DependencyError: a `.h5` file without h5py.
-    """
-    if _is_hdf5(path):
-        return _read_keras(path)
-    if path.suffix.lower() == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WeightsError(f"{path} is damaged or no safetensors file: {error}") from error
-    magic = _magic(path)
-    try:
-        # a file in torch's zip format is mapped: layers that nobody asks for are never read
-        with warnings.catch_warnings():  # of a pickle's protocol, which is no user's concern
-            warnings.simplefilter("ignore")
-            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if magic.startswith((b"\x80", b"PK")):  # a pickle, or torch's zip around one
-            raise WeightsError(
-                f"{path} was not loaded: it holds more than tensors, and unpickling that could run code; "
-                "save the state dict alone: torch.save(net.state_dict(), path)"
-            ) from error
-        raise WeightsError(f"{path} is damaged or no torch file: it starts with {magic!r}") from error
-    except Exception as error:  # flipped bits come out of the readers of zips and pickles as errors of any kind
-        raise WeightsError(f"{path} is damaged or no torch file: {first_line(error)}") from error
-    if not isinstance(raw, Mapping):
-        raise WeightsError(f"{path} holds a {type(raw).__name__}, expected a state dict")
-    return raw
-
-
 def facts_of(weights: str | os.PathLike[str]) -> dict[str, Any]:
     """What `vggfeat.train` says of the weights that it wrote (classes, size, scales); empty for any others."""
     weights = resolved(weights)
@@ -500,57 +457,6 @@ def facts_of(weights: str | os.PathLike[str]) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is damaged or no safetensors file: {error}") from error
     return found if isinstance(found, dict) else {}
-
-
-def _magic(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(8)
-    except OSError as error:
-        raise WeightsUnavailableError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _is_hdf5(path: Path) -> bool:
-    return path.suffix.lower() in (".h5", ".hdf5") or _magic(path) == b"\x89HDF\r\n\x1a\n"
-
-
-def _read_keras(path: Path) -> dict[str, Tensor]:
-    """Keras' VGG files: block1_conv1 … block5_conv4, fc1, fc2, predictions; kernels as (H,W,in,out), HWC flattening."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise DependencyError(f"{path.name} is a Keras file, which needs h5py: pip install 'vggfeat[h5]'") from error
-    arrays: dict[str, dict[int, Tensor]] = {}
-
-    def visit(name: str, item: Any) -> None:
-        match = re.search(r"(block\d_conv\d|fc[12]|predictions)", name)
-        if match and not name.startswith("optimizer") and isinstance(item, h5py.Dataset):
-            arrays.setdefault(match[1], {})[item.ndim] = torch.from_numpy(item[()]).to(torch.float32)
-
-    try:
-        with h5py.File(path, "r") as file:
-            file.visititems(visit)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path} is damaged or no HDF5 file: {first_line(error)}") from error
-    config = "E" if "block3_conv4" in arrays else "D"
-    state = {}
-    for layer in Arch(config).convs:
-        found = arrays.get(f"block{layer.name[4]}_conv{layer.name[6]}", {})
-        if 4 in found and 1 in found:
-            state[f"features.{layer.index}.weight"] = found[4].permute(3, 2, 0, 1).contiguous()
-            state[f"features.{layer.index}.bias"] = found[1]
-    for name, index in (("fc1", 0), ("fc2", 3), ("predictions", 6)):
-        if {1, 2} <= arrays.get(name, {}).keys():
-            weight = arrays[name][2]  # (in, out)
-            if name == "fc1":  # Keras flattens (7,7,C), torch (C,7,7)
-                if weight.shape[0] % 49:
-                    break  # another classifier on the same convolutions
-                weight = weight.reshape(7, 7, -1, weight.shape[1]).permute(2, 0, 1, 3).flatten(0, 2)
-            state[f"classifier.{index}.weight"] = weight.T.contiguous()
-            state[f"classifier.{index}.bias"] = arrays[name][1]
-    if not state:
-        raise WeightsError(f"{path} is not a Keras VGG: expected layers named block1_conv1 …")
-    return state
 
 
 # ── find ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,108 @@
+"""Weight files: `.pth`, `.safetensors` and Keras' `.h5`, read as tensors. Nothing is unpickled that could run code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vggfeat.arch import Arch
+from vggfeat.errors import DependencyError, WeightsError, WeightsUnavailableError, first_line
+
+__all__ = ["is_keras", "read"]
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """The tensors of a `.pth`, `.safetensors` or Keras `.h5` file, by the keys that it uses itself.
+
+    Raises:
+        WeightsError: a file that is truncated, of another kind, or a pickle that would run code.
+        DependencyError: a `.h5` file without h5py.
+    """
+    if is_keras(path):
+        return _read_keras(path)
+    if path.suffix.lower() == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightsError(f"{path} is damaged or no safetensors file: {error}") from error
+    magic = _magic(path)
+    try:
+        # a file in torch's zip format is mapped: layers that nobody asks for are never read
+        with warnings.catch_warnings():  # of a pickle's protocol, which is no user's concern
+            warnings.simplefilter("ignore")
+            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if magic.startswith((b"\x80", b"PK")):  # a pickle, or torch's zip around one
+            raise WeightsError(
+                f"{path} was not loaded: it holds more than tensors, and unpickling that could run code; "
+                "save the state dict alone: torch.save(net.state_dict(), path)"
+            ) from error
+        raise WeightsError(f"{path} is damaged or no torch file: it starts with {magic!r}") from error
+    except Exception as error:  # flipped bits come out of the readers of zips and pickles as errors of any kind
+        raise WeightsError(f"{path} is damaged or no torch file: {first_line(error)}") from error
+    if not isinstance(raw, Mapping):
+        raise WeightsError(f"{path} holds a {type(raw).__name__}, expected a state dict")
+    return raw
+
+
+def _magic(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(8)
+    except OSError as error:
+        raise WeightsUnavailableError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def is_keras(path: Path) -> bool:
+    """Whether a file is one of Keras', which is to say HDF5, by its name or by how it begins."""
+    return path.suffix.lower() in (".h5", ".hdf5") or _magic(path) == b"\x89HDF\r\n\x1a\n"
+
+
+def _read_keras(path: Path) -> dict[str, Tensor]:
+    """Keras' VGG files: block1_conv1 … block5_conv4, fc1, fc2, predictions; kernels as (H,W,in,out), HWC flattening."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise DependencyError(f"{path.name} is a Keras file, which needs h5py: pip install 'vggfeat[h5]'") from error
+    arrays: dict[str, dict[int, Tensor]] = {}
+
+    def visit(name: str, item: Any) -> None:
+        match = re.search(r"(block\d_conv\d|fc[12]|predictions)", name)
+        if match and not name.startswith("optimizer") and isinstance(item, h5py.Dataset):
+            arrays.setdefault(match[1], {})[item.ndim] = torch.from_numpy(item[()]).to(torch.float32)
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path} is damaged or no HDF5 file: {first_line(error)}") from error
+    config = "E" if "block3_conv4" in arrays else "D"
+    state = {}
+    for layer in Arch(config).convs:
+        found = arrays.get(f"block{layer.name[4]}_conv{layer.name[6]}", {})
+        if 4 in found and 1 in found:
+            state[f"features.{layer.index}.weight"] = found[4].permute(3, 2, 0, 1).contiguous()
+            state[f"features.{layer.index}.bias"] = found[1]
+    for name, index in (("fc1", 0), ("fc2", 3), ("predictions", 6)):
+        if {1, 2} <= arrays.get(name, {}).keys():
+            weight = arrays[name][2]  # (in, out)
+            if name == "fc1":  # Keras flattens (7,7,C), torch (C,7,7)
+                if weight.shape[0] % 49:
+                    break  # another classifier on the same convolutions
+                weight = weight.reshape(7, 7, -1, weight.shape[1]).permute(2, 0, 1, 3).flatten(0, 2)
+            state[f"classifier.{index}.weight"] = weight.T.contiguous()
+            state[f"classifier.{index}.bias"] = arrays[name][1]
+    if not state:
+        raise WeightsError(f"{path} is not a Keras VGG: expected layers named block1_conv1 …")
+    return state
