@@ -18,7 +18,7 @@ from vggfeat.arch import Arch
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures, trunk_dtype
 from vggfeat.processor import bfloat16_is_fast
-from vggfeat.trunk import Trunk
+from vggfeat.trunk import Trunk, strips
 from vggfeat.weights import Weights, load
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # torchvision's documentation
@@ -657,6 +657,44 @@ def test_there_and_back_is_what_autograd_does(config, options, names, how, keep,
         found = back(slope)
     assert asked == sorted(names, key=net.arch.names.index, reverse=True) and not taps
     assert not found.requires_grad and (found.shape, found.dtype) == (x.shape, x.dtype)
+    torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("keep", ["bits", "values", "by autograd"])
+@pytest.mark.parametrize(("config", "options", "names", "how"), WALKS)
+def test_by_rows_is_what_autograd_does(config, options, names, how, keep, monkeypatch):
+    net = small(config, **options)
+    if keep == "by autograd":
+        monkeypatch.setattr(features_module, "BY_HAND", ())
+        keep = "bits"
+    monkeypatch.setattr(strips, "ROWS", 8)
+    monkeypatch.setattr(strips, "VALUES", 1)
+    features = VGGFeatures(names, net.arch, net.state_dict(), keep=keep, **how)
+    leaf = batch(1, 3, 35, 42, dtype=torch.float64).requires_grad_()
+    wanted = features(leaf)
+    seeds = {name: torch.randn(tap.shape, dtype=tap.dtype) for name, tap in wanted.items()}
+    (gradient,) = torch.autograd.grad([*wanted.values()], leaf, [seeds[name] for name in wanted])
+
+    def of_rows(value, rows):
+        return value[:, :, rows] if value.ndim == 4 else value
+
+    def see(name, part, rows):
+        assert not part.requires_grad
+        torch.testing.assert_close(part, of_rows(wanted[name], rows))
+        seen.append((name, rows.start, rows.stop))
+        return of_rows(seeds[name], rows)
+
+    with torch.autocast("cpu", torch.bfloat16):  # which float64 has no use for
+        seen = []
+        features.show(leaf, see)
+        shown, seen = seen, []
+        back = features.walk_by_rows(leaf, see)
+        assert shown == seen and {name for name, *_ in seen} == {*names}
+        for name, tap in wanted.items():
+            ends = [end for each, *rows in seen if each == name for end in rows]
+            assert ends[0] == 0 and ends[1:-1:2] == ends[2::2] and ends[-1] == (tap.shape[2] if tap.ndim == 4 else 1)
+        found = back(see)
+    assert not found.requires_grad and (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
     torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12 * float(gradient.abs().max()))
 
 

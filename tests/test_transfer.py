@@ -1,6 +1,7 @@
 """vggfeat.transfer: compared with the paper's formulas written out, torch.optim, and a plain network in float64."""
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -23,6 +24,8 @@ from vggfeat.transfer.config import CHOICES
 from vggfeat.transfer.objective import Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
 from vggfeat.transfer.tiles import _spans, side_for
+from vggfeat.trunk import bits as bits_module
+from vggfeat.trunk import strips as strips_module
 
 UNIT = 8  # channels of conv1_1: a VGG-19 an eighth as wide
 STAGES = (2, 2, 4, 4, 4)
@@ -200,17 +203,33 @@ def test_gradient_is_the_finite_difference(state, config, normalization):
         assert (ahead - behind) / 2e-6 == pytest.approx(float((grad * along).sum()), rel=1e-5)
 
 
+@pytest.fixture
+def thin(monkeypatch):
+    """The first block goes by strips of 8 rows, gradients of taps come 8 rows at a time."""
+    monkeypatch.setattr(strips_module, "ROWS", 8)
+    monkeypatch.setattr(strips_module, "VALUES", 1)
+    monkeypatch.setattr(bits_module, "BAND", 1)
+
+
 @pytest.mark.parametrize("side", [0, 16])
 @pytest.mark.parametrize("keep", ["bits", "values"])
-def test_gradient_is_what_autograd_makes_of_the_terms(state, config, side, keep):
+@pytest.mark.parametrize("cut", [False, True])
+def test_gradient_is_what_autograd_makes_of_the_terms(state, config, side, keep, cut, request):
     """In float64, with layers that count for style and content, and one whose ReLU is tapped behind it."""
-    config = config(style_layers=("relu1_1", "conv2_1", "pool2"), content_layers=("conv2_1", "relu2_1"), tv_weight=0.3)
+    if cut:
+        request.getfixturevalue("thin")
+    layers = {"style_layers": ("relu1_1", "conv2_1", "pool2"), "content_layers": ("conv1_1", "conv2_1", "relu2_1")}
+    config = config(**layers, tv_weight=0.3)
     content, image = scene(40, 36, seed=1).double(), scene(40, 36, seed=2).double()
     both = objective(state, config, content, [scene(30, 44, seed=3).double()], side, keep)
-    leaf = image.clone().requires_grad_()
-    total = sum(both.terms(leaf).values())
+    leaf, sums = image.clone().requires_grad_(), {}
+    for tile in both.tiles:
+        for name, tap in both.features(tile.read(leaf)).items():
+            both._add_sums(sums, leaf, tile, name, tap, slice(0, tap.shape[2]))
+    total = sum(both._terms(sums, leaf).values())
     (wanted,) = torch.autograd.grad(total, leaf)
     found, _, grad = both.value_and_grad(image)
+    assert sum(both.terms(image).values()) == pytest.approx(float(total.detach()), rel=1e-12)
     torch.testing.assert_close(found, total.detach(), rtol=1e-12, atol=0)  # nothing of the image is out of range
     torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12 * float(wanted.abs().max()))
 
@@ -591,7 +610,7 @@ DEEP = {"style_layers": ("relu1_1", "conv2_1", "pool4", "relu5_1"), "content_lay
         ({"padding": "reflect", "style_layers": ("relu1_2",), "content_layers": ("pool1",)}, 50, 37, 7, 7 * 5),
     ],
 )
-def test_tiles_are_the_whole(state, config, changes, width, height, side, count):
+def test_tiles_are_the_whole(state, config, changes, width, height, side, count, thin):
     """Values and gradients in float64, of sizes that no stride divides."""
     config = config(**(DEEP | changes))
     x, content, style = (scene(width, height, seed=seed).double() for seed in (1, 2, 3))
@@ -615,6 +634,16 @@ def test_every_position_counts_once():
                 seen = [n for span in spans for n in range(length // stride)[span.counts(stride)]]
                 assert seen == [*range(length // stride)]
                 for span in spans:
+                    # cut into rows as they are read, however many at a time
+                    lines = (span.stop - span.start) // stride
+                    for count in (1, 5, lines):
+                        cuts = [*range(0, lines, count), lines]
+                        parts = [span.part(slice(*pair), stride) for pair in itertools.pairwise(cuts)]
+                        numbers = [n for part in parts for n in range(length // stride)[part.counts(stride)]]
+                        assert numbers == [*range(length // stride)[span.counts(stride)]]
+                        for part, start in zip(parts, cuts, strict=False):
+                            those = range(lines)[start : start + count][part.counts(stride, part.start)]
+                            assert len(those) == len(range(length // stride)[part.counts(stride)])
                     read = range(span.start // stride, span.stop // stride)  # what the tile's own map stands for
                     own = read[span.counts(stride, span.start)]
                     assert own == range(length // stride)[span.counts(stride)]
@@ -630,19 +659,20 @@ def test_a_picture_by_tiles_is_the_same(config, pair):
 
 
 def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
-    """VGG-19 in float32 takes 8 × 64 × 4 bytes a pixel, and the optimiser 360."""
+    """VGG-19 in float32 takes 6 × 64 × 4 bytes a pixel, in bfloat16 8 × 64 × 2, and the optimiser 360."""
     arch, layers = parse("vgg19"), ["relu1_1", "relu5_1"]
 
     def side(free, height=3000, width=4000, names=layers, dtype=torch.float32, device="cpu"):
         return side_for(arch, names, height, width, dtype, torch.device(device), free)
 
-    whole = 12e6 * 2048 / 0.7
-    assert side(whole * 1.001) == 0 and side(whole / 2 * 1.001, dtype=torch.bfloat16, device="cuda") == 0
+    whole, narrow = 12e6 * 1536 / 0.7, 12e6 * 1024 / 0.7
+    assert side(whole * 1.001) == 0 and side(narrow * 1.001, dtype=torch.bfloat16, device="cuda") == 0
+    assert side(narrow * 0.999, dtype=torch.bfloat16, device="cuda") > 0
     monkeypatch.setattr(tiles_module, "emulates", lambda dtype, device: True)  # bfloat16 that is computed in float32
-    assert side(whole / 2 * 1.001, dtype=torch.bfloat16) > 0 and side(whole * 1.001, dtype=torch.bfloat16) == 0
+    assert side(narrow * 1.001, dtype=torch.bfloat16) > 0 and side(whole * 1.001, dtype=torch.bfloat16) == 0
     monkeypatch.undo()
     assert side(whole * 1.001, device="mps") > 0 and side(2 * whole * 1.001, device="mps") == 0  # by autograd
-    assert side(whole / 4) == pytest.approx(math.sqrt((12e6 * 512 - 12e6 * 360) / 2048) - 156, abs=2)
+    assert side(whole / 3) == pytest.approx(math.sqrt((12e6 * 512 - 12e6 * 360) / 1536) - 156, abs=2)
     assert side(whole * 0.99) < 4000 and side(1e6) == 256  # something must be tried
     assert side(1e6, names=["relu1_1", "fc7"]) == 0  # of a classifier there are no parts
     asked = []

@@ -32,6 +32,7 @@ ARCHS = {
     "vgg16": Arch("D", unit=8, head=None),
     "vgg19_bn": Arch("E", True, unit=8, head=None),
     "A-LRN": Arch("A-LRN", unit=8, head=None),
+    "vgg11_bn": Arch("A", True, unit=8, head=None),
     "C": Arch("C", unit=8, head=None),
     "odd": Arch("D", unit=5, head=None),
     "uneven": Arch("D", head=None, blocks=(3, 8, 5, 6, 4)),
@@ -640,6 +641,7 @@ def test_by_strips(thin, trunks, arch, pooling, padding, keep):
         assert number_of_strips(plan, 2, height, 22) == 2 * cuts
         if keep == "taps":
             walk_there_and_back(trunk, plan, images(2, 3, height, 22))
+            walk_by_rows(trunk, plan, images(1, 3, height, 22))
         else:
             compare(trunk, names, pooling, padding, keep, shape=(2, 3, height, 22), seed=choice.randrange(99))
 
@@ -657,6 +659,65 @@ def walk_there_and_back(trunk, plan, x):
         found = back(lambda name, tap: slopes[name])
     (expected,) = torch.autograd.grad(theirs, leaf, grads)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * expected.abs().max().item())
+
+
+def walk_by_rows(trunk, plan, x, keep="taps"):
+    """The same where taps are shown, and their gradients asked for, some rows at a time."""
+    leaf = x.clone().requires_grad_()
+    theirs = reference(leaf, trunk.state, trunk.arch, plan.ran, plan.pooling, plan.padding)
+    grads = [images(*tap.shape, seed=i) for i, tap in enumerate(theirs)]
+    known, slopes = dict(zip(plan.ran, theirs, strict=True)), dict(zip(plan.ran, grads, strict=True))
+    shown = {name: [] for name in plan.ran}
+
+    def seen(name, part, rows):
+        torch.testing.assert_close(part, known[name][:, :, rows], rtol=1e-9, atol=1e-10)
+        shown[name] += range(rows.start, rows.stop)
+
+    def slope(name, part, rows):
+        torch.testing.assert_close(part, known[name][:, :, rows], rtol=1e-9, atol=1e-10)
+        return slopes[name][:, :, rows].clone()
+
+    with torch.no_grad():
+        filters = trunk.filters(plan, x.device, x.dtype)
+        back = walk.there_and_back_by_rows(x, filters, plan, seen, keep=keep)
+        assert {name: [*range(tap.shape[2])] for name, tap in known.items()} == shown
+        assert [*shown] == [*plan.ran]
+        found = back(slope)
+        assert walk.forward(x, filters, plan, "none", seen) == ([], [])
+    assert all(rows == 2 * [*range(known[name].shape[2])] for name, rows in shown.items())
+    (expected,) = torch.autograd.grad(theirs, leaf, grads)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("band", [1, 1 << 20])
+@pytest.mark.parametrize("keep", ["taps", "values"])
+@pytest.mark.parametrize(("arch", "padding"), [("vgg11_bn", "reflect"), ("A-LRN", "zeros"), ("vgg19_bn", "replicate")])
+def test_by_rows_with_every_tap(thin, trunks, monkeypatch, arch, padding, keep, band):
+    """Of each kind of layer, in the first block and behind it, as few rows at a time as can be and all at once."""
+    trunk = trunks(ARCHS[arch])
+    monkeypatch.setattr("vggfeat.trunk.bits.BAND", band)
+    thin(22)
+    plan = Plan(trunk.arch, tuple(names_of(trunk.arch, blocks=3)), "max", padding)
+    walk_by_rows(trunk, plan, images(1, 3, 43, 22), keep)
+    first = tuple(name for name in plan.ran if name.endswith("1_1"))
+    for name in (*first, "pool1"):
+        walk_by_rows(trunk, Plan(trunk.arch, (name, "relu2_1"), "l2", padding), images(1, 3, 24, 22), keep)
+    walk_by_rows(trunk, Plan(trunk.arch, first, "max", padding), images(1, 3, 24, 22), keep)  # no block is complete
+
+
+def test_the_first_convolutions_taps_and_no_taps_gradient_are_whole(thin, trunks, monkeypatch):
+    plan = Plan(ARCHS["vgg16"], ("conv1_1", "relu1_1", "relu2_1"))
+    monkeypatch.setattr("vggfeat.trunk.bits.BAND", 1)  # 8 rows at a time, the fewest there are
+    x = images(1, 3, 64, 22)
+    filters = trunks(plan.arch).filters(plan, x.device, x.dtype)
+    thin(22)
+    seen = []
+    with torch.no_grad(), _Sizes() as sizes:
+        back = walk.there_and_back_by_rows(x, filters, plan, lambda name, part, rows: seen.append(rows), keep="taps")
+        back(lambda name, part, rows: seen.append(rows) or torch.ones_like(part))
+    assert 64 not in sizes.seen and {8, 10, 12} <= sizes.seen
+    # conv1_1 and relu1_1 strip by strip, relu2_1 whole, and its gradient 8 rows at a time
+    assert [rows.stop - rows.start for rows in seen if rows.stop == 32] == [8, 8, 32, 8]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,7 @@ from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
 from vggfeat.functional import in_functorch
 from vggfeat.processor import bfloat16_is_fast
-from vggfeat.trunk import Plan, Slope, Trunk
+from vggfeat.trunk import Plan, Seen, SlopeOf, SlopeOfRows, Trunk
 from vggfeat.weights import DEFAULT, LINEAR, WeightsLike, load
 
 __all__ = ["PRECISIONS", "VGGFeatures", "count_and_size", "trunk_dtype"]
@@ -26,7 +26,8 @@ __all__ = ["PRECISIONS", "VGGFeatures", "count_and_size", "trunk_dtype"]
 PRECISIONS = ("float32", "bfloat16", "auto")
 BY_HAND = ("cpu", "cuda")  # devices on which the trunk's own walk runs; elsewhere ordinary operations do
 
-Back = Callable[[Slope], Tensor]
+Back = Callable[[SlopeOf], Tensor]
+BackByRows = Callable[[SlopeOfRows], Tensor]
 
 
 class VGGFeatures(nn.Module):
@@ -156,20 +157,58 @@ class VGGFeatures(nn.Module):
         with a classifier's layers, and on devices that leave the walk to autograd). It can be gone once and empties
         the taps.
         """
-        images = images.detach()
-        if self._head or images.device.type not in BY_HAND:
-            return self._walk_by_autograd(images)
-        filters, dtype = self._filters(images), images.dtype
+        if not self._walks(images):
+            return self._walk_by_autograd(images.detach())
+        filters = self._filters(images)
         with torch.no_grad(), _trunk.no_autocast(images.device):  # its wish is in the filters' type
-            x = self._normalised(images)
-            scale, _ = self._factors(x)
-            taps, back = _trunk.there_and_back(x, filters, self.plan, keep="taps" if self.keep == "bits" else "values")
+            x = self._normalised(images.detach())
+            taps, back = _trunk.there_and_back(x, filters, self.plan, keep=self._keep)
+        return taps, lambda slope: self._home(back, slope, images.dtype)
 
-        def home(slope: Slope) -> Tensor:
-            with torch.no_grad():
-                return back(slope).mul_(scale).to(dtype)
+    def walk_by_rows(self, image: Tensor, seen: Seen) -> BackByRows:
+        """As `walk` of one image (1,3,H,W), for what can be told of a tap, and its gradient, from some rows at a time.
 
-        return taps, home
+        Every tap is shown to `seen(name, part, rows)`, shallow to deep, as it is made. The way back is a function of
+        `slope(name, part, rows)`, the gradient with respect to these rows of a tap, asked for as often as it takes. On
+        a CPU the first convolution's taps, the largest there are, are never whole; nor is the gradient of any. Values
+        (1,C) of a classifier, and all on devices that leave the walk to autograd, come whole.
+        """
+        if not self._walks(image):
+            taps, whole = self._walk_by_autograd(image.detach())
+            for name, tap in taps.items():
+                seen(name, tap, _every_row(tap))
+            return lambda slope: whole(lambda name, tap: slope(name, tap, _every_row(tap)))
+        filters = self._filters(image)
+        with torch.no_grad(), _trunk.no_autocast(image.device):
+            x = self._normalised(image.detach())
+            back = _trunk.there_and_back_by_rows(x, filters, self.plan, seen, keep=self._keep)
+        return lambda slope: self._home(back, slope, image.dtype)
+
+    def show(self, image: Tensor, seen: Seen) -> None:
+        """Every tap of one image (1,3,H,W), as `walk_by_rows` shows them, and no way back."""
+        with torch.no_grad():
+            if not self._walks(image):
+                for name, tap in self.taps(image).items():
+                    seen(name, tap, _every_row(tap))
+                return
+            filters = self._filters(image)
+            with _trunk.no_autocast(image.device):
+                _trunk.forward(self._normalised(image), filters, self.plan, "none", seen)
+
+    def _walks(self, images: Tensor) -> bool:
+        """Whether the trunk's own walk runs, and not autograd."""
+        return not self._head and images.device.type in BY_HAND
+
+    @property
+    def _keep(self) -> str:
+        return "taps" if self.keep == "bits" else "values"
+
+    @torch.no_grad()
+    def _home(self, back: Callable[[Any], Tensor], slope: Any, dtype: torch.dtype) -> Tensor:
+        """The gradient with respect to the images, in their type, by the way back to the normalised ones."""
+        grad = back(slope)
+        scale, _ = self._factors(grad)
+        return grad.mul_(scale).to(dtype)
 
     def _walk_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Back]:
         leaf = images.requires_grad_()
@@ -177,7 +216,7 @@ class VGGFeatures(nn.Module):
             taps = self.taps(leaf.view_as(leaf))  # hooks of counters and trackers cannot take a leaf
         known = {name: tap.detach() for name, tap in taps.items()}
 
-        def home(slope: Slope) -> Tensor:
+        def home(slope: SlopeOf) -> Tensor:
             deepest_first = sorted(taps, key=self.arch.names.index, reverse=True)
             with torch.no_grad(), _trunk.no_autocast(leaf.device):
                 slopes = [slope(name, known.pop(name)) for name in deepest_first]
@@ -279,6 +318,10 @@ class VGGFeatures(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"{', '.join(self.layers)}; {self.arch.name}, weights {self.weights}, {self.precision}"
+
+
+def _every_row(tap: Tensor) -> slice:
+    return slice(0, tap.shape[2] if tap.ndim == 4 else 1)
 
 
 def per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:

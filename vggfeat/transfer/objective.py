@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Objective:
         self.features = features
         self.config = config
         self.side = side
-        self.size = tuple(content.shape[2:])
+        self.size = tuple(features.checked(content).shape[2:])
         self.tiles = self._tiles(content)
         self.style_weight, self.content_weight = config.term_weights
         self.style_shares = dict(
@@ -60,12 +60,13 @@ class Objective:
             zip(config.content_layers, config.shares("content_layer_weights", len(config.content_layers)), strict=True)
         )
         with torch.no_grad():
-            self.content = self._content(content)
+            self.content: dict[str, Tensor] = {}
+            self._show(content, self._hold)
             self.style = dict.fromkeys(config.style_layers, torch.zeros((), device=content.device))
             for share, image in zip(config.shares("style_blend", len(styles)), styles, strict=True):
-                for tile in self._tiles(image):
-                    grams = self._grams(features(tile.read(image)), tile, image)
-                    self.style = {name: value + share * grams[name] for name, value in self.style.items()}
+                grams: Sums = {}
+                self._show(features.checked(image), functools.partial(self._add_gram, grams, image))
+                self.style = {name: value + share * grams["style", name] for name, value in self.style.items()}
             self._content_norms = {name: _norm(wide(value)) for name, value in self.content.items()}
             self._style_norms = {name: _norm(value) for name, value in self.style.items()}
             # the penalty has to keep up with terms that are as large as the network's activations make them
@@ -80,72 +81,70 @@ class Objective:
         arch = self.features.arch
         return 1 if name in arch.head_names else arch.layer(name).stride
 
-    def _content(self, image: Tensor) -> dict[str, Tensor]:
-        """The features that carry the content, of the whole image."""
-        if len(self.tiles) == 1:
-            taps = self.features(image)
-            return {name: taps[name] for name in self.content_shares}
-        height, width = self.size
-        found: dict[str, Tensor] = {}
-        for tile in self.tiles:
-            taps = self.features(tile.read(image))
-            for name in self.content_shares:
-                stride = self._stride(name)
-                own = tile.own(taps[name], stride)
-                if name not in found:
-                    shape = (1, own.shape[1], height // stride, width // stride)
-                    found[name] = torch.empty(
-                        shape, dtype=own.dtype, device=own.device, memory_format=torch.channels_last
-                    )
-                tile.of(found[name], stride).copy_(own)
-        return found
+    def _show(self, image: Tensor, seen: Callable[[Tile, str, Tensor, slice], None]) -> None:
+        """Have something see every layer of an image: of which tile, the layer, some rows of it, and which."""
+        for tile in self._tiles(image):
+            self.features.show(tile.read(image), functools.partial(seen, tile))
 
-    def _grams(self, taps: dict[str, Tensor], tile: Tile, image: Tensor) -> dict[str, Tensor]:
-        """What a tile adds to the Gram matrix of each style layer."""
-        owned = {name: tile.own(taps[name], self._stride(name)) for name in self.style_shares}
-        return {name: gram(own) * self._part(name, own, image) for name, own in owned.items()}
+    def _counting(self, tile: Tile, name: str, part: Tensor, rows: slice) -> tuple[Tensor, Tile]:
+        """Of some rows of a layer on a tile, the values that count, and where they belong."""
+        stride = self._stride(name)
+        tile = tile.part(rows, stride) if part.ndim == 4 else tile
+        return tile.own(part, stride), tile
 
-    def _part(self, name: str, own: Tensor, image: Tensor) -> float:
-        """The share that a tile's own positions are of the layer's."""
+    def _hold(self, tile: Tile, name: str, part: Tensor, rows: slice) -> None:
+        """Hold on to the features that carry the content."""
+        if name not in self.content_shares:
+            return
+        own, tile = self._counting(tile, name, part, rows)
+        if name not in self.content:
+            shape = own.shape
+            if own.ndim == 4:
+                height, width = (side // self._stride(name) for side in self.size)
+                shape = torch.Size((1, own.shape[1], height, width))
+            if own.shape == shape:
+                self.content[name] = own
+                return
+            self.content[name] = own.new_empty(shape).contiguous(memory_format=torch.channels_last)
+        tile.of(self.content[name], self._stride(name)).copy_(own)
+
+    def _add_gram(self, sums: Sums, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> None:
+        """Add what some rows come to in the Gram matrix of a style layer."""
+        own, tile = self._counting(tile, name, part, rows)
+        if name in self.style_shares and own.numel():
+            _add(sums, ("style", name), gram(own) * self._share(name, own, image))
+
+    def _add_sums(self, sums: Sums, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> None:
+        """Add what some rows come to in a Gram matrix and in the squared error of the content."""
+        self._add_gram(sums, image, tile, name, part, rows)
+        if name in self.content_shares:
+            own, tile = self._counting(tile, name, part, rows)
+            _add(sums, ("content", name), self._error(name, own, tile).square().sum())
+
+    def _share(self, name: str, own: Tensor, image: Tensor) -> float:
+        """What share of the layer's positions these are."""
         height, width = (side // self._stride(name) for side in image.shape[2:])
         return own.shape[2] * own.shape[3] / (height * width)
 
     def _error(self, name: str, own: Tensor, tile: Tile) -> Tensor:
         return wide(own) - wide(tile.of(self.content[name], self._stride(name)))
 
-    def _sums(self, taps: dict[str, Tensor], tile: Tile, image: Tensor) -> Sums:
-        """What a tile adds to each Gram matrix and to each squared error of the content."""
-        sums = {("style", name): value for name, value in self._grams(taps, tile, image).items()}
-        for name in self.content_shares:
-            own = tile.own(taps[name], self._stride(name))
-            sums["content", name] = self._error(name, own, tile).square().sum()
-        return sums
-
-    def _slope(self, name: str, tap: Tensor, tile: Tile, image: Tensor, worth: Sums) -> Tensor:
-        """The total's gradient with respect to a tap of a tile, from those with respect to the sums."""
-        stride = self._stride(name)
-        own = tile.own(tap, stride)
+    def _slope(self, worth: Sums, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> Tensor:
+        """The total's gradient with respect to some rows of a layer, from those with respect to the sums."""
+        own, tile = self._counting(tile, name, part, rows)
         slopes = []
-        if name in self.style_shares:
-            slopes.append(gram_slope(own, worth["style", name] * self._part(name, own, image)))
+        if name in self.style_shares and own.numel():
+            slopes.append(gram_slope(own, worth["style", name] * self._share(name, own, image)))
         if name in self.content_shares:
             slopes.append(self._error(name, own, tile).mul_(2 * worth["content", name]).to(own.dtype))
-        if not slopes:  # tapped for somebody else
-            return torch.zeros_like(tap)
+        if not slopes:  # tapped for somebody else, or all of it around the tile
+            return torch.zeros_like(part)
         slope = functools.reduce(torch.add, slopes)
-        if own.shape == tap.shape:
+        if own.shape == part.shape:
             return slope
-        padded = torch.zeros_like(tap)
-        tile.own(padded, stride).copy_(slope)
+        padded = torch.zeros_like(part)
+        tile.own(padded, self._stride(name)).copy_(slope)
         return padded
-
-    def _whole(self, image: Tensor) -> Sums:
-        """The sums over all tiles."""
-        whole: Sums = {}
-        for tile in self.tiles:
-            sums = self._sums(self.features.taps(tile.read(image)), tile, image)
-            whole = {key: whole[key] + value if whole else value for key, value in sums.items()}
-        return whole
 
     def _terms(self, sums: Sums, image: Tensor) -> dict[str, Tensor]:
         paper = self.config.normalization == "gatys"
@@ -164,7 +163,9 @@ class Objective:
 
     def terms(self, image: Tensor) -> dict[str, Tensor]:
         """The weighted terms of an image (1,3,H,W), which may leave [0,1], by the names of `TERMS`."""
-        return self._terms(self._whole(image), image)
+        sums: Sums = {}
+        self._show(image, functools.partial(self._add_sums, sums, image))
+        return self._terms(sums, image)
 
     def value_and_grad(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The total that is minimised, its terms, and its gradient with respect to the image.
@@ -172,14 +173,13 @@ class Objective:
         The total holds one thing more than the terms: a penalty on values outside [0,1], which keeps the optimiser's
         image close to the picture that can be saved.
         """
-        image = image.detach()
-        single = len(self.tiles) == 1
+        image, sums = image.detach(), Sums()
+        add = functools.partial(self._add_sums, sums, image)
         with torch.no_grad():
-            if single:
-                taps, back = self.features.walk(image)
-                sums = self._sums(taps, self.tiles[0], image)
+            if single := len(self.tiles) == 1:
+                back = self.features.walk_by_rows(image, functools.partial(add, self.tiles[0]))
             else:
-                sums = self._whole(image)
+                self._show(image, add)
         leaf = image.detach().requires_grad_()
         leaves = {key: value.requires_grad_() for key, value in sums.items()}
         terms = self._terms(leaves, leaf)
@@ -190,10 +190,17 @@ class Objective:
         with torch.no_grad():
             for tile in self.tiles:
                 if not single:  # once more, now that it is known what each sum is worth
-                    _, back = self.features.walk(tile.read(image))
-                slope = functools.partial(self._slope, tile=tile, image=image, worth=worth)
-                tile.read(grad).add_(back(slope))
+                    back = self.features.walk_by_rows(tile.read(image), _ignore)
+                tile.read(grad).add_(back(functools.partial(self._slope, worth, image, tile)))
         return total.detach(), {name: value.detach() for name, value in terms.items()}, grad
+
+
+def _add(sums: Sums, key: tuple[str, str], value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+
+def _ignore(name: str, part: Tensor, rows: slice) -> None:
+    pass
 
 
 def _norm(target: Tensor) -> Tensor:

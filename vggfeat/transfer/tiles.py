@@ -21,9 +21,9 @@ from vggfeat.processor import emulates
 
 __all__ = ["Span", "Tile", "free_memory", "side_for", "tiles"]
 
-# what a step takes at its peak, in outputs of the first convolution, and somewhat more: measured were 4 (max pooling)
-# to 7 (l2, padded by replication) in float32, 7 in bfloat16, and 10 to 15 by autograd, where it counts twice
-MAPS = 8
+# what a step takes at its peak, in outputs of the first convolution, and somewhat more: measured were 3 (max pooling)
+# to 5.5 (l2, padded by replication) in float32, 5 to 7.5 in bfloat16, and 10 to 15 by autograd, where it counts twice
+MAPS, NARROW = 6, 8
 IMAGES = 30  # float32, of the whole picture: what the optimiser and the steps around it take
 SHARE = 0.7  # of the free memory that a step may take
 LEAST, UNKNOWN = 256, 4 << 30  # pixels of a side; bytes that are taken to be free where nothing tells
@@ -45,6 +45,15 @@ class Span:
     first: int
     last: int | None
 
+    def part(self, positions: slice, stride: int) -> Span:
+        """The same for some positions of a layer on what was read."""
+        start, stop = (self.start + each * stride for each in (positions.start, positions.stop))
+        first = min(max(self.first, start), stop)
+        if self.last is not None:
+            return Span(start, stop, first, min(max(self.last, first), stop))
+        to_the_end = positions.stop == (self.stop - self.start) // stride
+        return Span(start, stop, first, None if to_the_end else stop)
+
     def counts(self, stride: int, offset: int = 0) -> slice:
         """Which positions of a layer count, numbered from pixel `offset` on."""
         return slice((self.first - offset) // stride, None if self.last is None else (self.last - offset) // stride)
@@ -60,6 +69,10 @@ class Tile:
     def read(self, image: Tensor) -> Tensor:
         """The part of an image (N,C,H,W) that is read; a view."""
         return image[:, :, self.rows.start : self.rows.stop, self.columns.start : self.columns.stop]
+
+    def part(self, rows: slice, stride: int) -> Tile:
+        """Some rows of a layer on what was read, as a tile of their own."""
+        return Tile(self.rows.part(rows, stride), self.columns)
 
     def own(self, tap: Tensor, stride: int) -> Tensor:
         """Of a layer's values on what was read (N,C,h,w), those that count; a view."""
@@ -122,7 +135,7 @@ def side_for(
     if any(name in arch.head_names for name in layers):
         return 0  # a classifier sees the picture as a whole
     itemsize = 4 if emulates(dtype, device) else dtype.itemsize
-    maps = MAPS if device.type in BY_HAND else 2 * MAPS
+    maps = (NARROW if itemsize == 2 else MAPS) * (1 if device.type in BY_HAND else 2)
     free, each = SHARE * memory, maps * itemsize * arch.layer("conv1_1").channels
     if height * width * each <= free:
         return 0

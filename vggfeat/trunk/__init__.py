@@ -20,18 +20,22 @@ from vggfeat.trunk.filters import Trunk, outside
 from vggfeat.trunk.layers import no_autocast
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import PADDINGS, POOLINGS, Plan, Stage
-from vggfeat.trunk.walk import Slope, there_and_back
+from vggfeat.trunk.walk import Seen, SlopeOf, SlopeOfRows, forward, there_and_back, there_and_back_by_rows
 
 __all__ = [
     "PADDINGS",
     "POOLINGS",
     "Plan",
-    "Slope",
+    "Seen",
+    "SlopeOf",
+    "SlopeOfRows",
     "Stage",
     "Trunk",
+    "forward",
     "no_autocast",
     "outside",
     "plain",
     "run",
     "there_and_back",
+    "there_and_back_by_rows",
 ]

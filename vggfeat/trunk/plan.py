@@ -107,6 +107,12 @@ class Plan:
         return tuple(sorted(self.names, key=self.arch.names.index))
 
     @functools.cached_property
+    def tapped(self) -> tuple[dict[str, str], ...]:
+        """For each stage the names of its taps, by kind."""
+        names = iter(self.ran)
+        return tuple({kind: next(names) for kind in stage.taps} for stage in self.stages)
+
+    @functools.cached_property
     def order(self) -> tuple[int, ...]:
         """Position of each name among the taps, shallow to deep."""
         return tuple(self.ran.index(name) for name in self.names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,40 @@ from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bands, pack, unpack
 from vggfeat.trunk.plan import Plan, Stage
 
-__all__ = ["ByName", "Flow", "ReadyStage", "Rows", "cut", "kept_of", "length", "ready"]
+__all__ = ["ByName", "ByRows", "Flow", "ReadyStage", "Rows", "Slope", "cut", "kept_of", "length", "ready"]
 
 ByName = dict[str, Tensor]  # taps of a stage by their kind, or what is kept of it by the names of `kept_of`
 Rows = slice  # some rows of a map: where they start and where they stop
+
+
+@dataclass(frozen=True, eq=False)
+class ByRows:
+    """The gradient with respect to a tap of one image, made some rows at a time where it is wanted.
+
+    Attributes:
+        of: gives it for some rows of the tap, and which these are.
+        tap: the tap; None where its rows are made again, too.
+    """
+
+    of: Callable[[Tensor, Rows], Tensor]
+    tap: Tensor | None
+
+    def bands(self) -> Iterator[tuple[Rows, Tensor]]:
+        """All of it, as many rows at a time as stay in the caches."""
+        assert self.tap is not None
+        for _, rows, _ in bands(self.tap.shape, self.tap.device):
+            yield rows, self.of(cut(self.tap, rows), rows)
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        assert self.tap is not None
+        found = torch.empty_like(self.tap)
+        for rows, part in self.bands():
+            found[:, :, rows] = part
+        return found
+
+
+Slope = Tensor | ByRows | None  # the gradient with respect to a tap; None where it is 0
 
 
 def kept_of(plan: Plan, number: int, keep: str, device: torch.device) -> tuple[str, ...]:
@@ -135,9 +165,7 @@ class ReadyStage:
                 kept["pool"] = x
         return x, taps, kept
 
-    def back(
-        self, flow: Flow, arriving: Callable[[str], Tensor | None], memory: ByName, height: int, width: int
-    ) -> None:
+    def back(self, flow: Flow, arriving: Callable[[str], Slope], memory: ByName, height: int, width: int) -> None:
         """Takes the gradient back from what came out to what went in.
 
         Args:
@@ -178,9 +206,10 @@ class ReadyStage:
             return layers.conv_back(layers.laid(grad), back, stage.pad, self.plan.padding, height, width)
 
         if self.filters[3:]:
-            aside = through(arriving("conv"), self.filters[5])
+            aside = Flow()
+            aside.add(arriving("conv"))
             flow.own(through(flow.grad, self.filters[2]))
-            flow.add(aside)
+            flow.add(through(aside.grad, self.filters[5]))
         else:
             flow.add(arriving("conv"))
             flow.own(through(flow.grad, self.filters[2]))
@@ -212,11 +241,19 @@ class Flow:
         """Go on with another one, which nobody else has."""
         self.grad, self.ours = grad, grad is not None
 
-    def add(self, other: Tensor | None) -> None:
+    def add(self, other: Slope) -> None:
         """Add what arrives from a tap, if anything does."""
         if other is None:
             return
-        if self.grad is None:
+        if isinstance(other, ByRows):
+            if self.grad is None:
+                self.own(other.whole())
+                return
+            if not self.ours:
+                self.own(self.grad.clone())
+            for rows, part in other.bands():
+                self.grad[:, :, rows].add_(part)
+        elif self.grad is None:
             self.grad, self.ours = layers.laid(other), False
         elif self.ours:
             self.grad.add_(other)

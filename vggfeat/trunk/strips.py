@@ -9,26 +9,40 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vggfeat.trunk.plan import Plan
-from vggfeat.trunk.stage import ByName, Flow, ReadyStage, Rows, cut, length
+from vggfeat.trunk.stage import ByName, ByRows, Flow, ReadyStage, Rows, Slope, cut, length
 
-__all__ = ["back_in_strips", "forward_in_strips"]
+__all__ = ["Held", "Remade", "back_in_strips", "forward_in_strips"]
 
 VALUES = 1 << 20  # of one map of a strip, for each thread
 ROWS = 32  # a strip has a multiple of it: each convolution computes up to two more on either side, to throw them away
 POOLED = ("pool", "route")  # of the size that the pool leaves
 
-Held = tuple[ReadyStage, dict[str, Tensor | None], ByName]  # a stage, its taps' gradients by kind, what it kept
+Held = tuple[ReadyStage, dict[str, Slope], ByName]  # a stage, its taps' gradients by kind, what it kept
+Seen = Callable[[str, Tensor, Rows], None]  # is shown some rows of a tap, by its kind, and which these are
+
+
+@dataclass(frozen=True)
+class Remade:
+    """What the taps of the first convolution are made of again on the way back: it is by far the cheapest.
+
+    Attributes:
+        image: as the first convolution takes it.
+        sound: whether it is made of numbers all the way.
+    """
+
+    image: Tensor
+    sound: bool
 
 
 def forward_in_strips(
-    x: Tensor, sound: bool, stages: Sequence[ReadyStage]
+    x: Tensor, sound: bool, stages: Sequence[ReadyStage], seen: Seen | None = None
 ) -> tuple[Tensor, list[tuple[ByName, ByName]]]:
     """What comes out of the first block, and for each stage the taps and what is kept besides.
 
@@ -36,33 +50,41 @@ def forward_in_strips(
         x: as the first convolution takes it, (N,C,H,W).
         sound: whether the images are numbers all the way.
         stages: of the block.
+        seen: is shown the first stage's taps, which are not handed out then.
     """
     found: list[tuple[ByName, ByName]] = [({}, {}) for _ in stages]
     out: ByName = {}
     images, _, height, width = x.shape
     for strip in _strips(stages[0].plan, images, height, width):
-        seen = strip.seen(len(stages))
-        y = cut(x[strip.images], seen[0])
-        for stage, below, here, whole in zip(stages, seen[:-1], seen[1:], found, strict=True):
-            y, *parts = stage.forward(y, sound, _relative(here, below), _relative(strip.rows, here))
-            for named, those in zip(whole, parts, strict=True):
+        reads = strip.reads(len(stages))
+        y = cut(x[strip.images], reads[0])
+        for stage, below, here, whole in zip(stages, reads[:-1], reads[1:], found, strict=True):
+            y, taps, kept = stage.forward(y, sound, _relative(here, below), _relative(strip.rows, here))
+            if seen is not None and stage is stages[0]:
+                for kind, part in taps.items():
+                    seen(kind, part, strip.of(kind, strip.rows)[0])
+                taps = {}
+            for named, those in zip(whole, (taps, kept), strict=True):
                 for name, part in those.items():
                     strip.write(named, name, part)
-        if "pool" not in parts[0]:
+        if "pool" not in taps:
             strip.write(out, "pool", y)
     return (found[-1][0] | out)["pool"], found
 
 
-def back_in_strips(grad: Tensor | None, held: Sequence[Held], size: tuple[int, int]) -> Tensor | None:
+def back_in_strips(
+    grad: Tensor | None, held: Sequence[Held], size: tuple[int, int], remade: Remade | None = None
+) -> Tensor | None:
     """The gradient with respect to what went into the first block; None where nothing has one.
 
     Args:
         grad: with respect to what came out of it.
         held: of each stage, deepest first.
         size: height and width of the images.
+        remade: what the first stage's taps are made of again, where they are not there.
     """
     given = [grad, *(slope for _, slopes, _ in held for slope in slopes.values())]
-    images = next((len(each) for each in given if each is not None), None)
+    images = next((1 if isinstance(each, ByRows) else len(each) for each in given if each is not None), None)
     if images is None:
         return None
     height, width = size
@@ -70,14 +92,16 @@ def back_in_strips(grad: Tensor | None, held: Sequence[Held], size: tuple[int, i
     # where a border was made by reflection, its gradient goes to the row after the first
     reach = 2 if plan.padding == "reflect" else 1
     for strip in _strips(plan, images, height, width):
-        *seen, here = strip.seen_back(len(held), reach)
+        *reads, here = strip.reads_back(len(held), reach)
         flow = Flow()
         flow.add(None if grad is None else strip.read("pool", grad, here))
         for stage, slopes, memory in held:
-            arriving = {kind: strip.read(kind, slope, here) for kind, slope in slopes.items() if slope is not None}
+            taps = strip.made_again(stage, remade, here) if remade is not None and stage is held[-1][0] else {}
+            arriving = {kind: strip.slope(kind, slope, taps.get(kind), here) for kind, slope in slopes.items()}
             kept = {name: strip.read(name, value, here) for name, value in memory.items()}
+            kept |= {kind: tap for kind, tap in taps.items() if kind in stage.keeps}
             stage.back(flow, arriving.get, kept, length(here), width)
-            below = seen.pop()
+            below = reads.pop()
             if flow.grad is not None:
                 flow.grad = cut(flow.grad, _relative(below, here))
             here = below
@@ -104,15 +128,16 @@ class _Strip:
     count: int
     height: int
 
-    def _grown(self, by: int) -> Rows:
-        """With so many rows more on each side, as far as the map goes."""
-        return slice(max(0, self.rows.start - by), min(self.height, self.rows.stop + by))
+    def _grown(self, by: int, rows: Rows | None = None) -> Rows:
+        """Its own rows or others with so many more on each side, as far as the map goes."""
+        rows = rows or self.rows
+        return slice(max(0, rows.start - by), min(self.height, rows.stop + by))
 
-    def seen(self, convolutions: int) -> list[Rows]:
+    def reads(self, convolutions: int) -> list[Rows]:
         """The rows that its own are made of, in each map: of the image, then of what each convolution makes."""
         return [self._grown(left) for left in reversed(range(convolutions + 1))]
 
-    def seen_back(self, convolutions: int, reach: int) -> list[Rows]:
+    def reads_back(self, convolutions: int, reach: int) -> list[Rows]:
         """The rows that its own rows' gradients are made of, in each map: of the image, then after each convolution.
 
         Args:
@@ -123,16 +148,31 @@ class _Strip:
         # no window of the pool is cut in two
         return [*rows, slice(last.start // 2 * 2, min(self.height, math.ceil(last.stop / 2) * 2))]
 
+    def made_again(self, first: ReadyStage, remade: Remade, rows: Rows) -> ByName:
+        """The first stage's taps in some rows."""
+        below = self._grown(1, rows)
+        image = cut(remade.image[self.images], below)
+        return replace(first, keeps=()).forward(image, remade.sound, _relative(rows, below))[1]
+
+    def slope(self, kind: str, slope: Slope, tap: Tensor | None, rows: Rows) -> Tensor | None:
+        """The gradient with respect to some rows of a tap, which are at hand or are read."""
+        if not isinstance(slope, ByRows):
+            return None if slope is None else self.read(kind, slope, rows)
+        if tap is None:
+            assert slope.tap is not None
+            tap = self.read(kind, slope.tap, rows)
+        return slope.of(tap, self.of(kind, rows)[0])
+
     def read(self, name: str, value: Tensor, rows: Rows) -> Tensor:
         """Some rows of its images, from a map (N,C,H,W) or from its bits (N,…,bytes); a view."""
-        rows, lines = self._of(name, rows)
+        rows, lines = self.of(name, rows)
         axis = 2 if value.ndim == 4 else -1
         each = value.shape[axis] // lines  # 1, or the bytes of a row
         return value[self.images].narrow(axis, each * rows.start, each * length(rows))
 
     def write(self, wholes: ByName, name: str, part: Tensor) -> None:
         """Put its own rows of a map, or their bits, where they belong in those of all images."""
-        rows, lines = self._of(name, self.rows)
+        rows, lines = self.of(name, self.rows)
         axis = 2 if part.ndim == 4 else -1
         shape = [self.count, *part.shape[1:]]
         shape[axis] = part.shape[axis] // length(rows) * lines
@@ -144,7 +184,7 @@ class _Strip:
             wholes[name] = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
         self.read(name, wholes[name], self.rows).copy_(part)
 
-    def _of(self, name: str, rows: Rows) -> tuple[Rows, int]:
+    def of(self, name: str, rows: Rows) -> tuple[Rows, int]:
         """Which rows these are in what has that name, and how many it has in all."""
         if name in POOLED:
             return slice(rows.start // 2, rows.stop // 2), self.height // 2
