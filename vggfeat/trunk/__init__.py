@@ -9,8 +9,8 @@ Everything runs in channels_last, in which these convolutions are fastest on CPU
 computation in ordinary differentiable operations: for second derivatives, for export, and to test against.
 
 From the outside in: `plan.py` says what to run and `filters.py` with which weights. Autograd goes through `autograd.py`
-and the two operators of `operators.py`; who wants the gradient at once calls `there_and_back`. Both are the walk of
-`walk.py`, forward and back: stage after stage (`stage.py`), the first block strip by strip (`strips.py`). It is made of
+and the two operators of `operators.py`; who wants the gradient at once calls `there_and_back`, or for what is made of
+sums over positions `there_and_back_by_rows`. All are the walk of `walk.py`, forward and back: stage after stage (`stage.py`), the first block strip by strip (`strips.py`). It is made of
 the operations of `layers.py`, the convolutions of `direct.py` and, by tiles, of `vggfeat/winograd.py`, and the packed
 signs of `bits.py`.
 """
