@@ -10,9 +10,9 @@ computation in ordinary differentiable operations: for second derivatives, for e
 
 From the outside in: `plan.py` says what to run and `filters.py` with which weights. Autograd goes through `autograd.py`
 and the two operators of `operators.py`; who wants the gradient at once calls `there_and_back`, or for what is made of
-sums over positions `there_and_back_by_rows`. All are the walk of `walk.py`, forward and back: stage after stage (`stage.py`), the first block strip by strip (`strips.py`). It is made of
-the operations of `layers.py`, the convolutions of `direct.py` and, by tiles, of `vggfeat/winograd.py`, and the packed
-signs of `bits.py`.
+sums over positions `there_and_back_by_rows`. All are the walk of `walk.py`, forward and back: stage after stage
+(`stage.py`), the first block strip by strip (`strips.py`). It is made of the operations of `layers.py`, convolutions of
+`direct.py` and, by tiles, of `vggfeat/winograd.py`, and the packed signs of `bits.py`.
 """
 
 from vggfeat.trunk.autograd import run
