@@ -319,6 +319,17 @@ def test_compare_vggs():
     assert "71.59" in str(found) and "| vgg16-c |" in found.to_markdown()
 
 
+def test_every_network_that_was_counted_has_its_year():
+    """The chapter's three, one whose family's name begins with another's, and no family that nobody is of."""
+    nets = {name: compare([name]).nets[0].year for name in comparison._counted()}
+    assert all(isinstance(year, int) for year in nets.values())
+    assert [compare([name]).nets[0].year for name in ("vgg16", "A-LRN")] == [2014, 2014]
+    assert (nets["resnet50"], nets["efficientnet_b0"], nets["wide_resnet50_2"]) == (2015, 2019, 2016)
+    assert all(any(name.startswith(family) for name in (*nets, "vgg16")) for family in comparison.YEARS)
+    found = compare(["vgg16", "resnet50"])
+    assert "2015" in str(found) and [net["year"] for net in found.to_dict()["nets"]] == [2014, 2015]
+
+
 def test_published_accuracies(torchvision):
     for name, score in ACCURACY.items():
         weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]

@@ -36,6 +36,31 @@ ACCURACY: dict[str, tuple[float, float]] = {
     "vgg19_bn": (74.218, 91.842),
 }
 
+# when each family was published, by how the names begin: the year of its paper's first version
+YEARS = {
+    "alexnet": 2012,  # Krizhevsky et al., NIPS; torchvision's is that of arXiv:1404.5997
+    "convnext": 2022,  # arXiv:2201.03545
+    "densenet": 2016,  # arXiv:1608.06993
+    "efficientnet_b": 2019,  # arXiv:1905.11946
+    "efficientnet_v2": 2021,  # arXiv:2104.00298
+    "googlenet": 2014,  # arXiv:1409.4842
+    "inception_v3": 2015,  # arXiv:1512.00567
+    "maxvit": 2022,  # arXiv:2204.01697
+    "mnasnet": 2018,  # arXiv:1807.11626
+    "mobilenet_v2": 2018,  # arXiv:1801.04381
+    "mobilenet_v3": 2019,  # arXiv:1905.02244
+    "regnet": 2020,  # arXiv:2003.13678
+    "resnet": 2015,  # arXiv:1512.03385
+    "resnext": 2016,  # arXiv:1611.05431
+    "shufflenet_v2": 2018,  # arXiv:1807.11164
+    "squeezenet": 2016,  # arXiv:1602.07360
+    "swin_v2": 2021,  # arXiv:2111.09883
+    "swin_": 2021,  # arXiv:2103.14030
+    "vgg": 2014,  # arXiv:1409.1556
+    "vit": 2020,  # arXiv:2010.11929
+    "wide_resnet": 2016,  # arXiv:1605.07146
+}
+
 
 @dataclass(frozen=True)
 class Net:
@@ -63,6 +88,11 @@ class Net:
     published: dict[str, tuple[float, float]]
     measured: Measured | None = None
 
+    @property
+    def year(self) -> int | None:
+        """When its family was published; None where that is not known."""
+        return next((year for begins, year in YEARS.items() if self.name.startswith(begins)), None)
+
 
 @dataclass(frozen=True)
 class Comparison(Report):
@@ -80,7 +110,7 @@ class Comparison(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers; counts in units, sizes in bytes, times in seconds, accuracies in per cent."""
-        nets = [asdict(net) | {"flops": 2 * net.macs} for net in self.nets]
+        nets = [asdict(net) | {"flops": 2 * net.macs, "year": net.year} for net in self.nets]
         return {"nets": nets, "batch": self.batch, "machine": self.machine}
 
     def tables(self) -> list[Table]:
@@ -88,6 +118,7 @@ class Comparison(Report):
         percent, rate = "{:.2f}".format, "{:,.1f}".format
         columns = [
             Column("name", "network", left=True),
+            Column("year", "year"),
             Column("input_size", "px"),
             Column("params", "M params", mega),
             Column("macs", "G MACs", lambda value: mega(value / 1e3, 3)),
@@ -101,8 +132,8 @@ class Comparison(Report):
         for net in self.nets:
             scores = list(net.published.values())
             first, best = (scores[0], scores[-1][0]) if scores else ((None, None), None)
-            rows.append((net.name, net.input_size, net.params, net.macs, net.activation_bytes, net.saved_bytes))
-            rows[-1] += (*first, best)
+            costs = (net.input_size, net.params, net.macs, net.activation_bytes, net.saved_bytes)
+            rows.append((net.name, net.year, *costs, *first, best))
         title = "Networks, one image, float32"
         if self.machine:
             title += f"; measured with {self.batch} images (latency: 1) on {self.machine}"
