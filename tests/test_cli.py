@@ -27,6 +27,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 from vggfeat_cli import main as vggfeat_command
+from vggfeat_cli import run
 from vggfeat_cli import style as vggstyle_command
 
 import vggfeat
@@ -351,6 +352,20 @@ def test_of_two_at_once_the_second_takes_the_next_number(vggstyle, folder, monke
     assert (Path(f"{name}.png").read_bytes() == b"before") is not overwrite
     with Image.open(out.strip()) as picture:
         assert picture.size == (40, 30)
+
+
+def test_a_name_that_is_taken_while_the_picture_is_written(folder, monkeypatch):
+    monkeypatch.setattr(run, "ignore_endings", lambda: None)  # which would be for good
+
+    class Picture:
+        def save(self, path, *, overwrite=False):
+            taken = path.exists() or not path.name.endswith("-3.png")
+            if taken:
+                path.touch()
+                raise vggfeat.ImageError("it already exists")
+            return path
+
+    assert run.Target(None, "a.png", False).save(Picture()) == (Path("a-3.png"), "")
 
 
 def told_in_third_step(monkeypatch, number):

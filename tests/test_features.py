@@ -714,6 +714,16 @@ def test_taps_are_let_go_on_the_way_back(state, keep):
     assert asked == names[::-1] and not taps and bool(gradient.isfinite().all())
 
 
+def test_the_way_back_does_not_hold_on_to_the_images(state):
+    features, image = VGGFeatures(["relu2_1"], weights=state), batch(1, 3, 32, 40).requires_grad_()
+    for walk in (lambda x: features.walk(x)[1], lambda x: features.walk_by_rows(x, lambda *_: None)):
+        made = (2 * image).sigmoid()
+        there = weakref.ref(made)
+        back = walk(made)
+        del made
+        assert there() is None and callable(back)
+
+
 @pytest.mark.parametrize("keep", ["bits", "values"])
 def test_there_and_back_runs_in_what_autocast_says(state, keep):
     features, x = VGGFeatures(["relu2_1"], weights=state, keep=keep), batch()

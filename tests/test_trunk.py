@@ -18,6 +18,7 @@ from vggfeat.errors import InputError
 from vggfeat.features import VGGFeatures
 from vggfeat.trunk import Plan, Trunk, bits, direct, layers, operators, plain, run, strips, walk
 from vggfeat.trunk.bits import pack, unpack
+from vggfeat.trunk.stage import ByRows
 from vggfeat.weights import load
 
 # Table 1 of the paper: channels as multiples of the first block's, M for a pool; "c1" is a 1×1 convolution
@@ -705,17 +706,20 @@ def test_by_rows_with_every_tap(thin, trunks, monkeypatch, arch, padding, keep, 
     walk_by_rows(trunk, Plan(trunk.arch, first, "max", padding), images(1, 3, 24, 22), keep)  # no block is complete
 
 
-def test_the_first_convolutions_taps_and_no_taps_gradient_are_whole(thin, trunks, monkeypatch):
-    plan = Plan(ARCHS["vgg16"], ("conv1_1", "relu1_1", "relu2_1"))
+def test_what_is_never_whole_by_rows(thin, trunks, monkeypatch):
+    """The first convolution's taps, and gradients of taps but the deepest."""
+    plan = Plan(ARCHS["vgg16"], ("conv1_1", "relu1_1", "relu2_1", "relu3_1"))
     monkeypatch.setattr("vggfeat.trunk.bits.BAND", 1)  # 8 rows at a time, the fewest there are
     x = images(1, 3, 64, 22)
     filters = trunks(plan.arch).filters(plan, x.device, x.dtype)
     thin(22)
-    seen = []
+    seen, wholes, whole = [], [], ByRows.whole
+    monkeypatch.setattr(ByRows, "whole", lambda self: wholes.append(self.tap.shape) or whole(self))
     with torch.no_grad(), _Sizes() as sizes:
         back = walk.there_and_back_by_rows(x, filters, plan, lambda name, part, rows: seen.append(rows), keep="taps")
         back(lambda name, part, rows: seen.append(rows) or torch.ones_like(part))
     assert 64 not in sizes.seen and {8, 10, 12} <= sizes.seen
+    assert wholes == [(1, 32, 16, 5)]
     # conv1_1 and relu1_1 strip by strip, relu2_1 whole, and its gradient 8 rows at a time
     assert [rows.stop - rows.start for rows in seen if rows.stop == 32] == [8, 8, 32, 8]
 

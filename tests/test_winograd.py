@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat import VGGFeatures, processor, winograd
+from vggfeat.arch import Arch
 from vggfeat.trunk import Trunk
 from vggfeat.winograd import convolve, pays, transformed, weight_gradient
 
@@ -64,6 +65,49 @@ def test_equals_the_convolution_and_its_gradients(n, c, k, height, width, pad):
     for layout in (torch.contiguous_format, torch.channels_last):
         given, back = (v.contiguous(memory_format=layout) for v in (x, grad))
         assert error(weight_gradient(given, back, pad), of_weight) < 1e-5  # sums of thousands: oneDNN has up to 6e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("images", "height", "width"), [(1, 200, 37), (3, 21, 18), (1, 16, 16), (1, 130, 300)])
+def test_what_comes_out_may_take_the_place_of_what_goes_in(monkeypatch, images, height, width, dtype):
+    """To the same bits, over many bands and over images together; where it does not fit it goes elsewhere."""
+    monkeypatch.setattr(winograd, "WORKSPACE", 1)
+    monkeypatch.setattr(winograd, "LEAST", 40)
+    x = drawn(images, 64, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
+    tiles, bias = transformed(drawn(64, 64, 3, 3, seed=1) / 24), drawn(64, seed=2)
+    for options in ({"relu": True}, {"turned": True}):
+        given = None if "turned" in options else bias
+        expected, place = convolve(x, tiles, given, 1, **options), x.clone(memory_format=torch.preserve_format)
+        found = convolve(place, tiles, given, 1, **options, spare=True)
+        assert torch.equal(found, expected) and found.data_ptr() == place.data_ptr()
+    for other, kernel, pad in ((x.contiguous(), tiles, 1), (x, tiles, 0), (x, tiles[:, :, :32], 1)):
+        before = other.clone()
+        found = convolve(other, kernel, None, pad, spare=True)
+        assert torch.equal(other, before) and torch.equal(found, convolve(other, kernel, None, pad))
+
+
+@pytest.mark.parametrize("keep", ["bits", "values"])
+def test_what_is_kept_or_tapped_is_not_overwritten(keep, monkeypatch):
+    """The same with every layer tapped as with one, and from the same bits back again."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    used = []
+    monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k) or real(*a, **k))
+    image = torch.rand(1, 3, 80, 72, generator=torch.Generator().manual_seed(0))
+    every = [name for name in Arch("D").names if name[-3:-2] in "23" or name in ("pool2", "pool3")]
+    alone = {name: VGGFeatures([name], "vgg16", "random", keep=keep)(image)[name] for name in every}
+    features = VGGFeatures(every, "vgg16", "random", keep=keep)
+    taps, back = features.walk(image)
+    for name, tap in taps.items():
+        assert torch.equal(tap, alone[name]), name
+    assert any(each.get("spare") for each in used)
+    leaf = image.clone().requires_grad_()
+    found = features(leaf)
+    seeds = {name: drawn(*tap.shape, seed=i) for i, (name, tap) in enumerate(found.items())}
+    before = {name: seed.clone() for name, seed in seeds.items()}
+    (wanted,) = torch.autograd.grad([*found.values()], leaf, [*seeds.values()])
+    assert all(torch.equal(seed, before[name]) for name, seed in seeds.items())
+    assert error(back(lambda name, tap: seeds[name]), wanted.double()) < 1e-6
+    assert all(torch.equal(seed, before[name]) for name, seed in seeds.items())
 
 
 @pytest.mark.parametrize("rectified", [True, False])

@@ -163,15 +163,16 @@ class VGGFeatures(nn.Module):
         with torch.no_grad(), _trunk.no_autocast(images.device):  # its wish is in the filters' type
             x = self._normalised(images.detach())
             taps, back = _trunk.there_and_back(x, filters, self.plan, keep=self._keep)
-        return taps, lambda slope: self._home(back, slope, images.dtype)
+        return taps, functools.partial(self._home, back, images.dtype)
 
     def walk_by_rows(self, image: Tensor, seen: Seen) -> BackByRows:
         """As `walk` of one image (1,3,H,W), for what can be told of a tap, and its gradient, from some rows at a time.
 
         Every tap is shown to `seen(name, part, rows)`, shallow to deep, as it is made. The way back is a function of
         `slope(name, part, rows)`, the gradient with respect to these rows of a tap, asked for as often as it takes. On
-        a CPU the first convolution's taps, the largest there are, are never whole; nor is the gradient of any. Values
-        (1,C) of a classifier, and all on devices that leave the walk to autograd, come whole.
+        a CPU the first convolution's taps, the largest there are, are never whole, and of the gradients of taps the
+        deepest one's alone. Values (1,C) of a classifier, and all on devices that leave the walk to autograd, come
+        whole.
         """
         if not self._walks(image):
             taps, whole = self._walk_by_autograd(image.detach())
@@ -182,7 +183,7 @@ class VGGFeatures(nn.Module):
         with torch.no_grad(), _trunk.no_autocast(image.device):
             x = self._normalised(image.detach())
             back = _trunk.there_and_back_by_rows(x, filters, self.plan, seen, keep=self._keep)
-        return lambda slope: self._home(back, slope, image.dtype)
+        return functools.partial(self._home, back, image.dtype)
 
     def show(self, image: Tensor, seen: Seen) -> None:
         """Every tap of one image (1,3,H,W), as `walk_by_rows` shows them, and no way back."""
@@ -204,7 +205,7 @@ class VGGFeatures(nn.Module):
         return "taps" if self.keep == "bits" else "values"
 
     @torch.no_grad()
-    def _home(self, back: Callable[[Any], Tensor], slope: Any, dtype: torch.dtype) -> Tensor:
+    def _home(self, back: Callable[[Any], Tensor], dtype: torch.dtype, slope: Any) -> Tensor:
         """The gradient with respect to the images, in their type, by the way back to the normalised ones."""
         grad = back(slope)
         scale, _ = self._factors(grad)

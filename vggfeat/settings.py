@@ -23,7 +23,7 @@ def option(default: Any, help: str) -> Any:
 
 
 class StateDict(Mapping[str, Any]):
-    """A state dict among settings: equal to itself alone, as tensors are not compared, and shown in few words."""
+    """A state dict among settings: the same as itself alone, as tensors are not compared, and shown in few words."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.state = state
@@ -37,7 +37,11 @@ class StateDict(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.state)
 
-    __eq__, __hash__ = object.__eq__, object.__hash__
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StateDict) and self.state is other.state
+
+    def __hash__(self) -> int:
+        return id(self.state)
 
     def __repr__(self) -> str:
         return "a state dict"
@@ -70,7 +74,7 @@ def typed(name: str, kind: str, value: Any) -> Any:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A dataclass of settings as plain values, for JSON; of a state dict that it is one."""
+    """A dataclass of settings as plain values, for JSON; a state dict becomes the words that it is one."""
     values = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
     return {name: repr(value) if isinstance(value, StateDict) else value for name, value in values.items()}
 

@@ -173,13 +173,17 @@ class _Inputs:
         self.found = self.inputs.view(36, padded, c)
 
     def read(self, which: slice, top: int) -> Tensor:
-        """The band's (36,tiles,C), in the first of both rooms."""
+        """The band's (36,tiles,C), in the first of both rooms; the bands of an image from above."""
         group, lines = self.images[which], self.band.shape[1]
         height, width = group.shape[1:3]
-        first, last = max(0, top - self.pad), min(height, top + lines - self.pad)
-        above = first - (top - self.pad)
         band = self.band[: len(group)]
-        band[:, :above].zero_()
+        if top:  # two lines were seen before, and may have been overwritten
+            band[:, :2] = band[:, -2:].clone()
+        else:
+            band[:, : self.pad].zero_()
+        above = 2 if top else self.pad
+        first = top + above - self.pad
+        last = max(first, min(height, top + lines - self.pad))
         band[:, above : above + last - first, self.pad : self.pad + width] = group[:, first:last]
         band[:, above + last - first :].zero_()
         self.gathered.copy_(self.windows)
@@ -189,7 +193,14 @@ class _Inputs:
 
 
 def convolve(
-    x: Tensor, tiles: Tensor, bias: Tensor | None, pad: int, *, relu: bool = False, turned: bool = False
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    pad: int,
+    *,
+    relu: bool = False,
+    turned: bool = False,
+    spare: bool = False,
 ) -> Tensor:
     """A convolution with a 3×3 kernel and stride 1, to rounding, laid out channels_last.
 
@@ -200,6 +211,7 @@ def convolve(
         pad: zeros on each side.
         relu: apply it.
         turned: with the kernel turned round and its channels exchanged, as the gradient wants it.
+        spare: `x` is wanted no more: what comes out may take its place, where it fits.
     """
     to_points, back = _bases(turned)
     if turned:
@@ -216,7 +228,9 @@ def convolve(
     size = (bands.several, bands.rows, bands.across, k)
     found = outputs.view(4, 4, bands.padded, k)[:, :, : bands.count].view(4, 4, *size)
     found = found.permute(2, 3, 0, 4, 1, 5)  # as in `out`, row by row
-    out = x.new_empty(n, height, width, k)  # channels last
+    images = x.permute(0, 2, 3, 1)
+    fitting = spare and images.shape == (n, height, width, k) and images.is_contiguous()
+    out = images if fitting else x.new_empty(n, height, width, k)  # channels last
     aside = x.new_empty(bands.several, TILE * bands.rows, TILE * bands.across, k)
     for which, top in bands:
         torch.bmm(inputs.read(which, top), tiles, out=products)

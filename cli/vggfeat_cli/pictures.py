@@ -296,7 +296,7 @@ def _target(output: str | None, name: str, overwrite: bool, inputs: Sequence[str
     from vggfeat.visualize import check_sheet
 
     target = Target(output, name, overwrite)
-    check_sheet(target.path, overwrite=overwrite, inputs=inputs)
+    check_sheet(target.path(), overwrite=overwrite, inputs=inputs)
     return target
 
 

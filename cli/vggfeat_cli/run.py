@@ -74,7 +74,6 @@ class Target:
     name: str
     overwrite: bool
 
-    @property
     def path(self) -> Path:
         """As things are now: of two commands at once, the second to end takes the next number."""
         from vggfeat.image import free_path
@@ -86,10 +85,12 @@ class Target:
         from vggfeat.image import free_path
 
         ignore_endings()  # from here on what was made is saved, which takes a moment
-        path = self.path
+        path = self.path()
         try:
             return picture.save(path, overwrite=self.overwrite), ""
         except ImageError as error:
+            if path != self.path():  # taken while it was written
+                return self.save(picture)
             rescue = free_path(Path(tempfile.gettempdir()) / (path.stem + ".png"))
             return picture.save(rescue), str(error)
 

@@ -51,7 +51,7 @@ def command(
     from vggfeat.image import check_output
 
     target = Target(output, "-".join(Path(path).stem for path in (content, *style)) + ".png", overwrite)
-    check_output(target.path, overwrite=overwrite, inputs=(content, *style, config.init))
+    check_output(target.path(), overwrite=overwrite, inputs=(content, *style, config.init))
     with _Bar(disable=quiet) as bar:
         result = vggfeat.stylize(content, list(style), config, callback=bar, checkpoint=checkpoint)
     written, trouble = target.save(result)

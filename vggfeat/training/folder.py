@@ -61,7 +61,8 @@ def check(folder: Path, config: TrainConfig, resume: bool) -> None:
     """Make sure that nothing in the folder will be lost: a run is gone on with, and only what is empty is filled.
 
     Raises:
-        InputError: it is in use, or holds a run with other settings.
+        InputError: something is there and nothing to go on with was asked for, or it is no run, or one with other
+            settings.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -98,7 +99,8 @@ def begin(
         The state of the newest good checkpoint, None for a run that begins, and what is wrong with damaged ones.
 
     Raises:
-        InputError: a folder that cannot be written, another run, or no checkpoint that is whole.
+        InputError: a folder that cannot be written or that another process is at work in, another run, or no
+            checkpoint that is whole.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Objective:
             self.style = dict.fromkeys(config.style_layers, torch.zeros((), device=content.device))
             for share, image in zip(config.shares("style_blend", len(styles)), styles, strict=True):
                 grams: Sums = {}
-                self._show(features.checked(image), functools.partial(self._add_gram, grams, image))
+                self._show(features.checked(image), functools.partial(self._add, grams, ("style",), image))
                 self.style = {name: value + share * grams["style", name] for name, value in self.style.items()}
             self._content_norms = {name: _norm(wide(value)) for name, value in self.content.items()}
             self._style_norms = {name: _norm(value) for name, value in self.style.items()}
@@ -105,21 +105,23 @@ class Objective:
             if own.shape == shape:
                 self.content[name] = own
                 return
-            self.content[name] = own.new_empty(shape).contiguous(memory_format=torch.channels_last)
+            self.content[name] = torch.empty(
+                shape, dtype=own.dtype, device=own.device, memory_format=torch.channels_last
+            )
         tile.of(self.content[name], self._stride(name)).copy_(own)
 
-    def _add_gram(self, sums: Sums, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> None:
-        """Add what some rows come to in the Gram matrix of a style layer."""
+    def _add(
+        self, sums: Sums, terms: Collection[str], image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice
+    ) -> None:
+        """Add what some rows come to: in a Gram matrix for the style, in the squared error for the content."""
         own, tile = self._counting(tile, name, part, rows)
-        if name in self.style_shares and own.numel():
-            _add(sums, ("style", name), gram(own) * self._share(name, own, image))
-
-    def _add_sums(self, sums: Sums, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> None:
-        """Add what some rows come to in a Gram matrix and in the squared error of the content."""
-        self._add_gram(sums, image, tile, name, part, rows)
-        if name in self.content_shares:
-            own, tile = self._counting(tile, name, part, rows)
-            _add(sums, ("content", name), self._error(name, own, tile).square().sum())
+        found: Sums = {}
+        if "style" in terms and name in self.style_shares and own.numel():
+            found["style", name] = gram(own) * self._share(name, own, image)
+        if "content" in terms and name in self.content_shares:
+            found["content", name] = self._error(name, own, tile).square().sum()
+        for key, value in found.items():
+            sums[key] = sums[key] + value if key in sums else value
 
     def _share(self, name: str, own: Tensor, image: Tensor) -> float:
         """What share of the layer's positions these are."""
@@ -164,7 +166,7 @@ class Objective:
     def terms(self, image: Tensor) -> dict[str, Tensor]:
         """The weighted terms of an image (1,3,H,W), which may leave [0,1], by the names of `TERMS`."""
         sums: Sums = {}
-        self._show(image, functools.partial(self._add_sums, sums, image))
+        self._show(image, functools.partial(self._add, sums, TERMS, image))
         return self._terms(sums, image)
 
     def value_and_grad(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -174,7 +176,7 @@ class Objective:
         image close to the picture that can be saved.
         """
         image, sums = image.detach(), Sums()
-        add = functools.partial(self._add_sums, sums, image)
+        add = functools.partial(self._add, sums, TERMS, image)
         with torch.no_grad():
             if single := len(self.tiles) == 1:
                 back = self.features.walk_by_rows(image, functools.partial(add, self.tiles[0]))
@@ -192,11 +194,8 @@ class Objective:
                 if not single:  # once more, now that it is known what each sum is worth
                     back = self.features.walk_by_rows(tile.read(image), _ignore)
                 tile.read(grad).add_(back(functools.partial(self._slope, worth, image, tile)))
+                del back  # and what it holds on to, before the next tile
         return total.detach(), {name: value.detach() for name, value in terms.items()}, grad
-
-
-def _add(sums: Sums, key: tuple[str, str], value: Tensor) -> None:
-    sums[key] = sums[key] + value if key in sums else value
 
 
 def _ignore(name: str, part: Tensor, rows: slice) -> None:

@@ -21,9 +21,10 @@ from vggfeat.processor import emulates
 
 __all__ = ["Span", "Tile", "free_memory", "side_for", "tiles"]
 
-# what a step takes at its peak, in outputs of the first convolution, and somewhat more: measured were 3 (max pooling)
-# to 5.5 (l2, padded by replication) in float32, 5 to 7.5 in bfloat16, and 10 to 15 by autograd, where it counts twice
-MAPS, NARROW = 6, 8
+# what a step takes at its peak, in outputs of the first convolution, and somewhat more: measured on a CPU were 3 (max
+# pooling) to 5.5 (l2, padded by replication) in float32, 5 to 7.5 in bfloat16, and 10 to 15 by autograd, where it
+# counts twice; a GPU has no strips, and with the walk run as there it was 4 to 6.5
+MAPS, IN_STRIPS = 8, 6
 IMAGES = 30  # float32, of the whole picture: what the optimiser and the steps around it take
 SHARE = 0.7  # of the free memory that a step may take
 LEAST, UNKNOWN = 256, 4 << 30  # pixels of a side; bytes that are taken to be free where nothing tells
@@ -135,7 +136,7 @@ def side_for(
     if any(name in arch.head_names for name in layers):
         return 0  # a classifier sees the picture as a whole
     itemsize = 4 if emulates(dtype, device) else dtype.itemsize
-    maps = (NARROW if itemsize == 2 else MAPS) * (1 if device.type in BY_HAND else 2)
+    maps = IN_STRIPS if device.type == "cpu" and itemsize > 2 else MAPS if device.type in BY_HAND else 2 * MAPS
     free, each = SHARE * memory, maps * itemsize * arch.layer("conv1_1").channels
     if height * width * each <= free:
         return 0

@@ -41,22 +41,30 @@ def sound(x: Tensor) -> bool:
     return bool(low > -LARGEST) and bool(high < LARGEST)
 
 
-def conv(x: Tensor, filters: Sequence[Tensor], pad: int, *, relu: bool = False) -> Tensor:
-    """Convolution with stride 1, and its ReLU on the way out; `filters` are a stage's three of `Trunk.filters`."""
+def conv(x: Tensor, filters: Sequence[Tensor], pad: int, *, relu: bool = False, spare: bool = False) -> Tensor:
+    """Convolution with stride 1, and its ReLU on the way out, in the place of `x` where that is spare and will do.
+
+    `filters` are a stage's three of `Trunk.filters`.
+    """
     weight, bias, back = filters
     if _by_tiles(back):
-        return winograd.convolve(x, back, bias, pad, relu=relu)
+        return winograd.convolve(x, back, bias, pad, relu=relu, spare=spare)
     return direct.convolve(x, weight, bias, pad, relu=relu)
 
 
-def conv_back(grad: Tensor, back: Tensor, pad: int, padding: str, height: int, width: int) -> Tensor:
-    """Gradient with respect to a convolution's input (before its padding) of that height and width."""
+def conv_back(
+    grad: Tensor, back: Tensor, pad: int, padding: str, height: int, width: int, *, spare: bool = False
+) -> Tensor:
+    """Gradient with respect to a convolution's input (before its padding) of that height and width.
+
+    It may take the place of `grad` where that is spare.
+    """
     kernel = 3 if _by_tiles(back) else back.shape[-1]
     folded = padding != "zeros" and pad > 0
     # of the input as it was padded, where its border was made of the input
     pads = kernel - 1 - (0 if folded else pad)
     if _by_tiles(back):
-        full = winograd.convolve(grad, back, None, pads, turned=True)
+        full = winograd.convolve(grad, back, None, pads, turned=True, spare=spare)
     else:
         full = direct.convolve(grad, back, None, pads)
     if not folded:

@@ -54,7 +54,7 @@ def kept_of(plan: Plan, number: int, keep: str, device: torch.device) -> tuple[s
 
     Some of "relu", what came out of the ReLU, "sign", the signs of that as bits, "route", who won in each window of a
     max pool, and "pool", what won. A ReLU right before a max pool needs no sign unless it was tapped: the winners' own
-    say enough. What is tapped as well is kept as the tap.
+    say enough. What is tapped as well is kept as the tap, or made again as that is.
 
     Args:
         plan: what is run.
@@ -117,7 +117,7 @@ class ReadyStage:
     keeps: tuple[str, ...]
 
     def forward(
-        self, x: Tensor, sound: bool, rows: Rows | None = None, own: Rows | None = None
+        self, x: Tensor, sound: bool, rows: Rows | None = None, own: Rows | None = None, *, spare: bool = False
     ) -> tuple[Tensor, ByName, ByName]:
         """What comes out, the taps, and what is kept besides them.
 
@@ -126,6 +126,7 @@ class ReadyStage:
             sound: whether the images are numbers all the way.
             rows: of the convolution's output, those to go on with, as they are not affected by where the map was cut.
             own: of these, the strip's own, to hand out and to keep.
+            spare: nobody else wants `x`.
         """
         stage, pooling, padding = self.stage, self.plan.pooling, self.plan.padding
         taps: ByName = {}
@@ -134,9 +135,9 @@ class ReadyStage:
         fused = "relu" in stage.steps and not {"conv", "bn"} & set(stage.taps) and sound
         below = layers.padded(x, stage.pad, padding)
         pad = stage.pad if padding == "zeros" else 0
-        x = cut(layers.conv(below, self.filters[:3], pad, relu=fused), rows)
+        aside = self.filters[3:]
+        x = cut(layers.conv(below, self.filters[:3], pad, relu=fused, spare=spare and not aside), rows)
         if "conv" in stage.taps:
-            aside = self.filters[3:]
             taps["conv"] = cut(cut(layers.conv(below, aside, pad), rows) if aside else x, own)
         del below
         if "bn" in stage.taps:
@@ -200,19 +201,20 @@ class ReadyStage:
         values = signs = None
         flow.add(arriving("bn"))
 
-        def through(grad: Tensor | None, back: Tensor) -> Tensor | None:
-            if grad is None:
+        def through(flow: Flow, back: Tensor) -> Tensor | None:
+            if flow.grad is None:
                 return None
-            return layers.conv_back(layers.laid(grad), back, stage.pad, self.plan.padding, height, width)
+            grad = layers.laid(flow.grad)
+            return layers.conv_back(grad, back, stage.pad, self.plan.padding, height, width, spare=flow.ours)
 
         if self.filters[3:]:
             aside = Flow()
             aside.add(arriving("conv"))
-            flow.own(through(flow.grad, self.filters[2]))
-            flow.add(through(aside.grad, self.filters[5]))
+            flow.own(through(flow, self.filters[2]))
+            flow.add(through(aside, self.filters[5]))
         else:
             flow.add(arriving("conv"))
-            flow.own(through(flow.grad, self.filters[2]))
+            flow.own(through(flow, self.filters[2]))
 
 
 def cut(x: Tensor, rows: Rows | None) -> Tensor:

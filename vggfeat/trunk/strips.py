@@ -2,7 +2,8 @@
 
 About half of all values that a VGG makes it makes in its first block, in maps of the image's size. Where these are too
 large for a processor's caches, they are made a few rows at a time, which are not; they never exist as a whole then,
-unless they are tapped. Small images go whole, several together.
+unless they are tapped (and those of the first convolution not even then, where some rows at a time will do). Small
+images go whole, several together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROWS = 32  # a strip has a multiple of it: each convolution computes up to two m
 POOLED = ("pool", "route")  # of the size that the pool leaves
 
 Held = tuple[ReadyStage, dict[str, Slope], ByName]  # a stage, its taps' gradients by kind, what it kept
-Seen = Callable[[str, Tensor, Rows], None]  # is shown some rows of a tap, by its kind, and which these are
+Shown = Callable[[str, Tensor, Rows], None]  # is given some rows of a tap, by its kind, and which these are
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Remade:
 
 
 def forward_in_strips(
-    x: Tensor, sound: bool, stages: Sequence[ReadyStage], seen: Seen | None = None
+    x: Tensor, sound: bool, stages: Sequence[ReadyStage], shown: Shown | None = None
 ) -> tuple[Tensor, list[tuple[ByName, ByName]]]:
     """What comes out of the first block, and for each stage the taps and what is kept besides.
 
@@ -50,7 +51,7 @@ def forward_in_strips(
         x: as the first convolution takes it, (N,C,H,W).
         sound: whether the images are numbers all the way.
         stages: of the block.
-        seen: is shown the first stage's taps, which are not handed out then.
+        shown: is given the first stage's taps, which are not handed out then.
     """
     found: list[tuple[ByName, ByName]] = [({}, {}) for _ in stages]
     out: ByName = {}
@@ -60,9 +61,9 @@ def forward_in_strips(
         y = cut(x[strip.images], reads[0])
         for stage, below, here, whole in zip(stages, reads[:-1], reads[1:], found, strict=True):
             y, taps, kept = stage.forward(y, sound, _relative(here, below), _relative(strip.rows, here))
-            if seen is not None and stage is stages[0]:
+            if shown is not None and stage is stages[0]:
                 for kind, part in taps.items():
-                    seen(kind, part, strip.of(kind, strip.rows)[0])
+                    shown(kind, part, strip.of(kind, strip.rows)[0])
                 taps = {}
             for named, those in zip(whole, (taps, kept), strict=True):
                 for name, part in those.items():

@@ -83,7 +83,9 @@ def _forward(
             x, found = forward_in_strips(x, sound, stages[:in_strips], first)
             found = [(showed(number, taps), kept) for number, (taps, kept) in enumerate(found)]
         for number, stage in enumerate(stages[in_strips:], start=in_strips):
-            x, taps, kept = stage.forward(x, sound)
+            held = [value for parts in found[-1:] for part in parts for value in part.values()]
+            spare = number > 0 and not any(value is x for value in held)
+            x, taps, kept = stage.forward(x, sound, spare=spare)
             found.append((showed(number, taps), kept))
     return (
         [value for taps, _ in found for value in taps.values()],
@@ -135,7 +137,7 @@ def backward(
             taps = stage.stage.taps
             position -= len(taps)
             at = {kind: position + i for i, kind in enumerate(taps)}
-            keeps = [name for name in reversed(stage.keeps) if number or not remade or name not in at]
+            keeps = [name for name in reversed(stage.keeps) if name not in at or at[name] in again]
             memory = {name: again.pop(at[name]) if name in at else kept.pop() for name in keeps}
             if number < in_strips:
                 held.append((stage, {kind: arriving(at, kind) for kind in reversed(taps)}, memory))
@@ -187,7 +189,8 @@ def there_and_back_by_rows(
     """As `there_and_back` of one image, for what can be told of a tap, and its gradient, from some rows at a time.
 
     Where the first convolution goes strip by strip, its taps, the largest there are, are never whole: they are shown as
-    they are made, and made again on the way back. Of no tap is the gradient.
+    they are made, and made again on the way back. Of a tap's gradient a few rows are there at a time, but for the
+    deepest tap's (and that of a convolution tapped beside its batch normalisation).
 
     Args:
         x: as for `forward`, one image.
