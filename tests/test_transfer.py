@@ -183,6 +183,21 @@ def test_terms_vanish_where_they_should(state, config):
     assert float(both.terms(content)["tv"]) == 0
 
 
+def test_terms_in_float32_at_full_width(config):
+    """By the convolutions that float32 has for itself; targets stay what they were while the rest is computed."""
+    layers = {"style_layers": ("conv2_1", "relu2_2", "pool2"), "content_layers": ("conv3_1", "relu2_1")}
+    config = config(**layers, pooling="average")
+    content, style, image = (scene(68, 64, seed=seed) for seed in (1, 2, 3))
+    both = objective("random", config, content, [style])
+    exact = objective("random", config, content.double(), [style.double()])
+    for x in (content, image):
+        found, expected = both.terms(x), exact.terms(x.double())
+        for name, value in expected.items():
+            assert float(found[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-9), name
+    ours, theirs = both.value_and_grad(image)[2], exact.value_and_grad(image.double())[2]
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-2  # a ReLU at its corner falls to either side
+
+
 @pytest.mark.parametrize("normalization", CHOICES["normalization"])
 def test_gradient_is_the_finite_difference(state, config, normalization):
     config = config(normalization=normalization, style_blend=(1, 2), tv_weight=0.7)

@@ -88,26 +88,36 @@ def test_what_comes_out_may_take_the_place_of_what_goes_in(monkeypatch, images, 
 
 @pytest.mark.parametrize("keep", ["bits", "values"])
 def test_what_is_kept_or_tapped_is_not_overwritten(keep, monkeypatch):
-    """The same with every layer tapped as with one, and from the same bits back again."""
+    """What is tapped, and what was shown and may be held, is the same as where every layer is tapped: none is spare."""
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     used = []
-    monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k) or real(*a, **k))
-    image = torch.rand(1, 3, 80, 72, generator=torch.Generator().manual_seed(0))
-    every = [name for name in Arch("D").names if name[-3:-2] in "23" or name in ("pool2", "pool3")]
-    alone = {name: VGGFeatures([name], "vgg16", "random", keep=keep)(image)[name] for name in every}
-    features = VGGFeatures(every, "vgg16", "random", keep=keep)
-    taps, back = features.walk(image)
-    for name, tap in taps.items():
-        assert torch.equal(tap, alone[name]), name
-    assert any(each.get("spare") for each in used)
-    leaf = image.clone().requires_grad_()
-    found = features(leaf)
-    seeds = {name: drawn(*tap.shape, seed=i) for i, (name, tap) in enumerate(found.items())}
-    before = {name: seed.clone() for name, seed in seeds.items()}
-    (wanted,) = torch.autograd.grad([*found.values()], leaf, [*seeds.values()])
-    assert all(torch.equal(seed, before[name]) for name, seed in seeds.items())
-    assert error(back(lambda name, tap: seeds[name]), wanted.double()) < 1e-6
-    assert all(torch.equal(seed, before[name]) for name, seed in seeds.items())
+    monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k["spare"]) or real(*a, **k))
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    every = [name for name in Arch("D").names[: Arch("D").names.index("pool3")] if name not in ("conv1_1", "conv1_2")]
+    wanted = VGGFeatures(every, "vgg16", "random", keep=keep)(image)
+    assert used and not any(used)
+    for names in (
+        ("conv2_1", "relu3_3"),
+        ("relu2_1", "conv3_3"),
+        ("pool1", "relu2_2", "conv3_2"),
+        ("pool2", "relu3_1"),
+    ):
+        features, shown = VGGFeatures(names, "vgg16", "random", keep=keep), {}
+        used.clear()
+        features.show(image, lambda name, part, rows, shown=shown: shown.setdefault(name, []).append(part))
+        taps, back = features.walk(image)
+        assert any(used)
+        for name in names:
+            assert torch.equal(taps[name], wanted[name]) and torch.equal(torch.cat(shown[name], 2), wanted[name]), name
+        leaf = image.clone().requires_grad_()
+        found = features(leaf)
+        seeds = [drawn(*tap.shape, seed=i) for i, tap in enumerate(found.values())]
+        before = [seed.clone() for seed in seeds]
+        (gradient,) = torch.autograd.grad([*found.values()], leaf, seeds)
+        assert all(torch.equal(*pair) for pair in zip(seeds, before, strict=True))
+        given = iter(reversed(seeds))  # taps' gradients are asked for deepest first
+        assert error(back(lambda name, tap, given=given: next(given)), gradient) < 1e-6
+        assert all(torch.equal(*pair) for pair in zip(seeds, before, strict=True))
 
 
 @pytest.mark.parametrize("rectified", [True, False])

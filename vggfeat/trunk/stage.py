@@ -116,6 +116,12 @@ class ReadyStage:
     filters: tuple[Tensor, ...]
     keeps: tuple[str, ...]
 
+    @property
+    def passes_on(self) -> bool:
+        """Whether what comes out is the next stage's alone: no tap, which who was shown it may hold, and not kept."""
+        last = (self.stage.steps or ("conv",))[-1]
+        return last not in (*self.stage.taps, *self.keeps)
+
     def forward(
         self, x: Tensor, sound: bool, rows: Rows | None = None, own: Rows | None = None, *, spare: bool = False
     ) -> tuple[Tensor, ByName, ByName]:

@@ -83,9 +83,7 @@ def _forward(
             x, found = forward_in_strips(x, sound, stages[:in_strips], first)
             found = [(showed(number, taps), kept) for number, (taps, kept) in enumerate(found)]
         for number, stage in enumerate(stages[in_strips:], start=in_strips):
-            held = [value for parts in found[-1:] for part in parts for value in part.values()]
-            spare = number > 0 and not any(value is x for value in held)
-            x, taps, kept = stage.forward(x, sound, spare=spare)
+            x, taps, kept = stage.forward(x, sound, spare=number > 0 and stages[number - 1].passes_on)
             found.append((showed(number, taps), kept))
     return (
         [value for taps, _ in found for value in taps.values()],
