@@ -178,7 +178,7 @@ class _Inputs:
         height, width = group.shape[1:3]
         band = self.band[: len(group)]
         if top:  # two lines were seen before, and may have been overwritten
-            band[:, :2] = band[:, -2:].clone()
+            band[:, :2] = band[:, -2:]
         else:
             band[:, : self.pad].zero_()
         above = 2 if top else self.pad
