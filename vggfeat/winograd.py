@@ -158,6 +158,17 @@ class _Bands:
                 yield slice(first, first + self.several), TILE * top
 
 
+def _both(matrix: Tensor, values: Tensor, halfway: Tensor, out: Tensor) -> None:
+    """A matrix (m,k) along the rows and along the columns of tiles (k,k,n), to (m,m,n) by way of (k,m,n).
+
+    Both as batches of products with long rows: as a single one, of rows that lie further apart, the first of the two
+    takes half as long again.
+    """
+    m, k = matrix.shape
+    torch.bmm(matrix.expand(k, m, k), values.transpose(0, 1), out=halfway)  # for each column, along the rows
+    torch.bmm(matrix.expand(m, m, k), halfway.transpose(0, 1), out=out)
+
+
 class _Inputs:
     """Reads images a band at a time, as windows of 6×6 around each tile at its points, Bᵀ d B."""
 
@@ -187,8 +198,7 @@ class _Inputs:
         band[:, above : above + last - first, self.pad : self.pad + width] = group[:, first:last]
         band[:, above + last - first :].zero_()
         self.gathered.copy_(self.windows)
-        torch.mm(self.to_points, self.inputs.view(6, -1), out=self.halfway.view(6, -1))
-        torch.bmm(self.to_points.expand(6, 6, 6), self.halfway, out=self.inputs)
+        _both(self.to_points, self.inputs, self.halfway, self.inputs)
         return self.found
 
 
@@ -223,7 +233,7 @@ def convolve(
     bands = _Bands.of(n, height, width, fits)
     one, two = _workspace(2, 36 * bands.padded * max(c, k))
     inputs = _Inputs(x.permute(0, 2, 3, 1), pad, bands, to_points, one, two)
-    products, partly = _room(two, 36, bands.padded, k), _room(one, 4, 6, bands.padded * k)
+    products, partly = _room(two, 36, bands.padded, k), _room(one, 6, 4, bands.padded * k)
     outputs = _room(two, 4, 4, bands.padded * k)
     size = (bands.several, bands.rows, bands.across, k)
     found = outputs.view(4, 4, bands.padded, k)[:, :, : bands.count].view(4, 4, *size)
@@ -234,8 +244,7 @@ def convolve(
     aside = x.new_empty(bands.several, TILE * bands.rows, TILE * bands.across, k)
     for which, top in bands:
         torch.bmm(inputs.read(which, top), tiles, out=products)
-        torch.mm(back, products.view(6, -1), out=partly.view(4, -1))
-        torch.bmm(back.expand(4, 4, 6), partly, out=outputs)
+        _both(back, products.view(6, 6, -1), partly, outputs)
         here = out[which, top : top + aside.shape[1]]
         target = here if here.shape == aside.shape else aside  # where tiles hang over the border, it is cut off
         laid = target.view(bands.several, bands.rows, 4, bands.across, 4, k)
@@ -266,7 +275,7 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
     bands = _Bands.of(n, height, width, SUMMED)
     one, two, three = _workspace(3, 36 * bands.padded * max(c, k))
     inputs = _Inputs(x.permute(0, 2, 3, 1), pad, bands, to_points, one, two)
-    given, partly = _room(two, 4, 4, bands.padded * k), _room(three, 6, 4, bands.padded * k)
+    given, partly = _room(two, 4, 4, bands.padded * k), _room(three, 4, 6, bands.padded * k)
     at_points = _room(two, 6, 6, bands.padded * k)
     gathered = given.view(4, 4, bands.padded, k)[:, :, : bands.count]
     gathered = gathered.view(4, 4, bands.several, bands.rows, bands.across, k)
@@ -283,8 +292,7 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
             here = aside
         laid = here.unflatten(2, (bands.across, 4)).unflatten(1, (bands.rows, 4))
         gathered.copy_(laid.permute(2, 4, 0, 1, 3, 5))
-        torch.mm(back.T, given.view(4, -1), out=partly.view(6, -1))
-        torch.bmm(back.T.expand(6, 6, 4), partly, out=at_points)
+        _both(back.T, given, partly, at_points)
         theirs = at_points.view(36, bands.padded, k)
         total.baddbmm_(theirs[:, : bands.count].transpose(1, 2), points[:, : bands.count])
     found = (_kernel_basis(torch.float32).T @ total.view(36, -1)).view(3, 3, k, c).permute(2, 3, 0, 1)
