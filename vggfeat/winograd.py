@@ -226,19 +226,19 @@ def convolve(
     to_points, back = _bases(turned)
     if turned:
         tiles = tiles.transpose(1, 2)
-    n, c, h, w = x.shape
+    images = x.permute(0, 2, 3, 1)
+    n, h, w, c = images.shape
     k = tiles.shape[2]
     height, width = h + 2 * pad - 2, w + 2 * pad - 2
     fits = max(LEAST, WORKSPACE // (36 * max(c, k))) * torch.get_num_threads()
     bands = _Bands.of(n, height, width, fits)
     one, two = _workspace(2, 36 * bands.padded * max(c, k))
-    inputs = _Inputs(x.permute(0, 2, 3, 1), pad, bands, to_points, one, two)
+    inputs = _Inputs(images, pad, bands, to_points, one, two)
     products, partly = _room(two, 36, bands.padded, k), _room(one, 6, 4, bands.padded * k)
     outputs = _room(two, 4, 4, bands.padded * k)
     size = (bands.several, bands.rows, bands.across, k)
     found = outputs.view(4, 4, bands.padded, k)[:, :, : bands.count].view(4, 4, *size)
     found = found.permute(2, 3, 0, 4, 1, 5)  # as in `out`, row by row
-    images = x.permute(0, 2, 3, 1)
     fitting = spare and images.shape == (n, height, width, k) and images.is_contiguous()
     out = images if fitting else x.new_empty(n, height, width, k)  # channels last
     aside = x.new_empty(bands.several, TILE * bands.rows, TILE * bands.across, k)

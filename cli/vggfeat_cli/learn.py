@@ -68,11 +68,8 @@ def train(
         raise vggfeat.InputError("--resume needs the run's folder: name it with --output")
     if first:
         check_outputs(None, plot, overwrite=overwrite or resume)  # of a run that goes on, the plot may be there
-    folder = (
-        Path(output)
-        if output
-        else free_name(Path(f"{config.arch or Path(str(config.weights or 'vgg16_bn')).stem}-{name}"))
-    )
+    begun = config.arch or Path(str(config.weights or "vgg16_bn")).stem
+    folder = Path(output) if output else free_name(Path(f"{begun}-{name}"))
     said = "  ".join(f"{key}={value}" for key, value in config.to_dict().items() if value is not None)
     lines = [f"recipe {name}: {said}"]  # told with the first line of the run, once it is clear that there will be one
 

@@ -164,21 +164,13 @@ def there_and_back(
     Returns:
         The taps, shallow to deep, and a function of `slope(name, tap)`, the gradient with respect to a tap.
     """
-    found, kept = forward(x, filters, plan, keep)
-    taps = dict(zip(plan.ran, found, strict=True))
-    again = {i: found[i] for i in reread(plan, keep, x.device)}
-    size, dtype = (x.shape[2], x.shape[3]), x.dtype
+    taps, back = _there(x, filters, plan, keep)
 
-    def back(slope: SlopeOf) -> Tensor:
-        def at(position: int) -> Tensor:
-            name = plan.ran[position]
-            return slope(name, taps.pop(name))
+    def at(slope: SlopeOf, position: int) -> Tensor:
+        name = plan.ran[position]
+        return slope(name, taps.pop(name))
 
-        grad = backward(at, again, kept, filters, size, plan, keep)
-        assert grad is not None  # every tap has one
-        return grad.to(dtype)
-
-    return taps, back
+    return taps, lambda slope: back(functools.partial(at, slope))
 
 
 def there_and_back_by_rows(
@@ -200,6 +192,19 @@ def there_and_back_by_rows(
     Returns:
         A function of `slope(name, part, rows)`, the gradient with respect to some rows of a tap, which goes back.
     """
+    taps, back = _there(x, filters, plan, keep, seen)
+
+    def at(slope: SlopeOfRows, position: int) -> ByRows:
+        name = plan.ran[position]
+        return ByRows(functools.partial(slope, name), taps.pop(name, None))
+
+    return lambda slope: back(functools.partial(at, slope))
+
+
+def _there(
+    x: Tensor, filters: Sequence[Tensor], plan: Plan, keep: str, seen: Seen | None = None
+) -> tuple[dict[str, Tensor], Callable[[SlopeAt], Tensor]]:
+    """The taps by name but those that were shown strip by strip, and the way back, which can be gone once."""
     taken, sound = _taken(x, filters)
     found, kept = _forward(taken, sound, filters, plan, keep, seen)
     lacking = len(plan.ran) - len(found)  # the first so many were not returned
@@ -207,15 +212,10 @@ def there_and_back_by_rows(
     again = {i: found[i - lacking] for i in reread(plan, keep, x.device) if i >= lacking}
     remade = Remade(taken, sound) if lacking else None
     size, dtype = (x.shape[2], x.shape[3]), x.dtype
-    del found
 
-    def back(slope: SlopeOfRows) -> Tensor:
-        def at(position: int) -> ByRows:
-            name = plan.ran[position]
-            return ByRows(functools.partial(slope, name), taps.pop(name, None))
-
-        grad = backward(at, again, kept, filters, size, plan, keep, remade)
+    def back(slope: SlopeAt) -> Tensor:
+        grad = backward(slope, again, kept, filters, size, plan, keep, remade)
         assert grad is not None  # every tap has one
         return grad.to(dtype)
 
-    return back
+    return taps, back
