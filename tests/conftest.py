@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 from pathlib import Path
 
 # threads that wait must sleep: spinning on a core that somebody else uses makes small convolutions 100 times slower
@@ -72,6 +73,17 @@ def _drawn_once(request, monkeypatch):
 
     if request.module.__name__ != "test_weights":
         monkeypatch.setattr(weights, "_random_state", remembered)
+
+
+@pytest.fixture
+def real_signals():
+    """Ctrl-C raises KeyboardInterrupt in the background too, and a hangup is not ignored under nohup."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    numbers = {getattr(signal, name): handler for name, handler in usual.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _folder(variable, default, needed):

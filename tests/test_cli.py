@@ -89,17 +89,6 @@ def vggstyle(call, quick):
     return lambda *args: call(vggstyle_command, *quick, *args)
 
 
-@pytest.fixture
-def real_signals():
-    """Ctrl-C raises KeyboardInterrupt in the background too, and a hangup is not ignored under nohup."""
-    usual = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
-    numbers = {getattr(signal, name): handler for name, handler in usual.items() if hasattr(signal, name)}
-    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def one_line(err, name="vggstyle"):
     assert err.startswith(f"{name}: ") and err.endswith("\n") and err.count("\n") == 1 and "\r" not in err, repr(err)
     return err

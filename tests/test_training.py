@@ -517,6 +517,7 @@ def test_a_checkpoint_holds_what_it_must(finished):
     assert (state["epoch"], state["step"]) == (7, 3)  # before the last test
 
 
+@pytest.mark.usefixtures("real_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(data, tmp_path, number):
     def callback(step):
