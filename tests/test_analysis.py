@@ -386,6 +386,11 @@ def test_compare_says_what_is_wrong(torchvision):
         compare([])
     with pytest.raises(InputError, match="did you mean .*resnet50"):
         compare(["vgg16", "resnet55"])
+    with pytest.raises(InputError, match="unknown network") as info:
+        compare(["nothing like it"])
+    offered = str(info.value)
+    assert all(f"{name}, " in offered for name in ("vgg11-lrn", "vgg16-c_bn", "vgg19_bn"))
+    assert "vgg11-lrn_bn" not in offered  # there is none
     with pytest.raises(InputError, match="batch must be at least 1"):
         compare(["vgg16"], batch=0)
     with pytest.raises(InputError, match="cannot take images of 5×5"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vggfeat.analysis.layers import describe
 from vggfeat.analysis.measure import Measured, machine, measure_net, saved_for_backward
-from vggfeat.arch import ARCHS, Arch, parse
+from vggfeat.arch import ARCHS, NORMALISED, Arch, parse
 from vggfeat.errors import DependencyError, InputError, first_line, nearest
 from vggfeat.tables import Column, Report, Table, mega
 
@@ -251,7 +251,7 @@ def _uncounted(name: str, num_classes: int, input_size: int | None) -> _Builder:
     models = _torchvision_models(name)
     known = models.list_models(module=models)
     if name not in known:
-        ours = [f"{vgg}{bn}" for vgg in ARCHS for bn in ("", "_bn")]
+        ours = [*ARCHS, *(f"{vgg}_bn" for vgg, config in ARCHS.items() if config not in NORMALISED)]
         raise InputError(f"unknown network {name!r}: {nearest(name, dict.fromkeys([*ours, *known]))}")
     weights = [entry for entry in models.get_model_weights(name) if entry.name.startswith("IMAGENET1K_V")]
     own = weights[0].transforms.keywords["crop_size"] if weights else 224

@@ -61,7 +61,7 @@ class Objective:
         )
         with torch.no_grad():
             self.content: dict[str, Tensor] = {}
-            self._show(content, self._hold)
+            self._show(content, functools.partial(self._hold, content))
             self.style = dict.fromkeys(config.style_layers, torch.zeros((), device=content.device))
             for share, image in zip(config.shares("style_blend", len(styles)), styles, strict=True):
                 grams: Sums = {}
@@ -81,6 +81,11 @@ class Objective:
         arch = self.features.arch
         return 1 if name in arch.head_names else arch.layer(name).stride
 
+    def _shape(self, name: str, image: Tensor) -> tuple[int, int]:
+        """Height and width of a convolutional layer on an image."""
+        height, width = (side // self._stride(name) for side in image.shape[2:])
+        return height, width
+
     def _show(self, image: Tensor, seen: Callable[[Tile, str, Tensor, slice], None]) -> None:
         """Have something see every layer of an image: of which tile, the layer, some rows of it, and which."""
         for tile in self._tiles(image):
@@ -92,19 +97,16 @@ class Objective:
         tile = tile.part(rows, stride) if part.ndim == 4 else tile
         return tile.own(part, stride), tile
 
-    def _hold(self, tile: Tile, name: str, part: Tensor, rows: slice) -> None:
+    def _hold(self, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> None:
         """Hold on to the features that carry the content."""
         if name not in self.content_shares:
             return
         own, tile = self._counting(tile, name, part, rows)
         if name not in self.content:
-            shape = own.shape
-            if own.ndim == 4:
-                height, width = (side // self._stride(name) for side in self.size)
-                shape = torch.Size((1, own.shape[1], height, width))
-            if own.shape == shape:
+            if own.ndim == 2 or own.shape[2:] == self._shape(name, image):
                 self.content[name] = own
                 return
+            shape = (1, own.shape[1], *self._shape(name, image))
             self.content[name] = torch.empty(
                 shape, dtype=own.dtype, device=own.device, memory_format=torch.channels_last
             )
@@ -125,7 +127,7 @@ class Objective:
 
     def _share(self, name: str, own: Tensor, image: Tensor) -> float:
         """What share of the layer's positions these are."""
-        height, width = (side // self._stride(name) for side in image.shape[2:])
+        height, width = self._shape(name, image)
         return own.shape[2] * own.shape[3] / (height * width)
 
     def _error(self, name: str, own: Tensor, tile: Tile) -> Tensor:
