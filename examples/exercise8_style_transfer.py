@@ -9,6 +9,7 @@ from pathlib import Path
 from console import command
 
 import vggfeat
+from vggfeat.files import free_name
 
 HERE = Path(__file__).parent
 
@@ -16,7 +17,7 @@ HERE = Path(__file__).parent
 def main(
     content=HERE / "content.jpg", style=HERE / "style.jpg", picture="painted.png", size=256, steps=20, weights="auto"
 ):
-    picture = vggfeat.image.check_output(vggfeat.image.free_path(picture))
+    picture = vggfeat.image.check_output(free_name(picture))
     result = vggfeat.stylize(content, style, vggfeat.StyleConfig(size=size, steps=steps, weights=weights))
     print(f"{result.arch}, {steps} steps at the finest scale, weights {result.weights}")
     print("scale        pixels  objective before    after  of it style  content")

@@ -12,6 +12,7 @@ from vggfeat.processor import resolve
 from vggfeat.training.batches import Batches, normalised
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
+from vggfeat.training.distributed import World
 from vggfeat.training.folder import Epoch
 
 DEVICE = resolve("auto")
@@ -60,7 +61,7 @@ def fit(label, net, train, test, epochs, lr, batch, seed=0):
         raise InputError("expected at least one epoch, two images a batch and a learning rate above 0")
     size = min(train.pixels.shape[1:3])
     config = TrainConfig(batch_size=min(batch, len(train)), pad_mode="reflect", seed=seed)
-    batches = Batches(train, config, DEVICE, size)
+    batches = Batches(train, config, size, World(DEVICE))
     net = net.to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches.steps)

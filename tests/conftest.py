@@ -23,6 +23,8 @@ _random = {}
 
 
 def pytest_configure(config):
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is bit for bit the same on a CPU is not on a GPU
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

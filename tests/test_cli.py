@@ -381,7 +381,7 @@ def test_ctrl_c_saves_and_says_so(vggstyle, folder, monkeypatch, real_signals):
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(vggstyle, folder, monkeypatch, real_signals):
-    monkeypatch.setattr(stylize_module, "load", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(stylize_module, "load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     code, out, err = vggstyle(*PAIR)
     assert (code, out) == (130, "") and "interrupted" in one_line(err.lstrip("\n"))
     assert len(list(folder.iterdir())) == 2

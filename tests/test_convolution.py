@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat import convolution, processor
-from vggfeat.convolution import Conv2d, conv3x3, convolve, small, tiled
+from vggfeat.convolution import Conv2d, conv_as_product, convolve, pays_as_product, pays_by_tiles
 
 SHAPES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4), (2, 4), (4, 3), (1, 4)]
 
@@ -24,7 +24,7 @@ def test_value_and_gradients_are_those_of_torch(side, layout):
     x, weight, bias = (
         v.detach().contiguous(memory_format=layout).requires_grad_() if v.ndim == 4 else v for v in example(side)
     )
-    ours, theirs = conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
+    ours, theirs = conv_as_product(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     grad = torch.randn(theirs.shape, dtype=theirs.dtype, generator=torch.Generator().manual_seed(0))
     for mine, other in zip(
@@ -38,8 +38,8 @@ def test_value_and_gradients_are_those_of_torch(side, layout):
 @pytest.mark.parametrize("side", [(2, 2), (4, 4)])
 def test_first_and_second_derivatives(side):
     x, weight, bias = example(side, n=2)
-    assert torch.autograd.gradcheck(conv3x3, (x, weight, bias))
-    assert torch.autograd.gradgradcheck(conv3x3, (x, weight, bias))
+    assert torch.autograd.gradcheck(conv_as_product, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(conv_as_product, (x, weight, bias))
 
 
 @pytest.mark.parametrize("wanted", [0, 1])
@@ -48,7 +48,7 @@ def test_one_gradient_without_the_other(side, wanted):
     x, weight, _ = example(side, requires_grad=False)
     pair = [x, weight]
     pair[wanted].requires_grad_()
-    (ours,) = torch.autograd.grad(conv3x3(*pair, None).square().sum(), [pair[wanted]])
+    (ours,) = torch.autograd.grad(conv_as_product(*pair, None).square().sum(), [pair[wanted]])
     (theirs,) = torch.autograd.grad(F.conv2d(*pair, padding=1).square().sum(), [pair[wanted]])
     torch.testing.assert_close(ours, theirs)
 
@@ -58,7 +58,7 @@ def test_bfloat16_under_autocast_is_as_near_as_torch(side):
     x, weight, bias = example(side, n=64, dtype=torch.float32)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
+        ours, theirs = conv_as_product(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
     assert ours.dtype == theirs.dtype == torch.bfloat16
     errors = [
         float((each.detach().double() - exact.detach()).norm() / exact.detach().norm()) for each in (ours, theirs)
@@ -73,7 +73,7 @@ def by_tiles(monkeypatch, n=70, channels=64, outputs=96, side=(8, 7)):
     generator = torch.Generator().manual_seed(0)
     shapes = (n, channels, *side), (outputs, channels, 3, 3), (outputs,)
     values = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    assert tiled(*values[:2])
+    assert pays_by_tiles(*values[:2])
     return values
 
 
@@ -116,15 +116,16 @@ def test_what_tiles_are_for(monkeypatch):
     x, weight, _ = by_tiles(monkeypatch)
     assert "Tiles" in type(Conv2d(64, 96, 3, padding=1)(x).grad_fn).__name__
     assert "Tiles" not in type(Conv2d(64, 96, 3, padding=1, stride=2)(x).grad_fn).__name__
-    assert not tiled(x.double(), weight.double()) and not tiled(x.bfloat16(), weight.bfloat16())
-    assert not tiled(x[:10], weight) and not tiled(x[..., :2, :2], weight) and not tiled(x[:, :3], weight[:, :3])
-    assert not tiled(x.to("meta"), weight)
+    assert not pays_by_tiles(x.double(), weight.double()) and not pays_by_tiles(x.bfloat16(), weight.bfloat16())
+    assert not pays_by_tiles(x[:10], weight) and not pays_by_tiles(x[:, :3], weight[:, :3])
+    assert not pays_by_tiles(x[..., :2, :2], weight)
+    assert not pays_by_tiles(x.to("meta"), weight)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not tiled(x, weight)
+        assert not pays_by_tiles(x, weight)
     with FakeTensorMode() as mode:
-        assert not tiled(mode.from_tensor(x), mode.from_tensor(weight))
+        assert not pays_by_tiles(mode.from_tensor(x), mode.from_tensor(weight))
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not tiled(x, weight)
+    assert not pays_by_tiles(x, weight)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch.func.jvp's own
@@ -148,9 +149,9 @@ def test_tiles_in_company(monkeypatch):
 
 
 def test_is_for_small_maps_in_batches_on_a_cpu():
-    assert small(torch.zeros(128, 3, 2, 2)) and small(torch.zeros(128, 3, 4, 4))
-    assert not small(torch.zeros(128, 3, 5, 4)) and not small(torch.zeros(1, 3, 2, 2))
-    assert not small(torch.zeros(128, 3, 2, 2, device="meta"))
+    assert pays_as_product(torch.zeros(128, 3, 2, 2)) and pays_as_product(torch.zeros(128, 3, 4, 4))
+    assert not pays_as_product(torch.zeros(128, 3, 5, 4)) and not pays_as_product(torch.zeros(1, 3, 2, 2))
+    assert not pays_as_product(torch.zeros(128, 3, 2, 2, device="meta"))
 
 
 def test_is_not_for_bfloat16_where_its_products_are_slow(monkeypatch):
@@ -158,15 +159,15 @@ def test_is_not_for_bfloat16_where_its_products_are_slow(monkeypatch):
     for hardware in (True, False):
         monkeypatch.setattr(processor, "multiplies_bfloat16", lambda hardware=hardware: hardware)
         with torch.autocast("cpu", torch.bfloat16):
-            assert small(x) == hardware
-        assert small(x) and small(x.bfloat16()) == hardware
+            assert pays_as_product(x) == hardware
+        assert pays_as_product(x) and pays_as_product(x.bfloat16()) == hardware
 
 
 @pytest.mark.parametrize(
     "options", [{"stride": 2}, {"padding": 0}, {"dilation": 2}, {"groups": 5}, {"padding_mode": "reflect"}]
 )
 def test_other_convolutions_stay_torchs(options, monkeypatch):
-    monkeypatch.setattr(convolution, "conv3x3", lambda *_: pytest.fail("taken over"))
+    monkeypatch.setattr(convolution, "conv_as_product", lambda *_: pytest.fail("taken over"))
     settings = {"padding": 1} | options
     ours, theirs = (kind(5, 5, 3, **settings) for kind in (Conv2d, torch.nn.Conv2d))
     theirs.load_state_dict(ours.state_dict())
@@ -176,8 +177,10 @@ def test_other_convolutions_stay_torchs(options, monkeypatch):
 
 def test_the_network_uses_it_and_agrees_with_torchvision(torchvision, monkeypatch):
     seen = []
-    real = convolution.conv3x3
-    monkeypatch.setattr(convolution, "conv3x3", lambda x, *rest: seen.append(tuple(x.shape[2:])) or real(x, *rest))
+    real = convolution.conv_as_product
+    monkeypatch.setattr(
+        convolution, "conv_as_product", lambda x, *rest: seen.append(tuple(x.shape[2:])) or real(x, *rest)
+    )
     torch.manual_seed(0)
     net = vggfeat.vgg16(num_classes=7, batch_norm=True, head="slim").features
     other = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=True)
@@ -215,7 +218,7 @@ def test_per_sample_gradients():
     x, weight, _ = example((4, 4), n=24, requires_grad=False)
 
     def loss(weight, x):
-        return conv3x3(x, weight, None).square().sum()
+        return conv_as_product(x, weight, None).square().sum()
 
     found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x.view(2, 12, 5, 4, 4))
     for part, each in zip(x.view(2, 12, 5, 4, 4), found, strict=True):

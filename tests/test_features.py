@@ -630,7 +630,7 @@ WALKS = [
 
 @pytest.mark.parametrize("keep", ["bits", "values", "by autograd"])
 @pytest.mark.parametrize(("config", "options", "names", "how"), WALKS)
-def test_there_and_back_is_what_autograd_does(config, options, names, how, keep, monkeypatch):
+def test_vjp_is_what_autograd_does(config, options, names, how, keep, monkeypatch):
     net = small(config, **options)
     if keep == "by autograd":  # as on MPS
         monkeypatch.setattr(features_module, "BY_HAND", ())
@@ -642,7 +642,7 @@ def test_there_and_back_is_what_autograd_does(config, options, names, how, keep,
     seeds = {name: torch.randn(tap.shape, dtype=tap.dtype) for name, tap in wanted.items()}
     (gradient,) = torch.autograd.grad([*wanted.values()], leaf, [seeds[name] for name in wanted])
     with torch.autocast("cpu", torch.bfloat16):  # which float64 has no use for
-        taps, back = features.walk(x)
+        taps, back = features.vjp(x)
         assert {*taps} == {*names} and not any(tap.requires_grad for tap in taps.values())
         for name, tap in wanted.items():
             torch.testing.assert_close(taps[name], tap)
@@ -686,9 +686,9 @@ def test_by_rows_is_what_autograd_does(config, options, names, how, keep, monkey
 
     with torch.autocast("cpu", torch.bfloat16):  # which float64 has no use for
         seen = []
-        features.show(leaf, see)
+        features.taps_by_rows(leaf, see)
         shown, seen = seen, []
-        back = features.walk_by_rows(leaf, see)
+        back = features.vjp_by_rows(leaf, see)
         assert shown == seen and {name for name, *_ in seen} == {*names}
         for name, tap in wanted.items():
             ends = [end for each, *rows in seen if each == name for end in rows]
@@ -701,7 +701,7 @@ def test_by_rows_is_what_autograd_does(config, options, names, how, keep, monkey
 @pytest.mark.parametrize("keep", ["bits", "values"])
 def test_taps_are_let_go_on_the_way_back(state, keep):
     names = ["relu1_1", "relu1_2", "conv2_1", "pool2"]
-    taps, back = VGGFeatures(names, weights=state, keep=keep).walk(batch())
+    taps, back = VGGFeatures(names, weights=state, keep=keep).vjp(batch())
     alive, asked = {name: weakref.ref(tap) for name, tap in taps.items()}, []
 
     def slope(name, tap):
@@ -716,7 +716,7 @@ def test_taps_are_let_go_on_the_way_back(state, keep):
 
 def test_the_way_back_does_not_hold_on_to_the_images(state):
     features, image = VGGFeatures(["relu2_1"], weights=state), batch(1, 3, 32, 40).requires_grad_()
-    for walk in (lambda x: features.walk(x)[1], lambda x: features.walk_by_rows(x, lambda *_: None)):
+    for walk in (lambda x: features.vjp(x)[1], lambda x: features.vjp_by_rows(x, lambda *_: None)):
         made = (2 * image).sigmoid()
         there = weakref.ref(made)
         back = walk(made)
@@ -725,11 +725,11 @@ def test_the_way_back_does_not_hold_on_to_the_images(state):
 
 
 @pytest.mark.parametrize("keep", ["bits", "values"])
-def test_there_and_back_runs_in_what_autocast_says(state, keep):
+def test_vjp_runs_in_what_autocast_says(state, keep):
     features, x = VGGFeatures(["relu2_1"], weights=state, keep=keep), batch()
     with torch.autocast("cpu", torch.bfloat16):
         wanted = features(x)["relu2_1"]
-        taps, back = features.walk(x)
+        taps, back = features.vjp(x)
         assert (wanted.dtype, taps["relu2_1"].dtype) == (torch.bfloat16, torch.bfloat16)
         assert torch.equal(taps["relu2_1"], wanted)
         assert back(lambda name, tap: torch.ones_like(tap)).dtype == torch.float32

@@ -285,7 +285,7 @@ def test_mean_of_values_without_positions():
     assert torch.equal(VF.masked_mean(torch.tensor([[1.0, 3.0], [2.0, 2.0]])), torch.tensor([2.0, 2.0]))
 
 
-@pytest.mark.parametrize("name", VF.SLOPES)
+@pytest.mark.parametrize("name", VF.DERIVATIVES)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("masks", [None, 1, 2])
 def test_distance_and_gradient_are_those_of_autograd(name, normalize, masks, monkeypatch):
@@ -307,7 +307,7 @@ def test_distance_and_gradient_are_those_of_autograd(name, normalize, masks, mon
     assert by_hand.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", VF.SLOPES)
+@pytest.mark.parametrize("name", VF.DERIVATIVES)
 def test_distance_and_gradient_change_nothing_and_sum_in_float32(name):
     a, b = torch.rand(1, 4, 3, 3), torch.rand(1, 4, 3, 3)
     before = a.clone(), b.clone()

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import warnings
 
+import pictures
 import pytest
 import torch
 from pictures import scene
@@ -17,15 +18,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vggfeat import PerceptualLoss, StyleConfig, VGGFeatures, stylize
+import vggfeat
+from vggfeat import PerceptualLoss, StyleConfig, TrainConfig, VGGFeatures, Views, evaluate, stylize, train
 from vggfeat import features as features_module
+from vggfeat.arch import PADDINGS, POOLINGS
 from vggfeat.functional import CRITERIA, distance_and_gradient, gram, total_variation, unit_normalize
 from vggfeat.image import to_tensor
 from vggfeat.transfer import gpu
 from vggfeat.transfer import stylize as stylize_module
 from vggfeat.transfer.objective import Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
-from vggfeat.trunk import PADDINGS, POOLINGS, Plan, operators, walk
+from vggfeat.trunk import Plan, operators, walk
 from vggfeat.trunk import autograd as autograd_module
 from vggfeat.trunk import filters as filters_module
 from vggfeat.trunk import layers as layers_module
@@ -49,7 +52,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(autograd_module, "trunk_forward", operators.trunk_forward._init_fn)
     monkeypatch.setattr(autograd_module, "trunk_backward", operators.trunk_backward._init_fn)
     monkeypatch.setattr(filters_module, "outside", contextlib.nullcontext)  # so that weights become fake, too
-    monkeypatch.setattr(features_module._trunk, "outside", contextlib.nullcontext)
+    monkeypatch.setattr(features_module, "outside", contextlib.nullcontext)
     monkeypatch.setattr(features_module, "bfloat16_is_fast", lambda device: True)
     monkeypatch.setattr(VGGFeatures, "_check_values", lambda self, images: None)  # which reads the first batch
     features_module._kept_channels.cache_clear()
@@ -62,7 +65,7 @@ class Recorder:
     """Stands for `torch.cuda` and its graphs: a replay does again what was done while it was recorded."""
 
     def __init__(self, monkeypatch, fails=None):
-        self.fails, self.steps, self.waits = fails, [], 0
+        self.fails, self.steps, self.waits, self.resets = fails, [], 0, 0
         for name in ("device", "stream"):
             monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
         for name in ("Stream", "current_stream"):
@@ -75,6 +78,10 @@ class Recorder:
 
     def wait_stream(self, other):
         self.waits += 1
+
+    def reset(self):
+        self.resets += 1
+        raise RuntimeError("nothing to reset")  # which must not hide why it was to be
 
     @contextlib.contextmanager
     def graph(self, graph, stream, capture_error_mode):
@@ -109,7 +116,7 @@ def test_a_recording_that_failed_is_the_last(monkeypatch):
     recorder, image = Recorder(monkeypatch, RuntimeError("operation not permitted")), torch.rand(1, 3, 4, 4)
     with pytest.warns(UserWarning, match="not replayed as a CUDA graph: operation not permitted"):
         assert gpu.recorded(recorder.step, image, gpu.PAYS) == recorder.step
-    assert gpu._broken == [recorder]
+    assert gpu._broken == [recorder] and recorder.resets == 1
     assert gpu.recorded(recorder.step, image, gpu.PAYS) == recorder.step and len(recorder.steps) == 3
     gpu._aside.cache_clear()
 
@@ -186,8 +193,8 @@ def test_distances_wait_for_nothing(fake, criterion):
         gram(ours)
         total_variation(images())
         if criterion != "cosine":
-            _, slope = distance_and_gradient(ours, theirs, criterion, True, None)
-            assert slope.device.type == "cuda"
+            _, grad = distance_and_gradient(ours, theirs, criterion, True, None)
+            assert grad.device.type == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +331,7 @@ class Apart(TorchDispatchMode):
 
 @pytest.mark.parametrize("normalization", ["scale-free", "gatys"])
 def test_a_whole_step_gives_and_takes_no_number(normalization, monkeypatch):
-    monkeypatch.setattr(layers_module, "sound", lambda x: True)  # it looks at images and gradients on CPUs alone
+    monkeypatch.setattr(layers_module, "all_finite", lambda x: True)  # it looks at images and gradients on CPUs alone
     config = StyleConfig(**SETTINGS | {"normalization": normalization, "tv_weight": 0.1})
     layers = (*config.style_layers, *config.content_layers)
     features = VGGFeatures(layers, arch="vgg19", weights="random", keep="values")
@@ -334,6 +341,62 @@ def test_a_whole_step_gives_and_takes_no_number(normalization, monkeypatch):
     assert numbers.shape == (4,) and grad.shape == (1, 3, 36, 48) and grad.abs().sum() > 0
     with pytest.raises(AssertionError, match="lift_fresh"), Apart():
         torch.tensor([1.0])
+
+
+# ── on a GPU, what a CPU can run too ──────────────────────────────────────────────────────────────────────────────────
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"head": "slim", "ema": 0.9},
+        {"head": "paper", "size": 64, "resize": (64,), "precision": "float16", "dropout": 0.3},
+    ],
+)
+def test_a_deterministic_training_goes_on_to_the_same_bits(tmp_path, device, options):
+    settings = {"arch": "vgg11_bn", "width": 0.125, "batch_size": 8, "epochs": 2, "save_every": 1} | options
+    config = TrainConfig(**settings, device=device, deterministic=True)
+    data = pictures.folder(tmp_path / "data", pictures.tree(8))
+
+    def stop(step):
+        if (step.epoch, step.step) == (2, 1):
+            raise RuntimeError("stopped")
+
+    whole = train(data, config=config, folder=tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(data, config=config, folder=tmp_path / "parts", callback=stop)
+    found = train(data, config=config, folder=tmp_path / "parts", resume=True)
+    assert not found.damaged and len(found.history) == 2
+    assert next(found.net.parameters()).device.type == device
+    for ours, theirs in zip(found.net.state_dict().values(), whole.net.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs) and ours.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_evaluation_is_that_on_the_cpu(tmp_path, device):
+    data = pictures.folder(tmp_path / "data", pictures.tree(8))
+    net = vggfeat.vgg11(num_classes=3, batch_norm=True, head="slim", width=0.25)
+    options = {"views": Views(flip=True), "precision": "float32"}
+    found, wanted = (evaluate(net, data, **options, device=each) for each in (device, "cpu"))
+    assert found.images == wanted.images == 24 and found.loss == pytest.approx(wanted.loss, rel=1e-2)  # TF32
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("pooling", "padding"), [*zip(POOLINGS, PADDINGS, strict=True)])
+def test_second_derivatives_are_those_on_the_cpu(device, pooling, padding):
+    features = VGGFeatures(["relu1_2", "relu2_1"], weights="random", pooling=pooling, padding=padding)
+    generator = torch.Generator().manual_seed(0)
+    image, along = torch.rand(2, 1, 3, 24, 24, generator=generator, dtype=torch.float64)
+    results = []
+    for each in (device, "cpu"):
+        x = image.to(each, copy=True).requires_grad_()
+        value = sum(tap.square().mean() for tap in features(x).values())
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
+        results.append(torch.autograd.grad((grad * along.to(each)).sum(), x)[0].cpu())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -348,7 +411,7 @@ def test_a_style_transfer_on_a_gpu_is_replayed_and_looks_the_same(precision):
         warnings.simplefilter("error")  # such as that no graph could be made
         here = stylize(scene(48, 36, seed=1), scene(48, 36, seed=2), dataclasses.replace(config, device="cuda"))
     assert here.losses["total"] == pytest.approx(there.losses["total"], rel=0.1)
-    assert (to_tensor(here.image) - to_tensor(there.image)).abs().mean() < 0.02
+    assert (to_tensor(here.image) - to_tensor(there.image)).abs().mean() < 0.03  # 0.01 where TF32 is emulated
 
 
 @pytest.mark.gpu
@@ -383,10 +446,10 @@ def test_losses_on_a_gpu_are_those_on_the_cpu(precision):
         value = PerceptualLoss(["relu1_2", "conv3_3"], weights="random", precision=precision)(x, theirs.to(device))
         value.backward()
         results.append((value.item(), x.grad.cpu().flatten()))
-    (there, slope), (here, other) = results
-    tolerance = 1e-3 if precision == "float32" else 1e-2  # TF32 has ten bits
-    assert here == pytest.approx(there, rel=tolerance)
-    assert torch.cosine_similarity(slope, other, dim=0) > 0.99
+    (there, wanted), (here, found) = results
+    # both are as coarse: TF32 has ten bits, and a unit that cuts them off is 8e-3 away
+    assert here == pytest.approx(there, rel=2e-2)
+    assert torch.cosine_similarity(wanted, found, dim=0) > 0.99
 
 
 @pytest.mark.gpu
@@ -402,3 +465,23 @@ def test_after_a_recording_that_failed_all_is_as_before():
     assert torch.cuda.current_stream() == before
     assert torch.randn(8, device="cuda").isfinite().all()
     assert gpu.recorded(lambda image: (image * 2,), image, times=100)(image)[0].equal(image * 2)
+
+
+@pytest.mark.gpu
+def test_memory_of_a_recording_that_failed_is_given_back():
+    image, calls = scene(48, 36, seed=1).cuda(), 0
+
+    def step(image):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # the one that is recorded
+            large = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").zero_()
+            raise torch.OutOfMemoryError(f"no more than {large.numel()}")
+        return (image * 2,)
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with pytest.warns(UserWarning, match="not replayed"):
+        assert gpu.recorded(step, image, times=100) is step
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before + (1 << 29)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from vggfeat import files
 from vggfeat import image as vi
 from vggfeat.errors import ImageError, InputError
 
@@ -513,15 +514,15 @@ def test_check_output_refuses_a_folder_without_permission(tmp_path):
         tmp_path.chmod(0o700)
 
 
-def test_free_path(tmp_path):
+def test_free_name(tmp_path):
     path = tmp_path / "a.b.png"
-    assert vi.free_path(str(path)) == path
+    assert files.free_name(str(path)) == path
     path.touch()
-    assert vi.free_path(path) == tmp_path / "a.b-2.png"
+    assert files.free_name(path) == tmp_path / "a.b-2.png"
     (tmp_path / "a.b-2.png").symlink_to(tmp_path / "nowhere")  # taken, though nothing is behind it
     (tmp_path / "a.b-3.png").mkdir()
     (tmp_path / "a.b-5.png").touch()
-    assert vi.free_path(path) == tmp_path / "a.b-4.png"
+    assert files.free_name(path) == tmp_path / "a.b-4.png"
 
 
 # Writing ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat.arch import Arch
+from vggfeat.errors import InputError
 from vggfeat.metrics import CALIBRATION
 from vggfeat.weights import load
 
@@ -87,6 +88,12 @@ def test_maps_have_the_distance_as_their_mean(weights, pair):
         name: (2, 32 >> block, 24 >> block) for block, name in enumerate(LAYERS)
     }
     torch.testing.assert_close(sum(each.mean((1, 2)) for each in maps.values()), metric(*pair), rtol=1e-4, atol=0)
+    one = metric.maps(pair[0], pair[1][:1])["relu5_3"]
+    torch.testing.assert_close(one[:1], maps["relu5_3"][:1])
+    with pytest.raises(InputError, match="input of .* against a target of 16×16"):
+        metric.maps(pair[0], pair[1][:, :, :16, :16])
+    with pytest.raises(InputError, match="1 images against 2 targets"):
+        metric.maps(pair[0][:1], pair[1])
     found = vggfeat.visualize.distance(pair[0][:1], pair[1][:1], lpips=True, weights=weights)
     assert found.total == pytest.approx(float(metric(*pair)[0]), rel=1e-4) and list(found.layers) == LAYERS
     assert found.sheet.settings["lpips"] and found.sheet.settings["arch"] == "vgg16"

@@ -14,6 +14,7 @@ from vggfeat.errors import InputError, RunError
 from vggfeat.training.batches import Batches, normalised, seeded
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import load
+from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
 CPU = torch.device("cpu")
@@ -209,7 +210,7 @@ def raw(images):
 
 def epoch(images, number=0, size=32, first=0, rank=0, world=1, **changes):
     config = TrainConfig(**{"batch_size": 4, "flip": "none", "pad": 0} | changes)
-    return list(Batches(images, config, CPU, size, rank, world).epoch(number, first))
+    return list(Batches(images, config, size, World(CPU, rank, world)).epoch(number, first))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -387,7 +388,7 @@ def test_an_image_that_fails_on_the_way(mixed, torchvision):
     with pytest.raises(RunError, match=r"cow/1\.png.*--bad-images skip"):
         epoch(found, **options)
     config = TrainConfig(flip="none", pad=0, bad_images="skip", **options)
-    batches = Batches(found, config, CPU, 32)
+    batches = Batches(found, config, 32, World(CPU))
     ((batch,),) = batches.epoch(0)
     assert len(batches.skipped) == 1 and "cow/1.png" in next(iter(batches.skipped))
     assert len(batch.labels) == 13 and len(batch.images.flatten(1).unique(dim=0)) == 12  # one of them twice

@@ -691,6 +691,9 @@ def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
     assert side(4 * narrow * 0.999, device="mps") > 0 and side(4 * narrow * 1.001, device="mps") == 0  # by autograd
     assert side(whole / 3) == pytest.approx(math.sqrt((12e6 * 512 - 12e6 * 360) / 1536) - 156, abs=2)
     assert side(whole * 0.99) < 4000 and side(1e6) == 256  # something must be tried
+    # of 64 channels, 2³¹ values are 33.5 million pixels
+    assert side(1e15, 5700, 5800, device="cuda") == 0 and side(1e15, 5700, 5900) == 0
+    assert side(1e15, 5700, 5900, device="cuda") == math.isqrt((2**31 - 1) // 64) - 156
     assert side(1e6, names=["relu1_1", "fc7"]) == 0  # of a classifier there are no parts
     asked = []
     monkeypatch.setattr(stylize_module, "side_for", lambda *given: asked.append(given) or 16)

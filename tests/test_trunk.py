@@ -641,34 +641,34 @@ def test_by_strips(thin, trunks, arch, pooling, padding, keep):
         plan = Plan(trunk.arch, tuple(names), pooling, padding)
         assert number_of_strips(plan, 2, height, 22) == 2 * cuts
         if keep == "taps":
-            walk_there_and_back(trunk, plan, images(2, 3, height, 22))
-            walk_by_rows(trunk, plan, images(1, 3, height, 22))
+            check_vjp(trunk, plan, images(2, 3, height, 22))
+            check_vjp_by_rows(trunk, plan, images(1, 3, height, 22))
         else:
             compare(trunk, names, pooling, padding, keep, shape=(2, 3, height, 22), seed=choice.randrange(99))
 
 
-def walk_there_and_back(trunk, plan, x):
+def check_vjp(trunk, plan, x):
     """Taps and gradient without autograd, against the reference in float64; every tap gets a gradient."""
     leaf = x.clone().requires_grad_()
-    theirs = reference(leaf, trunk.state, trunk.arch, plan.ran, plan.pooling, plan.padding)
+    theirs = reference(leaf, trunk.state, trunk.arch, plan.by_depth, plan.pooling, plan.padding)
     grads = [images(*tap.shape, seed=i) for i, tap in enumerate(theirs)]
-    slopes = dict(zip(plan.ran, grads, strict=True))
+    slopes = dict(zip(plan.by_depth, grads, strict=True))
     with torch.no_grad():
-        taps, back = walk.there_and_back(x, trunk.filters(plan, x.device, x.dtype), plan, keep="taps")
-        for name, other in zip(plan.ran, theirs, strict=True):
+        taps, back = walk.vjp(x, trunk.filters(plan, x.device, x.dtype), plan, keep="taps")
+        for name, other in zip(plan.by_depth, theirs, strict=True):
             torch.testing.assert_close(taps[name], other, rtol=1e-9, atol=1e-10)
         found = back(lambda name, tap: slopes[name])
     (expected,) = torch.autograd.grad(theirs, leaf, grads)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * expected.abs().max().item())
 
 
-def walk_by_rows(trunk, plan, x, keep="taps"):
+def check_vjp_by_rows(trunk, plan, x, keep="taps"):
     """The same where taps are shown, and their gradients asked for, some rows at a time."""
     leaf = x.clone().requires_grad_()
-    theirs = reference(leaf, trunk.state, trunk.arch, plan.ran, plan.pooling, plan.padding)
+    theirs = reference(leaf, trunk.state, trunk.arch, plan.by_depth, plan.pooling, plan.padding)
     grads = [images(*tap.shape, seed=i) for i, tap in enumerate(theirs)]
-    known, slopes = dict(zip(plan.ran, theirs, strict=True)), dict(zip(plan.ran, grads, strict=True))
-    shown = {name: [] for name in plan.ran}
+    known, slopes = dict(zip(plan.by_depth, theirs, strict=True)), dict(zip(plan.by_depth, grads, strict=True))
+    shown = {name: [] for name in plan.by_depth}
 
     def seen(name, part, rows):
         torch.testing.assert_close(part, known[name][:, :, rows], rtol=1e-9, atol=1e-10)
@@ -680,9 +680,9 @@ def walk_by_rows(trunk, plan, x, keep="taps"):
 
     with torch.no_grad():
         filters = trunk.filters(plan, x.device, x.dtype)
-        back = walk.there_and_back_by_rows(x, filters, plan, seen, keep=keep)
+        back = walk.vjp_by_rows(x, filters, plan, seen, keep=keep)
         assert {name: [*range(tap.shape[2])] for name, tap in known.items()} == shown
-        assert [*shown] == [*plan.ran]
+        assert [*shown] == [*plan.by_depth]
         found = back(slope)
         assert walk.forward(x, filters, plan, "none", seen) == ([], [])
     assert all(rows == 2 * [*range(known[name].shape[2])] for name, rows in shown.items())
@@ -699,11 +699,13 @@ def test_by_rows_with_every_tap(thin, trunks, monkeypatch, arch, padding, keep, 
     monkeypatch.setattr("vggfeat.trunk.bits.BAND", band)
     thin(22)
     plan = Plan(trunk.arch, tuple(names_of(trunk.arch, blocks=3)), "max", padding)
-    walk_by_rows(trunk, plan, images(1, 3, 43, 22), keep)
-    first = tuple(name for name in plan.ran if name.endswith("1_1"))
+    check_vjp_by_rows(trunk, plan, images(1, 3, 43, 22), keep)
+    first = tuple(name for name in plan.by_depth if name.endswith("1_1"))
     for name in (*first, "pool1"):
-        walk_by_rows(trunk, Plan(trunk.arch, (name, "relu2_1"), "l2", padding), images(1, 3, 24, 22), keep)
-    walk_by_rows(trunk, Plan(trunk.arch, first, "max", padding), images(1, 3, 24, 22), keep)  # no block is complete
+        check_vjp_by_rows(trunk, Plan(trunk.arch, (name, "relu2_1"), "l2", padding), images(1, 3, 24, 22), keep)
+    check_vjp_by_rows(
+        trunk, Plan(trunk.arch, first, "max", padding), images(1, 3, 24, 22), keep
+    )  # no block is complete
 
 
 def test_what_is_never_whole_by_rows(thin, trunks, monkeypatch):
@@ -716,7 +718,7 @@ def test_what_is_never_whole_by_rows(thin, trunks, monkeypatch):
     seen, wholes, whole = [], [], ByRows.whole
     monkeypatch.setattr(ByRows, "whole", lambda self: wholes.append(self.tap.shape) or whole(self))
     with torch.no_grad(), _Sizes() as sizes:
-        back = walk.there_and_back_by_rows(x, filters, plan, lambda name, part, rows: seen.append(rows), keep="taps")
+        back = walk.vjp_by_rows(x, filters, plan, lambda name, part, rows: seen.append(rows), keep="taps")
         back(lambda name, part, rows: seen.append(rows) or torch.ones_like(part))
     assert 64 not in sizes.seen and {8, 10, 12} <= sizes.seen
     assert wholes == [(1, 32, 16, 5)]
@@ -799,7 +801,7 @@ def test_no_map_of_the_first_block_is_made_whole(thin, trunks, keep):
         if cut:
             thin(22)
         with torch.no_grad(), _Sizes() as sizes:
-            taps, back = walk.there_and_back(x, filters, plan, keep=keep)
+            taps, back = walk.vjp(x, filters, plan, keep=keep)
             back(lambda name, tap: torch.ones_like(tap))
         assert expected <= sizes.seen and (64 in sizes.seen) == (not cut)
         # the gradient of 8 rows is made of 10 and 12, and the way there of 10

@@ -13,7 +13,7 @@ import vggfeat
 from vggfeat import VGGFeatures, processor, winograd
 from vggfeat.arch import Arch
 from vggfeat.trunk import Trunk
-from vggfeat.winograd import convolve, pays, transformed, weight_gradient
+from vggfeat.winograd import convolve, is_faster, transformed, weight_gradient
 
 
 def drawn(*shape, seed=0):
@@ -59,7 +59,7 @@ def test_equals_the_convolution_and_its_gradients(n, c, k, height, width, pad):
         assert error(found, exact) < 2e-6 and error(convolve(given, tiles, bias, pad, relu=True), exact.relu()) < 2e-6
     grad = drawn(*exact.shape, seed=3)
     back = F.conv_transpose2d(grad.double(), weight.double(), padding=pad)
-    assert error(convolve(grad, tiles, None, 2 - pad, turned=True), back) < 2e-6
+    assert error(convolve(grad, tiles, None, 2 - pad, transposed=True), back) < 2e-6
     convolve(torch.full((1, c, 64, 64), torch.nan), tiles, bias, pad)  # and what is left behind does not leak
     of_weight = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=pad)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -75,23 +75,25 @@ def test_what_comes_out_may_take_the_place_of_what_goes_in(monkeypatch, images, 
     monkeypatch.setattr(winograd, "LEAST", 40)
     x = drawn(images, 64, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
     tiles, bias = transformed(drawn(64, 64, 3, 3, seed=1) / 24), drawn(64, seed=2)
-    for options in ({"relu": True}, {"turned": True}):
-        given = None if "turned" in options else bias
+    for options in ({"relu": True}, {"transposed": True}):
+        given = None if "transposed" in options else bias
         expected, place = convolve(x, tiles, given, 1, **options), x.clone(memory_format=torch.preserve_format)
-        found = convolve(place, tiles, given, 1, **options, spare=True)
+        found = convolve(place, tiles, given, 1, **options, overwrite=True)
         assert torch.equal(found, expected) and found.data_ptr() == place.data_ptr()
     for other, kernel, pad in ((x.contiguous(), tiles, 1), (x, tiles, 0), (x, tiles[:, :, :32], 1)):
         before = other.clone()
-        found = convolve(other, kernel, None, pad, spare=True)
+        found = convolve(other, kernel, None, pad, overwrite=True)
         assert torch.equal(other, before) and torch.equal(found, convolve(other, kernel, None, pad))
 
 
 @pytest.mark.parametrize("keep", ["bits", "values"])
 def test_what_is_kept_or_tapped_is_not_overwritten(keep, monkeypatch):
-    """What is tapped, and what was shown and may be held, is the same as where every layer is tapped: none is spare."""
+    """What is tapped, and what was given and may be held, is the same as where every layer is tapped: none is free."""
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     used = []
-    monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k["spare"]) or real(*a, **k))
+    monkeypatch.setattr(
+        winograd, "convolve", lambda *a, real=convolve, **k: used.append(k["overwrite"]) or real(*a, **k)
+    )
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     every = [name for name in Arch("D").names[: Arch("D").names.index("pool3")] if name not in ("conv1_1", "conv1_2")]
     wanted = VGGFeatures(every, "vgg16", "random", keep=keep)(image)
@@ -104,8 +106,8 @@ def test_what_is_kept_or_tapped_is_not_overwritten(keep, monkeypatch):
     ):
         features, shown = VGGFeatures(names, "vgg16", "random", keep=keep), {}
         used.clear()
-        features.show(image, lambda name, part, rows, shown=shown: shown.setdefault(name, []).append(part))
-        taps, back = features.walk(image)
+        features.taps_by_rows(image, lambda name, part, rows, shown=shown: shown.setdefault(name, []).append(part))
+        taps, back = features.vjp(image)
         assert any(used)
         for name in names:
             assert torch.equal(taps[name], wanted[name]) and torch.equal(torch.cat(shown[name], 2), wanted[name]), name
@@ -168,22 +170,22 @@ def test_in_inference_mode_and_in_threads():
 def test_where_it_is_used(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     cpu, large = torch.device("cpu"), (256, 256, 64, 64)
-    assert pays(cpu, torch.float32, *large)
-    assert not pays(torch.device("cuda"), torch.float32, *large)
-    assert not pays(cpu, torch.float64, *large)
+    assert is_faster(cpu, torch.float32, *large)
+    assert not is_faster(torch.device("cuda"), torch.float32, *large)
+    assert not is_faster(cpu, torch.float64, *large)
     for hardware in (True, False):
         monkeypatch.setattr(processor, "multiplies_bfloat16", lambda hardware=hardware: hardware)
-        assert pays(cpu, torch.bfloat16, *large) != hardware
-    assert not pays(cpu, torch.float32, 3, 64, 64, 64) and not pays(cpu, torch.float32, 256, 256, 8, 64)
+        assert is_faster(cpu, torch.bfloat16, *large) != hardware
+    assert not is_faster(cpu, torch.float32, 3, 64, 64, 64) and not is_faster(cpu, torch.float32, 256, 256, 8, 64)
     before = torch.get_float32_matmul_precision()
     try:  # products of rounded factors were asked for; a convolution's are not meant
         torch.set_float32_matmul_precision("medium")
-        assert not pays(cpu, torch.float32, *large)
+        assert not is_faster(cpu, torch.float32, *large)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert pays(cpu, torch.float32, *large)
+    assert is_faster(cpu, torch.float32, *large)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not pays(cpu, torch.float32, *large)
+    assert not is_faster(cpu, torch.float32, *large)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_taps_and_gradient_in_float32(arch, keep, padding, monkeypatch):
         seeds = [drawn(*tap.shape, seed=i).to(tap.dtype) for i, tap in enumerate(taps)]
         (gradient,) = torch.autograd.grad(taps, leaf, seeds)
         found.append([*taps, gradient])
-    assert sum("turned" in each for each in used) == 5 + arch.endswith("bn") * 2 < len(used)
+    assert sum("transposed" in each for each in used) == 5 + arch.endswith("bn") * 2 < len(used)
     assert max(error(ours, exact) for ours, exact in zip(*found, strict=True)) < 2e-6
 
 
@@ -244,7 +246,7 @@ def test_bfloat16_without_hardware_for_it(keep, monkeypatch):
         seeds = [drawn(*tap.shape, seed=i).to(tap.dtype) for i, tap in enumerate(taps)]
         (gradient,) = torch.autograd.grad(taps, leaf, seeds)
         found.append([*taps, gradient])
-    assert sum("turned" in each for each in used) == 4 < len(used)
+    assert sum("transposed" in each for each in used) == 4 < len(used)
     errors = [error(ours, true) for ours, true in zip(*found, strict=True)]
     assert max(errors[:-1]) < 2**-7 and errors[-1] < 0.05  # of the gradient: a ReLU at its corner falls to either side
 

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 
 from vggfeat.errors import InputError, nearest
 
-__all__ = ["ARCHS", "BLOCKS", "Arch", "Layer", "parse"]
+__all__ = ["ARCHS", "BLOCKS", "HEADS", "INITS", "NORMALISED", "PADDINGS", "POOLINGS", "Arch", "Layer", "parse"]
+
+POOLINGS = ("max", "average", "l2")
+PADDINGS = ("zeros", "reflect", "replicate")
+HEADS = ("paper", "slim")  # three linear layers; one after global pooling
+INITS = ("kaiming", "paper")  # how weights are drawn that are to be trained
 
 # convolutions in each of the five blocks, and the kernel of those that are not 3×3
 BLOCKS: dict[str, tuple[int, int, int, int, int]] = {
@@ -96,7 +101,7 @@ class Arch:
             raise InputError(f"unknown VGG configuration {self.config!r}: {nearest(self.config, BLOCKS)}")
         if self.batch_norm and self.config in NORMALISED:
             raise InputError(f"configuration {self.config} has no batch-normalised form; use A with batch_norm=True")
-        if self.head not in ("paper", "slim", None):
+        if self.head not in (*HEADS, None):
             raise InputError(f"unknown head {self.head!r}: choose 'paper' or 'slim'")
         if self.unit < 1:
             raise InputError(f"the first block needs at least 1 channel, got {self.unit}")

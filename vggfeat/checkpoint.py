@@ -12,7 +12,7 @@ import torch
 from vggfeat.errors import RunError, first_line
 from vggfeat.files import TEMPORARY, new_file
 
-__all__ = ["newest", "read", "save", "write"]
+__all__ = ["newest", "read", "save", "saved", "write"]
 
 KEPT = 2  # the one before the newest is for the case that the newest is damaged
 
@@ -59,10 +59,10 @@ def save(folder: Path, steps: int, state: Mapping[str, Any]) -> Path:
         folder.mkdir(exist_ok=True)
         write(path, state)
     except OSError as error:
-        kept = _files(folder)
+        kept = saved(folder)
         rest = f"the run can go on from {kept[0]}" if kept else "there is no earlier one"
         raise RunError(f"cannot write checkpoint {path}: {error.strerror}; free some space; {rest}") from error
-    for old in _files(folder)[KEPT:]:
+    for old in saved(folder)[KEPT:]:
         old.unlink()
     return path
 
@@ -78,7 +78,7 @@ def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None
     wrong: dict[Path, str] = {}
     for rest in folder.glob(TEMPORARY):
         rest.unlink()
-    for path in _files(folder):
+    for path in saved(folder):
         try:
             state = read(path, needed)
         except PermissionError as error:
@@ -92,5 +92,6 @@ def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None
     return None, list(wrong.values())
 
 
-def _files(folder: Path) -> list[Path]:
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
     return sorted(folder.glob(f"step-{'?' * 9}.pt"), reverse=True)

@@ -1,10 +1,11 @@
-"""Convolutions of batches of small maps on a CPU, as matrix products.
+"""The convolution that is trained, faster on a CPU: by tiles in float32, as a matrix product on the smallest maps.
 
 A VGG on 32×32 images spends most of its time at maps of 16×16 to 2×2, where oneDNN's convolutions are slow and their
 weight gradients slower (`python -m tests.bench.training`): they block over space, of which there is little. A matrix
 product has the whole batch as its rows instead. In float32 that is done by tiles of 4×4 outputs (`winograd.py`), with a
-quarter of the multiplications; in bfloat16, which is too coarse for the way to a tile's points and back, on the windows
-of 4×4 maps laid out side by side. A map of 2×2 is one row, whole.
+quarter of the multiplications, on maps of any size that has tiles enough; elsewhere, as in bfloat16, which is too
+coarse for the way to a tile's points and back, on the windows of maps of at most 4×4 laid out side by side. A map of
+2×2 is one row, whole.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from vggfeat import winograd
-from vggfeat.functional import in_functorch
+from vggfeat.modes import in_forward_mode, in_functorch, wants_ordinary_operations
 from vggfeat.processor import emulates
 
-__all__ = ["Conv2d", "convolve", "small", "tiled"]
+__all__ = ["Conv2d", "convolve", "pays_as_product", "pays_by_tiles"]
 
 SMALLEST, SMALL = 2, 4  # sides: up to 2 one matrix takes a whole map to a whole map, up to 4 the windows are laid out
 ROWS = 128  # fewer and the work around the product is more than it saves
@@ -28,7 +28,7 @@ TILES = 256  # fewer and the change of the weights to the points of a tile is mo
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d`, faster where a 3×3 convolution of stride 1 meets a batch of small maps on a CPU."""
+    """`torch.nn.Conv2d`; a 3×3 convolution with stride and padding 1 goes by `convolve`."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         fits = self.kernel_size == (3, 3) and self.padding == (1, 1) and self.stride == (1, 1) == self.dilation
@@ -38,30 +38,30 @@ class Conv2d(nn.Conv2d):
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `F.conv2d(x, weight, bias, padding=1)` gives, to rounding, by the fastest way for its shape.
+    """What `F.conv2d(x, weight, bias, padding=1)` gives, to rounding, by the fastest way for its type and shape.
 
     Args:
         x: (N,C,H,W).
         weight: (K,C,3,3).
         bias: (K,) or None.
     """
-    if tiled(x, weight):
+    if pays_by_tiles(x, weight):
         return _Tiles.apply(x, weight, bias)  # type: ignore[no-any-return]
-    return conv3x3(x, weight, bias) if small(x) else F.conv2d(x, weight, bias, padding=1)
+    return conv_as_product(x, weight, bias) if pays_as_product(x) else F.conv2d(x, weight, bias, padding=1)
 
 
-def tiled(x: Tensor, weight: Tensor) -> bool:
-    """Whether a 3×3 convolution of (N,C,H,W) is better done by tiles; decided by shape, so that runs repeat."""
+def pays_by_tiles(x: Tensor, weight: Tensor) -> bool:
+    """Whether a 3×3 convolution of (N,C,H,W) is faster by tiles; decided by shape, so that runs repeat."""
     if x.device.type != "cpu" or x.ndim != 4 or not x.dtype == weight.dtype == torch.float32:
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if wants_ordinary_operations() or torch._C._get_tracing_state() is not None or type(x) is not Tensor:
         return False
-    if in_functorch() or forward_ad._current_level >= 0 or type(x) is not Tensor:
+    if torch.is_autocast_enabled("cpu"):
         return False
     n, c, height, width = x.shape
     tiles = n * -(-height // winograd.TILE) * -(-width // winograd.TILE)
     filled = n * height * width / (winograd.TILE**2 * max(tiles, 1))  # where tiles hang over the border, work is lost
-    return tiles >= TILES and filled > 0.5 and winograd.serves(x.device, x.dtype, c, weight.shape[0])
+    return tiles >= TILES and filled > 0.5 and winograd.is_supported(x.device, x.dtype, c, weight.shape[0])
 
 
 class _Tiles(torch.autograd.Function):
@@ -82,7 +82,7 @@ class _Tiles(torch.autograd.Function):
             return _torchs_gradients(ctx, grad, x, weight)
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
-            to_x = winograd.convolve(grad, winograd.transformed(weight), None, 1, turned=True)
+            to_x = winograd.convolve(grad, winograd.transformed(weight), None, 1, transposed=True)
         if ctx.needs_input_grad[1]:
             to_weight = winograd.weight_gradient(x, grad, 1)
         if ctx.needs_input_grad[2]:
@@ -100,9 +100,9 @@ def _torchs_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tupl
     return found[: len(ctx.needs_input_grad)]
 
 
-def small(x: Tensor) -> bool:
-    """Whether a 3×3 convolution of (N,C,H,W) is better done by `conv3x3`; decided by shape, so that runs repeat."""
-    if x.device.type != "cpu" or x.ndim != 4 or forward_ad._current_level >= 0:
+def pays_as_product(x: Tensor) -> bool:
+    """Whether a 3×3 convolution of (N,C,H,W) is faster as a product; decided by shape, so that runs repeat."""
+    if x.device.type != "cpu" or x.ndim != 4 or in_forward_mode():
         return False
     if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():  # an exported graph serves any batch
         return False
@@ -115,7 +115,7 @@ def small(x: Tensor) -> bool:
     )
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def conv_as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What `F.conv2d(x, weight, bias, padding=1)` gives, as a matrix product, to rounding.
 
     Args:

@@ -16,18 +16,18 @@ from torch.nn import functional as F
 from vggfeat import trunk as _trunk
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
-from vggfeat.functional import in_functorch
+from vggfeat.modes import in_functorch, no_autocast, outside, values_are_hidden
 from vggfeat.processor import bfloat16_is_fast
-from vggfeat.trunk import Plan, Seen, SlopeOf, SlopeOfRows, Trunk
+from vggfeat.settings import PRECISIONS
+from vggfeat.trunk import OnTap, Plan, TapGradOf, TapGradOfRows, Trunk
 from vggfeat.weights import DEFAULT, LINEAR, WeightsLike, load
 
-__all__ = ["PRECISIONS", "VGGFeatures", "count_and_size", "trunk_dtype"]
+__all__ = ["VGGFeatures", "count_and_size", "trunk_dtype"]
 
-PRECISIONS = ("float32", "bfloat16", "auto")
 BY_HAND = ("cpu", "cuda")  # devices on which the trunk's own walk runs; elsewhere ordinary operations do
 
-Back = Callable[[SlopeOf], Tensor]
-BackByRows = Callable[[SlopeOfRows], Tensor]
+Back = Callable[[TapGradOf], Tensor]
+BackByRows = Callable[[TapGradOfRows], Tensor]
 
 
 class VGGFeatures(nn.Module):
@@ -145,85 +145,95 @@ class VGGFeatures(nn.Module):
     def taps(self, images: Tensor) -> dict[str, Tensor]:
         """As a call of the module, for images (N,3,H,W) known to be good: nothing is looked at."""
         filters = self._filters(images)
-        with _trunk.no_autocast(images.device):  # its wish is in the filters' type
+        with no_autocast(images.device):  # autocast's choice is already in the filters' type
             return self._run(self._normalised(images), filters)
 
-    def walk(self, images: Tensor) -> tuple[dict[str, Tensor], Back]:
+    def vjp(self, images: Tensor) -> tuple[dict[str, Tensor], Back]:
         """The taps of images known to be good, in no graph, and the way back to the images.
 
-        The way back is a function of `slope(name, tap)`, the gradient with respect to a tap of that value, and gives
-        the gradient with respect to the images. A tap's gradient is asked for when the walk gets there, deepest first,
-        and the tap is let go, so that there is never more than one such gradient (but on a CPU within the first block,
-        with a classifier's layers, and on devices that leave the walk to autograd). It can be gone once and empties
-        the taps.
+        Args:
+            images: RGB (N,3,H,W), floating, in `input_range`.
+
+        Returns:
+            The taps by name, and a function of `tap_grad(name, tap)`, which gives the gradient with respect to a tap of
+            that value; it returns the gradient with respect to the images, in their type. A tap's gradient is asked for
+            when the walk gets there, deepest first, and the tap is let go, so that there is never more than one such
+            gradient (but on a CPU within the first block, with a classifier's layers, and on devices that leave the
+            walk to autograd). It can be called once and empties the taps.
         """
         if not self._walks(images):
-            return self._walk_by_autograd(images.detach())
+            return self._vjp_by_autograd(images.detach())
         filters = self._filters(images)
-        with torch.no_grad(), _trunk.no_autocast(images.device):  # its wish is in the filters' type
+        with torch.no_grad(), no_autocast(images.device):
             x = self._normalised(images.detach())
-            taps, back = _trunk.there_and_back(x, filters, self.plan, keep=self._keep)
-        return taps, functools.partial(self._home, back, images.dtype)
+            taps, back = _trunk.vjp(x, filters, self.plan, keep=self._walk_keep)
+        return taps, functools.partial(self._image_grad, back, images.dtype)
 
-    def walk_by_rows(self, image: Tensor, seen: Seen) -> BackByRows:
-        """As `walk` of one image (1,3,H,W), for what can be told of a tap, and its gradient, from some rows at a time.
+    def vjp_by_rows(self, image: Tensor, on_tap: OnTap) -> BackByRows:
+        """As `vjp` of one image (1,3,H,W), for what can be told of a tap, and its gradient, from some rows at a time.
 
-        Every tap is shown to `seen(name, part, rows)`, shallow to deep, as it is made. The way back is a function of
-        `slope(name, part, rows)`, the gradient with respect to these rows of a tap, asked for as often as it takes. On
-        a CPU the first convolution's taps, the largest there are, are never whole, and of the gradients of taps the
+        On a CPU the first convolution's taps, the largest there are, are never whole, and of the gradients of taps the
         deepest one's alone. Values (1,C) of a classifier, and all on devices that leave the walk to autograd, come
         whole.
+
+        Args:
+            image: RGB (1,3,H,W), floating, in `input_range`.
+            on_tap: called as `on_tap(name, part, rows)` for every tap, shallow to deep, as it is made.
+
+        Returns:
+            A function of `tap_grad(name, part, rows)`, which gives the gradient with respect to these rows of a tap and
+            is asked as often as it takes; it returns the gradient with respect to the image, in its type.
         """
         if not self._walks(image):
-            taps, whole = self._walk_by_autograd(image.detach())
+            taps, whole = self._vjp_by_autograd(image.detach())
             for name, tap in taps.items():
-                seen(name, tap, _every_row(tap))
-            return lambda slope: whole(lambda name, tap: slope(name, tap, _every_row(tap)))
+                on_tap(name, tap, _every_row(tap))
+            return lambda tap_grad: whole(lambda name, tap: tap_grad(name, tap, _every_row(tap)))
         filters = self._filters(image)
-        with torch.no_grad(), _trunk.no_autocast(image.device):
+        with torch.no_grad(), no_autocast(image.device):
             x = self._normalised(image.detach())
-            back = _trunk.there_and_back_by_rows(x, filters, self.plan, seen, keep=self._keep)
-        return functools.partial(self._home, back, image.dtype)
+            back = _trunk.vjp_by_rows(x, filters, self.plan, on_tap, keep=self._walk_keep)
+        return functools.partial(self._image_grad, back, image.dtype)
 
-    def show(self, image: Tensor, seen: Seen) -> None:
-        """Every tap of one image (1,3,H,W), as `walk_by_rows` shows them, and no way back."""
+    def taps_by_rows(self, image: Tensor, on_tap: OnTap) -> None:
+        """The taps of one image (1,3,H,W) as `vjp_by_rows` gives them to `on_tap`, and no way back."""
         with torch.no_grad():
             if not self._walks(image):
                 for name, tap in self.taps(image).items():
-                    seen(name, tap, _every_row(tap))
+                    on_tap(name, tap, _every_row(tap))
                 return
             filters = self._filters(image)
-            with _trunk.no_autocast(image.device):
-                _trunk.forward(self._normalised(image), filters, self.plan, "none", seen)
+            with no_autocast(image.device):
+                _trunk.forward(self._normalised(image), filters, self.plan, "none", on_tap)
 
     def _walks(self, images: Tensor) -> bool:
         """Whether the trunk's own walk runs, and not autograd."""
         return not self._head and images.device.type in BY_HAND
 
     @property
-    def _keep(self) -> str:
+    def _walk_keep(self) -> str:
         return "taps" if self.keep == "bits" else "values"
 
     @torch.no_grad()
-    def _home(self, back: Callable[[Any], Tensor], dtype: torch.dtype, slope: Any) -> Tensor:
+    def _image_grad(self, back: Callable[[Any], Tensor], dtype: torch.dtype, tap_grad: Any) -> Tensor:
         """The gradient with respect to the images, in their type, by the way back to the normalised ones."""
-        grad = back(slope)
+        grad = back(tap_grad)
         scale, _ = self._factors(grad)
         return grad.mul_(scale).to(dtype)
 
-    def _walk_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Back]:
+    def _vjp_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Back]:
         leaf = images.requires_grad_()
         with torch.enable_grad():
             taps = self.taps(leaf.view_as(leaf))  # hooks of counters and trackers cannot take a leaf
         known = {name: tap.detach() for name, tap in taps.items()}
 
-        def home(slope: SlopeOf) -> Tensor:
+        def back(tap_grad: TapGradOf) -> Tensor:
             deepest_first = sorted(taps, key=self.arch.names.index, reverse=True)
-            with torch.no_grad(), _trunk.no_autocast(leaf.device):
-                slopes = [slope(name, known.pop(name)) for name in deepest_first]
-            return torch.autograd.grad([taps.pop(name) for name in deepest_first], leaf, slopes)[0]
+            with torch.no_grad(), no_autocast(leaf.device):
+                grads = [tap_grad(name, known.pop(name)) for name in deepest_first]
+            return torch.autograd.grad([taps.pop(name) for name in deepest_first], leaf, grads)[0]
 
-        return known, home
+        return known, back
 
     def checksum(self) -> str:
         """Eight hex digits (CRC-32) of all that the taps depend on but the options: weights and their normalisation."""
@@ -293,7 +303,7 @@ class VGGFeatures(nn.Module):
                 f"images of {shape[3]}×{shape[2]} are too small for {deepest}: "
                 f"it needs at least {self.plan.min_size} pixels on each side"
             )
-        if not torch.compiler.is_compiling() and not in_functorch():
+        if not values_are_hidden():
             self._check_values(images)
         return images
 
@@ -338,7 +348,7 @@ def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 @functools.cache
 def _kept_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with _trunk.outside():
+    with outside():
         return _channels(values, dtype, device)
 
 

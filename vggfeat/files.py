@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from vggfeat.errors import InputError
+from vggfeat.errors import InputError, RunError
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["TEMPORARY", "check_path", "free_name", "locked", "new_file", "taken"]
+__all__ = ["TEMPORARY", "check_path", "free_name", "locked", "new_file", "taken", "written"]
 
 TEMPORARY = ".vggfeat-*.tmp"  # what a file is called while it is being written
 
@@ -74,8 +74,9 @@ def check_path(
     return path
 
 
-def free_name(path: Path) -> Path:
+def free_name(path: str | os.PathLike[str]) -> Path:
     """`path` itself where nothing is there yet, else the first free one of name-2.png, name-3.png and so on."""
+    path = Path(path)
     names = itertools.chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2)))
     return next(name for name in names if not os.path.lexists(name))
 
@@ -119,6 +120,23 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
         _publish(temporary, path, overwrite)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the name `path` once all went well.
+
+    Raises:
+        InputError: the name is taken by now and must not be.
+        RunError: the file cannot be written.
+    """
+    try:
+        with new_file(path, overwrite=overwrite) as file:
+            yield file
+    except FileExistsError as error:
+        raise InputError(taken(path)) from error
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; check the free space") from error
 
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from vggfeat.modes import in_forward_mode, wants_ordinary_operations
 
 __all__ = [
     "CRITERIA",
@@ -63,8 +64,7 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _products(features: Tensor) -> Tensor:
     """F Fᵀ (N,C,C) in float32, without a float32 copy of the features and with one product backward, not two."""
-    plain = torch.compiler.is_compiling() or in_functorch() or forward_ad._current_level >= 0
-    if plain or features.device.type != "cpu":
+    if wants_ordinary_operations() or features.device.type != "cpu":
         rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
         if features.device.type == "meta":  # which has no autocast
             return rows.mT @ rows
@@ -74,7 +74,7 @@ def _products(features: Tensor) -> Tensor:
     return products
 
 
-def gram_slope(features: Tensor, grad: Tensor) -> Tensor:
+def gram_backward(features: Tensor, grad: Tensor) -> Tensor:
     """The gradient with respect to features (N,C,h,w), from that with respect to their `gram`, (N,C,C)."""
     return _spread(features, grad / (features.shape[1] * features.shape[2] * features.shape[3]))
 
@@ -88,17 +88,6 @@ def _spread(features: Tensor, grad: Tensor) -> Tensor:
         return spread
     parts = [F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(_images(features), kernel, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros_like(features)
-
-
-def in_functorch() -> bool:
-    """Whether vmap, grad or another transform of torch.func is at work, under which values cannot be looked at.
-
-    Whatever tensors are at hand: it is enough that others are mapped over for `Function.apply` to ask for more.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    check: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return bool(check and check())
 
 
 class _Products(torch.autograd.Function):
@@ -201,8 +190,14 @@ def unit_normalize(features: Tensor) -> Tensor:
     """Channel vectors at unit length, as in LPIPS (Zhang et al. 2018, arXiv:1801.03924, eq. 1).
 
     The guard against zeros stands under the root, so that the gradient at a vector of zeros is finite.
+
+    Args:
+        features: (N,C,…).
+
+    Returns:
+        The same shape, in float32 (float64 for float64 features), each vector along C at length 1, zeros at 0.
     """
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return wide(features) * _to_unit(wide(features))
     found: Tensor = _UnitNormalize.apply(features)
     return found
@@ -255,25 +250,25 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     return (values * weight).sum((1, 2, 3)) / total.clamp_min(EPS)
 
 
-def _mse_slope(difference: Tensor) -> tuple[Tensor, Tensor]:
+def _mse_and_derivative(difference: Tensor) -> tuple[Tensor, Tensor]:
     return difference.square(), difference.mul_(2)
 
 
-def _l1_slope(difference: Tensor) -> tuple[Tensor, Tensor]:
+def _l1_and_derivative(difference: Tensor) -> tuple[Tensor, Tensor]:
     return difference.abs(), difference.sign_()
 
 
-def _charbonnier_slope(difference: Tensor, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+def _charbonnier_and_derivative(difference: Tensor, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
     square = difference.square()
     root = (square + eps * eps).sqrt_()
     return square.div_(root + eps), difference.div_(root)
 
 
-# of a criterion that looks at differences: its values, and its slopes in place of them
-SLOPES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "mse": _mse_slope,
-    "l1": _l1_slope,
-    "charbonnier": _charbonnier_slope,
+# of a criterion that looks at differences: its values, and its derivatives in place of them
+DERIVATIVES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "mse": _mse_and_derivative,
+    "l1": _l1_and_derivative,
+    "charbonnier": _charbonnier_and_derivative,
 }
 BAND = 1 << 20  # values of one image's features in float32 at a time on a CPU, 4 MB
 
@@ -284,7 +279,7 @@ def distance_and_gradient(
     criterion: str,
     normalize: bool = False,
     mask: Tensor | None = None,
-    worth: Tensor | None = None,
+    channel_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`masked_mean` of a criterion of two features, and its gradient with respect to the first, by hand.
 
@@ -294,10 +289,10 @@ def distance_and_gradient(
     Args:
         ours: (N,C,h,w).
         theirs: (N,C,h,w) or (1,C,h,w).
-        criterion: one of `SLOPES`.
+        criterion: one of `DERIVATIVES`.
         normalize: bring both to unit length first, as `unit_normalize`.
         mask: (N,1,h,w) or (1,1,h,w).
-        worth: (C,1,1), what the criterion's values are multiplied by.
+        channel_weights: (C,1,1), what the criterion's values are multiplied by.
 
     Returns:
         The distances (N,) in float32 or float64, and the gradient (N,C,h,w) in the type of `ours`.
@@ -316,16 +311,16 @@ def distance_and_gradient(
         if normalize:
             factor = _to_unit(a)
             a, b = a * factor, b * _to_unit(b)
-        values, slope = SLOPES[criterion](a - b)
-        if worth is not None:
-            values, slope = values.mul_(worth), slope.mul_(worth)
+        values, derivative = DERIVATIVES[criterion](a - b)
+        if channel_weights is not None:
+            values, derivative = values.mul_(channel_weights), derivative.mul_(channel_weights)
         part = share[:, :, here] if isinstance(share, Tensor) else share
         total += values.mul_(part).sum((1, 2, 3)) if isinstance(part, Tensor) else values.sum((1, 2, 3)) * part
         if normalize:  # back through y = F r: r (g - y ⟨y, g⟩)
-            along = torch.mul(a, slope, out=values).sum(1, keepdim=True)
-            slope.addcmul_(a, along, value=-1)
+            along = torch.mul(a, derivative, out=values).sum(1, keepdim=True)
+            derivative.addcmul_(a, along, value=-1)
             part = factor * part
-        gradient[:, :, here] = slope.mul_(part)
+        gradient[:, :, here] = derivative.mul_(part)
     return total, gradient
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy
 import torch
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -29,9 +30,9 @@ __all__ = [
     "as_picture",
     "check_output",
     "fit",
-    "free_path",
     "new_file",
     "open_image",
+    "pixels_of",
     "read_settings",
     "resize",
     "save_image",
@@ -108,8 +109,12 @@ def to_tensor(image: Image.Image) -> Tensor:
         ImageError: the picture has no pixels, or its values have no known range.
     """
     image = _to_rgb(image)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width, 3)
-    return pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
+    return pixels_of(image)[None].permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """The pixels of an RGB picture, uint8 (H,W,3)."""
+    return torch.from_numpy(numpy.array(image))
 
 
 def to_pil(images: Tensor) -> Image.Image:
@@ -128,7 +133,7 @@ def to_pil(images: Tensor) -> Image.Image:
     if not values.isfinite().all():
         raise InputError(f"expected finite values, got NaN or infinity in an image {shape}; look at what computed it")
     levels = (values.clamp(0, 1) * 255 + 0.5).to(torch.uint8)  # the cast floors, so the half makes it round
-    return Image.frombytes("RGB", (shape[-1], shape[-2]), _bytes(levels.permute(1, 2, 0)))
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
 def fit(width: int, height: int, size: int) -> tuple[int, int]:
@@ -173,11 +178,6 @@ def check_output(
         ImageError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
     """
     return check_path(path, formats, overwrite=overwrite, inputs=inputs, error=ImageError)
-
-
-def free_path(path: str | os.PathLike[str]) -> Path:
-    """`path` itself where nothing is there yet, else the first free one of name-2.png, name-3.png and so on."""
-    return files.free_name(Path(path))
 
 
 def save_image(
@@ -309,7 +309,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     levels = (pixels / white * 255 + 0.5).to(torch.uint8)
     if "transparency" in image.info:
         levels[pixels == image.info["transparency"]] = 255
-    return Image.frombytes("L", image.size, _bytes(levels))
+    return Image.fromarray(levels.view(image.height, image.width).numpy())
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -323,13 +323,6 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         except (ImageCms.PyCMSError, OSError):
             pass
     return image.convert("RGB")
-
-
-def _bytes(levels: Tensor) -> bytes:
-    """The bytes of a uint8 tensor in row-major order, without NumPy, which torch does not depend on."""
-    buffer = bytearray(levels.numel())
-    torch.frombuffer(buffer, dtype=torch.uint8).view(levels.shape).copy_(levels)
-    return bytes(buffer)
 
 
 def _metadata(kind: str, settings: dict[str, Any] | None) -> dict[str, Any]:

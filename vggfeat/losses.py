@@ -6,12 +6,11 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from vggfeat.arch import Arch
@@ -19,15 +18,14 @@ from vggfeat.errors import InputError, nearest
 from vggfeat.features import BY_HAND, VGGFeatures, count_and_size
 from vggfeat.functional import (
     CRITERIA,
-    SLOPES,
+    DERIVATIVES,
     distance_and_gradient,
     gram,
-    in_functorch,
     masked_mean,
     unit_normalize,
     wide,
 )
-from vggfeat.trunk import no_autocast
+from vggfeat.modes import no_autocast, values_are_hidden, wants_ordinary_operations
 from vggfeat.weights import DEFAULT, WeightsLike
 
 __all__ = ["EncodedTarget", "PerceptualLoss", "StyleLoss"]
@@ -62,12 +60,15 @@ class EncodedTarget:
             raise InputError(f"an encoded target is indexed by its images alone, got {index!r}")
         if isinstance(index, int) or getattr(index, "ndim", 1) == 0:
             index = [int(index)]  # type: ignore[arg-type]  # a batch of one
-        return EncodedTarget({name: value[index] for name, value in self.values.items()}, self.size, self.made_by)
+        return self.map(lambda value: value[index])
 
     def to(self, *args: Any, **kwargs: Any) -> EncodedTarget:
         """The same on another device or in another type, as `torch.Tensor.to`."""
-        moved = {name: value.to(*args, **kwargs) for name, value in self.values.items()}
-        return EncodedTarget(moved, self.size, self.made_by)
+        return self.map(lambda value: value.to(*args, **kwargs))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> EncodedTarget:
+        """The same with every layer's values changed."""
+        return replace(self, values={name: change(value) for name, value in self.values.items()})
 
 
 torch.serialization.add_safe_globals([EncodedTarget])
@@ -120,7 +121,17 @@ class _FeatureLoss(nn.Module):
         return EncodedTarget(values, size, self._signature)
 
     def forward(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None = None) -> Tensor:
-        """The loss of `input` against `target`; see the class for both, the mask and the reduction.
+        """The loss of `input` against `target`.
+
+        Args:
+            input: (N,3,H,W), floating, in `input_range`.
+            target: (N,3,H,W) or (1,3,H,W) of the same kind, or what `encode` made of such images; of `StyleLoss` also
+                of another size.
+            mask: (N,1,H,W) or (1,1,H,W) in [0,1], of the input's size: its area average over each feature's pixels
+                weighs the mean, or the Gram matrices' positions. None weighs all alike.
+
+        Returns:
+            A scalar, or with `reduction="none"` a value for each image, (N,); float32, float64 for float64 images.
 
         Raises:
             InputError: images that the features refuse, shapes that do not match, or a target encoded by another loss.
@@ -131,19 +142,12 @@ class _FeatureLoss(nn.Module):
             count, size = len(target), target.size
         else:
             count, size = count_and_size(target)
-        images, own_size = count_and_size(input)
-        if count not in (1, images):
-            raise InputError(f"{images} images against {count} targets: expected as many, or one for all")
-        self._check_sizes(own_size, size, mask is not None and isinstance(target, Tensor))
+        self._check_match(input, count, size, mask is not None and isinstance(target, Tensor))
         if mask is not None:
             self._check_masked()
             mask = _checked_mask(mask, input)
         if self._at_once(input, target, mask):
-            if isinstance(target, EncodedTarget):
-                values = {name: _for_graphs(value) for name, value in target.values.items()}
-                target = EncodedTarget(values, target.size, target.made_by)
-            else:
-                target = _for_graphs(target)
+            target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
             total: Tensor = _AtOnce.apply(input, self, target, None if mask is None else _for_graphs(mask))
         else:
             total = self._compare_parts(input, target, mask)
@@ -152,6 +156,13 @@ class _FeatureLoss(nn.Module):
                 raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
             return total
         return {"mean": Tensor.mean, "sum": Tensor.sum}[self.reduction](total)
+
+    def _check_match(self, input: Tensor, count: int, size: tuple[int, int], masked: bool = False) -> None:
+        """Make sure that so many targets of a size are as many as there are images, or one, and of a size that fits."""
+        images, own_size = count_and_size(input)
+        if count not in (1, images):
+            raise InputError(f"{images} images against {count} targets: expected as many, or one for all")
+        self._check_sizes(own_size, size, masked)
 
     def _check_masked(self) -> None:
         if heads := [name for name in self.layer_weights if name in self.features.arch.head_names]:
@@ -167,9 +178,7 @@ class _FeatureLoss(nn.Module):
             and input.device.type in BY_HAND
             and not any(other.requires_grad for other in others)
             and isinstance(self.criterion, str)
-            and not torch.compiler.is_compiling()
-            and not in_functorch()
-            and forward_ad._current_level < 0
+            and not wants_ordinary_operations()
         )
 
     def _images_at_a_time(self, input: Tensor) -> int:
@@ -215,6 +224,25 @@ class _FeatureLoss(nn.Module):
                 for name, weight in self.layer_weights.items()
             ]
         return functools.reduce(torch.add, parts)
+
+    def _value_and_gradient(
+        self, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The losses (N,) and their gradients in the images' shape, by going through the trunk and back."""
+        theirs = dict(target.values if isinstance(target, EncodedTarget) else self._represent(target, mask))
+        # in float16, small gradients would be lost: they are not scaled yet
+        _, back = self.features.vjp(self.features.checked(wide(images.detach())))
+        values: dict[str, Tensor] = {}
+
+        def tap_grad(name: str, tap: Tensor) -> Tensor:
+            weight = self.layer_weights[name]
+            with no_autocast(images.device):
+                value, grad = self._distance_and_gradient(name, tap, theirs.pop(name), self._mask_of(name, mask))
+            values[name] = weight * value
+            return grad if weight == 1 else grad.mul_(weight)
+
+        gradient = back(tap_grad).sum_to_size(images.shape)  # of a grey image that was repeated
+        return functools.reduce(torch.add, (values[name] for name in self.layer_weights)), gradient
 
     def _mask_of(self, name: str, mask: Tensor | None) -> Tensor | None:
         """The mask's mean over the pixels of each position of a layer: squares of its stride, as the pools cut them."""
@@ -293,16 +321,17 @@ class _AtOnce(torch.autograd.Function):
         # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             for part in loss._parts(input, target, mask):
-                value, gradient = _value_and_gradient(loss, *part)
+                value, gradient = loss._value_and_gradient(*part)
                 losses.append(value)
                 gradients.append(gradient)
         gradient = torch.cat(gradients)
         ctx.gradient = gradient.contiguous() if input.is_contiguous() else gradient
         ctx.dtype = input.dtype
         # for a second derivative alone: to have changed the images meanwhile is an error there, and nothing to a first
-        encoded = target if isinstance(target, EncodedTarget) else None
-        ctx.encoded = None if encoded is None else ([*encoded.values], encoded.size, encoded.made_by)
-        theirs = [target] if isinstance(target, Tensor) else [*target.values.values()]
+        if isinstance(target, Tensor):
+            ctx.encoded, theirs = None, [target]
+        else:
+            ctx.encoded, ctx.names, theirs = replace(target, values={}), [*target.values], [*target.values.values()]
         ctx.save_for_backward(input, mask, *theirs)
         return torch.cat(losses)
 
@@ -312,8 +341,7 @@ class _AtOnce(torch.autograd.Function):
             input, mask, *theirs = ctx.saved_tensors
             target = theirs[0]
             if ctx.encoded is not None:
-                names, size, made_by = ctx.encoded
-                target = EncodedTarget(dict(zip(names, theirs, strict=True)), size, made_by)
+                target = replace(ctx.encoded, values=dict(zip(ctx.names, theirs, strict=True)))
             with torch.autocast(input.device.type, **ctx.autocast):
                 losses = ctx.loss._compare_parts(input, target, mask)
             (found,) = torch.autograd.grad(losses, input, grad, create_graph=True)
@@ -330,26 +358,6 @@ def _keeps_graph() -> bool:
     """Whether the backward that is running was asked with `retain_graph`."""
     asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return asked is None or bool(asked())
-
-
-def _value_and_gradient(
-    loss: _FeatureLoss, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The losses (N,) and their gradients in the images' shape, by going through the trunk and back."""
-    theirs = dict(target.values if isinstance(target, EncodedTarget) else loss._represent(target, mask))
-    # in float16, small gradients would be lost: they are not scaled yet
-    _, back = loss.features.walk(loss.features.checked(wide(images.detach())))
-    values: dict[str, Tensor] = {}
-
-    def slope(name: str, tap: Tensor) -> Tensor:
-        weight = loss.layer_weights[name]
-        with no_autocast(images.device):
-            value, found = loss._distance_and_gradient(name, tap, theirs.pop(name), loss._mask_of(name, mask))
-        values[name] = weight * value
-        return found if weight == 1 else found.mul_(weight)
-
-    gradient = back(slope).sum_to_size(images.shape)  # of a grey image that was repeated
-    return functools.reduce(torch.add, (values[name] for name in loss.layer_weights)), gradient
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -398,9 +406,6 @@ class PerceptualLoss(_FeatureLoss):
         repeat_grey: accept one channel and repeat it.
         keep: `"bits"` or `"values"`, see `VGGFeatures`: kept of the images at hand until their gradient is known.
 
-    `forward(input, target, mask=None)` takes input (N,3,H,W), target (N,3,H,W) or (1,3,H,W) or what `encode` made of
-    it, and a mask (N,1,H,W) or (1,1,H,W), in [0,1]: its area average over each feature's pixels weighs the mean.
-
     Raises:
         InputError: an unknown layer or choice.
         WeightsError: weights that cannot be had or do not reach the deepest layer.
@@ -420,8 +425,8 @@ class PerceptualLoss(_FeatureLoss):
     def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
         return tap
 
-    def _worth(self, name: str, like: Tensor) -> Tensor | None:
-        """What each channel's values are multiplied by, (C,1,1); None where all are worth the same."""
+    def _channel_weights(self, name: str, like: Tensor) -> Tensor | None:
+        """What each channel's values are multiplied by, (C,1,1); None where all count the same."""
         return None
 
     def _values(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -429,8 +434,8 @@ class PerceptualLoss(_FeatureLoss):
         if self.normalize_features:
             ours, theirs = unit_normalize(ours), unit_normalize(theirs)
         values = self._criterion(ours, theirs)
-        worth = self._worth(name, values)
-        return values if worth is None else values * worth
+        weights = self._channel_weights(name, values)
+        return values if weights is None else values * weights
 
     def _distance(self, name: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
         values = self._values(name, ours, theirs)
@@ -442,10 +447,10 @@ class PerceptualLoss(_FeatureLoss):
     def _distance_and_gradient(
         self, name: str, tap: Tensor, theirs: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if self.criterion not in SLOPES or tap.ndim != 4:
+        if self.criterion not in DERIVATIVES or tap.ndim != 4:
             return super()._distance_and_gradient(name, tap, theirs, mask)
-        worth = self._worth(name, wide(tap))
-        return distance_and_gradient(tap, theirs, str(self.criterion), self.normalize_features, mask, worth)
+        weights = self._channel_weights(name, wide(tap))
+        return distance_and_gradient(tap, theirs, str(self.criterion), self.normalize_features, mask, weights)
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         if input != target:
@@ -456,11 +461,12 @@ class StyleLoss(_FeatureLoss):
     """Distance of two images in the Gram matrices of a VGG's features (Gatys et al. 2016; Johnson et al. 2016, eq. 4).
 
     Σ over layers of weight · mean of criterion(G(input), G(target)), per image, with G of `vggfeat.functional.gram`.
-    The images may differ in size. Takes the words of `PerceptualLoss`; a criterion gets Gram matrices (N,C,C).
+    The images may differ in size. A mask weighs the positions that make the Gram matrices of the input and of a target
+    of the same size; a target of its own size or mask is given through `encode(target, mask)`.
 
-    `forward(input, target, mask=None)`: the mask (N,1,H,W) or (1,1,H,W) weighs the positions that make the Gram
-    matrices of the input and of a target of the same size; a target of its own size or mask is given through
-    `encode(target, mask)`.
+    Args:
+        As of `PerceptualLoss`, but that a criterion of your own gets Gram matrices (N,C,C), and that
+        `normalize_features` brings channel vectors to unit length before they are made.
 
     Raises:
         InputError: an unknown layer or choice.
@@ -517,7 +523,7 @@ def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
         raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}), got shape {tuple(mask.shape)}")
     mask = mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
-    if mask.device.type == "cpu" and mask.numel() and not torch.compiler.is_compiling() and not in_functorch():
+    if mask.device.type == "cpu" and mask.numel() and not values_are_hidden():
         low, high = torch.aminmax(mask.detach())
         if not (low >= 0 and high < math.inf):
             raise InputError(f"a mask has values in [0,1], this one from {float(low):.4g} to {float(high):.4g}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vggfeat.errors import InputError
-from vggfeat.features import per_channel
+from vggfeat.features import count_and_size, per_channel
 from vggfeat.losses import PerceptualLoss
 from vggfeat.weight_files import read
 from vggfeat.weights import DEFAULT, WeightsLike
@@ -57,9 +57,9 @@ class LPIPS(PerceptualLoss):
         repeat_grey: bool = False,
         keep: str = "bits",
     ) -> None:
-        worth = {name: tuple(values.tolist()) for name, values in sorted(read(CALIBRATION).items())}
+        calibration = {name: tuple(values.tolist()) for name, values in sorted(read(CALIBRATION).items())}
         super().__init__(
-            list(worth),
+            list(calibration),
             arch="vgg16",
             weights=weights,
             normalize_features=True,
@@ -70,20 +70,24 @@ class LPIPS(PerceptualLoss):
             keep=keep,
         )
         # by layer, of each channel, such that the mean over channels is the sum that the paper has
-        self._worths = {name: tuple(len(values) * value for value in values) for name, values in worth.items()}
+        self._by_layer = {name: tuple(len(values) * value for value in values) for name, values in calibration.items()}
         arch = self.features.arch
-        if any(arch.layer(name).channels != len(values) for name, values in worth.items()):
+        if any(arch.layer(name).channels != len(values) for name, values in calibration.items()):
             raise InputError(f"LPIPS is made for VGG-16 at full width, got {arch.name} with {arch.channels} channels")
 
     def maps(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The distance at each position of each layer, (N,h,w); the sum of their means is the distance.
 
         Args:
-            input: as for a call of the module.
-            target: likewise, images.
+            input: (N,3,H,W), floating, in `input_range`.
+            target: the same shape, or (1,3,H,W).
+
+        Raises:
+            InputError: images that the features refuse, or shapes that do not match.
         """
+        self._check_match(input, *count_and_size(target))
         ours, theirs = self.features(input), self.features(target)
         return {name: self._values(name, ours[name], theirs[name]).mean(1) for name in ours}
 
-    def _worth(self, name: str, like: Tensor) -> Tensor | None:
-        return per_channel(self._worths[name], like)
+    def _channel_weights(self, name: str, like: Tensor) -> Tensor | None:
+        return per_channel(self._by_layer[name], like)

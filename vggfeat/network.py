@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is one, and no BatchNorm2d
 from torch.utils.checkpoint import checkpoint
 
-from vggfeat.arch import LRN, Arch, Layer, parse, unit_of
+from vggfeat.arch import INITS, LRN, Arch, Layer, parse, unit_of
 from vggfeat.convolution import Conv2d
 from vggfeat.errors import InputError
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from vggfeat.weights import Weights, WeightsLike
 
 __all__ = ["VGG", "evaluating", "of_weights", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"]
-
-INITS = ("kaiming", "paper")
 
 
 def _module(layer: Layer) -> nn.Module:
@@ -65,15 +63,22 @@ def _around(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractCon
 
 
 class _AvgPool(nn.AdaptiveAvgPool2d):
-    """Where all bins are of one pixel, or all of the same one, without a pool, whose CUDA backward adds in no order."""
+    """Where runs must repeat, as two products of matrices: the backward of CUDA's pool adds in no fixed order."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.are_deterministic_algorithms_enabled():
-            if x.shape[2:] == (7, 7):
-                return x
-            if x.shape[2:] == (1, 1):
-                return x.expand(-1, -1, 7, 7)
-        return super().forward(x)
+        if not torch.are_deterministic_algorithms_enabled():
+            return super().forward(x)
+        down, across = (self._bins(side, x) for side in x.shape[2:])
+        return down @ x @ across.mT
+
+    @staticmethod
+    def _bins(side: int, like: Tensor) -> Tensor:
+        """(7,side): row i averages the pixels from ⌊i·side/7⌋ up to ⌈(i+1)·side/7⌉."""
+        bins = torch.zeros(7, side, device="cpu")
+        for i in range(7):
+            first, last = i * side // 7, -(-(i + 1) * side // 7)
+            bins[i, first:last] = 1 / (last - first)
+        return bins.to(like)
 
 
 class VGG(nn.Module):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from vggfeat.analysis import Comparison, Description, Net, Stacked, effective_field, stacked_3x3
 from vggfeat.arch import Arch, parse
 from vggfeat.errors import DependencyError, InputError
-from vggfeat.files import check_path
-from vggfeat.tables import apart, short, written
+from vggfeat.files import check_path, written
+from vggfeat.tables import apart, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from vggfeat.errors import InputError, first_line
+from vggfeat.modes import constant_when_traced
 
 __all__ = ["bfloat16_is_fast", "emulates", "has_onednn", "multiplies_bfloat16", "resolve"]
 
@@ -43,6 +44,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return False
 
 
+@constant_when_traced
 @functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN takes bfloat16 on this CPU at all; on x86 it wants AVX-512 or AVX-NE-CONVERT for that.
@@ -52,10 +54,6 @@ def multiplies_bfloat16() -> bool:
     return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-# looked at while a graph is traced, not traced: torch.compiler.assume_constant_result without importing the compiler
-multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def emulates(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch has no more than loops for products of that type there."""
+    """Whether the device has no fast matrix product for that type: torch makes it in loops there."""
     return dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()

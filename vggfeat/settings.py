@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import reprlib
+import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from vggfeat.errors import InputError
 
-__all__ = ["StateDict", "changed", "option", "plain", "typed"]
+__all__ = ["PRECISIONS", "Kind", "StateDict", "changed", "kinds", "option", "plain", "to_types"]
 
-
-STATE = " | Mapping[str, Any]"  # of a type, that a state dict will do as well
+PRECISIONS = ("auto", "float32", "bfloat16")
+WORDS = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}
 
 
 def option(default: Any, help: str) -> Any:
@@ -47,30 +50,71 @@ class StateDict(Mapping[str, Any]):
         return "a state dict"
 
 
-def typed(name: str, kind: str, value: Any) -> Any:
-    """A field's value in the type it is declared with: a path becomes text, a whole number a float where one is due."""
-    if value is None and kind.endswith(" | None"):
-        return None
-    kind = kind.removesuffix(" | None")
-    if takes_state := kind.endswith(STATE):
-        kind = kind.removesuffix(STATE)
-        if isinstance(value, Mapping):
-            return value if isinstance(value, StateDict) else StateDict(value)
-    if kind.startswith("tuple["):
-        if isinstance(value, str) or not isinstance(value, Iterable):
-            raise InputError(f"{name} must be a tuple, got {value!r}: write ({value!r},)")
-        return tuple(typed(name, kind[len("tuple[") : -len(", ...]")], item) for item in value)
-    if kind == "str" and isinstance(value, str | os.PathLike):
-        return os.fspath(value)
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    if kind == "int" and isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    if kind == "float" and isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
-    expected = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number"}[kind]
-    expected += " or a state dict" * takes_state
-    raise InputError(f"{name} must be {expected}, got {reprlib.repr(value)}")
+@dataclass(frozen=True)
+class Kind:
+    """What a field holds, as it is declared.
+
+    Attributes:
+        item: `str`, `bool`, `int` or `float`; of a tuple, what each of its values is.
+        many: a tuple of them.
+        optional: None will do as well.
+        state: a state dict will do as well.
+    """
+
+    item: type
+    many: bool
+    optional: bool
+    state: bool
+
+    def value(self, name: str, given: Any) -> Any:
+        """What was given for the field of that name in its type: a path becomes text, a whole number a float."""
+        if given is None and self.optional:
+            return None
+        if self.state and isinstance(given, Mapping):
+            return given if isinstance(given, StateDict) else StateDict(given)
+        if not self.many:
+            return self._item(name, given)
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise InputError(f"{name} must be a tuple, got {given!r}: write ({given!r},)")
+        return tuple(self._item(name, each) for each in given)
+
+    def _item(self, name: str, given: Any) -> Any:
+        if self.item is str and isinstance(given, str | os.PathLike):
+            return os.fspath(given)
+        if isinstance(given, bool):  # which is an Integral, too
+            if self.item is bool:
+                return given
+        elif self.item is int and isinstance(given, Integral):
+            return int(given)
+        elif self.item is float and isinstance(given, Real):
+            return float(given)
+        expected = WORDS[self.item] + " or a state dict" * self.state
+        raise InputError(f"{name} must be {expected}, got {reprlib.repr(given)}")
+
+
+@functools.cache
+def kinds(config: type) -> dict[str, Kind]:
+    """What the fields of a dataclass of settings hold, by name."""
+    hints = get_type_hints(config)
+    return {each.name: _kind(hints[each.name]) for each in dataclasses.fields(config)}
+
+
+def _kind(hint: Any) -> Kind:
+    parts = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+    (held,) = (part for part in parts if part is not types.NoneType and get_origin(part) is not Mapping)
+    many = get_origin(held) is tuple
+    state = any(get_origin(part) is Mapping for part in parts)
+    return Kind(get_args(held)[0] if many else held, many, types.NoneType in parts, state)
+
+
+def to_types(config: Any) -> None:
+    """Bring every field of a frozen dataclass of settings to the type that it is declared with.
+
+    Raises:
+        InputError: a value that is none of that type.
+    """
+    for name, kind in kinds(config.__class__).items():
+        object.__setattr__(config, name, kind.value(name, getattr(config, name)))
 
 
 def plain(config: Any) -> dict[str, Any]:

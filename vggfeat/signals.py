@@ -20,7 +20,7 @@ def _asking() -> list[signal.Signals]:
 
 @contextmanager
 def on_ending(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `handle` take them, afterwards who took them before. Other threads than the main one get no signals."""
+    """Handle these signals so, and afterwards as before; other threads than the main one get none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,20 +1,15 @@
-"""Tables as text, Markdown and CSV, reports made of them, and files that are written whole or not at all."""
+"""Tables as text, Markdown and CSV, and reports made of them."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from vggfeat.errors import InputError, RunError
-from vggfeat.files import new_file, taken
-
-__all__ = ["Column", "Report", "Table", "apart", "mega", "short", "written"]
+__all__ = ["Column", "Report", "Table", "apart", "mega", "short"]
 
 
 def mega(value: float, digits: int = 2) -> str:
@@ -123,20 +118,3 @@ class Report:
 
     def __str__(self) -> str:
         return "\n\n".join(table.text() for table in self.tables())
-
-
-@contextmanager
-def written(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the name `path` once all went well.
-
-    Raises:
-        InputError: the name is taken by now and must not be.
-        RunError: the file cannot be written.
-    """
-    try:
-        with new_file(path, overwrite=overwrite) as file:
-            yield file
-    except FileExistsError as error:
-        raise InputError(taken(path)) from error
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; check the free space") from error

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.arch import BLOCK_CHANNELS, LRN, Arch, Layer, parse
+from vggfeat.checkpoint import saved
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest
 from vggfeat.fetch import fetch, file_key, published_digest, verify
 from vggfeat.weight_files import is_keras, read
@@ -112,7 +113,7 @@ class Weights:
         mean: per channel R, G, B, of images in [0,1], to subtract.
         std: per channel, to divide by.
         label: what a person is told that was used.
-        key: equal for two loads of the same numbers, in one process.
+        key: equal for two loads of the same numbers, in one process: networks with equal keys share one copy of them.
     """
 
     arch: Arch
@@ -173,7 +174,7 @@ def _keys(layer: Layer) -> list[str]:
 # ── load ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
+def load(weights: WeightsLike, arch: str | Arch | None = None, *, default: str = "vgg16") -> Weights:
     """Load a weight set.
 
     Args:
@@ -184,7 +185,8 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
             `train`, or a state dict. `"caffe:PATH"` says of a `.pth` or `.safetensors` file that it takes Oxford's
             input convention (BGR, 0..255); files published under a known name and Keras files are known to.
             What was loaded already is given back. None means untrained, which is `"random"`.
-        arch: the network, by name; None means the file's own, and vgg16 where nothing implies one.
+        arch: the network, by name; None means the file's own, and `default` where nothing implies one.
+        default: that network.
 
     Raises:
         WeightsUnavailableError: a published set that is neither here nor can be fetched, or a path that is not there.
@@ -203,23 +205,23 @@ def load(weights: WeightsLike, arch: str | Arch | None = None) -> Weights:
         )
     if weights == "auto":
         try:
-            return load("imagenet", arch)
+            return load("imagenet", arch, default=default)
         except WeightsError as error:  # not to be had, or not what was published
             other = arch is not None and parse(arch).name != "vgg19"
             loaded = load("random" if other else "bundled", arch)
             # no paths of this machine: labels are stored in pictures; `vggfeat weights fetch` tells the whole story
             why = "cannot be had" if isinstance(error, WeightsUnavailableError) else "are damaged"
-            return replace(loaded, label=f"{loaded.label} (imagenet weights for {parse(arch or 'vgg16').name} {why})")
+            return replace(loaded, label=f"{loaded.label} (imagenet weights for {parse(arch or default).name} {why})")
     if weights == "bundled":
         return _read_state(read(BUNDLED), arch, IMAGENET, "bundled", file_key(BUNDLED))
     if weights == "random":
-        chosen = replace(parse(arch or "vgg16"), head=None)
+        chosen = replace(parse(arch or default), head=None)
         # the same numbers, whatever the default device is, and under autocast
         with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             state = _random_state(chosen)
         return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", ("random", chosen))
     if isinstance(weights, str) and weights in SETS:
-        arch = parse(arch or "vgg16")
+        arch = parse(arch or default)
         published, path = _published(weights, arch), find(weights, arch.name)
         label = f"{weights} ({published.filename})"
         return _read_state(read(path), arch, published.convention, label, file_key(path))
@@ -254,8 +256,10 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
         hint = "" if path.suffix or len(path.parts) > 1 else f"; as a name: {nearest(text, NAMES)}"
         raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}")
     if path.is_dir():
-        if any((path / "checkpoints").glob("step-*.pt")):
-            raise WeightsError(f"the run in {path} has not ended: go on with --resume, or name one of its checkpoints")
+        if saved(path / "checkpoints"):
+            raise WeightsError(
+                f"the run in {path} has not ended: go on with resume=True (--resume), or name one of its checkpoints"
+            )
         raise WeightsError(f"{path} is a folder without weights.safetensors: give a .pth, .safetensors or .h5 file")
     published = {p.filename: p for group in SETS.values() for p in group.values()}.get(path.name)
     if published:

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vggfeat.modes import constant_when_traced
 from vggfeat.processor import emulates
 
-__all__ = ["convolve", "pays", "serves", "transformed", "weight_gradient"]
+__all__ = ["convolve", "is_faster", "is_supported", "transformed", "weight_gradient"]
 
 TILE = 4
 POINT = 2 / 3
@@ -60,10 +61,10 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def _bases(turned: bool) -> tuple[Tensor, Tensor]:
+def _bases(transposed: bool) -> tuple[Tensor, Tensor]:
     """Bᵀ and Aᵀ in float32, for turned kernels with the points where the weights have them."""
     to_points, _, back = _matrices()
-    if turned:
+    if transposed:
         to_points, back = to_points[TURNED], back[:, TURNED]
     return to_points.float().contiguous(), back.float().contiguous()
 
@@ -81,14 +82,14 @@ def transformed(weight: Tensor) -> Tensor:
     return (_kernel_basis(weight.dtype) @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, k, c).transpose(1, 2)
 
 
-def pays(device: torch.device, dtype: torch.dtype, channels: int, outputs: int, height: int, width: int) -> bool:
+def is_faster(device: torch.device, dtype: torch.dtype, channels: int, outputs: int, height: int, width: int) -> bool:
     """Whether `convolve` is faster than a direct convolution, for frozen weights and an image's map of that size."""
     # below, the changes cost what the products save
-    return max(channels, outputs) > 64 and min(height, width) >= 16 and serves(device, dtype, channels, outputs)
+    return max(channels, outputs) > 64 and min(height, width) >= 16 and is_supported(device, dtype, channels, outputs)
 
 
-def serves(device: torch.device, dtype: torch.dtype, channels: int, outputs: int) -> bool:
-    """Whether `convolve` is the way at all, where there are tiles enough."""
+def is_supported(device: torch.device, dtype: torch.dtype, channels: int, outputs: int) -> bool:
+    """Whether `convolve` can be used, and is faster where there are tiles enough."""
     return (
         device.type == "cpu"
         and (dtype == torch.float32 or emulates(dtype, device))
@@ -97,15 +98,13 @@ def serves(device: torch.device, dtype: torch.dtype, channels: int, outputs: int
     )
 
 
+@constant_when_traced
 def _products_serve() -> bool:
     """Whether products of float32 matrices are fast, and not of factors rounded by the user's wish: too coarse."""
     backends: Any = torch.backends
     exact = backends.mkldnn.matmul.fp32_precision in ("ieee", "none")
     return exact and torch.backends.mkl.is_available()  # elsewhere products of many matrices may be slow
 
-
-# looked at while a graph is traced, not traced: torch.compiler.assume_constant_result without importing the compiler
-_products_serve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _kept = threading.local()
 
@@ -158,7 +157,7 @@ class _Bands:
                 yield slice(first, first + self.several), TILE * top
 
 
-def _both(matrix: Tensor, values: Tensor, halfway: Tensor, out: Tensor) -> None:
+def _along_both_axes(matrix: Tensor, values: Tensor, halfway: Tensor, out: Tensor) -> None:
     """A matrix (m,k) along the rows and along the columns of tiles (k,k,n), to (m,m,n) by way of (k,m,n).
 
     Both as batches of products with long rows: as a single one, of rows that lie further apart, the first of the two
@@ -198,7 +197,7 @@ class _Inputs:
         band[:, above : above + last - first, self.pad : self.pad + width] = group[:, first:last]
         band[:, above + last - first :].zero_()
         self.gathered.copy_(self.windows)
-        _both(self.to_points, self.inputs, self.halfway, self.inputs)
+        _along_both_axes(self.to_points, self.inputs, self.halfway, self.inputs)
         return self.found
 
 
@@ -209,8 +208,8 @@ def convolve(
     pad: int,
     *,
     relu: bool = False,
-    turned: bool = False,
-    spare: bool = False,
+    transposed: bool = False,
+    overwrite: bool = False,
 ) -> Tensor:
     """A convolution with a 3×3 kernel and stride 1, to rounding, laid out channels_last.
 
@@ -220,13 +219,13 @@ def convolve(
         bias: (K,) or None.
         pad: zeros on each side.
         relu: apply it.
-        turned: with the kernel turned round and its channels exchanged, as the gradient wants it.
-        spare: `x` is wanted no more: what comes out may take its place, where it fits.
+        transposed: with the kernel turned round and its channels exchanged, as the gradient wants it.
+        overwrite: `x` is wanted no more: what comes out may take its place, where it fits.
     """
-    to_points, back = _bases(turned)
-    if turned:
+    to_points, back = _bases(transposed)
+    if transposed:
         tiles = tiles.transpose(1, 2)
-    images = x.permute(0, 2, 3, 1)
+    images = x.permute(0, 2, 3, 1)  # (N,H,W,C)
     n, h, w, c = images.shape
     k = tiles.shape[2]
     height, width = h + 2 * pad - 2, w + 2 * pad - 2
@@ -234,26 +233,27 @@ def convolve(
     bands = _Bands.of(n, height, width, fits)
     one, two = _workspace(2, 36 * bands.padded * max(c, k))
     inputs = _Inputs(images, pad, bands, to_points, one, two)
-    products, partly = _room(two, 36, bands.padded, k), _room(one, 6, 4, bands.padded * k)
+    # each in a room whose last tenant has been read: (36,tiles,K) to (6,4,tiles·K) to (4,4,tiles·K)
+    products, halfway = _room(two, 36, bands.padded, k), _room(one, 6, 4, bands.padded * k)
     outputs = _room(two, 4, 4, bands.padded * k)
     size = (bands.several, bands.rows, bands.across, k)
     found = outputs.view(4, 4, bands.padded, k)[:, :, : bands.count].view(4, 4, *size)
-    found = found.permute(2, 3, 0, 4, 1, 5)  # as in `out`, row by row
-    fitting = spare and images.shape == (n, height, width, k) and images.is_contiguous()
-    out = images if fitting else x.new_empty(n, height, width, k)  # channels last
-    aside = x.new_empty(bands.several, TILE * bands.rows, TILE * bands.across, k)
+    found = found.permute(2, 3, 0, 4, 1, 5)  # (images,rows,4,across,4,K), as they lie in `out`
+    fitting = overwrite and images.shape == (n, height, width, k) and images.is_contiguous()
+    out = images if fitting else x.new_empty(n, height, width, k)
+    beyond = x.new_empty(bands.several, TILE * bands.rows, TILE * bands.across, k)
     for which, top in bands:
         torch.bmm(inputs.read(which, top), tiles, out=products)
-        _both(back, products.view(6, 6, -1), partly, outputs)
-        here = out[which, top : top + aside.shape[1]]
-        target = here if here.shape == aside.shape else aside  # where tiles hang over the border, it is cut off
-        laid = target.view(bands.several, bands.rows, 4, bands.across, 4, k)
+        _along_both_axes(back, products.view(6, 6, -1), halfway, outputs)
+        here = out[which, top : top + beyond.shape[1]]
+        target = here if here.shape == beyond.shape else beyond  # where tiles hang over the border, it is cut off
+        by_tile = target.view(bands.several, bands.rows, 4, bands.across, 4, k)
         if bias is None:
-            laid.copy_(found)
+            by_tile.copy_(found)
         else:
-            torch.add(found, bias, out=laid)
-        if target is aside:
-            here.copy_(aside[: here.shape[0], : here.shape[1], :width])
+            torch.add(found, bias, out=by_tile)
+        if target is beyond:
+            here.copy_(beyond[: here.shape[0], : here.shape[1], :width])
         if relu:
             here.relu_()
     return out.permute(0, 3, 1, 2)
@@ -275,24 +275,25 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
     bands = _Bands.of(n, height, width, SUMMED)
     one, two, three = _workspace(3, 36 * bands.padded * max(c, k))
     inputs = _Inputs(x.permute(0, 2, 3, 1), pad, bands, to_points, one, two)
-    given, partly = _room(two, 4, 4, bands.padded * k), _room(three, 4, 6, bands.padded * k)
+    # (4,4,tiles·K) to (4,6,tiles·K) to (6,6,tiles·K)
+    given, halfway = _room(two, 4, 4, bands.padded * k), _room(three, 4, 6, bands.padded * k)
     at_points = _room(two, 6, 6, bands.padded * k)
     gathered = given.view(4, 4, bands.padded, k)[:, :, : bands.count]
     gathered = gathered.view(4, 4, bands.several, bands.rows, bands.across, k)
-    aside = grad.new_zeros(bands.several, TILE * bands.rows, TILE * bands.across, k)
-    images = grad.permute(0, 2, 3, 1)
+    beyond = grad.new_zeros(bands.several, TILE * bands.rows, TILE * bands.across, k)
+    images = grad.permute(0, 2, 3, 1)  # (N,H,W,K)
     total = grad.new_zeros(36, k, c)
     for which, top in bands:
-        points = inputs.read(which, top)
-        here = images[which, top : top + aside.shape[1]]
-        if here.shape != aside.shape:  # tiles hang over the border, or the last images are fewer: zeros there
-            aside[: here.shape[0], : here.shape[1], :width] = here
-            aside[here.shape[0] :].zero_()
-            aside[:, here.shape[1] :].zero_()
-            here = aside
-        laid = here.unflatten(2, (bands.across, 4)).unflatten(1, (bands.rows, 4))
-        gathered.copy_(laid.permute(2, 4, 0, 1, 3, 5))
-        _both(back.T, given, partly, at_points)
+        points = inputs.read(which, top)  # (36,tiles,C)
+        here = images[which, top : top + beyond.shape[1]]
+        if here.shape != beyond.shape:  # tiles hang over the border, or the last images are fewer: zeros there
+            beyond[: here.shape[0], : here.shape[1], :width] = here
+            beyond[here.shape[0] :].zero_()
+            beyond[:, here.shape[1] :].zero_()
+            here = beyond
+        by_tile = here.unflatten(2, (bands.across, 4)).unflatten(1, (bands.rows, 4))  # (images,rows,4,across,4,K)
+        gathered.copy_(by_tile.permute(2, 4, 0, 1, 3, 5))
+        _along_both_axes(back.T, given, halfway, at_points)
         theirs = at_points.view(36, bands.padded, k)
         total.baddbmm_(theirs[:, : bands.count].transpose(1, 2), points[:, : bands.count])
     found = (_kernel_basis(torch.float32).T @ total.view(36, -1)).view(3, 3, k, c).permute(2, 3, 0, 1)

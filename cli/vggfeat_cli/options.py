@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from vggfeat.settings import kinds
+
 
 class Values(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic in newer releases of click
     """Values between commas."""
@@ -25,11 +27,6 @@ class Values(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gener
             self.fail(f"expected numbers between commas, got {value!r}", param, ctx)
 
 
-_TYPES: dict[str, Any] = {kind.__name__: kind for kind in (int, float, str)}
-_TYPES |= {f"{kind.__name__} | None": kind for kind in (int, float, str)}
-_TYPES |= {f"tuple[{kind.__name__}, ...]{none}": Values(kind) for kind in (int, float, str) for none in ("", " | None")}
-
-
 def settings(
     config: type, choices: Mapping[str, Sequence[str]], *, defaults: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -37,11 +34,14 @@ def settings(
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed(dataclasses.fields(config)):
-            flag, yes_or_no = "--" + field.name.replace("_", "-"), field.type == "bool"
+            held = kinds(config)[field.name]
+            flag, yes_or_no = "--" + field.name.replace("_", "-"), held.item is bool
             if yes_or_no and not defaults:
                 flag += f"/--no-{flag[2:]}"
             default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            kind = click.Choice(choices[field.name]) if field.name in choices else _TYPES.get(str(field.type))
+            kind: Any = Values(held.item) if held.many else held.item
+            if field.name in choices:
+                kind = click.Choice(choices[field.name])
             command = click.option(
                 flag,
                 field.name,

@@ -24,8 +24,7 @@ def finish_report(report: Report, form: str, output: str | None, overwrite: bool
     if output is None:
         click.echo(text.rstrip("\n"))
         return
-    from vggfeat.files import check_path
-    from vggfeat.tables import written
+    from vggfeat.files import check_path, written
 
     with written(check_path(output, overwrite=overwrite), overwrite=overwrite) as file:
         file.write((text.rstrip("\n") + "\n").encode())

@@ -76,13 +76,13 @@ class Target:
 
     def path(self) -> Path:
         """As things are now: of two commands at once, the second to end takes the next number."""
-        from vggfeat.image import free_path
+        from vggfeat.files import free_name
 
-        return Path(self.output or (self.name if self.overwrite else free_path(self.name)))
+        return Path(self.output or (self.name if self.overwrite else free_name(self.name)))
 
     def save(self, picture: _Picture) -> tuple[Path, str]:
         """Write the picture there, or, rather than lose it, somewhere else; where it is, and the trouble."""
-        from vggfeat.image import free_path
+        from vggfeat.files import free_name
 
         ignore_endings()  # from here on what was made is saved, which takes a moment
         path = self.path()
@@ -91,7 +91,7 @@ class Target:
         except ImageError as error:
             if path != self.path():  # taken while it was written
                 return self.save(picture)
-            rescue = free_path(Path(tempfile.gettempdir()) / (path.stem + ".png"))
+            rescue = free_name(Path(tempfile.gettempdir()) / (path.stem + ".png"))
             return picture.save(rescue), str(error)
 
 

@@ -28,6 +28,12 @@ def machine() -> str:
     return f"{model} ({flags}), {torch.get_num_threads()} threads{gpu}; torch {torch.__version__}"
 
 
+def settle(device: torch.device | str) -> None:
+    """Wait until a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
 def alternate(sides: dict[str, Callable[[], object]], runs: int = 11, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each side, run in turn: A B C A B C …"""
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -36,7 +42,7 @@ def alternate(sides: dict[str, Callable[[], object]], runs: int = 11, warmup: in
             start = time.perf_counter()
             side()
             if torch.cuda.is_available():
-                torch.cuda.synchronize()
+                settle("cuda")
             if run >= warmup:
                 times[name].append(time.perf_counter() - start)
     return times

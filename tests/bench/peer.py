@@ -63,6 +63,7 @@ class PlainLoop:
         content_weight: float,
     ) -> None:
         self.net = nn.Sequential(Normalize())
+        device = content.device
         self.terms: list[GramTerm] = []
         styles, contents = [], []
         for layer in arch.until([*style_layers, *content_layers]):
@@ -79,7 +80,7 @@ class PlainLoop:
             if layer.name in content_layers:
                 contents.append(ContentTerm(content_weight / len(content_layers)))
                 self.net.append(contents[-1])
-        self.net.requires_grad_(False).eval()
+        self.net.requires_grad_(False).eval().to(device)
         with torch.no_grad():
             self.net(style)
             for term in contents:

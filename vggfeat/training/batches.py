@@ -22,6 +22,7 @@ from vggfeat.errors import DependencyError, ImageError, InputError, RunError, fi
 from vggfeat.signals import ignore_endings
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet
+from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
 __all__ = ["LEAVE_OUT", "Batch", "Batches", "normalised", "parted", "scale_for", "seeded", "transforms"]
@@ -109,10 +110,8 @@ class Batches:
     Args:
         images: the training set.
         config: the settings.
-        device: where batches are made.
         size: side of the crops.
-        rank: number of this process.
-        world: number of processes; each gets an equal part of every batch.
+        world: the processes, each of which gets an equal part of every batch, on its device.
 
     Attributes:
         steps: batches of an epoch; images that fill none are left out, others in every epoch.
@@ -124,29 +123,27 @@ class Batches:
         DependencyError: a set that does not fit into memory, where torchvision does not work.
     """
 
-    def __init__(
-        self, images: ImageSet, config: TrainConfig, device: torch.device, size: int, rank: int = 0, world: int = 1
-    ) -> None:
-        parts = world * config.accumulate
+    def __init__(self, images: ImageSet, config: TrainConfig, size: int, world: World) -> None:
+        parts = world.size * config.accumulate
         if config.batch_size % parts:
             raise InputError(f"batch_size {config.batch_size} cannot be parted among {parts} (processes × accumulate)")
         if len(images) < config.batch_size:
             raise InputError(
                 f"{images.label} has {len(images)} images, fewer than batch_size {config.batch_size}: lower that"
             )
-        self.images, self.config, self.device, self.size = images, config, device, size
+        self.images, self.config, self.device, self.size = images, config, world.device, size
         # of each part every process has a piece, so that parts are the same however many processes there are
         places = torch.arange(config.batch_size, device="cpu").view(config.accumulate, -1)
-        own = torch.arange(places.shape[1], device="cpu").view(world, -1)[rank]
-        self.extra = int(world > 1 and bool(config.mixup or config.cutmix))
+        own = torch.arange(places.shape[1], device="cpu").view(world.size, -1)[world.rank]
+        self.extra = int(world.size > 1 and bool(config.mixup or config.cutmix))
         if self.extra:  # which mix each image with the one before it
             own = torch.cat([own[:1] - 1, own])
         self.own = places[:, own].flatten()
         self.part = len(own)
         self.steps = len(images) // config.batch_size
         self.skipped: set[str] = set()
-        self.labels = images.labels.to(device)
-        self.pixels = None if images.pixels is None else images.pixels.to(device)
+        self.labels = images.labels.to(self.device)
+        self.pixels = None if images.pixels is None else images.pixels.to(self.device)
         if self.pixels is None:
             resize = config.resize or (scale_for(size),)
             if resize[0] + 2 * config.pad < size:
@@ -231,7 +228,7 @@ class Batches:
 
 
 def deaf(worker: int) -> None:
-    """What a worker does first: leave it to the run to end on signals that a whole group of processes may get."""
+    """What a worker does first: ignore Ctrl-C and its like, which a terminal sends to all; the main process decides."""
     ignore_endings()
 
 

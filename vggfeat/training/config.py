@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vggfeat.arch import parse, unit_of
+from vggfeat.arch import HEADS, INITS, parse, unit_of
 from vggfeat.errors import InputError, nearest
-from vggfeat.settings import option, plain, typed
+from vggfeat.settings import PRECISIONS, option, plain, to_types
 
 __all__ = ["RECIPES", "TrainConfig", "recipe"]
 
 CHOICES = {
-    "head": ("paper", "slim"),
-    "init": ("kaiming", "paper"),
+    "head": HEADS,
+    "init": INITS,
     "optimizer": ("sgd", "adam", "adamw", "muon"),
     "schedule": ("constant", "step", "linear", "cosine", "onecycle"),
     "flip": ("none", "random", "alternating"),
     "pad_mode": ("zeros", "reflect"),
-    "precision": ("auto", "float32", "bfloat16", "float16"),
+    "precision": (*PRECISIONS, "float16"),
     "bad_images": ("fail", "skip"),
 }
 
@@ -134,8 +134,7 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            object.__setattr__(self, each.name, typed(each.name, str(each.type), getattr(self, each.name)))
+        to_types(self)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), choices)}")

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from vggfeat.errors import ImageError, InputError
-from vggfeat.image import open_image
+from vggfeat.image import open_image, pixels_of
 
 __all__ = ["ImageSet", "load", "load_test"]
 
@@ -257,7 +257,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
     store = torch.empty(0, device="cpu")
     for i in range(len(images)):
         try:
-            image = scaled(images.read(i), resize)
+            image = scaled(images.read(i), None if resize is None else resize[0])
         except ImageError as error:
             bad.append((i, str(error)))
             continue
@@ -268,7 +268,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
             store = torch.empty(len(images), *shape, dtype=torch.uint8, device="cpu")
         elif (image.height, image.width, 3) != shape:
             return
-        store[len(good)] = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(shape)
+        store[len(good)] = pixels_of(image)
         good.append(i)
     if bad and (bad_images == "fail" or not good):
         named = "; ".join(message for _, message in bad[:NAMED])
@@ -286,12 +286,12 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
     images.pixels = store[: len(good)]
 
 
-def scaled(image: Image.Image, resize: tuple[int, ...] | None) -> Image.Image:
-    """The picture with a shorter side of `resize[0]` pixels, the aspect kept."""
-    if resize is None:
+def scaled(image: Image.Image, shorter: int | None) -> Image.Image:
+    """The picture with a shorter side of so many pixels, the aspect kept; as it is for None."""
+    if shorter is None:
         return image
     short = min(image.size)
-    width, height = (max(1, round(side * resize[0] / short)) for side in image.size)
+    width, height = (max(1, round(side * shorter / short)) for side in image.size)
     return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)
 
 
@@ -320,8 +320,7 @@ class _Pixels:
     images: Tensor
 
     def __call__(self, i: int) -> Image.Image:
-        height, width, _ = self.images.shape[1:]
-        return Image.frombytes("RGB", (width, height), bytes(self.images[i].flatten().tolist()))
+        return Image.fromarray(self.images[i].numpy())
 
 
 # ── CIFAR ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vggfeat.processor import resolve
 
-__all__ = ["World", "agreed", "gathered", "joined", "summed", "synchronised"]
+__all__ = ["World", "all_gather_union", "all_reduce_sum", "decided_by_first", "joined", "synchronised"]
 
 Result = TypeVar("Result")
 
@@ -37,8 +37,9 @@ class World:
 def joined(device: str) -> Iterator[World]:
     """The processes that `torchrun` started, or this one alone where it did not.
 
-    With `cuda` or `auto` each takes the GPU of its local number and they talk over NCCL, else over gloo. A process
-    group that exists already is used and left.
+    With `cuda` or `auto` each takes the GPU of its local number, unless another was chosen by
+    `torch.cuda.set_device`, and they talk over NCCL, else over gloo. A process group that exists already is used and
+    left.
 
     Raises:
         InputError: a device that is not there.
@@ -48,29 +49,35 @@ def joined(device: str) -> Iterator[World]:
         yield World(resolve(device))
         return
     own = not dist.is_initialized()
-    if device in ("auto", "cuda") and torch.cuda.is_available():  # before anything is put on the first GPU
-        index = int(os.environ["LOCAL_RANK"]) if own and "LOCAL_RANK" in os.environ else torch.cuda.current_device()
-        device = f"cuda:{index}"
-        torch.cuda.set_device(index)
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{torch.cuda.current_device() or int(os.environ.get('LOCAL_RANK', 0))}"
     found = resolve(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # before anything is put on the first GPU
     if own:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+        if found.type == "cuda":
+            dist.init_process_group("nccl", device_id=found)
+        else:
+            dist.init_process_group("gloo")
     try:
         yield World(found, dist.get_rank(), dist.get_world_size())
         dist.barrier()  # one that leaves while another still works would break the connection
+    except BaseException:
+        own = own and found.type != "cuda"  # to leave NCCL's group waits for others, who may wait for this process
+        raise
     finally:
         if own:
             dist.destroy_process_group()
 
 
-def summed(values: Tensor, world: World) -> Tensor:
+def all_reduce_sum(values: Tensor, world: World) -> Tensor:
     """The sum over all processes, in place."""
     if world.size > 1:
         dist.all_reduce(values)
     return values
 
 
-def gathered(values: set[str], world: World) -> set[str]:
+def all_gather_union(values: set[str], world: World) -> set[str]:
     """What any process has."""
     if world.size == 1:
         return values
@@ -79,7 +86,7 @@ def gathered(values: set[str], world: World) -> set[str]:
     return set().union(*found)
 
 
-def agreed(decide: Callable[[], Result], world: World) -> Result:
+def decided_by_first(decide: Callable[[], Result], world: World) -> Result:
     """What the first process decides, in all of them; what it raises, too."""
     if world.size == 1:
         return decide()
@@ -112,7 +119,7 @@ class _Sum(torch.autograd.Function):
         return grad
 
 
-class _BatchNorm(nn.BatchNorm2d):
+class _SyncBatchNorm(nn.BatchNorm2d):
     """Batch normalisation by the statistics of all processes' images, on any device; torch's own is for GPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,5 +152,5 @@ def synchronised(net: nn.Module, world: World) -> nn.Module:
         return converted
     for module in net.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = _BatchNorm
+            module.__class__ = _SyncBatchNorm
     return net

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.errors import ImageError, InputError, RunError, nearest
+from vggfeat.image import pixels_of
 from vggfeat.network import VGG, evaluating, of_weights
 from vggfeat.processor import bfloat16_is_fast
-from vggfeat.settings import typed
+from vggfeat.settings import PRECISIONS, to_types
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import LEAVE_OUT, deaf, normalised, parted, scale_for
 from vggfeat.training.data import ImageSet, load_test, scaled
-from vggfeat.training.distributed import World, joined, summed
+from vggfeat.training.distributed import World, all_reduce_sum, joined
 from vggfeat.weights import WeightsLike, facts_of
 from vggfeat.weights import load as load_set
 
@@ -53,8 +54,7 @@ class Views:
     dense: bool = False
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            object.__setattr__(self, each.name, typed(each.name, str(each.type), getattr(self, each.name)))
+        to_types(self)
         if self.grid < 1 or (self.size is not None and self.size < 32):
             raise InputError(f"expected grid of at least 1 and size of at least 32, got {self.grid} and {self.size}")
         if self.scales is not None and (not self.scales or min(self.scales) < 32):
@@ -172,7 +172,7 @@ def evaluate(
         raise InputError(f"workers must be at least 0, got {workers}")
     for name, value, choices in (
         ("bad_images", bad_images, ("fail", "skip")),
-        ("precision", precision, ("auto", "float32", "bfloat16")),
+        ("precision", precision, PRECISIONS),
     ):
         if value not in choices:
             raise InputError(f"unknown {name} {value!r}: {nearest(value, choices)}")
@@ -266,7 +266,8 @@ def tested(
                         scores[numbers] += net(crop).float().softmax(1)
     missing = torch.zeros(len(images), device=world.device)
     missing[sorted(bad)] = 1
-    summed(scores, world), summed(missing, world)
+    all_reduce_sum(scores, world)
+    all_reduce_sum(missing, world)
     if not scores.isfinite().all():
         raise RunError("the network's scores are not finite: its weights are damaged, or precision float16 overflows")
     good = (missing == 0).cpu()
@@ -320,12 +321,10 @@ class _Whole(Dataset[Any]):
 
     def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
         try:
-            image = scaled(self.images.read(number), None if self.scale is None else (self.scale,))
+            image = scaled(self.images.read(number), self.scale)
         except ImageError as error:
             return number, str(error)
-        return number, torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
-            image.height, image.width, 3
-        )
+        return number, pixels_of(image)
 
 
 def _read(

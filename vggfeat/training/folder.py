@@ -70,7 +70,7 @@ def check(folder: Path, config: TrainConfig, resume: bool) -> None:
         raise InputError(f"{folder} is there already: choose another folder, or go on with resume=True (--resume)")
     begun = {"config.json", "checkpoints", "tensorboard"}  # what a run that was killed early may have left
     rest = {each.name for each in folder.iterdir() if not each.match(TEMPORARY)} - begun if folder.is_dir() else {""}
-    if rest and not any((folder / "checkpoints").glob("step-*.pt")):
+    if rest and not checkpoint.saved(folder / "checkpoints"):
         raise InputError(f"{folder} has no checkpoint to go on from: choose another folder")
     if before := _config_of(folder / "config.json"):  # before anything is said of settings that are not the run's
         _compare(folder, before, config)

@@ -29,7 +29,7 @@ from vggfeat.training.batches import Batch, Batches, parted, scale_for, seeded
 from vggfeat.training.components import mixing, network, optimizer, schedule
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
-from vggfeat.training.distributed import World, agreed, gathered, joined, summed, synchronised
+from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, decided_by_first, joined, synchronised
 from vggfeat.training.evaluation import Evaluation, Views, autocast_dtype, tested
 from vggfeat.training.folder import Board, Epoch, begin, check, write_log, write_weights
 
@@ -122,7 +122,7 @@ def train(
     config, folder = config or TrainConfig(), Path(folder)
     with joined(config.device) as world, _repeatable(config, world):
         says = announce if announce is not None and world.first else _silent
-        agreed(lambda: check(folder, config, resume), world)
+        decided_by_first(lambda: check(folder, config, resume), world)
         images, test_images = load(data, test, resize=config.resize, bad_images=config.bad_images)
         if len(images.classes) < 2:
             raise InputError(f"{images.label} has one class, {images.classes[0]}: there is nothing to tell apart")
@@ -130,7 +130,7 @@ def train(
             images, test_images = parted(images, config.holdout, config.seed)
         run = _Run(config, images, test_images, world, folder, callback if world.first else None, says)
         with ExitStack() as alone:
-            state, damaged = agreed(lambda: begin(folder, config, images, resume, alone), world)
+            state, damaged = decided_by_first(lambda: begin(folder, config, images, resume, alone), world)
             for text in run.summary(damaged):
                 says(text)
             if state is not None:
@@ -184,13 +184,13 @@ class _Run:
                 f"images of {self.size} pixels are smaller than 32, five pools' stride: set resize and size"
             )
         self.dtype = autocast_dtype(config.precision, world.device)
-        self.batches = Batches(images, config, world.device, self.size, world.rank, world.size)
+        self.batches = Batches(images, config, self.size, world)
         with torch.device("cpu"):  # drawn there, whatever the default device is, so that a seed means the same network
             net = network(config, len(images.classes))
         self.net = net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net.checkpointing = config.checkpointing
-        average = get_ema_multi_avg_fn(config.ema)
-        self.ema = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True) if config.ema else None
+        self.average = get_ema_multi_avg_fn(config.ema)
+        self.ema = AveragedModel(self.net, multi_avg_fn=self.average, use_buffers=True) if config.ema else None
         self.model: nn.Module = synchronised(self.net, world)
         self.frozen = [
             module
@@ -250,7 +250,7 @@ class _Run:
         yield f"{len(self.images):,} images of {len(self.images.classes)} classes at {self.size} px, {where}; {test}"
         precision, device = str(self.dtype).removeprefix("torch."), str(self.world.device)
         if emulates(self.dtype, self.world.device):
-            device += ", which does not multiply it: float32 takes a tenth of the time"
+            device += ", which computes it in loops: float32 is about ten times as fast"
         several = f", {self.world.size} processes" if self.world.size > 1 else ""
         yield f"{config.epochs} epochs of {self.batches.steps} steps, {precision} on {device}{several}"
         for each in (self.images, self.test):
@@ -263,8 +263,8 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint, in the first process, unless the network is no longer finite."""
-        sums = summed(self.sums.clone(), self.world)
-        self.batches.skipped = gathered(self.batches.skipped, self.world)
+        sums = all_reduce_sum(self.sums.clone(), self.world)
+        self.batches.skipped = all_gather_union(self.batches.skipped, self.world)
         if not self.world.first:
             return
         if not all(bool(value.isfinite().all()) for value in self.net.state_dict().values()):
@@ -381,7 +381,7 @@ class _Run:
         """Stop, all processes after the same step, where any was asked to."""
         self.stop = self.asked
         if self.world.size > 1:
-            self.stop = summed(torch.tensor(float(self.asked), device=self.world.device), self.world).item() > 0
+            self.stop = all_reduce_sum(torch.tensor(float(self.asked), device=self.world.device), self.world).item() > 0
 
     def _step(self, parts: list[Batch]) -> Tensor:
         """One step of the optimizer; returns the mean loss of this process' images."""
@@ -414,11 +414,24 @@ class _Run:
         self.optimizer.zero_grad()
         self.scheduler.step()
         if self.ema is not None:
-            self.ema.update_parameters(self.net)
-            for ours, theirs in zip(self.ema.module.buffers(), self.net.buffers(), strict=True):
-                if not ours.is_floating_point():  # a count has no average
-                    ours.copy_(theirs)
+            self._average(self.ema)
         return total
+
+    @torch.no_grad()
+    def _average(self, ema: AveragedModel) -> None:
+        """`ema.update_parameters`, which at every step waits until the device has got a count that goes unused."""
+        if ema.n_averaged == 0:
+            ema.update_parameters(self.net)  # copies all
+            return
+        averaged: list[tuple[Tensor, Tensor]] = []
+        for values in (nn.Module.parameters, nn.Module.buffers):
+            for ours, theirs in zip(values(ema.module), values(self.net), strict=True):
+                if ours.is_floating_point():
+                    averaged.append((ours, theirs))
+                else:
+                    ours.copy_(theirs)  # a count has no average
+        self.average(*map(list, zip(*averaged, strict=True)), ema.n_averaged)
+        ema.n_averaged += 1
 
     def _diverged(self, step: int) -> RunError:
         return RunError(
@@ -433,7 +446,7 @@ class _Run:
         return tested(self.tested_net, self.test, self.views, self.world, self.dtype, 256, bad_images, workers)
 
     def _close_epoch(self, evaluation: Evaluation | None) -> None:
-        loss, right, count = summed(self.sums, self.world).tolist()
+        loss, right, count = all_reduce_sum(self.sums, self.world).tolist()
         self.history.append(
             Epoch(
                 epoch=self.epoch + 1,

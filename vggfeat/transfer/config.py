@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vggfeat.arch import parse
+from vggfeat.arch import PADDINGS, POOLINGS, parse
 from vggfeat.errors import InputError, nearest
-from vggfeat.settings import option, plain, typed
+from vggfeat.settings import PRECISIONS, option, plain, to_types
 
 __all__ = ["StyleConfig"]
 
 CHOICES = {
     "normalization": ("scale-free", "gatys"),
-    "pooling": ("max", "average", "l2"),
-    "padding": ("zeros", "reflect", "replicate"),
+    "pooling": POOLINGS,
+    "padding": PADDINGS,
     "optimizer": ("lbfgs", "adam"),
-    "precision": ("auto", "float32", "bfloat16"),
+    "precision": PRECISIONS,
 }
 
 
@@ -95,8 +94,7 @@ class StyleConfig:
     )
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            object.__setattr__(self, each.name, typed(each.name, str(each.type), getattr(self, each.name)))
+        to_types(self)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:

@@ -5,6 +5,7 @@ On other devices all of this does nothing: the step is the function itself, and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -116,6 +117,8 @@ def record(step: Step, image: Tensor) -> Step:
         ):
             found = step(fixed)
     except BaseException:
+        with contextlib.suppress(RuntimeError):
+            graph.reset()  # the step itself needs the memory that the recording was given
         _broken.append(graph)
         raise
     here.wait_stream(aside)

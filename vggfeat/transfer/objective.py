@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vggfeat.features import VGGFeatures
-from vggfeat.functional import gram, gram_slope, total_variation, wide
+from vggfeat.functional import gram, gram_backward, total_variation, wide
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.tiles import Tile, tiles
 
@@ -61,11 +61,11 @@ class Objective:
         )
         with torch.no_grad():
             self.content: dict[str, Tensor] = {}
-            self._show(content, functools.partial(self._hold, content))
+            self._each_part(content, functools.partial(self._hold, content))
             self.style = dict.fromkeys(config.style_layers, torch.zeros((), device=content.device))
             for share, image in zip(config.shares("style_blend", len(styles)), styles, strict=True):
                 grams: Sums = {}
-                self._show(features.checked(image), functools.partial(self._add, grams, ("style",), image))
+                self._each_part(features.checked(image), functools.partial(self._add, grams, ("style",), image))
                 self.style = {name: value + share * grams["style", name] for name, value in self.style.items()}
             self._content_norms = {name: _norm(wide(value)) for name, value in self.content.items()}
             self._style_norms = {name: _norm(value) for name, value in self.style.items()}
@@ -86,10 +86,10 @@ class Objective:
         height, width = (side // self._stride(name) for side in image.shape[2:])
         return height, width
 
-    def _show(self, image: Tensor, seen: Callable[[Tile, str, Tensor, slice], None]) -> None:
-        """Have something see every layer of an image: of which tile, the layer, some rows of it, and which."""
+    def _each_part(self, image: Tensor, on_part: Callable[[Tile, str, Tensor, slice], None]) -> None:
+        """Call for every layer of an image: of which tile, the layer, some rows of it, and which."""
         for tile in self._tiles(image):
-            self.features.show(tile.read(image), functools.partial(seen, tile))
+            self.features.taps_by_rows(tile.read(image), functools.partial(on_part, tile))
 
     def _counting(self, tile: Tile, name: str, part: Tensor, rows: slice) -> tuple[Tensor, Tile]:
         """Of some rows of a layer on a tile, the values that count, and where they belong."""
@@ -133,22 +133,22 @@ class Objective:
     def _error(self, name: str, own: Tensor, tile: Tile) -> Tensor:
         return wide(own) - wide(tile.of(self.content[name], self._stride(name)))
 
-    def _slope(self, worth: Sums, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> Tensor:
+    def _tap_grad(self, sum_grads: Sums, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> Tensor:
         """The total's gradient with respect to some rows of a layer, from those with respect to the sums."""
         own, tile = self._counting(tile, name, part, rows)
-        slopes = []
+        grads = []
         if name in self.style_shares and own.numel():
-            slopes.append(gram_slope(own, worth["style", name] * self._share(name, own, image)))
+            grads.append(gram_backward(own, sum_grads["style", name] * self._share(name, own, image)))
         if name in self.content_shares:
-            slopes.append(self._error(name, own, tile).mul_(2 * worth["content", name]).to(own.dtype))
-        if not slopes:  # tapped for somebody else, or all of it around the tile
+            grads.append(self._error(name, own, tile).mul_(2 * sum_grads["content", name]).to(own.dtype))
+        if not grads:  # tapped for somebody else, or all of it around the tile
             return torch.zeros_like(part)
-        slope = functools.reduce(torch.add, slopes)
+        grad = functools.reduce(torch.add, grads)
         if own.shape == part.shape:
-            return slope
-        padded = torch.zeros_like(part)
-        tile.own(padded, self._stride(name)).copy_(slope)
-        return padded
+            return grad
+        whole = torch.zeros_like(part)
+        tile.own(whole, self._stride(name)).copy_(grad)
+        return whole
 
     def _terms(self, sums: Sums, image: Tensor) -> dict[str, Tensor]:
         paper = self.config.normalization == "gatys"
@@ -168,7 +168,7 @@ class Objective:
     def terms(self, image: Tensor) -> dict[str, Tensor]:
         """The weighted terms of an image (1,3,H,W), which may leave [0,1], by the names of `TERMS`."""
         sums: Sums = {}
-        self._show(image, functools.partial(self._add, sums, TERMS, image))
+        self._each_part(image, functools.partial(self._add, sums, TERMS, image))
         return self._terms(sums, image)
 
     def value_and_grad(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -181,21 +181,21 @@ class Objective:
         add = functools.partial(self._add, sums, TERMS, image)
         with torch.no_grad():
             if single := len(self.tiles) == 1:
-                back = self.features.walk_by_rows(image, functools.partial(add, self.tiles[0]))
+                back = self.features.vjp_by_rows(image, functools.partial(add, self.tiles[0]))
             else:
-                self._show(image, add)
+                self._each_part(image, add)
         leaf = image.detach().requires_grad_()
         leaves = {key: value.requires_grad_() for key, value in sums.items()}
         terms = self._terms(leaves, leaf)
         outside = (leaf - image.clamp(0, 1)).square().mean()
         total = sum(terms.values(), self._range_weight * outside)
-        grad, *slopes = torch.autograd.grad(total, [leaf, *leaves.values()])
-        worth = dict(zip(leaves, slopes, strict=True))
+        grad, *of_sums = torch.autograd.grad(total, [leaf, *leaves.values()])
+        sum_grads = dict(zip(leaves, of_sums, strict=True))
         with torch.no_grad():
             for tile in self.tiles:
                 if not single:  # once more, now that it is known what each sum is worth
-                    back = self.features.walk_by_rows(tile.read(image), _ignore)
-                tile.read(grad).add_(back(functools.partial(self._slope, worth, image, tile)))
+                    back = self.features.vjp_by_rows(tile.read(image), _ignore)
+                tile.read(grad).add_(back(functools.partial(self._tap_grad, sum_grads, image, tile)))
                 del back  # and what it holds on to, before the next tile
         return total.detach(), {name: value.detach() for name, value in terms.items()}, grad
 

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def stylize(
     dtype = trunk_dtype(config.precision, torch.empty(0, dtype=torch.float32, device=device))
     features = VGGFeatures(
         (*config.style_layers, *config.content_layers),
-        weights=load(weights, config.arch or (None if _has_own_arch(weights) else "vgg19")),
+        weights=load(weights, config.arch, default="vgg19"),
         pooling=config.pooling,
         padding=config.padding,
         precision=config.precision,
@@ -258,12 +258,12 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.interrupted = False
         self.failure: str | None = None
-        self.start = time.perf_counter()
+        self.started = time.perf_counter()
         self.work = sum(w * h * self._steps(number) for number, (w, h) in enumerate(self.sizes, start=1))
         self.done = 0
         # the picture to begin with; a file is read now, since every scale wants it and it may be gone by then
         starts = {"content": content, "noise": None}
-        self.begun = starts[config.init] if config.init in starts else open_image(config.init)
+        self.start = starts[config.init] if config.init in starts else open_image(config.init)
         self.image = self._initial(*self.sizes[0])
         # before there is any work: what one scale took is there for the next, though the system counts it as taken
         self.memory = free_memory(device)
@@ -278,8 +278,8 @@ class _Run:
         return to_tensor(resize(picture, width, height)).to(self.device)
 
     def _initial(self, width: int, height: int) -> Tensor:
-        if self.begun is not None:
-            return self._tensor(self.begun, width, height)
+        if self.start is not None:
+            return self._tensor(self.start, width, height)
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.randn(1, 3, height, width, generator=generator, dtype=torch.float32, device="cpu")
         return (0.5 + 0.2 * noise).clamp(0, 1).to(self.device)
@@ -298,7 +298,7 @@ class _Run:
         def up(image: Tensor) -> Tensor:
             return F.interpolate(image, size=(height, width), mode="bicubic", align_corners=False)
 
-        if self.begun is None:  # every scale's noise is another
+        if self.start is None:  # every scale's noise is another
             return up(self.image).clamp(0, 1)
         coarse = self._initial(self.image.shape[3], self.image.shape[2])
         return (self._initial(width, height) + up(self.image - coarse)).clamp(0, 1)
@@ -358,26 +358,35 @@ class _Run:
             scale.image = scale.optimizer.step(scale.image, grad)
             due = self.checkpoint is not None and time.monotonic() - self.kept >= KEEP_EVERY
             while len(waiting) > (0 if due or scale.begun == steps else ahead(self.device)):
-                step, seen, reading = waiting.popleft()
+                step, image, reading = waiting.popleft()
                 value, *parts = reading.get()
-                if value < scale.best:
-                    scale.best, self.image = value, seen
-                if step > scale.forgiven and not (math.isfinite(value) and value <= EXPLODED * scale.best):
-                    if scale.best == math.inf and number > 1:
-                        return  # the picture of the coarser scales stands
-                    if scale.best == math.inf:
-                        raise RunError(f"the loss is {value} at the start; try --precision float32 or other weights")
-                    scale.restarts += 1
-                    if scale.restarts > RESTARTS:
-                        return
-                    scale.optimizer.restart()
-                    # what was begun since is of no use, and not to be held against the new start
-                    scale.image, scale.forgiven = self.image, scale.begun
+                if not self._judge(scale, step, value, image):
+                    return
                 self._tell(number, step, steps, {"total": sum(parts)} | dict(zip(TERMS, parts, strict=True)))
             if self.checkpoint is not None and not waiting:
                 self.state = self._state(scale)
             if due:
                 self.keep()
+
+    def _judge(self, scale: _Scale, step: int, value: float, image: Tensor) -> bool:
+        """Remember the best picture; after a step that went astray start from it anew. False to leave the scale."""
+        if value < scale.best:
+            scale.best, self.image = value, image
+        if step <= scale.forgiven or (math.isfinite(value) and value <= EXPLODED * scale.best):
+            return True
+        if scale.best == math.inf:
+            if scale.number == 1:
+                raise RunError(
+                    f"the loss is {value} at the start; try precision='float32' (--precision float32) or other weights"
+                )
+            return False  # the picture of the coarser scales stands
+        scale.restarts += 1
+        if scale.restarts > RESTARTS:
+            return False
+        scale.optimizer.restart()
+        # what was begun since is of no use, and not to be held against the new start
+        scale.image, scale.forgiven = self.image, scale.begun
+        return True
 
     def _tell(self, number: int, step: int, steps: int, losses: dict[str, float]) -> None:
         """Put a step on record and tell the callback."""
@@ -385,7 +394,7 @@ class _Run:
         self.done += width * height
         self.history.append({"scale": number, "step": step, "width": width, "height": height} | losses)
         if self.callback is not None:
-            elapsed, progress = time.perf_counter() - self.start, self.done / self.work
+            elapsed, progress = time.perf_counter() - self.started, self.done / self.work
             where = (number, len(self.sizes), step, steps, width, height)
             picture = functools.partial(self._picture, self.image)
             self.callback(StyleStep(*where, losses, elapsed, progress, self.features.weights, picture))
@@ -414,11 +423,11 @@ class _Run:
             raise InputError(f"the run in {path} is of other {' and '.join(odd)}: name another file to begin anew")
         self.before, self.history, self.done = found, found["history"], found["done"]
         self.image = found["picture"].to(self.device)
-        self.start -= found["elapsed"]
+        self.started -= found["elapsed"]
 
     def _identity(self) -> dict[str, Any]:
         """What another run would differ in."""
-        pictures = [self.content, *self.styles, *([self.begun] if isinstance(self.begun, Image.Image) else [])]
+        pictures = [self.content, *self.styles, *([self.start] if isinstance(self.start, Image.Image) else [])]
         digests = [hashlib.sha256(repr(each.size).encode() + each.tobytes()).hexdigest() for each in pictures]
         return {"config": self.config.to_dict(), "weights": self.features.checksum(), "pictures": digests}
 
@@ -427,7 +436,7 @@ class _Run:
             "picture": self.image,
             "told": len(self.history),
             "done": self.done,
-            "elapsed": time.perf_counter() - self.start,
+            "elapsed": time.perf_counter() - self.started,
         }
 
     def keep(self) -> None:
@@ -467,7 +476,7 @@ class _Run:
             arch=self.features.arch.name,
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
             precision=str(self.dtype).removeprefix("torch."),
-            elapsed=time.perf_counter() - self.start,
+            elapsed=time.perf_counter() - self.started,
             interrupted=self.interrupted,
             failure=self.failure,
         )
@@ -492,17 +501,13 @@ def _together(total: Tensor, terms: dict[str, Tensor], grad: Tensor) -> tuple[Te
     return torch.stack([total, *terms.values()]), grad
 
 
-def _has_own_arch(weights: str | Mapping[str, Any]) -> bool:
-    return weights not in ("auto", "imagenet", "caffe", "random")
-
-
 def _scales(content: Image.Image, config: StyleConfig, least: int) -> list[tuple[int, int]]:
     """Width and height of each scale, coarse to fine, a factor of about 2 apart."""
     full = fit(content.width, content.height, config.size)
     if min(full) < least:
         raise InputError(
             f"at size {config.size} the picture is {full[0]}×{full[1]}, too small for the deepest layer, which needs "
-            f"{least} pixels on each side; choose a larger --size or shallower layers"
+            f"{least} pixels on each side; choose a larger size or shallower layers"
         )
     count = max(0, math.ceil(math.log2(max(1, config.size / config.start_size)) - 0.25))
     sizes = [

@@ -137,10 +137,13 @@ def side_for(
         return 0  # a classifier sees the picture as a whole
     itemsize = 4 if emulates(dtype, device) else dtype.itemsize
     maps = IN_STRIPS if device.type == "cpu" and itemsize > 2 else MAPS if device.type in BY_HAND else 2 * MAPS
-    free, each = SHARE * memory, maps * itemsize * arch.layer("conv1_1").channels
-    if height * width * each <= free:
+    channels = arch.layer("conv1_1").channels
+    free, each = SHARE * memory, maps * itemsize * channels
+    # cuDNN counts a map's values in 32 bits, or is slow
+    most = (2**31 - 1) // channels if device.type == "cuda" else math.inf
+    if height * width <= min(free / each, most):
         return 0
-    pixels = max(0.0, free - IMAGES * 12 * height * width) / each
+    pixels = min(most, max(0.0, free - IMAGES * 12 * height * width) / each)
     around = 2 * max(arch.layer(name).receptive_field // 2 for name in layers)
     return max(LEAST, int(math.sqrt(pixels)) - around)
 

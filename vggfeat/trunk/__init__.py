@@ -9,33 +9,29 @@ Everything runs in channels_last, in which these convolutions are fastest on CPU
 computation in ordinary differentiable operations: for second derivatives, for export, and to test against.
 
 From the outside in: `plan.py` says what to run and `filters.py` with which weights. Autograd goes through `autograd.py`
-and the two operators of `operators.py`; who wants the gradient at once calls `there_and_back`, or for what is made of
-sums over positions `there_and_back_by_rows`. All are the walk of `walk.py`, forward and back: stage after stage
+and the two operators of `operators.py`; who wants the gradient at once calls `vjp`, or for what is made of
+sums over positions `vjp_by_rows`. All are the walk of `walk.py`, forward and back: stage after stage
 (`stage.py`), the first block strip by strip (`strips.py`). It is made of the operations of `layers.py`, convolutions of
 `direct.py` and, by tiles, of `vggfeat/winograd.py`, and the packed signs of `bits.py`.
 """
 
 from vggfeat.trunk.autograd import run
-from vggfeat.trunk.filters import Trunk, outside
-from vggfeat.trunk.layers import no_autocast
+from vggfeat.trunk.filters import Trunk
 from vggfeat.trunk.plain import plain
-from vggfeat.trunk.plan import PADDINGS, POOLINGS, Plan, Stage
-from vggfeat.trunk.walk import Seen, SlopeOf, SlopeOfRows, forward, there_and_back, there_and_back_by_rows
+from vggfeat.trunk.plan import Plan, Stage
+from vggfeat.trunk.stage import OnTap
+from vggfeat.trunk.walk import TapGradOf, TapGradOfRows, forward, vjp, vjp_by_rows
 
 __all__ = [
-    "PADDINGS",
-    "POOLINGS",
     "Plan",
-    "Seen",
-    "SlopeOf",
-    "SlopeOfRows",
+    "OnTap",
+    "TapGradOf",
+    "TapGradOfRows",
     "Stage",
     "Trunk",
     "forward",
-    "no_autocast",
-    "outside",
     "plain",
     "run",
-    "there_and_back",
-    "there_and_back_by_rows",
+    "vjp",
+    "vjp_by_rows",
 ]

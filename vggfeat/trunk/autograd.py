@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from vggfeat.modes import in_forward_mode
 from vggfeat.trunk.operators import trunk_backward, trunk_forward
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan
@@ -26,7 +26,7 @@ def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits")
         plan: what to run.
         keep: what to remember for the backward: "bits" (a tenth of autograd's memory and less) or "values" (faster).
     """
-    if forward_ad._current_level >= 0:  # forward-mode derivatives want ordinary operations
+    if in_forward_mode():  # forward-mode derivatives want ordinary operations
         found: Sequence[Tensor] = plain(x, filters, plan)
     elif torch.is_grad_enabled() and x.requires_grad:
         found = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep, x.device), *filters)

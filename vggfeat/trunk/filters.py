@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vggfeat import winograd
 from vggfeat.arch import Arch
+from vggfeat.modes import constant_when_traced, outside
 from vggfeat.trunk.plan import Plan
 
-__all__ = ["Trunk", "outside"]
+__all__ = ["Filters", "Trunk", "by_stage"]
+
+Key = tuple[str, bool, str]  # a convolution, whether with the batch normalisation folded in, and what of it is wanted
+
+
+class Filters(NamedTuple):
+    """Of one convolution.
+
+    Attributes:
+        weight: (K,C,h,w).
+        bias: (K,).
+        back: what carries the gradient back: the kernel turned round, (C,K,h,w), or where that is faster the kernel at
+            the points of a tile, (36,C,K), which serves both ways (`winograd.py`).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    back: Tensor
+
+
+def by_stage(plan: Plan, filters: Sequence[Tensor]) -> list[tuple[Filters, Filters | None]]:
+    """Of `Trunk.filters`, each stage's: the stream's, and the unfolded of a convolution tapped beside it."""
+    left = iter(filters)
+    following = map(Filters, left, left, left)
+    return [(next(following), next(following) if stage.unfolded else None) for stage in plan.stages]
 
 
 class Trunk:
@@ -31,7 +54,7 @@ class Trunk:
         self.arch = arch
         self.state = state
         self.key = key
-        self._ready: dict[tuple[torch.device, torch.dtype], dict[str, tuple[Tensor, ...]]] = {}
+        self._ready: dict[tuple[torch.device, torch.dtype], dict[Key, tuple[Tensor, ...]]] = {}
 
     @staticmethod
     def shared(arch: Arch, state: dict[str, Tensor], key: tuple[object, ...]) -> Trunk:
@@ -60,61 +83,63 @@ class Trunk:
         linear: Sequence[int] = (),
         size: tuple[int, int] | None = None,
     ) -> list[Tensor]:
-        """For each stage three: weight, bias and what carries the gradient back; twice where BN is tapped around.
-
-        What carries the gradient back is the turned kernel (C,K,3,3), or where that is faster for images of `size`
-        the kernel at the points of a tile (36,C,K), which serves both ways (`winograd.py`).
+        """The `Filters` of all stages in one list, as torch's operators take them; `by_stage` takes it apart.
 
         BN of a frozen network is a factor and a shift per channel, folded into the convolution. A tap on the
         convolution itself then comes of a second, unfolded convolution, so that the stream below it does not depend on
-        what was asked for. `linear` are the classifier's layers that will be asked for next: a compiler that has looked
-        at what is ready does not see what comes later.
+        what was asked for.
+
+        Args:
+            plan: what will run.
+            device: where.
+            dtype: in which precision.
+            linear: the classifier's layers that will be asked for next: a compiler that has looked at what is ready
+                does not see what comes later.
+            size: height and width of the images, which say what is faster; None where they are not known.
         """
-        names: list[str] = []
+        keys: list[Key] = []
         sizes = plan.sizes(*size) if size else [(0, 0)] * len(plan.stages)
         for stage, (height, width) in zip(plan.stages, sizes, strict=True):
             layer = self.arch.layer(stage.conv)
-            tiled = layer.kernel == 3 and winograd.pays(device, dtype, layer.in_channels, layer.channels, height, width)
-            bn, aside = "bn" in stage.steps, "conv" in stage.taps
-            for kernel in [f"folded {stage.conv}"] * bn + [stage.conv] * (aside or not bn):
-                names += [kernel, f"{'tiles' if tiled else 'back'} {kernel}"]
-        found = self._get((*names, *(f"classifier.{index}" for index in linear)), device, dtype)
-        return [value for values in found[: len(names)] for value in values]
+            shape = (layer.in_channels, layer.channels, height, width)
+            tiled = layer.kernel == 3 and winograd.is_faster(device, dtype, *shape)
+            for folded in ["bn" in stage.steps] + [False] * stage.unfolded:
+                keys += [(stage.conv, folded, "forward"), (stage.conv, folded, "tiles" if tiled else "back")]
+        found = self._get((*keys, *map(_linear, linear)), device, dtype)
+        return [value for values in found[: len(keys)] for value in values]
 
     def linear(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Weight and bias of `classifier.{index}`."""
-        return self._get((f"classifier.{index}",), device, dtype)[0]
+        return self._get((_linear(index),), device, dtype)[0]
 
-    def _get(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-        self._fill(names, device, dtype)
+    def _get(self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        self._fill(keys, device, dtype)
         ready = self._ready[device, dtype]
-        return [ready[name] for name in names]
+        return [ready[key] for key in keys]
 
-    def _fill(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
+    @constant_when_traced
+    def _fill(self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype) -> None:
         ready = self._ready.setdefault((device, dtype), {})
-        for name in names:
-            if name not in ready:
+        for key in keys:
+            if key not in ready:
                 with outside():
-                    ready[name] = self._prepare(name, device, dtype)
+                    ready[key] = self._prepare(key, device, dtype)
 
-    # run while a graph is traced, not traced: torch.compiler.assume_constant_result without importing the compiler
-    _fill._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-    def _prepare(self, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        if name.startswith("classifier."):
-            return tuple(self.state[f"{name}.{part}"].to(device, dtype) for part in ("weight", "bias"))
-        *how, conv = name.split()
-        weight, bias = self._kernel(conv, "folded" in how)
-        if "tiles" in how:
+    def _prepare(self, key: Key, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        name, folded, part = key
+        if part == "linear":
+            return tuple(self.state[f"{name}.{each}"].to(device, dtype) for each in ("weight", "bias"))
+        weight, bias = self._kernel(name, folded)
+        if part == "tiles":
             # in bfloat16 they serve where products are made in float32 all the same
             return (winograd.transformed(weight).to(device, torch.float32),)
-        if "back" in how:
+        if part == "back":
             # the gradient of a convolution is a convolution with the kernel turned round and channels exchanged
             back = weight.flip(2, 3).transpose(0, 1)
             return (back.to(device, dtype).contiguous(memory_format=torch.channels_last).clone(),)
-        if dtype == torch.bfloat16 and self.arch.layer(conv).index == 0:
+        if dtype == torch.bfloat16 and self.arch.layer(name).index == 0:
             high = weight.to(dtype).to(weight.dtype)
-            weight = torch.cat([high, high, weight - high], dim=1)  # meets `layers.doubled`
+            weight = torch.cat([high, high, weight - high], dim=1)  # meets `layers.split_bfloat16`
         weight = weight.to(device, dtype).contiguous(memory_format=torch.channels_last).clone()
         return weight, bias.to(device, dtype).clone()
 
@@ -132,8 +157,5 @@ class Trunk:
         return weight, bias
 
 
-@contextlib.contextmanager
-def outside() -> Iterator[None]:
-    """Outside of whatever the caller is inside of (inference mode, export, vmap): what is kept must be real tensors."""
-    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
-        yield
+def _linear(index: int) -> Key:
+    return f"classifier.{index}", False, "linear"

@@ -5,10 +5,6 @@ Tensors are (N,C,H,W), laid out channels_last.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,23 +13,16 @@ from vggfeat import winograd
 from vggfeat.arch import LRN
 from vggfeat.trunk import direct
 from vggfeat.trunk.bits import bands, bytes_of, pack, unpack
-
-
-def no_autocast(device: torch.device) -> Any:
-    """Autocast is answered once, by the choice of the trunk's precision; inside it must not cast again."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
+from vggfeat.trunk.filters import Filters
 
 LARGEST = 1e30  # of a normalised image: no VGG makes more of it than float32 holds
 
 
-def sound(x: Tensor) -> bool:
-    """Whether images, or a gradient, are numbers all the way, as far as the ReLU is concerned.
+def all_finite(x: Tensor) -> bool:
+    """Whether no value of images, or of a gradient, is NaN or infinite, or could become so inside the network.
 
-    Of NaN oneDNN's ReLU on the way out of a convolution makes 0, and of a network that diverged a good loss. On other
-    devices the ReLU is torch's own, and a look would stall them.
+    oneDNN's fused ReLU turns NaN into 0, so that a network that diverged would seem to have a good loss. On other
+    devices the ReLU is torch's own, which does not, and looking would stall them: the answer there is yes.
     """
     if x.device.type != "cpu" or not x.numel():
         return True
@@ -41,30 +30,26 @@ def sound(x: Tensor) -> bool:
     return bool(low > -LARGEST) and bool(high < LARGEST)
 
 
-def conv(x: Tensor, filters: Sequence[Tensor], pad: int, *, relu: bool = False, spare: bool = False) -> Tensor:
-    """Convolution with stride 1, and its ReLU on the way out, in the place of `x` where that is spare and will do.
-
-    `filters` are a stage's three of `Trunk.filters`.
-    """
-    weight, bias, back = filters
-    if _by_tiles(back):
-        return winograd.convolve(x, back, bias, pad, relu=relu, spare=spare)
-    return direct.convolve(x, weight, bias, pad, relu=relu)
+def conv(x: Tensor, filters: Filters, pad: int, *, relu: bool = False, overwrite: bool = False) -> Tensor:
+    """Convolution with stride 1, with `relu` and the ReLU; it may overwrite `x`."""
+    if _by_tiles(filters.back):
+        return winograd.convolve(x, filters.back, filters.bias, pad, relu=relu, overwrite=overwrite)
+    return direct.convolve(x, filters.weight, filters.bias, pad, relu=relu)
 
 
 def conv_back(
-    grad: Tensor, back: Tensor, pad: int, padding: str, height: int, width: int, *, spare: bool = False
+    grad: Tensor, back: Tensor, pad: int, padding: str, height: int, width: int, *, overwrite: bool = False
 ) -> Tensor:
     """Gradient with respect to a convolution's input (before its padding) of that height and width.
 
-    It may take the place of `grad` where that is spare.
+    `back` is of its `Filters`; with `overwrite` the result may take the place of `grad`.
     """
     kernel = 3 if _by_tiles(back) else back.shape[-1]
     folded = padding != "zeros" and pad > 0
     # of the input as it was padded, where its border was made of the input
     pads = kernel - 1 - (0 if folded else pad)
     if _by_tiles(back):
-        full = winograd.convolve(grad, back, None, pads, turned=True, spare=spare)
+        full = winograd.convolve(grad, back, None, pads, transposed=True, overwrite=overwrite)
     else:
         full = direct.convolve(grad, back, None, pads)
     if not folded:
@@ -73,14 +58,14 @@ def conv_back(
     fold = (
         torch.ops.aten.reflection_pad2d_backward if padding == "reflect" else torch.ops.aten.replication_pad2d_backward
     )
-    return laid(fold(full, like, [pad] * 4))
+    return channels_last(fold(full, like, [pad] * 4))
 
 
 def _by_tiles(back: Tensor) -> bool:
     return back.ndim == 3
 
 
-def doubled(x: Tensor, weight: Tensor) -> Tensor:
+def split_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
     """What the first convolution takes: the images, or for bfloat16 their upper and lower halves, (N,9,H,W).
 
     Eight bits of mantissa are fewer than a photograph has, and conv1_1 takes differences of neighbours. With image and
@@ -223,9 +208,9 @@ def lrn_back(grad: Tensor, x: Tensor) -> Tensor:
 
     d = k + alpha * neighbours(x * x)
     back = neighbours(grad * x * d ** (-beta - 1))
-    return laid((grad * d**-beta - 2 * alpha * beta * x * back).to(given))
+    return channels_last((grad * d**-beta - 2 * alpha * beta * x * back).to(given))
 
 
-def laid(grad: Tensor) -> Tensor:
-    """In channels_last."""
-    return grad.contiguous(memory_format=torch.channels_last)
+def channels_last(x: Tensor) -> Tensor:
+    """The same values laid out so; the tensor itself where it is."""
+    return x.contiguous(memory_format=torch.channels_last)

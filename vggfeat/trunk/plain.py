@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.trunk.layers import doubled, lrn, padded, plain_pool
+from vggfeat.trunk.filters import Filters, by_stage
+from vggfeat.trunk.layers import lrn, padded, plain_pool, split_bfloat16
 from vggfeat.trunk.plan import Plan
 
 __all__ = ["plain"]
@@ -22,18 +23,16 @@ def plain(x: Tensor, filters: Sequence[Tensor], plan: Plan) -> list[Tensor]:
         plan: what to run.
     """
     taps: list[Tensor] = []
-    left = list(filters)
-    x = doubled(x, filters[0])
+    x = split_bfloat16(x, filters[0])
 
-    def conv(x: Tensor, pad: int) -> Tensor:
-        weight, bias, _ = left[:3]
-        del left[:3]
-        return F.conv2d(padded(x, pad, plan.padding), weight, bias, padding=pad if plan.padding == "zeros" else 0)
+    def conv(x: Tensor, own: Filters, pad: int) -> Tensor:
+        pad_by_conv = pad if plan.padding == "zeros" else 0
+        return F.conv2d(padded(x, pad, plan.padding), own.weight, own.bias, padding=pad_by_conv)
 
-    for stage in plan.stages:
-        below, x = x, conv(x, stage.pad)
+    for stage, (stream, unfolded) in zip(plan.stages, by_stage(plan, filters), strict=True):
+        below, x = x, conv(x, stream, stage.pad)
         if "conv" in stage.taps:
-            taps.append(conv(below, stage.pad) if "bn" in stage.steps else x)
+            taps.append(x if unfolded is None else conv(below, unfolded, stage.pad))
         for step in stage.steps:
             if step == "relu":
                 x = F.relu(x)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from vggfeat.arch import Arch
+from vggfeat.arch import PADDINGS, POOLINGS, Arch
 from vggfeat.errors import InputError, nearest
 
-__all__ = ["PADDINGS", "POOLINGS", "Plan", "Stage"]
-
-POOLINGS = ("max", "average", "l2")
-PADDINGS = ("zeros", "reflect", "replicate")
+__all__ = ["Plan", "Stage"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,11 @@ class Stage:
     steps: tuple[str, ...]
     taps: tuple[str, ...]
 
+    @property
+    def unfolded(self) -> bool:
+        """Whether the convolution is tapped beside the stream, whose own has the batch normalisation folded in."""
+        return "bn" in self.steps and "conv" in self.taps
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,7 +49,7 @@ class Plan:
         if self.padding not in PADDINGS:
             raise InputError(f"unknown padding {self.padding!r}: {nearest(str(self.padding), PADDINGS)}")
         # computed now, since torch.compile cannot follow a cached property's first use (it takes a lock in Python 3.11)
-        _ = self.code, self.stages, self._first_block, self.ran, self.order, self.min_size
+        _ = self.code, self.stages, self._first_block, self.by_depth, self.order, self.min_size
 
     @functools.cached_property
     def code(self) -> str:
@@ -102,20 +104,20 @@ class Plan:
         return count if suits and count < len(self.stages) else 0
 
     @functools.cached_property
-    def ran(self) -> tuple[str, ...]:
+    def by_depth(self) -> tuple[str, ...]:
         """The names, shallow to deep."""
         return tuple(sorted(self.names, key=self.arch.names.index))
 
     @functools.cached_property
     def tapped(self) -> tuple[dict[str, str], ...]:
         """For each stage the names of its taps, by kind."""
-        names = iter(self.ran)
+        names = iter(self.by_depth)
         return tuple({kind: next(names) for kind in stage.taps} for stage in self.stages)
 
     @functools.cached_property
     def order(self) -> tuple[int, ...]:
         """Position of each name among the taps, shallow to deep."""
-        return tuple(self.ran.index(name) for name in self.names)
+        return tuple(self.by_depth.index(name) for name in self.names)
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width that each stage works at, for images of that size."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,30 @@ from torch import Tensor
 
 from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bands, pack, unpack
+from vggfeat.trunk.filters import Filters, by_stage
 from vggfeat.trunk.plan import Plan, Stage
 
-__all__ = ["ByName", "ByRows", "Flow", "ReadyStage", "Rows", "Slope", "cut", "kept_of", "length", "ready"]
+__all__ = [
+    "ByName",
+    "ByRows",
+    "Flow",
+    "Keep",
+    "OnTap",
+    "ReadyStage",
+    "Rows",
+    "TapGrad",
+    "cut",
+    "kept_of",
+    "length",
+    "ready",
+]
 
 ByName = dict[str, Tensor]  # taps of a stage by their kind, or what is kept of it by the names of `kept_of`
 Rows = slice  # some rows of a map: where they start and where they stop
+# what the forward keeps for the backward: "none"; "values", what came out of the ReLUs; "bits", their signs instead; or
+# "taps", bits but for ReLUs that are taps, for callers that hold those anyway. In strips "values" are bits, too
+Keep = str
+OnTap = Callable[[str, Tensor, Rows], object]  # is given some rows of one image's tap, and which these are
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,20 +63,29 @@ class ByRows:
         return found
 
 
-Slope = Tensor | ByRows | None  # the gradient with respect to a tap; None where it is 0
+TapGrad = Tensor | ByRows | None  # the gradient with respect to a tap; None where it is 0
 
 
-def kept_of(plan: Plan, number: int, keep: str, device: torch.device) -> tuple[str, ...]:
+def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[str, ...]:
     """What the backward of a stage needs besides the weights, in the order in which it is kept.
 
-    Some of "relu", what came out of the ReLU, "sign", the signs of that as bits, "route", who won in each window of a
-    max pool, and "pool", what won. A ReLU right before a max pool needs no sign unless it was tapped: the winners' own
-    say enough. What is tapped as well is kept as the tap, or made again as that is.
+    | name    | what                                 | as                                                           |
+    |---------|--------------------------------------|--------------------------------------------------------------|
+    | "relu"  | what came out of the ReLU            | (N,C,H,W)                                                    |
+    | "sign"  | whether that was positive            | bits, uint8 (N, bytes)                                       |
+    | "route" | who won in each window of a max pool | bits, uint8 (N, 3, bytes): whether one below, whether one to |
+    |         |                                      | the right, whether it was positive; or beside "pool",        |
+    |         |                                      | (N,C,h,w) of torch's indices, on a CPU, or of 2 · below +    |
+    |         |                                      | right in uint8                                               |
+    | "pool"  | what won                             | (N,C,h,w)                                                    |
+
+    A ReLU right before a max pool needs no sign unless it was tapped: the winners' own say enough. What is tapped as
+    well is kept as the tap, or recomputed as that is.
 
     Args:
         plan: what is run.
         number: of the stage.
-        keep: as for `walk.forward`.
+        keep: what the backward will find.
         device: where.
     """
     stage = plan.stages[number]
@@ -79,23 +105,18 @@ def kept_of(plan: Plan, number: int, keep: str, device: torch.device) -> tuple[s
     return ("relu" if keep == "values" or (keep == "taps" and tapped) else "sign", *winners)
 
 
-def ready(plan: Plan, filters: Sequence[Tensor], keep: str) -> list[ReadyStage]:
+def ready(plan: Plan, filters: Sequence[Tensor], keep: Keep) -> list[ReadyStage]:
     """The stages of a plan with their filters.
 
     Args:
         plan: what to run.
         filters: of `Trunk.filters` for the plan.
-        keep: as for `walk.forward`.
+        keep: what the backward will find.
     """
-    left, device = iter(filters), filters[0].device
+    device = filters[0].device
     return [
-        ReadyStage(
-            plan,
-            stage,
-            tuple(itertools.islice(left, 6 if "bn" in stage.steps and "conv" in stage.taps else 3)),
-            kept_of(plan, number, keep, device),
-        )
-        for number, stage in enumerate(plan.stages)
+        ReadyStage(plan, stage, stream, unfolded, kept_of(plan, number, keep, device))
+        for number, (stage, (stream, unfolded)) in enumerate(zip(plan.stages, by_stage(plan, filters), strict=True))
     ]
 
 
@@ -106,45 +127,46 @@ class ReadyStage:
     Attributes:
         plan: what it is of.
         stage: which.
-        filters: its three of `Trunk.filters`, or six where the convolution is tapped beside the stream, which runs
-            through one with the batch normalisation folded in.
+        stream: what the values that go on are convolved with, batch normalisation folded in.
+        unfolded: without it, where the convolution is tapped beside the stream.
         keeps: of `kept_of`.
     """
 
     plan: Plan
     stage: Stage
-    filters: tuple[Tensor, ...]
+    stream: Filters
+    unfolded: Filters | None
     keeps: tuple[str, ...]
 
     @property
-    def passes_on(self) -> bool:
-        """Whether what comes out is the next stage's alone: no tap, which who was shown it may hold, and not kept."""
+    def hands_over(self) -> bool:
+        """Whether what comes out is the next stage's alone: not kept, and no tap, which its receiver may hold."""
         last = (self.stage.steps or ("conv",))[-1]
         return last not in (*self.stage.taps, *self.keeps)
 
     def forward(
-        self, x: Tensor, sound: bool, rows: Rows | None = None, own: Rows | None = None, *, spare: bool = False
+        self, x: Tensor, finite: bool, rows: Rows | None = None, own: Rows | None = None, *, overwrite: bool = False
     ) -> tuple[Tensor, ByName, ByName]:
         """What comes out, the taps, and what is kept besides them.
 
         Args:
             x: what goes in, all rows of it or some.
-            sound: whether the images are numbers all the way.
+            finite: whether the images are, by `layers.all_finite`.
             rows: of the convolution's output, those to go on with, as they are not affected by where the map was cut.
             own: of these, the strip's own, to hand out and to keep.
-            spare: nobody else wants `x`.
+            overwrite: what comes out may take the place of `x`.
         """
         stage, pooling, padding = self.stage, self.plan.pooling, self.plan.padding
         taps: ByName = {}
         kept: ByName = {}
         # where the value before the ReLU is a tap, the ReLU is a step of its own
-        fused = "relu" in stage.steps and not {"conv", "bn"} & set(stage.taps) and sound
+        fused = "relu" in stage.steps and not {"conv", "bn"} & set(stage.taps) and finite
         below = layers.padded(x, stage.pad, padding)
         pad = stage.pad if padding == "zeros" else 0
-        aside = self.filters[3:]
-        x = cut(layers.conv(below, self.filters[:3], pad, relu=fused, spare=spare and not aside), rows)
+        beside = self.unfolded
+        x = cut(layers.conv(below, self.stream, pad, relu=fused, overwrite=overwrite and beside is None), rows)
         if "conv" in stage.taps:
-            taps["conv"] = cut(cut(layers.conv(below, aside, pad), rows) if aside else x, own)
+            taps["conv"] = cut(x if beside is None else cut(layers.conv(below, beside, pad), rows), own)
         del below
         if "bn" in stage.taps:
             taps["bn"] = cut(x, own)
@@ -172,13 +194,13 @@ class ReadyStage:
                 kept["pool"] = x
         return x, taps, kept
 
-    def back(self, flow: Flow, arriving: Callable[[str], Slope], memory: ByName, height: int, width: int) -> None:
+    def back(self, flow: Flow, arriving: Callable[[str], TapGrad], memory: ByName, height: int, width: int) -> None:
         """Takes the gradient back from what came out to what went in.
 
         Args:
             flow: the gradient; is changed.
             arriving: gives the gradient with respect to a tap by its kind, if there is one; asked for once each.
-            memory: what was kept, including taps that are read again; is emptied.
+            memory: what was kept, including taps that are read again, by the names of `kept_of`; is emptied.
             height: of what went in.
             width: likewise.
         """
@@ -207,20 +229,21 @@ class ReadyStage:
         values = signs = None
         flow.add(arriving("bn"))
 
-        def through(flow: Flow, back: Tensor) -> Tensor | None:
+        def through(flow: Flow, filters: Filters) -> Tensor | None:
             if flow.grad is None:
                 return None
-            grad = layers.laid(flow.grad)
-            return layers.conv_back(grad, back, stage.pad, self.plan.padding, height, width, spare=flow.ours)
+            grad = layers.channels_last(flow.grad)
+            size = (height, width)
+            return layers.conv_back(grad, filters.back, stage.pad, self.plan.padding, *size, overwrite=flow.ours)
 
-        if self.filters[3:]:
-            aside = Flow()
-            aside.add(arriving("conv"))
-            flow.own(through(flow, self.filters[2]))
-            flow.add(through(aside, self.filters[5]))
+        if self.unfolded is not None:
+            beside = Flow()
+            beside.add(arriving("conv"))
+            flow.own(through(flow, self.stream))
+            flow.add(through(beside, self.unfolded))
         else:
             flow.add(arriving("conv"))
-            flow.own(through(flow, self.filters[2]))
+            flow.own(through(flow, self.stream))
 
 
 def cut(x: Tensor, rows: Rows | None) -> Tensor:
@@ -249,7 +272,7 @@ class Flow:
         """Go on with another one, which nobody else has."""
         self.grad, self.ours = grad, grad is not None
 
-    def add(self, other: Slope) -> None:
+    def add(self, other: TapGrad) -> None:
         """Add what arrives from a tap, if anything does."""
         if other is None:
             return
@@ -262,7 +285,7 @@ class Flow:
             for rows, part in other.bands():
                 self.grad[:, :, rows].add_(part)
         elif self.grad is None:
-            self.grad, self.ours = layers.laid(other), False
+            self.grad, self.ours = layers.channels_last(other), False
         elif self.ours:
             self.grad.add_(other)
         else:

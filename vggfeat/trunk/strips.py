@@ -10,48 +10,47 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vggfeat.trunk.plan import Plan
-from vggfeat.trunk.stage import ByName, ByRows, Flow, ReadyStage, Rows, Slope, cut, length
+from vggfeat.trunk.stage import ByName, ByRows, Flow, OnTap, ReadyStage, Rows, TapGrad, cut, length
 
-__all__ = ["Held", "Remade", "back_in_strips", "forward_in_strips"]
+__all__ = ["Held", "Recompute", "back_in_strips", "forward_in_strips"]
 
 VALUES = 1 << 20  # of one map of a strip, for each thread
 ROWS = 32  # a strip has a multiple of it: each convolution computes up to two more on either side, to throw them away
 POOLED = ("pool", "route")  # of the size that the pool leaves
 
-Held = tuple[ReadyStage, dict[str, Slope], ByName]  # a stage, its taps' gradients by kind, what it kept
-Shown = Callable[[str, Tensor, Rows], None]  # is given some rows of a tap, by its kind, and which these are
+Held = tuple[ReadyStage, dict[str, TapGrad], ByName]  # a stage, its taps' gradients by kind, what it kept
 
 
 @dataclass(frozen=True)
-class Remade:
-    """What the taps of the first convolution are made of again on the way back: it is by far the cheapest.
+class Recompute:
+    """What the taps of the first convolution are recomputed from on the way back: it is by far the cheapest.
 
     Attributes:
         image: as the first convolution takes it.
-        sound: whether it is made of numbers all the way.
+        finite: whether it is, by `layers.all_finite`.
     """
 
     image: Tensor
-    sound: bool
+    finite: bool
 
 
 def forward_in_strips(
-    x: Tensor, sound: bool, stages: Sequence[ReadyStage], shown: Shown | None = None
+    x: Tensor, finite: bool, stages: Sequence[ReadyStage], on_tap: OnTap | None = None
 ) -> tuple[Tensor, list[tuple[ByName, ByName]]]:
     """What comes out of the first block, and for each stage the taps and what is kept besides.
 
     Args:
         x: as the first convolution takes it, (N,C,H,W).
-        sound: whether the images are numbers all the way.
+        finite: whether the images are, by `layers.all_finite`.
         stages: of the block.
-        shown: is given the first stage's taps, which are not handed out then.
+        on_tap: is given the first stage's taps, by their kind; they are not handed out then.
     """
     found: list[tuple[ByName, ByName]] = [({}, {}) for _ in stages]
     out: ByName = {}
@@ -60,10 +59,10 @@ def forward_in_strips(
         reads = strip.reads(len(stages))
         y = cut(x[strip.images], reads[0])
         for stage, below, here, whole in zip(stages, reads[:-1], reads[1:], found, strict=True):
-            y, taps, kept = stage.forward(y, sound, _relative(here, below), _relative(strip.rows, here))
-            if shown is not None and stage is stages[0]:
+            y, taps, kept = stage.forward(y, finite, _relative(here, below), _relative(strip.rows, here))
+            if on_tap is not None and stage is stages[0]:
                 for kind, part in taps.items():
-                    shown(kind, part, strip.of(kind, strip.rows)[0])
+                    on_tap(kind, part, strip.of(kind, strip.rows)[0])
                 taps = {}
             for named, those in zip(whole, (taps, kept), strict=True):
                 for name, part in those.items():
@@ -74,7 +73,7 @@ def forward_in_strips(
 
 
 def back_in_strips(
-    grad: Tensor | None, held: Sequence[Held], size: tuple[int, int], remade: Remade | None = None
+    grad: Tensor | None, held: Sequence[Held], size: tuple[int, int], recompute: Recompute | None = None
 ) -> Tensor | None:
     """The gradient with respect to what went into the first block; None where nothing has one.
 
@@ -82,9 +81,9 @@ def back_in_strips(
         grad: with respect to what came out of it.
         held: of each stage, deepest first.
         size: height and width of the images.
-        remade: what the first stage's taps are made of again, where they are not there.
+        recompute: what the first stage's taps are recomputed from, where they were not handed out.
     """
-    given = [grad, *(slope for _, slopes, _ in held for slope in slopes.values())]
+    given = [grad, *(tap_grad for _, tap_grads, _ in held for tap_grad in tap_grads.values())]
     images = next((1 if isinstance(each, ByRows) else len(each) for each in given if each is not None), None)
     if images is None:
         return None
@@ -96,9 +95,9 @@ def back_in_strips(
         *reads, here = strip.reads_back(len(held), reach)
         flow = Flow()
         flow.add(None if grad is None else strip.read("pool", grad, here))
-        for stage, slopes, memory in held:
-            taps = strip.made_again(stage, remade, here) if remade is not None and stage is held[-1][0] else {}
-            arriving = {kind: strip.slope(kind, slope, taps.get(kind), here) for kind, slope in slopes.items()}
+        for stage, tap_grads, memory in held:
+            taps = strip.recomputed(stage, recompute, here) if recompute is not None and stage is held[-1][0] else {}
+            arriving = {kind: strip.tap_grad(kind, each, taps.get(kind), here) for kind, each in tap_grads.items()}
             kept = {name: strip.read(name, value, here) for name, value in memory.items()}
             kept |= {kind: tap for kind, tap in taps.items() if kind in stage.keeps}
             stage.back(flow, arriving.get, kept, length(here), width)
@@ -149,20 +148,20 @@ class _Strip:
         # no window of the pool is cut in two
         return [*rows, slice(last.start // 2 * 2, min(self.height, math.ceil(last.stop / 2) * 2))]
 
-    def made_again(self, first: ReadyStage, remade: Remade, rows: Rows) -> ByName:
-        """The first stage's taps in some rows."""
+    def recomputed(self, first: ReadyStage, recompute: Recompute, rows: Rows) -> ByName:
+        """The first stage's taps in some rows, once more."""
         below = self._grown(1, rows)
-        image = cut(remade.image[self.images], below)
-        return replace(first, keeps=()).forward(image, remade.sound, _relative(rows, below))[1]
+        image = cut(recompute.image[self.images], below)
+        return replace(first, keeps=()).forward(image, recompute.finite, _relative(rows, below))[1]
 
-    def slope(self, kind: str, slope: Slope, tap: Tensor | None, rows: Rows) -> Tensor | None:
+    def tap_grad(self, kind: str, grad: TapGrad, tap: Tensor | None, rows: Rows) -> Tensor | None:
         """The gradient with respect to some rows of a tap, which are at hand or are read."""
-        if not isinstance(slope, ByRows):
-            return None if slope is None else self.read(kind, slope, rows)
+        if not isinstance(grad, ByRows):
+            return None if grad is None else self.read(kind, grad, rows)
         if tap is None:
-            assert slope.tap is not None
-            tap = self.read(kind, slope.tap, rows)
-        return slope.of(tap, self.of(kind, rows)[0])
+            assert grad.tap is not None
+            tap = self.read(kind, grad.tap, rows)
+        return grad.of(tap, self.of(kind, rows)[0])
 
     def read(self, name: str, value: Tensor, rows: Rows) -> Tensor:
         """Some rows of its images, from a map (N,C,H,W) or from its bits (N,…,bytes); a view."""

@@ -25,7 +25,7 @@ from vggfeat.transfer.optimize import Adam
 from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize
 from vggfeat.visualize.inputs import chosen, load_image
 from vggfeat.visualize.sheet import Sheet
-from vggfeat.weights import DEFAULT, NAMES, WeightsLike, load, resolved
+from vggfeat.weights import DEFAULT, WeightsLike, load, resolved
 
 __all__ = ["Dream", "DreamStep", "Inversion", "dream", "invert"]
 
@@ -362,7 +362,7 @@ def invert(
     if layers is None:
         layers = ["relu3_1"]
         if gram:
-            known = load(weights, arch or ("vgg19" if weights in NAMES else None))
+            known = load(weights, arch, default="vgg19")
             layers = known.served([f"relu{block}_1" for block in range(1, 6)])
     layers = tuple(layers)
     terms: dict[str, Any] = {"style_layers": layers[:1], "style_weight": 0.0, "content_layers": layers}

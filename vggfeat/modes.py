@@ -1,0 +1,69 @@
+"""What a call may be inside of: a compiler, `torch.func`, forward-mode derivatives, autocast, inference mode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = [
+    "constant_when_traced",
+    "in_forward_mode",
+    "in_functorch",
+    "no_autocast",
+    "outside",
+    "values_are_hidden",
+    "wants_ordinary_operations",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def in_functorch() -> bool:
+    """Whether vmap, grad or another transform of torch.func is at work.
+
+    Whatever tensors are at hand: it is enough that others are mapped over for `Function.apply` to ask for more.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    check: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return bool(check and check())
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are taken forward (`torch.autograd.forward_ad`, `torch.func.jvp`)."""
+    return forward_ad._current_level >= 0
+
+
+def values_are_hidden() -> bool:
+    """Whether numbers cannot be looked at: what runs is traced, or mapped over."""
+    return torch.compiler.is_compiling() or in_functorch()
+
+
+def wants_ordinary_operations() -> bool:
+    """Whether derivatives written by hand will not do: a compiler or torch.func makes its own, or forward ones."""
+    return values_are_hidden() or in_forward_mode()
+
+
+def no_autocast(device: torch.device) -> Any:
+    """A context without autocast, for what has answered it by the choice of its precision."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """Outside of whatever the caller is inside of (inference mode, export, vmap): what is kept must be real tensors."""
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def constant_when_traced(function: F) -> F:
+    """Run while a graph is traced, not traced: `torch.compiler.assume_constant_result`, which imports the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
