@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vggfeat.analysis import Comparison, Description, Net, Stacked, effective_field, stacked_3x3
-from vggfeat.arch import Arch, parse
+from vggfeat.analysis import Comparison, Description, EffectiveField, Net, Stacked, effective_field, stacked_3x3
+from vggfeat.arch import Arch, Layer, parse
 from vggfeat.errors import DependencyError, InputError
 from vggfeat.files import check_path, written
 from vggfeat.tables import apart, short
@@ -21,6 +21,7 @@ from vggfeat.tables import apart, short
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
     from vggfeat.image import ImageLike
     from vggfeat.training.evaluation import Evaluation
@@ -330,53 +331,72 @@ def plot_receptive_fields(
         for layer in found:  # noise on few pixels is cheap, and shows: average over more of it
             more = min(16.0, max(1.0, 128 / layer.receptive_field))
             fields.append(effective_field(layer.name, arch, weights=loaded, samples=round(samples * more)))
-    wide, high = picture.size
+    reach = max(layer.receptive_field for layer in found)
+    # a field larger than the picture shows as such, and a picture much higher than wide makes no endless figure
+    across, down = (max(side, reach) for side in picture.size)
     columns = 2 if len(fields) <= 4 else 3
     rows = -(-len(fields) // columns)
-    side = 2.35
-    # a field larger than the picture shows as such, and a picture much higher than wide makes no endless figure
-    seen = max(layer.receptive_field for layer in found)
-    across, down = max(wide, seen), max(high, seen)
-    height = max(6.6 * min(2.0, down / across) + 0.7, (side + 0.2) * rows + 0.3)
-    figure = _figure(6.6 + (columns * side if fields else 0), height)
-    parts: Any = figure.subfigures(1, 2, width_ratios=(6.6, columns * side)) if fields else (figure, None)
-    left, right = parts
-    axes = left.subplots()
+    size, panel = 6.6, 2.35  # inches
+    height = max(size * min(2.0, down / across) + 0.7, (panel + 0.2) * rows + 0.3)
+    title = f"what one unit of {arch.name} sees in {picture.width}×{picture.height} pixels"
+    if not fields:
+        figure = _figure(size, height)
+        _draw_squares(figure, title, picture, found, fields, (across, down), colors)
+        return _save(figure, path, overwrite)
+    figure = _figure(size + columns * panel, height)
+    sides: Any = figure.subfigures(1, 2, width_ratios=(size, columns * panel))
+    left, right = sides
+    _draw_squares(left, f"{title}\ndotted: the effective field", picture, found, fields, (across, down), colors)
+    label = short(loaded.label.split(" (")[0], 40) if loaded is not None else ""
+    _draw_gradients(right, f"what it depends on: mean gradient\nweights {label}", fields, (rows, columns), colors)
+    return _save(figure, path, overwrite)
+
+
+def _draw_squares(
+    figure: Any,
+    title: str,
+    picture: Image,
+    layers: Sequence[Layer],
+    fields: Sequence[EffectiveField],
+    frame: tuple[int, int],
+    colors: Sequence[str],
+) -> None:
+    """The receptive fields over the middle of a picture, in a frame of so many pixels across and down."""
+    (wide, high), (across, down) = picture.size, frame
+    axes = figure.subplots()
     axes.imshow(picture)
-    for layer, field, color in itertools.zip_longest(found, fields, colors[: len(found)]):
-        reach: float = layer.receptive_field
-        for side, style in ((reach, "-"), (field.effective if field else 0, ":")):
+    for layer, field, color in itertools.zip_longest(layers, fields, colors[: len(layers)]):
+        full: float = layer.receptive_field
+        for side, style in ((full, "-"), (field.effective if field else 0, ":")):
             corner = ((wide - side) / 2 - 0.5, (high - side) / 2 - 0.5)
-            label = f"{layer.name}: {side} px" if side == reach else None
+            label = f"{layer.name}: {side} px" if side == full else None
             if style == "-":
                 axes.add_patch(_box(corner, side, side, "none", "black", linewidth=3.2, clip_on=False))
-            if side and (style == "-" or reach > 30):  # of a small one, the dots would hide it
+            if side and (style == "-" or full > 30):  # of a small one, the dots would hide it
                 options: dict[str, Any] = {"linewidth": 1.8, "linestyle": style, "label": label, "clip_on": False}
                 axes.add_patch(_box(corner, side, side, "none", color, **options))
     axes.set_xlim((wide - across) / 2 - 0.5, (wide + across) / 2 - 0.5)
     axes.set_ylim((high + down) / 2 - 0.5, (high - down) / 2 - 0.5)
     axes.set_axis_off()
-    dotted = "\ndotted: the effective field" if fields else ""
-    left.suptitle(f"what one unit of {arch.name} sees in {wide}×{high} pixels{dotted}", fontsize=11)
-    left.legend(
-        loc="outside lower center",
-        ncols=len(found) if len(found) <= 4 else -(-len(found) // 2),
-        frameon=False,
-        fontsize=9,
-    )
-    if right is not None:
-        label = short(loaded.label.split(" (")[0], 40) if loaded is not None else ""
-        right.suptitle(f"what it depends on: mean gradient\nweights {label}", fontsize=11)
-        panels: Any = right.subplots(rows, columns, squeeze=False).flat
-        for axes, each, color in itertools.zip_longest(panels, fields, colors[: len(fields)]):
-            axes.set_axis_off()
-            if each is not None:
-                bright = float(each.gradient.flatten().quantile(0.995))  # single pixels stand out of the noise
-                axes.imshow(each.gradient.numpy(), cmap="magma", vmin=0, vmax=bright, interpolation="nearest")
-                full = each.theoretical
-                axes.add_patch(_box((-0.5, -0.5), full, full, "none", color, linewidth=3, clip_on=False))
-                axes.set_title(f"{each.layer}: {full} px, {each.effective:.0f} effective", fontsize=9)
-    return _save(figure, path, overwrite)
+    figure.suptitle(title, fontsize=11)
+    columns = len(layers) if len(layers) <= 4 else -(-len(layers) // 2)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _draw_gradients(
+    figure: Any, title: str, fields: Sequence[EffectiveField], grid: tuple[int, int], colors: Sequence[str]
+) -> None:
+    """What each unit depends on, a panel for each, in its square."""
+    figure.suptitle(title, fontsize=11)
+    panels: Any = figure.subplots(*grid, squeeze=False).flat
+    for axes, field, color in itertools.zip_longest(panels, fields, colors[: len(fields)]):
+        axes.set_axis_off()
+        if field is not None:
+            bright = float(field.gradient.flatten().quantile(0.995))  # single pixels stand out of the noise
+            axes.imshow(field.gradient.numpy(), cmap="magma", vmin=0, vmax=bright, interpolation="nearest")
+            full = field.theoretical
+            axes.add_patch(_box((-0.5, -0.5), full, full, "none", color, linewidth=3, clip_on=False))
+            axes.set_title(f"{field.layer}: {full} px, {field.effective:.0f} effective", fontsize=9)
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
