@@ -23,7 +23,7 @@ from vggfeat_cli import main as vggfeat_command
 import vggfeat
 from vggfeat import DependencyError, InputError, compare, describe, stacked_3x3
 from vggfeat.analysis import ACCURACY, PeakMemory, comparison, effective_field, saved_for_backward
-from vggfeat.arch import BLOCKS, Arch
+from vggfeat.arch import BLOCKS, Arch, scaled
 from vggfeat.network import VGG
 from vggfeat.trunk import Plan
 
@@ -49,12 +49,12 @@ VGG16_FIELDS = {
 }  # fmt: skip
 # networks of every kind, and sizes, narrow enough to be run
 SMALL = [
-    (Arch("A", head="slim", num_classes=3, unit=4), (32, 32)),
-    (Arch("A-LRN", unit=4, num_classes=7), (48, 70)),
-    (Arch("B", batch_norm=True, unit=6, num_classes=2), (45, 33)),
-    (Arch("C", batch_norm=True, head="slim", unit=4), (64, 64)),
-    (Arch("D", unit=4, num_classes=10), (224, 224)),
-    (Arch("E", unit=3, num_classes=10), (100, 160)),
+    (Arch("A", head="slim", num_classes=3, channels=scaled(4)), (32, 32)),
+    (Arch("A-LRN", channels=scaled(4), num_classes=7), (48, 70)),
+    (Arch("B", batch_norm=True, channels=scaled(6), num_classes=2), (45, 33)),
+    (Arch("C", batch_norm=True, head="slim", channels=scaled(4)), (64, 64)),
+    (Arch("D", channels=scaled(4), num_classes=10), (224, 224)),
+    (Arch("E", channels=scaled(3), num_classes=10), (100, 160)),
 ]
 small = pytest.mark.parametrize(("arch", "size"), SMALL, ids=[f"{a.config}-{h}x{w}" for a, (h, w) in SMALL])
 
@@ -396,7 +396,7 @@ def test_compare_says_what_is_wrong(torchvision):
     with pytest.raises(InputError, match="cannot take images of 5×5"):
         compare(["alexnet"], input_size=5)
     with pytest.raises(InputError, match="device 'nonsense' cannot be used"):
-        compare([Arch("A", head="slim", unit=2)], measure=True, device="nonsense")
+        compare([Arch("A", head="slim", channels=scaled(2))], measure=True, device="nonsense")
 
 
 def test_without_torchvision(monkeypatch):
@@ -410,7 +410,7 @@ def test_without_torchvision(monkeypatch):
 
 def test_measured():
     told = []
-    arch = Arch("A", head="slim", num_classes=2, unit=8)
+    arch = Arch("A", head="slim", num_classes=2, channels=scaled(8))
     found = compare([arch], input_size=32, measure=True, batch=4, device="cpu", seconds=0.01, callback=told.append)
     measured = found.nets[0].measured
     assert told == ["vgg11 slim ×0.125"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vggfeat.arch import ARCHS, BLOCKS, Arch, parse, unit_of
+from vggfeat.arch import ARCHS, BLOCKS, Arch, channels_at, parse, scaled
 from vggfeat.errors import InputError
 from vggfeat.network import vgg
 
@@ -81,7 +81,7 @@ def test_final_receptive_field(config, field):
 @pytest.mark.parametrize("name", ["conv2_2", "pool2", "conv3_3"])
 def test_receptive_field_is_what_the_gradient_touches(name):
     """Independent of any formula: the pixels that one output's gradient can reach."""
-    arch = Arch("D", unit=1, head=None)
+    arch = Arch("D", channels=scaled(1), head=None)
     x = torch.zeros(1, 1, 96, 96, dtype=torch.float64, requires_grad=True)
     y = x
     for layer in arch.until([name]):
@@ -232,25 +232,25 @@ def test_names_and_until():
 
 @pytest.mark.parametrize(("width", "unit"), [(1, 64), (0.5, 32), (0.25, 16), (2, 128), (0.1, 6), (0.001, 1)])
 def test_width(width, unit):
-    assert unit_of(width) == unit
-    arch = Arch("D", unit=unit)
+    assert channels_at(width) == (unit, 2 * unit, 4 * unit, 8 * unit, 8 * unit)
+    arch = Arch("D", channels=scaled(unit))
     assert arch.convs[-1].channels == 8 * unit
     assert arch.hidden == 64 * unit
     assert arch.width == unit / 64
 
 
 def test_channels_of_each_block():
-    arch = Arch("E", head=None, blocks=(3, 5, 8, 13, 21))
-    assert arch.unit == 3 and arch.channels == (3, 5, 8, 13, 21)
+    arch = Arch("E", head=None, channels=(3, 5, 8, 13, 21))
+    assert arch.width is None
     assert [arch.layer(f"conv{block}_1").channels for block in range(1, 6)] == [3, 5, 8, 13, 21]
     assert [arch.layer(f"conv{block}_1").in_channels for block in range(1, 6)] == [3, 3, 5, 8, 13]
-    assert Arch("E", blocks=(16, 32, 64, 128, 128)) == Arch("E", unit=16)  # the paper's proportions have one name
+    assert Arch("E", channels=scaled(16)) == Arch("E", channels=(16, 32, 64, 128, 128))
     for wrong in ((3, 5, 8, 13), (3, 5, 0, 13, 21)):
-        with pytest.raises(InputError, match="five channel counts"):
-            Arch("E", blocks=wrong)
+        with pytest.raises(InputError, match="five counts of at least 1"):
+            Arch("E", channels=wrong)
 
 
 @pytest.mark.parametrize("width", [0, -1, float("inf"), float("nan")])
 def test_impossible_width(width):
     with pytest.raises(InputError, match="width must be a positive number"):
-        unit_of(width)
+        channels_at(width)

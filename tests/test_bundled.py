@@ -60,7 +60,7 @@ def test_folded_batch_normalisation_is_the_same_network(script):
     deep_module = script("deep")
     from vggfeat.arch import Arch
 
-    arch = Arch("E", head=None, blocks=(2, 2, 3, 5, 5))
+    arch = Arch("E", head=None, channels=(2, 2, 3, 5, 5))
     deep = deep_module.Deep(arch, {"cifar": 2})
     torch.manual_seed(0)
     for norm in deep.norms:

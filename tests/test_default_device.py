@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import vggfeat
-from vggfeat.arch import Arch
+from vggfeat.arch import Arch, scaled
 from vggfeat.visualize import distance, dream, filters, invert, maps
 
 SCENES = [pictures.scene(48, 48, seed) for seed in (1, 2)]
 TINY = {"arch": "vgg11_bn", "width": 0.125, "batch_size": 8, "epochs": 1, "precision": "float32"}
+SMALL = Arch("A", channels=scaled(8))
 
 
 def loss(kind):
@@ -44,7 +45,7 @@ WAYS = {
     ),
     "invert": lambda _: invert(SCENES[0], size=48, steps=2, weights="bundled").error >= 0,
     "distance": lambda _: distance(SCENES[0], SCENES[1], weights="bundled").total > 0,
-    "compare": lambda _: vggfeat.compare([Arch("A", unit=8)], input_size=32, measure=True, batch=1, seconds=0.01).nets,
+    "compare": lambda _: vggfeat.compare([SMALL], input_size=32, measure=True, batch=1, seconds=0.01).nets,
     "train": trained,
 }
 

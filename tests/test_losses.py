@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat import functional as VF
+from vggfeat.arch import Arch, scaled
 from vggfeat.image import open_image, to_tensor
 
 REPO = Path(__file__).resolve().parents[1]
@@ -1019,7 +1020,7 @@ def test_the_default_type_makes_no_difference(pair):
     for dtype in (torch.float32, torch.float64):
         torch.set_default_dtype(dtype)
         try:
-            loss = vggfeat.PerceptualLoss(["conv1_1"], weights="random", arch=vggfeat.arch.Arch("A", unit=8, head=None))
+            loss = vggfeat.PerceptualLoss(["conv1_1"], weights="random", arch=Arch("A", channels=scaled(8), head=None))
             losses.append(float(loss(*pair)))
         finally:
             torch.set_default_dtype(torch.float32)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat.arch import Arch
+from vggfeat.arch import Arch, scaled
 from vggfeat.errors import InputError
 from vggfeat.metrics import CALIBRATION
 from vggfeat.weights import load
@@ -127,7 +127,7 @@ def test_compiled(weights, pair):
 
 
 def test_other_networks_are_refused():
-    narrow = load("random", Arch("D", unit=4, head=None))
+    narrow = load("random", Arch("D", channels=scaled(4), head=None))
     with pytest.raises(vggfeat.InputError, match=r"made for VGG-16 at full width, got vgg16 with \(4, 8, 16, 32, 32\)"):
         vggfeat.LPIPS(weights=narrow)
     with pytest.raises(vggfeat.WeightsError, match="bundled belong to vgg19, not to vgg16"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vggfeat import PerceptualLoss, StyleLoss, VGGFeatures
-from vggfeat.arch import Arch
+from vggfeat.arch import Arch, scaled
 from vggfeat.errors import InputError
 from vggfeat.weights import load
 
@@ -15,7 +15,7 @@ TARGET = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def state():
-    return load("random", Arch("D", head=None, unit=16)).state
+    return load("random", Arch("D", head=None, channels=scaled(16))).state
 
 
 def images(value, everywhere):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vggfeat import vgg16
-from vggfeat.arch import Arch
+from vggfeat.arch import Arch, scaled
 from vggfeat.errors import InputError
 from vggfeat.features import VGGFeatures
 from vggfeat.trunk import Plan, Trunk, bits, direct, layers, operators, plain, run, strips, walk
@@ -30,13 +30,13 @@ TABLE = {
     "E": "1 1 M 2 2 M 4 4 4 4 M 8 8 8 8 M 8 8 8 8 M",
 }
 ARCHS = {
-    "vgg16": Arch("D", unit=8, head=None),
-    "vgg19_bn": Arch("E", True, unit=8, head=None),
-    "A-LRN": Arch("A-LRN", unit=8, head=None),
-    "vgg11_bn": Arch("A", True, unit=8, head=None),
-    "C": Arch("C", unit=8, head=None),
-    "odd": Arch("D", unit=5, head=None),
-    "uneven": Arch("D", head=None, blocks=(3, 8, 5, 6, 4)),
+    "vgg16": Arch("D", channels=scaled(8), head=None),
+    "vgg19_bn": Arch("E", True, channels=scaled(8), head=None),
+    "A-LRN": Arch("A-LRN", channels=scaled(8), head=None),
+    "vgg11_bn": Arch("A", True, channels=scaled(8), head=None),
+    "C": Arch("C", channels=scaled(8), head=None),
+    "odd": Arch("D", channels=scaled(5), head=None),
+    "uneven": Arch("D", head=None, channels=(3, 8, 5, 6, 4)),
 }
 POOLINGS = ("max", "average", "l2")
 PADDINGS = ("zeros", "reflect", "replicate")
@@ -60,7 +60,8 @@ def table(arch):
             add(f"lrn{block}_{i}", "lrn")
         else:
             i += 1
-            channels = arch.blocks[block - 1] if arch.blocks else int(word.removeprefix("c")) * arch.unit
+            channels = arch.channels[block - 1]
+            assert arch.width is None or channels == int(word.removeprefix("c")) * arch.channels[0]
             add(f"conv{block}_{i}", "conv", channels, 1 if word[0] == "c" else 3)
             if arch.batch_norm:
                 add(f"bn{block}_{i}", "bn", channels)
@@ -187,7 +188,7 @@ def compare(trunk, names, pooling="max", padding="zeros", keep="bits", shape=(2,
 def test_random_taps_equal_plain_pytorch(trunks, arch, pooling, padding, keep):
     arch = ARCHS[arch]
     seed = list(itertools.product(POOLINGS, PADDINGS, KEEPS)).index((pooling, padding, keep))
-    draw = random.Random(f"{arch.name}{arch.unit}{seed}")
+    draw = random.Random(f"{arch.name}{arch.channels[0]}{seed}")
     for turn in range(2):
         pool = names_of(arch, blocks=2 + turn)
         names = draw.sample(pool, draw.randint(1, min(6, len(pool))))  # in any order, too
@@ -346,7 +347,7 @@ def test_a_tap_does_not_depend_on_what_else_was_asked_for(thin, trunks, arch, dt
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_gradcheck(pooling, padding):
-    arch = Arch("A-LRN" if padding == "zeros" else "D", unit=2, head=None)
+    arch = Arch("A-LRN" if padding == "zeros" else "D", channels=scaled(2), head=None)
     trunk = Trunk(arch, make_state(arch, seed=4), ("gradcheck", arch))
     plan = Plan(arch, ("conv2_1", "relu1_1", "pool1"), pooling, padding)
     filters = trunk.filters(plan, torch.device("cpu"), torch.float64)
@@ -357,7 +358,7 @@ def test_gradcheck(pooling, padding):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_gradgradcheck(pooling):
-    arch = Arch("D", unit=2, head=None)
+    arch = Arch("D", channels=scaled(2), head=None)
     trunk = Trunk(arch, make_state(arch, seed=4), ("gradgrad", arch))
     plan = Plan(arch, ("conv2_1", "relu1_1"), pooling, "reflect")
     filters = trunk.filters(plan, torch.device("cpu"), torch.float64)
@@ -809,7 +810,7 @@ def test_no_map_of_the_first_block_is_made_whole(thin, trunks, keep):
 
 
 def test_strips_cover_every_row_once(monkeypatch):
-    plan = Plan(Arch(unit=8, head=None), ("relu2_1",))
+    plan = Plan(Arch(channels=scaled(8), head=None), ("relu2_1",))
     several = False
     for height, width, count, values in itertools.product(
         (2, 15, 16, 100, 1000), (1, 64), (1, 5), (1, 1 << 11, 1 << 16)

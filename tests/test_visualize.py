@@ -20,7 +20,7 @@ from vggfeat_cli import pictures
 
 import vggfeat
 from vggfeat import visualize
-from vggfeat.arch import Arch, parse
+from vggfeat.arch import Arch, parse, scaled
 from vggfeat.image import fit, open_image, read_settings, resize, to_pil, to_tensor
 from vggfeat.transfer.objective import Objective
 from vggfeat.visualize import Sheet, cam, distance, dream, filters, invert, maps
@@ -36,7 +36,7 @@ REPO = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def small():
     """Random weights of a VGG-11 an eighth as wide, every layer's output at unit scale."""
-    return load("random", Arch("A", unit=8, head=None))
+    return load("random", Arch("A", channels=scaled(8), head=None))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def headed():
     """The same with a classifier for 5 classes on top."""
     torch.manual_seed(0)
     net = vggfeat.vgg11(5, width=0.125, head="slim", weights=None).eval()
-    vggfeat.weights.load_weights(net, load("random", Arch("A", unit=8, head=None)), head=False)
+    vggfeat.weights.load_weights(net, load("random", Arch("A", channels=scaled(8), head=None)), head=False)
     torch.nn.init.normal_(net.classifier[1].weight)
     return net
 
@@ -425,7 +425,7 @@ def test_trained_channels_dream_of_what_photographs_rarely_have(oxford, test_dat
 def thin(tmp_path_factory):
     """A file with calibrated random weights of a narrow VGG-19."""
     path = tmp_path_factory.mktemp("weights") / "thin.safetensors"
-    save_file(load("random", Arch("E", unit=16, head=None)).state, path)
+    save_file(load("random", Arch("E", channels=scaled(16), head=None)).state, path)
     return str(path)
 
 

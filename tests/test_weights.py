@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from vggfeat import fetch
 from vggfeat import weights as W
-from vggfeat.arch import BLOCKS, Arch, parse
+from vggfeat.arch import BLOCKS, Arch, parse, scaled
 from vggfeat.errors import DependencyError, InputError, WeightsError, WeightsUnavailableError
 from vggfeat.features import VGGFeatures
 from vggfeat.losses import PerceptualLoss
@@ -185,7 +185,7 @@ def test_a_shallow_file_serves_any_network_that_begins_so(state):
     first = shallow(state, 7)  # to conv2_2
     assert W.load(first).arch.name == "vgg16"
     assert W.load(first, "vgg19").arch.name == "vgg19"
-    assert W.load(first, "vgg13").arch == Arch("B", unit=4, head=None)
+    assert W.load(first, "vgg13").arch == Arch("B", channels=scaled(4), head=None)
     with pytest.raises(WeightsError, match="belong to vgg16, not to vgg11"):
         W.load(first, "vgg11")
     with pytest.raises(WeightsError, match="belong to vgg16, not to vgg16_bn"):
@@ -338,7 +338,7 @@ def test_keras_files(tmp_path, layout, config):
     expected = keras_forward(arrays, x)
     names = ["conv1_1", "conv3_3", "pool5", "fc6", "fc7", "fc8"]
     features = VGGFeatures(names, weights=tmp_path / "w.h5")
-    assert features.arch == Arch(config, unit=4, num_classes=5)
+    assert features.arch == Arch(config, channels=scaled(4), num_classes=5)
     for name, value in features(x).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()))
     net = W.load_weights(small(config, seed=3), tmp_path / "w.h5")
@@ -484,7 +484,7 @@ def test_weights_that_are_not_finite(state, value):
 
 
 def test_none_is_untrained():
-    arch = Arch("A", unit=4, head=None)
+    arch = Arch("A", channels=scaled(4), head=None)
     untrained, random = W.load(None, arch), W.load("random", arch)
     assert untrained.label == "random" and untrained.key == random.key
     assert all(torch.equal(untrained.state[key], value) for key, value in random.state.items())
@@ -614,7 +614,7 @@ def test_sets_that_do_not_exist():
     with pytest.raises(WeightsUnavailableError, match="no 'caffe' weights for vgg11: choose from vgg16, vgg19"):
         W.load("caffe", "vgg11")
     with pytest.raises(WeightsUnavailableError, match="no 'imagenet' weights for vgg16 at width 0.5"):
-        W.load("imagenet", Arch("D", unit=32))
+        W.load("imagenet", Arch("D", channels=scaled(32)))
     with pytest.raises(
         WeightsUnavailableError, match=r"vgg16-397923af.pth is not in .*checkpoints, not asked to download"
     ):
@@ -794,7 +794,8 @@ def test_auto(monkeypatch, net, state):
     loaded = W.load("auto", "vgg11")
     assert loaded.label.startswith("random (imagenet weights for vgg11 cannot be had")
     assert torch.equal(loaded.state["features.3.weight"], W.load("random", "vgg11").state["features.3.weight"])
-    assert W.load("auto", Arch("C", unit=2)).label.startswith("random (imagenet weights for vgg16-c cannot be had)")
+    label = W.load("auto", Arch("C", channels=scaled(2))).label
+    assert label.startswith("random (imagenet weights for vgg16-c cannot be had)")
     for arch in (None, "vgg19"):
         assert W.load("auto", arch).label.startswith("bundled (imagenet weights for vgg1")
     data = torch_bytes(dict(state))
@@ -805,8 +806,8 @@ def test_auto(monkeypatch, net, state):
 
 def test_channels_are_read_off_a_file(tmp_path):
     """Of every block that the file reaches; what is not there is in proportion to the first."""
-    state = W.load("random", Arch("E", head=None, blocks=(4, 6, 10, 7, 9))).state
-    assert W.load(state).arch == Arch("E", head=None, blocks=(4, 6, 10, 7, 9))
+    state = W.load("random", Arch("E", head=None, channels=(4, 6, 10, 7, 9))).state
+    assert W.load(state).arch == Arch("E", head=None, channels=(4, 6, 10, 7, 9))
     until_pool2 = {key: value for key, value in state.items() if int(key.split(".")[1]) < 10}
     assert W.load(until_pool2, "vgg19").arch.channels == (4, 6, 16, 32, 32)
     assert VGGFeatures(["relu2_2"], weights=until_pool2)(images(32))["relu2_2"].shape[1:] == (6, 16, 16)
@@ -856,7 +857,7 @@ def pink_noise(side, seed):
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg19_bn", "vgg11-lrn"])
 def test_random_weights_are_calibrated(name):
-    arch = Arch(parse(name).config, parse(name).batch_norm, unit=16)
+    arch = Arch(parse(name).config, parse(name).batch_norm, channels=scaled(16))
     loaded = W.load("random", arch)
     assert loaded.arch == Arch(arch.config, arch.batch_norm, 16, None)
     loaded.require([arch.layers[-1].name])
@@ -870,14 +871,14 @@ def test_random_weights_are_calibrated(name):
 
 
 def test_random_weights_are_always_the_same():
-    first = W.load("random", Arch("D", unit=4))
+    first = W.load("random", Arch("D", channels=scaled(4)))
     torch.manual_seed(123)
     before = torch.get_rng_state()
     with torch.device("meta"):  # nor does a default device matter, or anyone's random numbers move
-        second = W.load("random", Arch("D", unit=4))
+        second = W.load("random", Arch("D", channels=scaled(4)))
     assert torch.equal(torch.get_rng_state(), before)
     assert first.key == second.key
-    assert first.key != W.load("random", Arch("D", unit=8)).key
+    assert first.key != W.load("random", Arch("D", channels=scaled(8))).key
     assert all(torch.equal(value, second.state[key]) for key, value in first.state.items())
 
 
@@ -907,7 +908,7 @@ def test_load_weights_without_the_head(net, state):
 
 
 def test_a_network_has_the_channels_of_its_weights(state):
-    arch = Arch("E", head="slim", num_classes=3, blocks=(4, 6, 10, 7, 9))
+    arch = Arch("E", head="slim", num_classes=3, channels=(4, 6, 10, 7, 9))
     uneven = VGG(arch).state_dict()
     net = vgg("E", 3, weights=uneven, head="slim")
     assert net.arch == arch and all(torch.equal(value, uneven[key]) for key, value in net.state_dict().items())
@@ -917,7 +918,7 @@ def test_a_network_has_the_channels_of_its_weights(state):
 
 
 def test_random_weights_are_the_same_under_autocast():
-    arch = Arch("A", head=None, unit=4)
+    arch = Arch("A", head=None, channels=scaled(4))
     with torch.autocast("cpu", torch.bfloat16):
         found = W.load("random", arch).state
     assert all(torch.equal(value, found[key]) for key, value in W.load("random", arch).state.items())

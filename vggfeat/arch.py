@@ -73,9 +73,7 @@ class Arch:
     Attributes:
         config: column of the paper's Table 1, a key of `BLOCKS`.
         batch_norm: batch normalisation after each convolution.
-        unit: channels of the first block, 64 in the paper.
-        blocks: channels of each of the five blocks; None means the paper's proportions, 1 2 4 8 8 times `unit`. Where
-            it is given, it says what `unit` is.
+        channels: of each of the five blocks; `scaled` and `channels_at` keep the paper's proportions.
         head: `paper` (three fully connected layers on 7×7), `slim` (global average pool and one layer), or None.
         num_classes: outputs of the head.
 
@@ -85,26 +83,19 @@ class Arch:
 
     config: str = "D"
     batch_norm: bool = False
-    unit: int = 64
+    channels: tuple[int, ...] = BLOCK_CHANNELS
     head: str | None = "paper"
     num_classes: int = 1000
-    blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.blocks is not None:
-            if len(self.blocks) != 5 or min(self.blocks) < 1:
-                raise InputError(f"blocks must be five channel counts of at least 1, got {self.blocks}")
-            object.__setattr__(self, "unit", self.blocks[0])
-            if self.blocks == _proportional(self.unit):  # so that equal networks are equal
-                object.__setattr__(self, "blocks", None)
+        if len(self.channels) != 5 or min(self.channels) < 1:
+            raise InputError(f"channels must be five counts of at least 1, got {self.channels}")
         if self.config not in BLOCKS:
             raise InputError(f"unknown VGG configuration {self.config!r}: {nearest(self.config, BLOCKS)}")
         if self.batch_norm and self.config in NORMALISED:
             raise InputError(f"configuration {self.config} has no batch-normalised form; use A with batch_norm=True")
         if self.head not in (*HEADS, None):
             raise InputError(f"unknown head {self.head!r}: choose 'paper' or 'slim'")
-        if self.unit < 1:
-            raise InputError(f"the first block needs at least 1 channel, got {self.unit}")
         if self.num_classes < 1:
             raise InputError(f"num_classes must be at least 1, got {self.num_classes}")
 
@@ -115,19 +106,14 @@ class Arch:
         return name + "_bn" * self.batch_norm
 
     @property
-    def channels(self) -> tuple[int, ...]:
-        """Of each block."""
-        return self.blocks or _proportional(self.unit)
-
-    @property
-    def width(self) -> float:
-        """Channels of the first block relative to the paper's; of every block, unless `blocks` says otherwise."""
-        return self.unit / 64
+    def width(self) -> float | None:
+        """Channels of every block relative to the paper's; None where they are in other proportions."""
+        return self.channels[0] / 64 if self.channels == scaled(self.channels[0]) else None
 
     @property
     def hidden(self) -> int:
-        """Width of fc6 and fc7."""
-        return HIDDEN // 64 * self.unit
+        """Width of fc6 and fc7, in the paper's proportion to the first block."""
+        return HIDDEN // 64 * self.channels[0]
 
     @functools.cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -202,8 +188,9 @@ class Arch:
         return self.layers[: last + 1]
 
 
-def _proportional(unit: int) -> tuple[int, ...]:
-    return tuple(count // 64 * unit for count in BLOCK_CHANNELS)
+def scaled(first: int) -> tuple[int, ...]:
+    """Channels of the five blocks in the paper's proportions, by those of the first: 1 2 4 8 8 times as many."""
+    return tuple(count // 64 * first for count in BLOCK_CHANNELS)
 
 
 @functools.cache
@@ -212,15 +199,15 @@ def _every_name() -> frozenset[str]:
     return frozenset(name for arch in archs for name in arch.names)
 
 
-def unit_of(width: float) -> int:
-    """Channels of the first block at a relative width, at least 1.
+def channels_at(width: float) -> tuple[int, ...]:
+    """Channels of the five blocks at a relative width, such that the first has whole ones and at least 1.
 
     Raises:
         InputError: a width that is not a positive number.
     """
     if not 0 < width <= 64:
         raise InputError(f"width must be a positive number of at most 64, got {width}")
-    return max(1, round(64 * width))
+    return scaled(max(1, round(64 * width)))
 
 
 def parse(name: str | Arch) -> Arch:

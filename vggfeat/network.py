@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is one, and no BatchNorm2d
 from torch.utils.checkpoint import checkpoint
 
-from vggfeat.arch import INITS, LRN, Arch, Layer, parse, unit_of
+from vggfeat.arch import INITS, LRN, Arch, Layer, channels_at, parse
 from vggfeat.convolution import Conv2d
 from vggfeat.errors import InputError
 
@@ -263,14 +263,14 @@ def vgg(
             convolutions only).
     """
     arch = parse(config)
-    arch = Arch(arch.config, batch_norm or arch.batch_norm, unit_of(width), head, num_classes)
+    arch = Arch(arch.config, batch_norm or arch.batch_norm, channels_at(width), head, num_classes)
     if weights is None:
         return VGG(arch, dropout, init)
     from vggfeat.weights import load, load_weights
 
     loaded = load(weights, arch)
     if width == 1:
-        arch = replace(arch, unit=loaded.arch.unit, blocks=loaded.arch.blocks)
+        arch = replace(arch, channels=loaded.arch.channels)
     with torch.device("meta"):  # no time spent on numbers that are replaced at once
         net = VGG(arch, dropout, init)
     return load_weights(net, loaded)

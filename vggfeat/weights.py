@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.arch import BLOCK_CHANNELS, LRN, Arch, Layer, parse
+from vggfeat.arch import BLOCK_CHANNELS, LRN, Arch, Layer, parse, scaled
 from vggfeat.checkpoint import saved
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest
 from vggfeat.fetch import fetch, file_key, published_digest, verify
@@ -346,17 +346,16 @@ def _misfits(arch: Arch, state: Mapping[str, Tensor]) -> list[str]:
 
 def _fitted(arch: Arch, state: Mapping[str, Tensor]) -> Arch:
     """The architecture with the channels that the state's convolutions have; in proportion where it has none."""
-    unit = state["features.0.weight"].shape[0]
-    blocks = list(replace(arch, unit=unit, blocks=None).channels)
+    channels = list(scaled(state["features.0.weight"].shape[0]))
     for layer in arch.convs:
         value = state.get(f"features.{layer.index}.weight")
         if value is not None and layer.name.endswith("_1"):
-            blocks[int(layer.name[4]) - 1] = value.shape[0]
-    return replace(arch, blocks=tuple(blocks))
+            channels[int(layer.name[4]) - 1] = value.shape[0]
+    return replace(arch, channels=tuple(channels))
 
 
 def _widths(arch: Arch) -> str:
-    return f"channels {'/'.join(map(str, arch.channels))}" if arch.blocks else f"width {arch.width:g}"
+    return f"channels {'/'.join(map(str, arch.channels))}" if arch.width is None else f"width {arch.width:g}"
 
 
 def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:

@@ -110,7 +110,7 @@ def main(base: Path, channels: str, steps: int, rate: float, seed: int, out: Pat
     generator = torch.Generator().manual_seed(seed)
     shallow = load_file(base)
     below = VGGFeatures(["pool3"], arch="vgg19", weights=shallow, precision="auto")
-    arch = Arch("E", head=None, blocks=(*below.arch.channels[:3], *map(int, channels.split(","))))
+    arch = Arch("E", head=None, channels=(*below.arch.channels[:3], *map(int, channels.split(","))))
     data = {name: labelled(name) for name in BATCH}
     deep = Deep(arch, {name: int(found[1].max()) + 1 for name, found in data.items()})
     deep = deep.to(memory_format=torch.channels_last)

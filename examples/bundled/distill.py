@@ -40,7 +40,7 @@ class Slim(nn.Module):
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
-        self.arch = Arch("E", head=None, blocks=(*channels, channels[-1], channels[-1]))
+        self.arch = Arch("E", head=None, channels=(*channels, channels[-1], channels[-1]))
         self.convs = nn.ModuleList()
         for layer in self.arch.convs[: len(LAYERS)]:
             self.convs.append(nn.Conv2d(layer.in_channels, layer.channels, 3, padding=1))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vggfeat.arch import Arch, parse, unit_of
+from vggfeat.arch import Arch, channels_at, parse
 from vggfeat.errors import InputError
 from vggfeat.tables import Column, Report, Table, mega
 
@@ -272,7 +272,7 @@ def describe(
     """
     if not isinstance(arch, Arch):
         named = parse(arch)
-        arch = Arch(named.config, named.batch_norm, unit_of(width), head, num_classes)
+        arch = Arch(named.config, named.batch_norm, channels_at(width), head, num_classes)
     height, width_px = (input_size, input_size) if isinstance(input_size, int) else input_size
     least = arch.layers[-1].stride
     if min(height, width_px) < least:
@@ -369,6 +369,6 @@ def _dropout(name: str, values: int, field: int) -> Row:
 
 def _label(arch: Arch) -> str:
     """`vgg16_bn`, `vgg16 slim`, `vgg16 ×0.5`, `vgg19 without head 48/96/192/176/176`."""
-    scale = "/".join(map(str, arch.blocks)) if arch.blocks else f"×{arch.width:g}" if arch.width != 1 else ""
+    scale = "/".join(map(str, arch.channels)) if arch.width is None else f"×{arch.width:g}" if arch.width != 1 else ""
     head = {"paper": "", "slim": " slim", None: " without head"}[arch.head]
     return f"{arch.name}{head} {scale}".rstrip()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from vggfeat.arch import Arch, parse, unit_of
+from vggfeat.arch import Arch, channels_at, parse
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.network import VGG
 from vggfeat.processor import emulates
@@ -30,15 +31,11 @@ def network(config: TrainConfig, num_classes: int) -> VGG:
     """
     if config.weights is None:
         arch = parse(config.arch or "vgg16_bn")
-        arch = Arch(arch.config, arch.batch_norm, unit_of(config.width), config.head, num_classes)
+        arch = Arch(arch.config, arch.batch_norm, channels_at(config.width), config.head, num_classes)
         return VGG(arch, config.dropout, config.init)
     weights = load(config.weights, config.arch)
     theirs = weights.arch
-    net = VGG(
-        Arch(theirs.config, theirs.batch_norm, theirs.unit, config.head, num_classes, theirs.blocks),
-        config.dropout,
-        config.init,
-    )
+    net = VGG(replace(theirs, head=config.head, num_classes=num_classes), config.dropout, config.init)
     head = theirs.head is not None and not config.new_head
     if head and (theirs.head, theirs.num_classes) != (config.head, num_classes):
         raise WeightsError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vggfeat.arch import HEADS, INITS, parse, unit_of
+from vggfeat.arch import HEADS, INITS, channels_at, parse
 from vggfeat.errors import InputError, nearest
 from vggfeat.settings import PRECISIONS, option, plain, to_types
 
@@ -140,7 +140,7 @@ class TrainConfig:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), choices)}")
         if self.arch is not None:
             parse(self.arch)
-        unit_of(self.width)
+        channels_at(self.width)  # raises
         for name in ("epochs", "batch_size", "accumulate", "step_size"):
             _within(self, name, 1, math.inf)
         for name in ("pad", "cutout", "workers", "save_every", "clip", "warmup", "mixup", "cutmix", "weight_decay"):

@@ -71,8 +71,8 @@ class Plan:
     def decode(code: str) -> Plan:
         """The plan of a code."""
         config, bn, channels, names, pooling, padding = code.split("|")
-        blocks = tuple(map(int, channels.split(",")))
-        return Plan(Arch(config, bool(int(bn)), head=None, blocks=blocks), tuple(names.split(",")), pooling, padding)
+        arch = Arch(config, bool(int(bn)), tuple(map(int, channels.split(","))), head=None)
+        return Plan(arch, tuple(names.split(",")), pooling, padding)
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
