@@ -178,7 +178,7 @@ def test_arch_of_another_type():
     [
         ({"config": "F"}, "unknown VGG configuration 'F'"),
         ({"head": "fat"}, "choose 'paper' or 'slim'"),
-        ({"unit": 0}, "at least 1 channel, got 0"),
+        ({"channels": (0, 2, 4, 8, 8)}, "five counts of at least 1"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
     ],
 )

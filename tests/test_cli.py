@@ -436,6 +436,34 @@ def test_a_run_goes_on_from_its_checkpoint(vggstyle, folder, monkeypatch, real_s
     assert (code, out) == (2, "") and "one of the files that are read" in one_line(err)
 
 
+def test_the_same_command_with_an_output_goes_on(vggstyle, folder, monkeypatch, real_signals):
+    """The picture so far stays, and the last one takes the next number."""
+    told_in_third_step(monkeypatch, signal.SIGTERM)
+    command = (*PAIR, "--checkpoint", "run.pt", "-o", "o.png")
+    assert vggstyle(*command)[0] == 130
+    before = Path("o.png").read_bytes()
+    code, out, err = vggstyle(*command)
+    assert (code, out) == (0, "o-2.png\n") and "going on after step 2" in err
+    assert Path("o.png").read_bytes() == before and not Path("run.pt").exists()
+    code, out, err = vggstyle(*command)  # now there is nothing to go on from
+    assert (code, out) == (2, "") and "o.png: it already exists" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-o", "x.png", "--checkpoint", "x.png"],
+        ["-o", "x.png", "--checkpoint", "./sub/../x.png"],
+        ["--checkpoint", "content-style.png"],
+    ],
+)
+def test_a_checkpoint_is_not_the_picture(vggstyle, folder, words):
+    Path("sub").mkdir()
+    code, out, err = vggstyle(*PAIR, *words)
+    assert (code, out) == (2, "") and "give them two names" in one_line(err)
+    assert sorted(each.name for each in folder.iterdir()) == ["content.jpg", "style.png", "sub"]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
 def test_what_nohup_ignores_stays_ignored(vggstyle, folder, monkeypatch):
     value_and_grad = Objective.value_and_grad
@@ -685,6 +713,36 @@ def test_train_and_evaluate(vgg, labelled):
     summary = json.loads(out)
     assert code == 0 and summary["folder"] == "vgg11_bn-fast" and len(summary["history"]) == 2
     assert summary["history"][-1]["test_accuracy"] == found["top1"] and summary["config"]["batch_size"] == 8
+
+
+def test_an_evaluation_replaces_nothing_that_it_reads(vgg, labelled):
+    save_file(vggfeat.vgg11(3, width=0.125, head="slim").state_dict(), "w.safetensors")
+    assert vgg("train", "set.zip", *SMALL, "--epochs=1", "-o", "run", "--quiet")[0] == 0
+    for read, output in (
+        ("w.safetensors", "set.zip"),
+        ("w.safetensors", "./w.safetensors"),
+        ("run", "run/weights.safetensors"),
+    ):
+        before = Path(output).read_bytes()
+        code, out, err = vgg("evaluate", read, "set.zip", "-o", output, "--overwrite")
+        assert (code, out) == (2, "") and "one of the files that are read" in one_line(err, "vggfeat")
+        assert Path(output).read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [["compare", "vgg16"], ["evaluate", "w.safetensors", "set.zip"]])
+def test_a_report_and_its_plot_have_two_names(vgg, labelled, command):
+    pytest.importorskip("matplotlib")
+    code, out, err = vgg(*command, "--plot", "p.png", "-o", "./p.png", "--overwrite")
+    assert (code, out) == (2, "") and "give them two names" in one_line(err, "vggfeat")
+    assert not Path("p.png").exists()
+
+
+def test_a_run_is_not_written_among_its_images(vgg, labelled):
+    pictures.folder(labelled / "data", pictures.tree(8))
+    for folder in ("data/run", "data", "./data/../data/run"):
+        code, out, err = vgg("train", "data", *SMALL, "-o", folder)
+        assert (code, out) == (2, "") and "inside of the images' folder" in one_line(err, "vggfeat")
+    assert sorted(each.name for each in (labelled / "data").iterdir()) == ["ant", "bee", "cow"]
 
 
 def test_a_recipe_s_flag_can_be_taken_back(vgg, labelled):

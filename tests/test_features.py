@@ -185,7 +185,7 @@ def test_values_far_outside_the_range_warn_once(state, scale):
     f = VGGFeatures(["relu1_1"], weights=state)
     with pytest.warns(UserWarning, match=r"far outside input_range=\(0, 1\); say what they are") as caught:
         f(batch() * scale)
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]  # where somebody can do something about it
     f(batch() * scale)  # filterwarnings = error
     with pytest.warns(UserWarning, match="far outside"):  # each module speaks for itself
         VGGFeatures(["relu1_1"], weights=state)(batch() * scale)
@@ -446,6 +446,18 @@ def test_a_shallow_module_and_a_deeper_one(net, state):
     assert deep.trunk is shallow.trunk
     torch.testing.assert_close(deep(batch())["fc8"], net(normalised(batch())), rtol=1e-3, atol=1e-4)
     equal(shallow(batch()), before)
+
+
+def test_a_pickle_holds_its_own_layers_alone(state):
+    own = {key: value for key, value in state.items() if key.startswith("features.0.")}
+    deep, shallow = VGGFeatures(["relu3_1"], weights=state), VGGFeatures(["relu1_1"], weights=state)
+    assert deep.trunk is shallow.trunk
+    size = sum(value.nbytes for value in own.values())
+    assert len(pickle.dumps(shallow)) < size + 20_000 < sum(value.nbytes for value in deep.trunk.state.values())
+    both = pickle.dumps((shallow, deep, copy.deepcopy(deep)))  # what they share goes along once
+    assert len(both) < len(pickle.dumps(deep)) + 20_000
+    for other in (*pickle.loads(both), copy.copy(deep)):
+        assert other.trunk is deep.trunk
 
 
 def test_training_the_source_changes_nothing():

@@ -110,11 +110,10 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     values, grey = [0, 128, 129, 257, 32768, 65535], [0, 0, 1, 1, 128, 255]
     (tmp_path / "a.png").write_bytes(png(6, 1, b"\0" + struct.pack(">6H", *values), depth=16, colour=0))
     picture([values], "I;16").save(tmp_path / "a.tif")
-    picture([values], "I").save(tmp_path / "i.tif")
     (tmp_path / "a.pgm").write_bytes(b"P5 6 1 65535\n" + struct.pack(">6H", *values))
     big_endian = picture([values], "I;16B")
     big_endian.save(tmp_path / "b.tif")
-    for name in ["a.png", "a.tif", "i.tif", "a.pgm", "b.tif"]:
+    for name in ["a.png", "a.tif", "a.pgm", "b.tif"]:
         assert pixels(vi.open_image(tmp_path / name)) == [[(g, g, g) for g in grey]], name
 
 
@@ -129,10 +128,10 @@ def test_floating_tiff_runs_from_0_to_1(tmp_path):
     assert [p[0] for p in pixels(vi.open_image(tmp_path / "a.tif"))[0]] == [0, 64, 128, 255]
 
 
-@pytest.mark.parametrize(("mode", "value"), [("F", 1.5), ("F", -0.1), ("F", float("nan")), ("I", 65536), ("I", -1)])
+@pytest.mark.parametrize(("mode", "value"), [("F", 1.5), ("F", -0.1), ("F", float("nan")), ("I", 200), ("I", 65536)])
 def test_values_of_unknown_range_are_refused(tmp_path, mode, value):
     picture([[0, value]], mode).save(tmp_path / "a.tif")
-    with pytest.raises(ImageError, match=r"a\.tif: expected . pixels in 0\.\.(1|65535), got"):
+    with pytest.raises(ImageError, match=r"a\.tif: (expected F pixels in 0\.\.1, got|32-bit integers)"):
         vi.open_image(tmp_path / "a.tif")
 
 

@@ -201,7 +201,7 @@ ROOMS = {
     "vggfeat_cli.run": {"errors", "files", "signals"},
     "vggfeat_cli.options": {"settings"},
     "vggfeat_cli.reports": {"errors", "files", "plots"},
-    "vggfeat_cli.style": {"", "image", "transfer.config"},
+    "vggfeat_cli.style": {"", "files", "image", "transfer.config"},
     "vggfeat_cli.analyse": {"", "image", "plots", "weights"},
     "vggfeat_cli.learn": {"", "files", "plots", "training.config", "training.evaluation"},
     "vggfeat_cli.pictures": {"", "visualize", "weights"},

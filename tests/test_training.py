@@ -1,5 +1,6 @@
 """The training loop: what it computes, what it leaves behind, and how a run stops and goes on."""
 
+import contextlib
 import csv
 import json
 import os
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat import checkpoint, convolution, processor, winograd
 from vggfeat.errors import InputError, RunError, WeightsError
-from vggfeat.training import components, loop
+from vggfeat.training import components, distributed, loop
 from vggfeat.training.batches import parted
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World
@@ -409,8 +410,10 @@ def test_holdout(tmp_path, monkeypatch):
     assert home.images == 6
     # of the set it was trained on and more, which were held out cannot be told, and most are those trained on
     more = pictures.folder(source, other | pictures.tree(8))
-    with pytest.raises(InputError, match="its images are others now"):
-        vggfeat.evaluate(tmp_path / "r", more)
+    monkeypatch.chdir(tmp_path)
+    for name in (more, "s", "r/../s"):
+        with pytest.raises(InputError, match="its images are others now"):
+            vggfeat.evaluate(tmp_path / "r", name)
 
 
 # ── stopping and going on ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -637,6 +640,30 @@ def launched(data, folder, *more):
     return done.stdout
 
 
+@pytest.mark.parametrize(("local", "current", "own", "expected"), [(1, 0, True, 1), (1, 0, False, 1), (0, 2, False, 2)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_process_takes_its_gpu(monkeypatch, local, current, own, expected, fails):
+    """Be the group its own or the caller's; and one that fails leaves NCCL's, which waits for all, as it is."""
+    asked = []
+    for name, value in {"RANK": 1, "LOCAL_RANK": local, "WORLD_SIZE": 3, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "resolve", torch.device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(("set", device)))
+    answers = {"is_initialized": not own, "get_rank": 1, "get_world_size": 3, "barrier": None}
+    for name, value in answers.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    for name in ("init_process_group", "destroy_process_group"):
+        told = lambda *args, name=name, **options: asked.append((name, *args, *options.values()))  # noqa: E731
+        monkeypatch.setattr(torch.distributed, name, told)
+    with contextlib.suppress(ZeroDivisionError), distributed.joined("auto") as world:
+        assert (world.device, world.rank, world.size) == (torch.device("cuda", expected), 1, 3)
+        assert not fails or 1 / 0
+    begins, ends = [("init_process_group", "nccl", world.device)], [("destroy_process_group",)]
+    assert asked == [("set", world.device), *begins * own, *ends * (own and not fails)]
+
+
 def joined(*words):
     """The same without waiting for fresh interpreters."""
     found = together(2, *words)
@@ -804,8 +831,11 @@ def test_a_run_goes_on_as_weights(finished, tmp_path):
     result, _ = finished
     loaded = vggfeat.weights.load(result.folder)
     assert loaded.label == "finished/weights.safetensors" and loaded.arch == result.net.arch
-    seen = vggfeat.visualize.cam(pictures.picture("ant", 0, 32, 32), 1, weights=result.folder, size=None)
+    picture = pictures.picture("ant", 0, 80, 64)
+    seen = vggfeat.visualize.cam(picture, 1, weights=result.folder)
     assert seen.class_name == "bee" and "1 bee" in seen.sheet.labels[1]
+    assert tuple(seen.map.shape) == (32, 40)  # at the size that it was trained at
+    assert max(vggfeat.visualize.cam(picture, weights=result.folder, size=64).map.shape) == 64
 
 
 def test_a_tensorboard_that_does_not_work_stops_nothing(data, tmp_path, monkeypatch):
@@ -924,7 +954,10 @@ def test_a_checkpoint_is_weights(data, tmp_path):
 
 def test_fast_takes_shorter_steps_from_weights():
     assert vggfeat.recipe("fast", weights="bundled").lr == vggfeat.recipe("fast", arch="vgg19").lr == 0.005
-    assert vggfeat.recipe("fast", weights="mine.pth", arch="vgg11_bn").lr == vggfeat.recipe("fast").lr == 0.05
+    assert (
+        vggfeat.recipe("fast", weights="mine.pth", arch="vgg11_bn").lr == 0.005
+    )  # whether the network is named or not
+    assert vggfeat.recipe("fast").lr == 0.05
 
 
 def test_other_peoples_folders_are_left_alone(data, tmp_path):

@@ -61,17 +61,18 @@ def test_damaged_cifar_is_a_message(tmp_path, damage):
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "zip in folders"])
 def test_class_folders(tmp_path, kind):
-    files = pictures.tree(3) | {"bee/sub/deep.png": pictures.encoded(pictures.picture("bee", 9)), "bee/notes.txt": b"-"}
+    picture = pictures.encoded(pictures.picture("bee", 9))
+    files = pictures.tree(3) | {"bee/sub/deep.jfif": picture, "bee/notes.txt": b"-"}
     if kind == "folder":
         path = pictures.folder(tmp_path / "set", files | {".hidden/x.png": b"-"})
     else:
         before = "caltech/images/" if "in" in kind else ""
-        named = {before + name: content for name, content in files.items()}
+        named = {before + name: content for name, content in files.items()} | {"cover.png": picture}  # of no class
         path = pictures.zipped(tmp_path / "set.zip", named | {"__MACOSX/ant/._0.png": b"-"})
     found, test = load(path)
     assert test is None
     assert found.classes == ["ant", "bee", "cow"]
-    assert found.labels.bincount().tolist() == [3, 4, 3]
+    assert found.labels.bincount().tolist() == [3, 4, 3] and found.others == ["bee/notes.txt"]
     assert found.pixels.shape == (10, 32, 32, 3)
     for i in (0, 4, 9):
         assert numpy.array_equal(found.pixels[i].numpy(), numpy.asarray(found.read(i)))

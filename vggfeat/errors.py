@@ -14,6 +14,8 @@ Each message says what was expected, what came, and what to try. The commands tu
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -60,6 +62,14 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     choices = list(choices)
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices)}"
+
+
+def warn(message: str) -> None:
+    """Warn of the line in the user's code that all this came of: the nearest that is neither ours nor torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("vggfeat", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
@@ -15,11 +14,11 @@ from torch.nn import functional as F
 
 from vggfeat import trunk as _trunk
 from vggfeat.arch import Arch
-from vggfeat.errors import InputError, nearest
+from vggfeat.errors import InputError, nearest, warn
 from vggfeat.modes import in_functorch, no_autocast, outside, values_are_hidden
 from vggfeat.processor import bfloat16_is_fast
 from vggfeat.settings import PRECISIONS
-from vggfeat.trunk import OnTap, Plan, TapGradOf, TapGradOfRows, Trunk
+from vggfeat.trunk import OnTap, Part, Plan, TapGradOf, TapGradOfRows, Trunk
 from vggfeat.weights import DEFAULT, LINEAR, WeightsLike, load
 
 __all__ = ["VGGFeatures", "count_and_size", "trunk_dtype"]
@@ -119,6 +118,14 @@ class VGGFeatures(nn.Module):
         self._shift = tuple(-(low / span + mean) / std for mean, std in zip(loaded.mean, loaded.std, strict=True))
         self._looked = False
         self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"trunk": self.trunk.part(self._held)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        trunk = state["trunk"]  # a part where this is a copy, the trunk itself where it was pickled
+        state = state | {"trunk": trunk.trunk if isinstance(trunk, Part) else trunk}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property
     def arch(self) -> Arch:
@@ -320,10 +327,9 @@ class VGGFeatures(nn.Module):
         slack = (ceiling - floor) / 2
         if not self._warned and (low < floor - slack or high > ceiling + slack):
             self._warned = True
-            warnings.warn(
+            warn(
                 f"images reach from {low:.4g} to {high:.4g}, far outside input_range=({floor:g}, {ceiling:g}); "
-                "say what they are, e.g. input_range=(-1, 1) or (0, 255)",
-                stacklevel=2,
+                "say what they are, e.g. input_range=(-1, 1) or (0, 255)"
             )
 
     def extra_repr(self) -> str:

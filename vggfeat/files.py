@@ -20,7 +20,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["TEMPORARY", "check_path", "free_name", "locked", "new_file", "taken", "written"]
+__all__ = ["TEMPORARY", "check_path", "free_name", "locked", "new_file", "same_file", "taken", "written"]
 
 TEMPORARY = ".vggfeat-*.tmp"  # what a file is called while it is being written
 
@@ -46,7 +46,7 @@ def check_path(
         InputError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
     """
     path = Path(path)
-    if any(_same(path, each) for each in inputs):
+    if any(same_file(path, each) for each in inputs):
         raise error(f"cannot write {path}: it is one of the files that are read; choose another name")
     if suffixes and path.suffix.lower() not in suffixes:
         raise error(f"cannot write {path}: expected a name that ends in {', '.join(suffixes)}, got {path.suffix!r}")
@@ -81,10 +81,13 @@ def free_name(path: str | os.PathLike[str]) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _same(path: Path, other: str | os.PathLike[str]) -> bool:
+def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two names are of one file, be it there or not."""
     try:
         return os.path.samefile(path, other)
     except (OSError, ValueError):  # one of them is not there, or no name at all
+        with contextlib.suppress(OSError, ValueError):
+            return os.path.realpath(path) == os.path.realpath(other)
         return False
 
 

@@ -64,7 +64,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The value of white in the modes that Pillow would clip to 0..255. It holds some 16-bit files as "I".
+# The value of white in the modes that Pillow would clip to 0..255. Some of its releases hold 16-bit PNGs as "I".
 _WHITE = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 
 
@@ -301,6 +301,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Grey of 16 bits (0..65535) or floating (0..1), scaled to "L"; its transparent value becomes white."""
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ImageError("32-bit integers have no known white; save it as 8 or 16 bit")
     white = _WHITE[image.mode]
     pixels = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32)
     low, high = (float(value) for value in pixels.aminmax())

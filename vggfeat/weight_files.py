@@ -50,7 +50,8 @@ def read(path: Path) -> Mapping[str, Any]:
             ) from error
         raise WeightsError(f"{path} is damaged or no torch file: it starts with {magic!r}") from error
     except Exception as error:  # flipped bits come out of the readers of zips and pickles as errors of any kind
-        raise WeightsError(f"{path} is damaged or no torch file: {first_line(error)}") from error
+        why = f"its reader failed with {type(error).__name__}" if isinstance(error, LookupError) else first_line(error)
+        raise WeightsError(f"{path} is damaged or no torch file: {why}") from error
     if not isinstance(raw, Mapping):
         raise WeightsError(f"{path} holds a {type(raw).__name__}, expected a state dict")
     return raw

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--recipe", "name", type=click.Choice([*RECIPES]), default="fast", show_default=True, help="What is not said here."
 )
-@click.option("-o", "--output", type=click.Path(), help="Folder of the run.  [default: ARCH-RECIPE]")
+@click.option("-o", "--output", type=click.Path(), help="Folder of the run.  [default: ARCH-RECIPE, or WEIGHTS-RECIPE]")
 @click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
 @click.option("--plot", type=click.Path(), help="Draw loss and accuracy: PNG, PDF or SVG.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing plot.")
@@ -56,7 +56,8 @@ def train(
 
     DATA is CIFAR's folder or .tar.gz, a folder of class folders, or a zip of one.
 
-    Ctrl-C saves a checkpoint; the same command with --resume goes on from the newest one. In several processes:
+    Ctrl-C saves a checkpoint; the same command with the run's folder as --output and --resume goes on. In several
+    processes:
     torchrun --nproc-per-node 2 -m vggfeat.training DATA …
     """
     keep_memory()
@@ -194,7 +195,7 @@ def evaluate(
     DATA is CIFAR's folder, a folder of class folders or a zip of one; its test set, where it has one; of a run with
     --holdout and its own images, those that were held out.
     """
-    check_outputs(output, plot, overwrite)
+    check_outputs(output, plot, overwrite, inputs=(weights, f"{weights}/weights.safetensors", data))
     keep_memory()
     from vggfeat.training.evaluation import Views
 

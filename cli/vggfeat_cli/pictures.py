@@ -143,7 +143,7 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> int
 )
 @_size(128, "Side of the pictures in pixels.")
 @click.option("--steps", default=200, show_default=True, help="Steps of the optimiser.")
-@click.option("--jitter", default=8, show_default=True, help="Largest random shift in pixels.")
+@click.option("--jitter", default=8, show_default=True, help="Largest random shift in pixels, to size / 8.")
 @_seed
 @_quiet
 @_common
@@ -184,7 +184,7 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
 @click.option("--gram", is_flag=True, help="From the Gram matrices: texture synthesis.")
 @click.option("--compare", is_flag=True, help="The original beside it.")
 @_size(256, "Long side of the picture in pixels.")
-@click.option("--steps", default=200, show_default=True, help="Steps at each scale.")
+@click.option("--steps", default=200, show_default=True, help="Steps at the finest scale, half as many at others.")
 @click.option("--tv-weight", type=float, help="Weight of the total variation.  [default: 1; with --gram 0]")
 @_seed
 @_quiet
@@ -277,7 +277,7 @@ def distance(
 @click.argument("image", type=click.Path())
 @click.option("--class", "class_index", type=int, help="Which class.  [default: the one ranked first]")
 @click.option("--layer", help="Which layer.  [default: the last ReLU before the classifier]")
-@_size(224)
+@_size(None, "Long side of the image in pixels.  [default: 224; of a run, what it was trained at]")
 @_colors("turbo")
 @_common
 def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -14,7 +15,14 @@ if TYPE_CHECKING:
 FORMATS = {"text": "__str__", "markdown": "to_markdown", "json": "to_json", "csv": "to_csv"}
 
 output_option = click.option("-o", "--output", type=click.Path(), help="Write there instead of to the terminal.")
-format_option = click.option("--format", "form", type=click.Choice([*FORMATS]), default="text", show_default=True)
+format_option = click.option(
+    "--format",
+    "form",
+    type=click.Choice([*FORMATS]),
+    default="text",
+    show_default=True,
+    help="Of the report; CSV has its first table alone.",
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
 plot_option = click.option("--plot", type=click.Path(), help="Draw it: PNG, PDF or SVG.")
 
@@ -31,15 +39,15 @@ def finish_report(report: Report, form: str, output: str | None, overwrite: bool
     click.echo(output)
 
 
-def check_outputs(output: str | None, plot: str | None, overwrite: bool) -> None:
-    """Stop before any work if what is to be written cannot be."""
-    from vggfeat.files import check_path
+def check_outputs(output: str | None, plot: str | None, overwrite: bool, inputs: Sequence[str] = ()) -> None:
+    """Stop before any work if what is to be written cannot be, or would replace what is read."""
+    from vggfeat.files import check_path, same_file
 
-    if output is not None and output == plot:
+    if output is not None and plot is not None and same_file(output, plot):
         raise InputError(f"--plot and --output are both {plot}: give them two names")
     if output is not None:
-        check_path(output, overwrite=overwrite)
+        check_path(output, overwrite=overwrite, inputs=inputs)
     if plot is not None:
         from vggfeat.plots import check_plot
 
-        check_plot(plot, overwrite=overwrite)
+        check_plot(plot, overwrite=overwrite, inputs=inputs)

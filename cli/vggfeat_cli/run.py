@@ -78,7 +78,9 @@ class Target:
         """As things are now: of two commands at once, the second to end takes the next number."""
         from vggfeat.files import free_name
 
-        return Path(self.output or (self.name if self.overwrite else free_name(self.name)))
+        if self.output is not None:
+            return Path(self.output)
+        return Path(self.name) if self.overwrite else free_name(self.name)
 
     def save(self, picture: _Picture) -> tuple[Path, str]:
         """Write the picture there, or, rather than lose it, somewhere else; where it is, and the trouble."""

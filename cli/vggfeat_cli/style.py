@@ -48,10 +48,16 @@ def command(
     Ctrl-C stops early and saves the best picture so far.
     """
     config = StyleConfig(**values)
+    from vggfeat.files import same_file
     from vggfeat.image import check_output
 
     target = Target(output, "-".join(Path(path).stem for path in (content, *style)) + ".png", overwrite)
+    if output is not None and checkpoint is not None and Path(checkpoint).exists():
+        # of a run that goes on, the picture so far may be there: the next one takes another name rather than its place
+        target = Target(None, output, overwrite)
     check_output(target.path(), overwrite=overwrite, inputs=(content, *style, config.init))
+    if checkpoint is not None and same_file(checkpoint, target.path()):
+        raise vggfeat.InputError(f"--checkpoint and the picture are both {checkpoint}: give them two names")
     with _Bar(disable=quiet) as bar:
         result = vggfeat.stylize(content, list(style), config, callback=bar, checkpoint=checkpoint)
     written, trouble = target.save(result)

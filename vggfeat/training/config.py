@@ -242,6 +242,8 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
     (0.05, 0.02)
     >>> recipe("fast", arch="vgg16").lr  # less with more layers
     0.0076
+    >>> recipe("fast", weights="imagenet").lr  # and least from weights that were trained, of any network
+    0.005
 
     Args:
         name: `chapter` (the chapter's), `paper` (Simonyan and Zisserman's) or `fast` (ours). A recipe is how to train:
@@ -258,9 +260,9 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
         if key not in fields:
             raise InputError(f"unknown setting {key!r}: {nearest(key, fields)}")
     settings = dict(RECIPES[name])
-    if name == "fast" and (changes.get("arch") is not None or changes.get("weights") is not None):
-        # what weights are of is not known before they are read, and what was trained wants no long steps
-        arch = parse(changes.get("arch") or "vgg19")
+    if name == "fast":
+        # what was trained wants no long steps
+        arch = parse("vgg19" if changes.get("weights") is not None else changes.get("arch") or "vgg16_bn")
         if not arch.batch_norm:
             settings["lr"] = _plain_lr(len(arch.convs))
     return TrainConfig(**(settings | changes))

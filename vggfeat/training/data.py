@@ -26,7 +26,7 @@ from vggfeat.image import open_image, pixels_of
 
 __all__ = ["ImageSet", "load", "load_test"]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 SETS = ("train", "test")
 TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
 NAMED = 5  # unreadable images that a message names
@@ -44,6 +44,7 @@ class ImageSet:
         read: gives image number i, RGB.
         pixels: (N,H,W,3) uint8 where all of them are in memory, else None.
         skipped: names of those that could not be read and were left out.
+        others: files among them that are no images by their names.
     """
 
     label: str
@@ -53,6 +54,7 @@ class ImageSet:
     read: Callable[[int], Image.Image]
     pixels: Tensor | None = None
     skipped: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -196,7 +198,7 @@ def _under(tree: _Tree, folder: str) -> _Tree:
 def _stripped(tree: _Tree) -> _Tree:
     """The tree without the folders that hold nothing but one folder of folders, such as an archive's own name."""
     while True:
-        images = [name for name in tree.files if name.lower().endswith(SUFFIXES)]
+        images = [name for name in tree.files if name.lower().endswith(SUFFIXES) and "/" in name]
         tops = {name.split("/")[0] for name in images}
         if len(tops) != 1 or any(name.count("/") < 2 for name in images):
             return tree
@@ -218,7 +220,9 @@ def _class_folders(path: Path, tree: _Tree) -> ImageSet:
         )
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[name.split("/")[0]] for name in names], device="cpu")
-    return ImageSet(f"{path}/{tree.prefix}".rstrip("/"), classes, labels, names, _Reader(path, tree.prefix, names))
+    others = [name for name in tree.files if "/" in name and not name.lower().endswith(SUFFIXES)]
+    read = _Reader(path, tree.prefix, names)
+    return ImageSet(f"{path}/{tree.prefix}".rstrip("/"), classes, labels, names, read, others=others)
 
 
 class _Reader:

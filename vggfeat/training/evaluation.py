@@ -217,7 +217,7 @@ def _held_out(images: ImageSet, share: float, seed: int, digest: str, data: str 
         rest = parted(images, share, seed)[1]
         if rest.digest == digest:
             return rest
-    if images.label == data:
+    if data is not None and os.path.realpath(images.label) == os.path.realpath(data):
         raise InputError(
             f"{data} is what the run was trained on, but its images are others now: which of them were held out is "
             "not known any more; test it on other images"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -57,13 +58,17 @@ class Epoch:
     skipped: int
 
 
-def check(folder: Path, config: TrainConfig, resume: bool) -> None:
+def check(folder: Path, config: TrainConfig, resume: bool, sources: Sequence[Any] = ()) -> None:
     """Make sure that nothing in the folder will be lost: a run is gone on with, and only what is empty is filled.
 
     Raises:
         InputError: something is there and nothing to go on with was asked for, or it is no run, or one with other
-            settings.
+            settings; or it is in one of the folders that the images come from, of which it would be a class.
     """
+    for source in sources:
+        if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+            if folder.resolve().is_relative_to(Path(source).resolve()):
+                raise InputError(f"{folder} is inside of the images' folder, {source}: choose one elsewhere")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not resume:

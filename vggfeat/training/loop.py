@@ -122,7 +122,7 @@ def train(
     config, folder = config or TrainConfig(), Path(folder)
     with joined(config.device) as world, _repeatable(config, world):
         says = announce if announce is not None and world.first else _silent
-        decided_by_first(lambda: check(folder, config, resume), world)
+        decided_by_first(lambda: check(folder, config, resume, (data, test)), world)
         images, test_images = load(data, test, resize=config.resize, bad_images=config.bad_images)
         if len(images.classes) < 2:
             raise InputError(f"{images.label} has one class, {images.classes[0]}: there is nothing to tell apart")
@@ -257,6 +257,9 @@ class _Run:
             if each is not None and each.skipped:
                 named = ", ".join(each.skipped[:5]) + " …" * (len(each.skipped) > 5)
                 yield f"left out {len(each.skipped)} images of {each.label} that cannot be read: {named}"
+            if each is not None and each.others:
+                named = each.others[0] + " …" * (len(each.others) > 1)
+                yield f"left out {len(each.others)} files of {each.label} with names of no images: {named}"
         yield from damaged
 
     # ── the state ─────────────────────────────────────────────────────────────────────────────────────────────────────

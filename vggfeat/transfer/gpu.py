@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from vggfeat.errors import first_line
+from vggfeat.errors import first_line, warn
 
 __all__ = ["Reading", "ahead", "recorded"]
 
@@ -77,7 +76,7 @@ def recorded(step: Step, image: Tensor, times: int) -> Step:
         if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C, under what ending a recording says to it
             raise KeyboardInterrupt from error
         why = first_line(error)
-    warnings.warn(f"steps are not replayed as a CUDA graph: {why}", stacklevel=5)  # in who called `stylize`
+    warn(f"steps are not replayed as a CUDA graph: {why}")
     return step
 
 

@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat import checkpoint as checkpoints
-from vggfeat.errors import InputError, RunError, first_line
+from vggfeat.errors import InputError, RunError, first_line, warn
 from vggfeat.features import VGGFeatures, trunk_dtype
 from vggfeat.files import check_path
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
@@ -448,7 +447,7 @@ class _Run:
             history = self.history[: self.state["told"]]
             checkpoints.write(self.checkpoint, self.identity | self.state | {"history": history})
         except OSError as error:
-            warnings.warn(f"cannot write checkpoint {self.checkpoint}: {error.strerror}", stacklevel=2)
+            warn(f"cannot write checkpoint {self.checkpoint}: {error.strerror}")
 
     def result(self) -> StyleResult:
         """The picture as it is saved, and what is known of it."""

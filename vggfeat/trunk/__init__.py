@@ -16,13 +16,14 @@ sums over positions `vjp_by_rows`. All are the walk of `walk.py`, forward and ba
 """
 
 from vggfeat.trunk.autograd import run
-from vggfeat.trunk.filters import Trunk
+from vggfeat.trunk.filters import Part, Trunk
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan, Stage
 from vggfeat.trunk.stage import OnTap
 from vggfeat.trunk.walk import TapGradOf, TapGradOfRows, forward, vjp, vjp_by_rows
 
 __all__ = [
+    "Part",
     "Plan",
     "OnTap",
     "TapGradOf",

@@ -14,7 +14,7 @@ from vggfeat.arch import Arch
 from vggfeat.modes import constant_when_traced, outside
 from vggfeat.trunk.plan import Plan
 
-__all__ = ["Filters", "Trunk", "by_stage"]
+__all__ = ["Filters", "Part", "Trunk", "by_stage"]
 
 Key = tuple[str, bool, str]  # a convolution, whether with the batch normalisation folded in, and what of it is wanted
 
@@ -74,6 +74,10 @@ class Trunk:
 
     def __reduce__(self) -> tuple[Callable[..., Trunk], tuple[Any, ...]]:
         return Trunk.shared, (self.arch, self.state, self.key)
+
+    def part(self, names: Sequence[str]) -> Part:
+        """What is pickled of it by who uses those keys of the state alone."""
+        return Part(self, tuple(names))
 
     def filters(
         self,
@@ -155,6 +159,20 @@ class Trunk:
             scale = gamma / torch.sqrt(var + 1e-5)
             weight, bias = weight * scale[:, None, None, None], (bias - mean) * scale + beta
         return weight, bias
+
+
+class Part:
+    """Stands for a trunk where that is pickled, so that no layers go along which others have brought; a copy is it."""
+
+    def __init__(self, trunk: Trunk, names: tuple[str, ...]) -> None:
+        self.trunk, self.names = trunk, names
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Part:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Trunk], tuple[Any, ...]]:
+        trunk = self.trunk
+        return Trunk.shared, (trunk.arch, {name: trunk.state[name] for name in self.names}, trunk.key)
 
 
 def _linear(index: int) -> Key:

@@ -123,8 +123,8 @@ def dream(
         size: side of the pictures in pixels.
         steps: of Adam.
         learning_rate: of Adam: in units of the amplitudes; for pixels a third of it, in units of their range.
-        jitter: largest shift in pixels.
-        seed: of the start and of the jitter.
+        jitter: largest shift in pixels; no more than an eighth of the side is used.
+        seed: of the start and of the jitter, from 0 to 2⁶³ - 1.
         arch: the network, see `VGGFeatures`.
         weights: see `vggfeat.weights.load`.
         precision: `auto`, `float32` or `bfloat16`.
@@ -138,9 +138,11 @@ def dream(
     if parametrization not in PARAMETRIZATIONS:
         raise InputError(f"unknown parametrization {parametrization!r}: {nearest(parametrization, PARAMETRIZATIONS)}")
     smallest = 2 if parametrization == "fourier" else 4  # which the blur needs
-    for name, value, least in (("steps", steps, 1), ("size", size, smallest), ("jitter", jitter, 0)):
+    for name, value, least in (("steps", steps, 1), ("size", size, smallest), ("jitter", jitter, 0), ("seed", seed, 0)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
+    if seed >= 2**63:
+        raise InputError(f"seed must be below 2^63, got {seed}")
     if not learning_rate > 0:
         raise InputError(f"learning_rate must be a positive number, got {learning_rate}")
     device, loaded = resolve(device), load(weights, arch)
@@ -341,7 +343,7 @@ def invert(
             as the weights reach.
         gram: match the Gram matrices.
         size: long side of the picture in pixels.
-        steps: at the finest scale (and at each coarser one).
+        steps: at the finest scale; each coarser one gets half as many.
         tv_weight: of the total variation; None means 1 from features and 0 from Gram matrices.
         seed: of the noise.
         arch: the network; None means the weights' own, and vgg19 where they imply none.

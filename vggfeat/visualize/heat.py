@@ -14,7 +14,7 @@ from vggfeat.arch import Arch
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import mse, unit_normalize, wide
-from vggfeat.image import ImageLike, to_pil
+from vggfeat.image import ImageLike, as_picture, to_pil
 from vggfeat.metrics import LPIPS
 from vggfeat.network import VGG, evaluating, of_weights
 from vggfeat.visualize.inputs import load_image
@@ -150,7 +150,7 @@ def cam(
     class_index: int | None = None,
     *,
     layer: str | None = None,
-    size: int | None = 224,
+    size: int | None = None,
     colors: str = "turbo",
     names: Sequence[str] | None = None,
     net: VGG | None = None,
@@ -167,7 +167,8 @@ def cam(
         image: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
         class_index: which class; None means the one that the network ranks first.
         layer: whose maps; None means the last ReLU, as in the paper.
-        size: long side that the image is brought to, in pixels; None leaves it.
+        size: long side that the image is brought to, in pixels; 0 leaves it. None means 224, but of a run of `train`
+            the shorter side that it was trained at.
         colors: `grey` or a colour map of kornia's.
         names: of the classes, for the label; None means those that a run of `train` wrote with its weights, if any.
         net: a network of your own; it is run in eval mode and left as it was.
@@ -180,7 +181,12 @@ def cam(
         InputError: a class or layer that is not there, or an image that cannot be read or is below 32 pixels.
         WeightsError: weights that cannot be had or hold no classifier.
     """
-    x = load_image(image, size)
+    picture = as_picture(image)  # before weights, which may have to be fetched
+    facts = facts_of(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
+    if size is None:
+        trained = facts.get("size")
+        size = round(trained * max(picture.size) / min(picture.size)) if trained else 224
+    x = load_image(image, size or None)
     if min(x.shape[2:]) < 32:
         raise InputError(f"a classifier needs at least 32 pixels on each side, got {x.shape[3]}×{x.shape[2]}")
     label = "a network in memory"
@@ -191,8 +197,7 @@ def cam(
                 f"weights {loaded.label} hold no classifier, which class activation maps need: give imagenet or the "
                 "folder of a run of `vggfeat train`"
             )
-        if names is None and isinstance(weights, str | os.PathLike):
-            names = facts_of(weights).get("classes")
+        names = facts.get("classes") if names is None else names
         label, mean, std = loaded.label, IMAGENET.mean, IMAGENET.std
         net = of_weights(loaded)
     last = net.arch.names[-1]
