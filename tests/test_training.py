@@ -834,7 +834,8 @@ def test_a_run_goes_on_as_weights(finished, tmp_path):
     picture = pictures.picture("ant", 0, 80, 64)
     seen = vggfeat.visualize.cam(picture, 1, weights=result.folder)
     assert seen.class_name == "bee" and "1 bee" in seen.sheet.labels[1]
-    assert tuple(seen.map.shape) == (32, 40)  # at the size that it was trained at
+    assert tuple(seen.map.shape) == (32, 40)  # at the size that it was trained at …
+    assert seen.sheet.tiles[0].size == (224, 179)  # … and shown at one that a person can make out
     assert max(vggfeat.visualize.cam(picture, weights=result.folder, size=64).map.shape) == 64
 
 

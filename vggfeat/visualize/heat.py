@@ -183,9 +183,11 @@ def cam(
     """
     picture = as_picture(image)  # before weights, which may have to be fetched
     facts = facts_of(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
+    shown = size
     if size is None:
         trained = facts.get("size")
         size = round(trained * max(picture.size) / min(picture.size)) if trained else 224
+        shown = max(224, size)  # what a network of small images sees is hard to make out
     x = load_image(image, size or None)
     if min(x.shape[2:]) < 32:
         raise InputError(f"a classifier needs at least 32 pixels on each side, got {x.shape[3]}×{x.shape[2]}")
@@ -214,8 +216,12 @@ def cam(
         (grad,) = torch.autograd.grad(logits[chosen], taps[layer])
     logits, alpha = logits.detach(), grad.mean((2, 3), keepdim=True)
     raw = wide((alpha * taps[layer]).sum(1).relu()[0].detach()).cpu()
-    heat = spread(raw, (x.shape[2], x.shape[3]))
-    heat = heat / torch.where(heat.max() > 0, heat.max(), 1)
+
+    def over(image: Tensor) -> Tensor:
+        heat = spread(raw, (image.shape[2], image.shape[3]))
+        return heat / torch.where(heat.max() > 0, heat.max(), 1)
+
+    large = x if shown == size else load_image(image, shown)
     probability = float(logits.softmax(0)[chosen])
     name = names[chosen] if names is not None and chosen < len(names) else None
     title = f"class {chosen}" if name is None else f"{chosen} {name}"
@@ -224,9 +230,9 @@ def cam(
         "arch": net.arch.name, "weights": label,
     }  # fmt: skip
     sheet = Sheet(
-        [to_pil(x), to_pil(overlay(x, heat, colors))],
+        [to_pil(large), to_pil(overlay(large, over(large), colors))],
         ["", f"{title}, {100 * probability:.1f} %, by {layer}"],
         columns=2,
         settings=settings,
     )
-    return Cam(heat, raw, chosen, name, float(logits[chosen]), probability, sheet)
+    return Cam(over(x), raw, chosen, name, float(logits[chosen]), probability, sheet)
