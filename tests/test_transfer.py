@@ -708,21 +708,6 @@ def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
     assert automatic.losses == stylize(*pair, config(steps=3, precision="bfloat16", tile=16)).losses
 
 
-def test_what_is_free(tmp_path):
-    assert 1 << 20 < tiles_module.free_memory(torch.device("cpu")) < 1 << 60
-    assert tiles_module._group_free(tmp_path) > 1 << 60
-    (tmp_path / "memory.max").write_text("max\n")
-    assert tiles_module._group_free(tmp_path) > 1 << 60
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    assert tiles_module._group_free(tmp_path) == 3000
-    old = tmp_path / "old" / "memory"
-    old.mkdir(parents=True)
-    (old / "memory.limit_in_bytes").write_text("700\n")
-    (old / "memory.usage_in_bytes").write_text("900\n")
-    assert tiles_module._group_free(tmp_path / "old") == 0
-
-
 # ── stylize: scales and starts ────────────────────────────────────────────────────────────────────────────────────────
 
 

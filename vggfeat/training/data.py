@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vggfeat.errors import ImageError, InputError
 from vggfeat.image import open_image, pixels_of
+from vggfeat.memory import all_memory
 
 __all__ = ["ImageSet", "load", "load_test"]
 
@@ -267,7 +268,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
             continue
         if not good:
             shape = (image.height, image.width, 3)
-            if 3 * image.height * image.width * len(images) > _memory() // 4:
+            if 3 * image.height * image.width * len(images) > all_memory() // 4:
                 return
             store = torch.empty(len(images), *shape, dtype=torch.uint8, device="cpu")
         elif (image.height, image.width, 3) != shape:
@@ -297,13 +298,6 @@ def scaled(image: Image.Image, shorter: int | None) -> Image.Image:
     short = min(image.size)
     width, height = (max(1, round(side * shorter / short)) for side in image.size)
     return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return 8 << 30
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from vggfeat.arch import Arch
 from vggfeat.features import BY_HAND
 from vggfeat.processor import emulates
 
-__all__ = ["Span", "Tile", "free_memory", "side_for", "tiles"]
+__all__ = ["Span", "Tile", "side_for", "tiles"]
 
 # what a step takes at its peak, in outputs of the first convolution, and somewhat more: measured on a CPU were 3 (max
 # pooling) to 5.5 (l2, padded by replication) in float32, 5 to 7.5 in bfloat16, and 10 to 15 by autograd, where it
@@ -27,7 +26,7 @@ __all__ = ["Span", "Tile", "free_memory", "side_for", "tiles"]
 MAPS, IN_STRIPS = 8, 6
 IMAGES = 30  # float32, of the whole picture: what the optimiser and the steps around it take
 SHARE = 0.7  # of the free memory that a step may take
-LEAST, UNKNOWN = 256, 4 << 30  # pixels of a side; bytes that are taken to be free where nothing tells
+LEAST = 256  # pixels of a side
 
 
 @dataclass(frozen=True)
@@ -146,34 +145,3 @@ def side_for(
     pixels = min(most, max(0.0, free - IMAGES * 12 * height * width) / each)
     around = 2 * max(arch.layer(name).receptive_field // 2 for name in layers)
     return max(LEAST, int(math.sqrt(pixels)) - around)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of memory that are free on a device, as far as that can be told."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return min(_machine_free(), _group_free())
-
-
-def _machine_free() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration, IndexError):  # not Linux
-        return UNKNOWN
-
-
-def _group_free(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit leaves, of either version of control groups."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return max(0, int((folder / limit).read_text()) - int((folder / used).read_text()))
-        except (OSError, ValueError):  # none, or "max"
-            continue
-    return 1 << 62

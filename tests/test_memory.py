@@ -1,0 +1,36 @@
+"""How much memory there is and is left, by what systems and containers tell."""
+
+import pytest
+import torch
+
+from vggfeat import memory
+
+CPU = torch.device("cpu")
+
+
+def written(folder, **files):
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def test_this_machine_has_some():
+    assert 1 << 20 < memory.free_memory(CPU) < memory.all_memory() < 1 << 60
+
+
+def test_containers_tell_what_they_leave(tmp_path):
+    none = (memory.NO_LIMIT, 0)
+    assert memory._group(tmp_path / "nowhere") == none
+    assert memory._group(written(tmp_path / "a", memory__max="max\n", memory__current="2000\n")) == none
+    assert memory._group(written(tmp_path / "b", memory__max="5000\n", memory__current="2000\n")) == (5000, 2000)
+    old = {"memory__limit_in_bytes": "700\n", "memory__usage_in_bytes": "900\n"}
+    (tmp_path / "c").mkdir()
+    written(tmp_path / "c" / "memory", **old)
+    assert memory._group(tmp_path / "c") == (700, 900)
+
+
+@pytest.mark.parametrize(("limit", "used", "free"), [(5000, 2000, 3000), (700, 900, 0)])
+def test_a_container_s_limit_is_the_limit(monkeypatch, limit, used, free):
+    monkeypatch.setattr(memory, "_group", lambda: (limit, used))
+    assert (memory.free_memory(CPU), memory.all_memory()) == (free, limit)
