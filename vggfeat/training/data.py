@@ -61,6 +61,11 @@ class ImageSet:
         return len(self.labels)
 
     @property
+    def side(self) -> int:
+        """Side of square crops where none is asked for: the images' own where they are in memory, else 224."""
+        return 224 if self.pixels is None else min(self.pixels.shape[1:3])
+
+    @property
     def digest(self) -> str:
         """Of names and labels: what tells one set from another."""
         rows = (f"{name}\0{label}\n" for name, label in zip(self.names, self.labels.tolist(), strict=True))

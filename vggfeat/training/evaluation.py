@@ -245,7 +245,7 @@ def tested(
     workers: int = 0,
 ) -> Evaluation:
     """Test a network that is on `world.device`; every image once, shared among the processes."""
-    size = views.size or (min(images.pixels.shape[1:3]) if images.pixels is not None else 224)
+    size = views.size or images.side
     scales: tuple[int | None, ...] = views.scales or (None if images.pixels is not None else scale_for(size),)
     net.eval()
     scores = torch.zeros(len(images), net.arch.num_classes, device=world.device)

@@ -178,7 +178,7 @@ class _Run:
     ) -> None:
         self.config, self.images, self.test, self.world = config, images, test, world
         self.folder, self.callback, self.announce = folder, callback, announce
-        self.size = config.size or (min(images.pixels.shape[1:3]) if images.pixels is not None else 224)
+        self.size = config.size or images.side
         if self.size < 32:
             raise InputError(
                 f"images of {self.size} pixels are smaller than 32, five pools' stride: set resize and size"
