@@ -718,14 +718,17 @@ def test_train_and_evaluate(vgg, labelled):
 def test_an_evaluation_replaces_nothing_that_it_reads(vgg, labelled):
     save_file(vggfeat.vgg11(3, width=0.125, head="slim").state_dict(), "w.safetensors")
     assert vgg("train", "set.zip", *SMALL, "--epochs=1", "-o", "run", "--quiet")[0] == 0
-    for read, output in (
-        ("w.safetensors", "set.zip"),
-        ("w.safetensors", "./w.safetensors"),
-        ("run", "run/weights.safetensors"),
+    pictures.folder(labelled / "data", pictures.tree(2))
+    for read, data, output in (
+        ("w.safetensors", "set.zip", "set.zip"),
+        ("w.safetensors", "set.zip", "./w.safetensors"),
+        ("caffe:w.safetensors", "set.zip", "w.safetensors"),
+        ("run", "set.zip", "run/weights.safetensors"),
+        ("w.safetensors", "data", "data/ant/0.png"),
     ):
         before = Path(output).read_bytes()
-        code, out, err = vgg("evaluate", read, "set.zip", "-o", output, "--overwrite")
-        assert (code, out) == (2, "") and "one of the files that are read" in one_line(err, "vggfeat")
+        code, out, err = vgg("evaluate", read, data, "-o", output, "--overwrite")
+        assert (code, out) == (2, "") and "it is one of the files" in one_line(err, "vggfeat")
         assert Path(output).read_bytes() == before
 
 
@@ -743,6 +746,8 @@ def test_a_run_is_not_written_among_its_images(vgg, labelled):
         code, out, err = vgg("train", "data", *SMALL, "-o", folder)
         assert (code, out) == (2, "") and "inside of the images' folder" in one_line(err, "vggfeat")
     assert sorted(each.name for each in (labelled / "data").iterdir()) == ["ant", "bee", "cow"]
+    code, out, _ = vgg("train", "data", *SMALL, "--epochs=1", "--quiet", "-o", "data/.run")  # which nobody looks at
+    assert (code, out) == (0, "data/.run\n") and vgg("evaluate", "data/.run", "data")[0] == 0
 
 
 def test_a_recipe_s_flag_can_be_taken_back(vgg, labelled):

@@ -92,6 +92,13 @@ def test_scales():
     check(vggfeat.evaluate(net, data, Views(size=32, scales=(32, 48)), workers=0, **ONE), net, crops, data, 2)
 
 
+@pytest.mark.parametrize("head", ["slim", "paper"])
+def test_dense_wants_what_five_pools_leave_something_of(head):
+    net = vggfeat.vgg11(3, width=0.125, head=head)
+    with pytest.raises(InputError, match=r"40×31 are too small: at least 32 pixels"):
+        net.dense(torch.zeros(1, 3, 31, 40))
+
+
 def test_dense_slim_is_the_whole_image():
     net, data = made(), images(height=64, width=96)
     check(vggfeat.evaluate(net, data, Views(dense=True), **ONE), net, [prepared(data.pixels)], data, 1)
@@ -213,7 +220,7 @@ def test_class_names_must_fit(folder, tmp_path):
 
 
 def test_weights_without_a_classifier(folder):
-    with pytest.raises(InputError, match="no classifier"):
+    with pytest.raises(WeightsError, match="no classifier"):
         vggfeat.evaluate("bundled", folder, **ONE)
     with pytest.raises(WeightsError):
         vggfeat.evaluate("nowhere.pth", folder, **ONE)

@@ -117,6 +117,13 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
         assert pixels(vi.open_image(tmp_path / name)) == [[(g, g, g) for g in grey]], name
 
 
+def test_sixteen_bit_grey_in_memory(tmp_path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + struct.pack(">2H", 2570, 65535))
+    with Image.open(tmp_path / "a.pgm") as image:
+        for each in (image, image.copy(), image.crop((0, 0, 2, 1))):  # of which Pillow forgets the format
+            assert pixels(vi.as_picture(each)) == [[(10, 10, 10), WHITE]]
+
+
 def test_transparent_value_of_sixteen_bit_grey_becomes_white(tmp_path):
     data = png(2, 1, b"\0" + struct.pack(">2H", 1000, 2570), 16, 0, [(b"tRNS", struct.pack(">H", 1000))])
     (tmp_path / "a.png").write_bytes(data)

@@ -130,6 +130,8 @@ def test_other_networks_are_refused():
     narrow = load("random", Arch("D", channels=scaled(4), head=None))
     with pytest.raises(vggfeat.InputError, match=r"made for VGG-16 at full width, got vgg16 with \(4, 8, 16, 32, 32\)"):
         vggfeat.LPIPS(weights=narrow)
+    with pytest.raises(vggfeat.WeightsError, match="random are of vgg19, not of vgg16"):
+        vggfeat.LPIPS(weights=load("random", "vgg19"))
     with pytest.raises(vggfeat.WeightsError, match="bundled belong to vgg19, not to vgg16"):
         vggfeat.LPIPS(weights="bundled")
     encoded = vggfeat.PerceptualLoss(LAYERS, weights=narrow).encode(torch.rand(1, 3, 16, 16))

@@ -410,13 +410,36 @@ def test_holdout(tmp_path, monkeypatch):
     assert home.images == 6
     # of the set it was trained on and more, which were held out cannot be told, and most are those trained on
     more = pictures.folder(source, other | pictures.tree(8))
-    monkeypatch.chdir(tmp_path)
-    for name in (more, "s", "r/../s"):
-        with pytest.raises(InputError, match="its images are others now"):
-            vggfeat.evaluate(tmp_path / "r", name)
+    for place, names in ((tmp_path, ("s", "r/../s")), (tmp_path / "few", (more, "../s"))):
+        monkeypatch.chdir(place)
+        for name in names:
+            with pytest.raises(InputError, match="its images are others now"):
+                vggfeat.evaluate(tmp_path / "r", name)
 
 
 # ── stopping and going on ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_does_not_go_on_at_another_size(tmp_path, monkeypatch):
+    """As where its images were in memory, and are too many for this machine's."""
+    source = pictures.folder(tmp_path / "s", pictures.tree(8))
+    with pytest.raises(Interrupted):
+        run(source, tmp_path / "r", callback=stop_at(2), save_every=1)
+    monkeypatch.setattr(vggfeat.training.data, "all_memory", lambda: 4 * 3 * 32 * 32)
+    with pytest.raises(InputError, match="on crops of 32 pixels, here they would be of 224"):
+        run(source, tmp_path / "r", resume=True, save_every=1)
+
+
+def test_what_is_left_out_is_told_once(tmp_path):
+    files = pictures.tree(8) | {"ant/x.heic": b"-", "bee/notes.txt": b"-"}
+    for holdout in (0, 0.25):
+        lines = []
+        source = pictures.folder(tmp_path / f"s{holdout}", files)
+        config = TrainConfig(**TINY | {"epochs": 1, "holdout": holdout})
+        vggfeat.train(source, None, config, tmp_path / f"r{holdout}", announce=lines.append)
+        assert [line for line in lines if "left out" in line] == [
+            f"left out 2 files of {source} with names of no images: ant/x.heic …"
+        ]
 
 
 def test_a_run_is_never_overwritten(data, tmp_path):
@@ -640,7 +663,10 @@ def launched(data, folder, *more):
     return done.stdout
 
 
-@pytest.mark.parametrize(("local", "current", "own", "expected"), [(1, 0, True, 1), (1, 0, False, 1), (0, 2, False, 2)])
+@pytest.mark.parametrize(
+    ("local", "current", "own", "expected"),
+    [(1, 0, True, 1), (1, 0, False, 1), (0, 2, False, 2), (3, 0, False, 0)],
+)
 @pytest.mark.parametrize("fails", [False, True])
 def test_each_process_takes_its_gpu(monkeypatch, local, current, own, expected, fails):
     """Be the group its own or the caller's; and one that fails leaves NCCL's, which waits for all, as it is."""
@@ -650,6 +676,7 @@ def test_each_process_takes_its_gpu(monkeypatch, local, current, own, expected, 
     monkeypatch.setattr(distributed, "resolve", torch.device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(("set", device)))
     answers = {"is_initialized": not own, "get_rank": 1, "get_world_size": 3, "barrier": None}
     for name, value in answers.items():
@@ -958,7 +985,7 @@ def test_fast_takes_shorter_steps_from_weights():
     assert (
         vggfeat.recipe("fast", weights="mine.pth", arch="vgg11_bn").lr == 0.005
     )  # whether the network is named or not
-    assert vggfeat.recipe("fast").lr == 0.05
+    assert vggfeat.recipe("fast").lr == vggfeat.recipe("fast", weights="random", arch="vgg16_bn").lr == 0.05
 
 
 def test_other_peoples_folders_are_left_alone(data, tmp_path):

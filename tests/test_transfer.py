@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat import InputError, RunError, StyleConfig, VGGFeatures, WeightsError, stylize
-from vggfeat.arch import parse
+from vggfeat.arch import Arch, parse
 from vggfeat.image import fit, read_settings, resize, to_pil, to_tensor
 from vggfeat.transfer import objective as objective_module
 from vggfeat.transfer import stylize as stylize_module
@@ -694,6 +694,9 @@ def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
     # of 64 channels, 2³¹ values are 33.5 million pixels
     assert side(1e15, 5700, 5800, device="cuda") == 0 and side(1e15, 5700, 5900) == 0
     assert side(1e15, 5700, 5900, device="cuda") == math.isqrt((2**31 - 1) // 64) - 156
+    wide = Arch("E", head=None, channels=(8, 256, 8, 8, 8))  # its second block, of a quarter of the positions
+    sides = [side_for(wide, layers, 5700, w, torch.float32, torch.device("cuda"), 1e15) for w in (5800, 5900)]
+    assert sides[0] == 0 < sides[1]
     assert side(1e6, names=["relu1_1", "fc7"]) == 0  # of a classifier there are no parts
     asked = []
     monkeypatch.setattr(stylize_module, "side_for", lambda *given: asked.append(given) or 16)

@@ -529,7 +529,7 @@ def test_a_blurred_tower_shows(oxford, test_data):
 def test_grad_cam_is_what_autograd_says(headed, layer):
     image = noise(64, 64)
     headed.zero_grad()
-    found = cam(image, 2, layer=layer, net=headed, size=0)
+    found = cam(image, 2, layer=layer, net=headed, size=None)
     assert all(parameter.grad is None for parameter in headed.parameters())
     shift, scale = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     x, kept = (image - shift) / scale, None
@@ -562,12 +562,12 @@ def test_grad_cam_finds_the_red_square_that_a_class_stands_for():
     net.classifier[0].eval()
     image = torch.full((1, 3, 64, 64), 0.5)
     image[:, 1:, 0:32, 32:64] = 0
-    found = cam(image, net=net, layer="relu3_2", size=0, names=["grey", "red"], mean=(0, 0, 0), std=(1, 1, 1))
+    found = cam(image, net=net, layer="relu3_2", size=None, names=["grey", "red"], mean=(0, 0, 0), std=(1, 1, 1))
     assert found.class_index == 1 and "1 red" in found.sheet.labels[1]
     assert float(found.map[4:28, 36:60].min()) > 0.99 and float(found.map[36:].max()) == 0
     assert float(found.map[:, :28].max()) == 0
     assert net.training and not net.classifier[0].training  # left as it was
-    silent = cam(image, 0, net=net, size=0)
+    silent = cam(image, 0, net=net, size=None)
     assert float(silent.map.max()) == 0 and silent.sheet.image.size[0] > 128
 
 

@@ -914,7 +914,7 @@ def test_a_network_has_the_channels_of_its_weights(state):
     net = vgg("E", 3, weights=uneven, head="slim")
     assert net.arch == arch and all(torch.equal(value, uneven[key]) for key, value in net.state_dict().items())
     assert vgg("D", 5, weights=state).arch.width == 1 / 16
-    found = cam(images(32)[:1], weights=uneven, size=0)
+    found = cam(images(32)[:1], weights=uneven, size=None)
     assert 0 <= found.class_index < 3
 
 

@@ -88,8 +88,8 @@ class Arch:
     num_classes: int = 1000
 
     def __post_init__(self) -> None:
-        if len(self.channels) != 5 or min(self.channels) < 1:
-            raise InputError(f"channels must be five counts of at least 1, got {self.channels}")
+        if not isinstance(self.channels, tuple) or len(self.channels) != 5 or min(self.channels) < 1:
+            raise InputError(f"channels must be a tuple of five counts of at least 1, got {self.channels}")
         if self.config not in BLOCKS:
             raise InputError(f"unknown VGG configuration {self.config!r}: {nearest(self.config, BLOCKS)}")
         if self.batch_norm and self.config in NORMALISED:

@@ -301,7 +301,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Grey of 16 bits (0..65535) or floating (0..1), scaled to "L"; its transparent value becomes white."""
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+    if image.mode == "I" and image.format not in (None, "PNG", "PPM"):
         raise ImageError("32-bit integers have no known white; save it as 8 or 16 bit")
     white = _WHITE[image.mode]
     pixels = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32)

@@ -29,7 +29,7 @@ def all_memory() -> int:
     try:
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows
-        pages = UNKNOWN
+        pages = 2 * UNKNOWN
     return min(pages, _group()[0])
 
 

@@ -43,8 +43,8 @@ class LPIPS(PerceptualLoss):
         keep: see `PerceptualLoss`.
 
     Raises:
-        InputError: an unknown choice, or weights of another network than VGG-16 at full width.
-        WeightsError: weights that cannot be had or do not reach relu5_3.
+        InputError: an unknown choice, or weights of a narrower VGG-16.
+        WeightsError: weights that cannot be had, are of another network than VGG-16, or do not reach relu5_3.
     """
 
     def __init__(

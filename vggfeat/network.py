@@ -66,15 +66,20 @@ class _AvgPool(nn.AdaptiveAvgPool2d):
     """Where runs must repeat, as two products of matrices: the backward of CUDA's pool adds in no fixed order."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.are_deterministic_algorithms_enabled():
-            return super().forward(x)
+        if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+            return self._as_products(x)
+        return super().forward(x)
+
+    def _as_products(self, x: Tensor) -> Tensor:
+        if x.shape[2:] == (7, 7):
+            return x
         down, across = (self._bins(side, x) for side in x.shape[2:])
         return down @ x @ across.mT
 
     @staticmethod
     def _bins(side: int, like: Tensor) -> Tensor:
         """(7,side): row i averages the pixels from ⌊i·side/7⌋ up to ⌈(i+1)·side/7⌉."""
-        bins = torch.zeros(7, side, device="cpu")
+        bins = torch.zeros(7, side, dtype=torch.float64, device="cpu")
         for i in range(7):
             first, last = i * side // 7, -(-(i + 1) * side // 7)
             bins[i, first:last] = 1 / (last - first)
@@ -84,7 +89,8 @@ class _AvgPool(nn.AdaptiveAvgPool2d):
 class VGG(nn.Module):
     """VGG (Simonyan & Zisserman 2015, Table 1): `features`, `avgpool`, `classifier`, keys as in torchvision.
 
-    `forward` takes (N,3,H,W), normalised as the weights expect, H and W at least 32, and gives logits (N,num_classes).
+    `forward` takes (N,3,H,W), H and W at least 32, and gives logits (N,num_classes). Where weights were loaded, of
+    whatever set, images are to be normalised by ImageNet's mean and standard deviation.
 
     Args:
         arch: which VGG.
@@ -170,6 +176,8 @@ class VGG(nn.Module):
         Raises:
             InputError: images that are too small.
         """
+        if min(x.shape[2:]) < 32:
+            raise InputError(f"images of {x.shape[3]}×{x.shape[2]} are too small: at least 32 pixels on each side")
         x = self.features(x)
         if self.arch.head == "paper" and min(x.shape[2:]) < 7:
             raise InputError(

@@ -195,6 +195,8 @@ def load(weights: WeightsLike, arch: str | Arch | None = None, *, default: str =
         InputError: an unknown architecture, or `weights` of another type.
     """
     if isinstance(weights, Weights):
+        if arch is not None and (wanted := parse(arch)).name != weights.arch.name:
+            raise WeightsError(f"weights {weights.label} are of {weights.arch.name}, not of {wanted.name}")
         return weights
     weights = "random" if weights is None else resolved(weights)
     if isinstance(weights, Mapping):

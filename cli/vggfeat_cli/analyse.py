@@ -138,7 +138,7 @@ def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: 
 @click.command()
 @click.argument("image", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), required=True, help="PNG, PDF or SVG file.")
-@click.option("--arch", help="Network: vgg16, vgg19, …; the weights' own where they imply one.")
+@click.option("--arch", help="Network: vgg16, vgg19, ….  [default: the weights' own; vgg16 with --samples 0]")
 @click.option(
     "--layers",
     type=Values(str),

@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 @click.argument("data", type=click.Path())
 @click.option("--test", type=click.Path(), help="The test set, where DATA holds none.")
 @click.option(
-    "--recipe", "name", type=click.Choice([*RECIPES]), default="fast", show_default=True, help="What is not said here."
+    "--recipe",
+    "name",
+    type=click.Choice([*RECIPES]),
+    default="fast",
+    show_default=True,
+    help="Sets every flag that is not given.",
 )
 @click.option("-o", "--output", type=click.Path(), help="Folder of the run.  [default: ARCH-RECIPE, or WEIGHTS-RECIPE]")
 @click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
@@ -148,8 +153,12 @@ class _Progress:
 @click.argument("weights", type=click.Path())
 @click.argument("data", type=click.Path())
 @click.option("--arch", help="Network, where the weights do not say.")
-@click.option("--size", type=int, help="Side of the crops.  [default: the images' own, else 224]")
-@click.option("--scales", type=Values(int), help="Shorter sides that each image is brought to, such as 256,384,512.")
+@click.option("--size", type=int, help="Side of the crops.  [default: of a run, its own; else the images', or 224]")
+@click.option(
+    "--scales",
+    type=Values(int),
+    help="Shorter sides that each image is brought to, such as 256,384,512.  [default: of a run, its own]",
+)
 @click.option("--grid", type=int, default=1, show_default=True, help="Crops by crops; 1 is the centre, 5 the paper's.")
 @click.option("--flip", is_flag=True, help="See each view mirrored, too.")
 @click.option("--dense", is_flag=True, help="The paper's dense evaluation, in place of crops.")
@@ -192,10 +201,14 @@ def evaluate(
 
     Accuracy, in all and by class, and what is taken for what. WEIGHTS are a run's folder, a file, or imagenet.
 
-    DATA is CIFAR's folder, a folder of class folders or a zip of one; its test set, where it has one; of a run with
-    --holdout and its own images, those that were held out.
+    DATA is CIFAR's folder or .tar.gz, a folder of class folders or a zip of one; its test set, where it has one; of a
+    run with --holdout and its own images, those that were held out.
     """
-    check_outputs(output, plot, overwrite, inputs=(weights, f"{weights}/weights.safetensors", data))
+    file = weights.removeprefix("caffe:")
+    check_outputs(output, plot, overwrite, inputs=(file, f"{file}/weights.safetensors", data))
+    for each in filter(None, (output, plot)):
+        if Path(each).exists() and Path(data).is_dir() and Path(each).resolve().is_relative_to(Path(data).resolve()):
+            raise vggfeat.InputError(f"cannot write {each}: it is one of the files in {data}; choose another name")
     keep_memory()
     from vggfeat.training.evaluation import Views
 

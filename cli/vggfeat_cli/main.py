@@ -51,7 +51,8 @@ def list_sets() -> None:
 def fetch(name: str, arch: str) -> None:
     """Fetch a set for an architecture and verify it.
 
-    NAME is imagenet or caffe. What is here already is not fetched again.
+    NAME is imagenet or caffe; ARCH is vgg16 where it is not given, and vggstyle and vggfeat invert want vgg19. What is
+    here already is not fetched again.
     """
     from vggfeat.weights import find
 

@@ -68,8 +68,13 @@ def _common(command: Command) -> Command:
     """What every picture command has."""
     for option in (
         click.option("--overwrite", is_flag=True, help="Replace an existing output file."),
-        click.option("-o", "--output", type=click.Path(), help="PNG, JPEG, WebP, TIFF, PDF or SVG file."),
-        click.option("--arch", help="Network: vgg16, vgg19, …; a file's own where it holds one."),
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(),
+            help="PNG, JPEG, WebP, TIFF, PDF or SVG file.  [default: a name that says what it shows; distance: none]",
+        ),
+        click.option("--arch", help="Network: vgg16, vgg19, ….  [default: the weights', else vgg16; invert: vgg19]"),
         click.option(
             "--weights",
             default="auto",
@@ -277,14 +282,18 @@ def distance(
 @click.argument("image", type=click.Path())
 @click.option("--class", "class_index", type=int, help="Which class.  [default: the one ranked first]")
 @click.option("--layer", help="Which layer.  [default: the last ReLU before the classifier]")
-@_size(None, "Long side of the image in pixels.  [default: 224; of a run, what it was trained at]")
+@_size(None, "Long side of the image in pixels.  [default: 224; of a run, such that the shorter is as trained]")
 @_colors("turbo")
 @_common
 def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> int:
-    """Where the classifier sees a class in IMAGE (Grad-CAM)."""
+    """Where the classifier sees a class in IMAGE (Grad-CAM).
+
+    It takes weights with a classifier: imagenet, or a run's folder.
+    """
     target = _target(output, f"{Path(image).stem}-cam.png", overwrite, [image])
     from vggfeat.visualize import cam
 
+    options["size"] = options["size"] or "auto"
     result = cam(image, **options)
     name = "" if result.class_name is None else f" {result.class_name}"
     click.echo(f"class {result.class_index}{name}: {100 * result.probability:.1f} %", err=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--checkpoint",
     type=click.Path(),
-    help="Keep the run in this file, once a minute; the same command goes on from it, until the picture is done.",
+    help="Keep the run in this file, once a minute; the same command goes on. Removed when the picture is done.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")

@@ -174,6 +174,7 @@ class Description(Report):
             "batch_norm": self.arch.batch_norm,
             "head": self.arch.head,
             "width": self.arch.width,
+            "channels": list(self.arch.channels),
             "num_classes": self.arch.num_classes,
             "input_size": [self.height, self.width],
             "batch": self.batch,

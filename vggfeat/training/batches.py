@@ -65,7 +65,9 @@ def parted(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSe
         raise InputError(f"holdout {share} of {len(images)} images is none of any class: raise it")
     rest = torch.ones(len(images), dtype=torch.bool, device="cpu")
     rest[chosen] = False
-    return images.subset(rest.nonzero().flatten()), images.subset(chosen)
+    train = images.subset(rest.nonzero().flatten())
+    train.others = images.others  # told once
+    return train, images.subset(chosen)
 
 
 def normalised(pixels: Tensor) -> Tensor:

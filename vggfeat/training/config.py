@@ -71,8 +71,9 @@ class TrainConfig:
             arXiv:2404.00498, section 3.6).
         cutout: side of a square set to the mean colour at a random place (DeVries and Taylor 2017, arXiv:1708.04552).
         ema: decay, per step, of a moving average of the weights, which is then what is tested and saved; 0 means none.
-        precision: `auto` (bfloat16 where the device has matrix units for it, else float32), `float32`, `bfloat16`,
-            `float16` (with a gradient scaler). Weights and their sums are float32 in each.
+        precision: `auto` (bfloat16 where the device multiplies it in hardware: AMX, AVX512-BF16, CUDA from sm80; else
+            float32), `float32`, `bfloat16`, `float16` (with a gradient scaler). Weights and their sums are float32 in
+            each.
         compile: compile the network with `torch.compile`.
         checkpointing: keep each block's input alone and compute the rest again in the backward (Chen et al. 2016,
             arXiv:1604.06174).
@@ -94,7 +95,9 @@ class TrainConfig:
     width: float = option(1.0, "Factor on every channel count.")
     dropout: float = option(0.0, "Dropout in the head.")
     init: str = option("kaiming", "How fresh weights are drawn.")
-    weights: str | Mapping[str, Any] | None = option(None, "Start from imagenet, caffe, bundled, random or a file.")
+    weights: str | Mapping[str, Any] | None = option(
+        None, "Start from imagenet, caffe, bundled, random, a file or a run's folder."
+    )
     new_head: bool = option(False, "With --weights, draw the classifier anew.")
     freeze: str | None = option(None, "With --weights, leave everything up to this layer as it is.")
     features_lr: float = option(1.0, "Factor on the learning rate of the convolutions.")
@@ -262,7 +265,8 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
     settings = dict(RECIPES[name])
     if name == "fast":
         # what was trained wants no long steps
-        arch = parse("vgg19" if changes.get("weights") is not None else changes.get("arch") or "vgg16_bn")
+        begun = changes.get("weights") not in (None, "random")
+        arch = parse("vgg19" if begun else changes.get("arch") or "vgg16_bn")
         if not arch.batch_norm:
             settings["lr"] = _plain_lr(len(arch.convs))
     return TrainConfig(**(settings | changes))

@@ -189,6 +189,14 @@ def _parts(path: Path) -> list[_Tree]:
     return [_stripped(_under(tree, part)) for part in (trains[0], tests[0])]
 
 
+def would_hold(source: Path, folder: Path) -> bool:
+    """Whether a folder is one of those that are looked at for images in `source`."""
+    source, folder = source.resolve(), folder.resolve()
+    if not source.is_dir() or not folder.is_relative_to(source) or _cifar_files(source):
+        return False
+    return folder == source or _visible(folder.relative_to(source).as_posix())
+
+
 def _visible(name: str) -> bool:
     parts = name.split("/")
     return not any(part.startswith((".", "__MACOSX")) for part in parts)

@@ -37,9 +37,9 @@ class World:
 def joined(device: str) -> Iterator[World]:
     """The processes that `torchrun` started, or this one alone where it did not.
 
-    With `cuda` or `auto` each takes the GPU of its local number, unless another was chosen by
-    `torch.cuda.set_device`, and they talk over NCCL, else over gloo. A process group that exists already is used and
-    left.
+    With `cuda` or `auto` each takes the GPU of its local number, unless another than the first was chosen by
+    `torch.cuda.set_device` or it sees fewer, and they talk over NCCL, else over gloo. A process group that exists
+    already is used and left.
 
     Raises:
         InputError: a device that is not there.
@@ -50,7 +50,9 @@ def joined(device: str) -> Iterator[World]:
         return
     own = not dist.is_initialized()
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{torch.cuda.current_device() or int(os.environ.get('LOCAL_RANK', 0))}"
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        seen = local < torch.cuda.device_count()  # some starters show each process its own GPU alone
+        device = f"cuda:{torch.cuda.current_device() or (local if seen else 0)}"
     found = resolve(device)
     if found.type == "cuda":
         torch.cuda.set_device(found)  # before anything is put on the first GPU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from vggfeat.errors import ImageError, InputError, RunError, nearest
+from vggfeat.errors import ImageError, InputError, RunError, WeightsError, nearest
 from vggfeat.image import pixels_of
 from vggfeat.network import VGG, evaluating, of_weights
 from vggfeat.processor import bfloat16_is_fast
@@ -211,15 +212,20 @@ def evaluate(
             net.to(home)
 
 
+def place_of(label: str) -> str:
+    """What tells the place of a set, however its path is typed and from wherever, without saying where it is."""
+    return hashlib.sha256(os.path.realpath(label).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def _held_out(images: ImageSet, share: float, seed: int, digest: str, data: str | None = None) -> ImageSet | None:
     """The part of a training set that a run had set aside; None where this is another set."""
     with contextlib.suppress(InputError):  # too few to be parted
         rest = parted(images, share, seed)[1]
         if rest.digest == digest:
             return rest
-    if data is not None and os.path.realpath(images.label) == os.path.realpath(data):
+    if data in (place_of(images.label), images.label):  # the latter is what older runs wrote
         raise InputError(
-            f"{data} is what the run was trained on, but its images are others now: which of them were held out is "
+            f"{images.label} is what the run was trained on, but its images are others now: which were held out is "
             "not known any more; test it on other images"
         )
     return None
@@ -228,7 +234,7 @@ def _held_out(images: ImageSet, share: float, seed: int, digest: str, data: str 
 def _network(weights: WeightsLike, arch: str | None) -> VGG:
     loaded = load_set(weights, arch)
     if loaded.arch.head is None:
-        raise InputError(f"weights {loaded.label} have no classifier to test")
+        raise WeightsError(f"weights {loaded.label} have no classifier to test")
     net: VGG = of_weights(loaded).to(memory_format=torch.channels_last)
     return net
 

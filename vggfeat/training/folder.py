@@ -22,7 +22,7 @@ from vggfeat.files import TEMPORARY, locked, new_file
 from vggfeat.network import VGG
 from vggfeat.settings import changed
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet
+from vggfeat.training.data import ImageSet, would_hold
 
 __all__ = ["NEEDED", "Board", "Epoch", "begin", "check", "write_log", "write_weights"]
 
@@ -65,10 +65,8 @@ def check(folder: Path, config: TrainConfig, resume: bool, sources: Sequence[Any
         InputError: something is there and nothing to go on with was asked for, or it is no run, or one with other
             settings; or it is in one of the folders that the images come from, of which it would be a class.
     """
-    for source in sources:
-        if isinstance(source, str | os.PathLike) and Path(source).is_dir():
-            if folder.resolve().is_relative_to(Path(source).resolve()):
-                raise InputError(f"{folder} is inside of the images' folder, {source}: choose one elsewhere")
+    if any(isinstance(source, str | os.PathLike) and would_hold(Path(source), folder) for source in sources):
+        raise InputError(f"{folder} is inside of the images' folder, and would be a class of it: choose another")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not resume:

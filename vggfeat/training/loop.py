@@ -30,7 +30,7 @@ from vggfeat.training.components import mixing, network, optimizer, schedule
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
 from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, decided_by_first, joined, synchronised
-from vggfeat.training.evaluation import Evaluation, Views, autocast_dtype, tested
+from vggfeat.training.evaluation import Evaluation, Views, autocast_dtype, place_of, tested
 from vggfeat.training.folder import Board, Epoch, begin, check, write_log, write_weights
 
 __all__ = ["TrainResult", "TrainStep", "train"]
@@ -276,6 +276,7 @@ class _Run:
             "config": self.config.to_dict(),
             "classes": self.images.classes,
             "images": len(self.images),
+            "size": self.size,
             "digest": self.images.digest,
             "epoch": self.epoch,
             "step": self.step,
@@ -295,7 +296,16 @@ class _Run:
         checkpoint.save(self.folder / "checkpoints", self.done, state)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was written."""
+        """Go back to where a checkpoint was written.
+
+        Raises:
+            InputError: it was written at another size, as where the images do not fit into memory here.
+        """
+        if (size := state.get("size", self.size)) != self.size:
+            raise InputError(
+                f"the run in {self.folder} was on crops of {size} pixels, here they would be of {self.size}: images "
+                f"{'were in memory, for which there is too little now' if size < self.size else 'were read one by one'}"
+            )
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.net.load_state_dict(state["net"])
         if self.ema is not None:
@@ -474,6 +484,6 @@ class _Run:
             scales = (self.config.resize[-1],)
         facts: dict[str, Any] = {"classes": self.images.classes, "size": self.size, "scales": scales}
         if self.test is not None and self.config.holdout:
-            config, data = self.config, self.images.label
+            config, data = self.config, place_of(self.images.label)
             facts["holdout"] = {"share": config.holdout, "seed": config.seed, "digest": self.test.digest, "data": data}
         return facts

@@ -29,7 +29,7 @@ class StyleConfig:
     Attributes:
         size: long side of the result in pixels.
         weights: what `vggfeat.weights.load` knows; `auto` takes what the environment variable VGGFEAT_WEIGHTS says,
-            else ImageNet's where they can be had, else the bundled ones.
+            else ImageNet's where they can be had, else the bundled ones, or random ones for another network than vgg19.
         arch: the network; None means the weights' own, and vgg19 where they imply none.
         style_layers: layers whose Gram matrices are matched.
         content_layers: layers whose features are matched.
@@ -63,7 +63,7 @@ class StyleConfig:
 
     size: int = option(512, "Long side of the result in pixels.")
     weights: str | Mapping[str, Any] = option(
-        "auto", "imagenet, caffe, bundled, random, auto, or a .pth, .safetensors or .h5 file."
+        "auto", "imagenet, caffe, bundled, random, auto, a .pth, .safetensors or .h5 file, or a run's folder."
     )
     arch: str | None = option(None, "Network: vgg19 (default), vgg16, …; a file's own where it holds one.")
     style_layers: tuple[str, ...] = option(

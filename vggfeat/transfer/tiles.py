@@ -139,7 +139,8 @@ def side_for(
     channels = arch.layer("conv1_1").channels
     free, each = SHARE * memory, maps * itemsize * channels
     # cuDNN counts a map's values in 32 bits, or is slow
-    most = (2**31 - 1) // channels if device.type == "cuda" else math.inf
+    densest = max(layer.channels / layer.stride**2 for layer in arch.convs)
+    most = int((2**31 - 1) / densest) if device.type == "cuda" else math.inf
     if height * width <= min(free / each, most):
         return 0
     pixels = min(most, max(0.0, free - IMAGES * 12 * height * width) / each)

@@ -358,7 +358,7 @@ def invert(
         KeyboardInterrupt: Ctrl-C before the first step was done; later the result is what there was.
     """
     original = to_pil(load_image(image, size))
-    weights = resolved(weights)
+    weights = weights if weights == "auto" else resolved(weights)  # which is resolved, and kept, as what was asked for
     if odd := sorted(options.keys() - {each.name for each in fields(StyleConfig)}):
         raise InputError(f"unknown option {odd[0]!r}: {nearest(odd[0], [each.name for each in fields(StyleConfig)])}")
     if layers is None:

@@ -76,9 +76,9 @@ def distance(
         weights: see `vggfeat.weights.load`.
 
     Raises:
-        InputError: an unknown layer, an image that cannot be read, or two of different sizes; with `lpips`, layers, or
-            another network than VGG-16.
-        WeightsError: weights that cannot be had or do not reach the layers.
+        InputError: an unknown layer, an image that cannot be read, or two of different sizes; with `lpips`, layers.
+        WeightsError: weights that cannot be had or do not reach the layers; with `lpips`, of another network than
+            VGG-16.
     """
     if lpips and layers is not None:
         raise InputError("LPIPS has layers of its own: leave them out")
@@ -150,7 +150,7 @@ def cam(
     class_index: int | None = None,
     *,
     layer: str | None = None,
-    size: int | None = None,
+    size: int | str | None = "auto",
     colors: str = "turbo",
     names: Sequence[str] | None = None,
     net: VGG | None = None,
@@ -167,8 +167,8 @@ def cam(
         image: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
         class_index: which class; None means the one that the network ranks first.
         layer: whose maps; None means the last ReLU, as in the paper.
-        size: long side that the image is brought to, in pixels; 0 leaves it. None means 224, but of a run of `train`
-            the shorter side that it was trained at.
+        size: long side that the image is brought to, in pixels; None leaves it. `auto` means 224, but with the weights
+            of a run of `train` as many as bring the shorter side to what it was trained at.
         colors: `grey` or a colour map of kornia's.
         names: of the classes, for the label; None means those that a run of `train` wrote with its weights, if any.
         net: a network of your own; it is run in eval mode and left as it was.
@@ -183,12 +183,14 @@ def cam(
     """
     picture = as_picture(image)  # before weights, which may have to be fetched
     facts = facts_of(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
-    shown = size
-    if size is None:
+    if isinstance(size, str) and size != "auto":
+        raise InputError(f"size must be a number of pixels, None or 'auto', got {size!r}")
+    seen = shown = None if isinstance(size, str) else size
+    if size == "auto":
         trained = facts.get("size")
-        size = round(trained * max(picture.size) / min(picture.size)) if trained else 224
-        shown = max(224, size)  # what a network of small images sees is hard to make out
-    x = load_image(image, size or None)
+        seen = round(trained * max(picture.size) / min(picture.size)) if trained else 224
+        shown = max(224, seen)  # what a network of small images sees is hard to make out
+    x = load_image(image, seen)
     if min(x.shape[2:]) < 32:
         raise InputError(f"a classifier needs at least 32 pixels on each side, got {x.shape[3]}×{x.shape[2]}")
     label = "a network in memory"
@@ -221,7 +223,7 @@ def cam(
         heat = spread(raw, (image.shape[2], image.shape[3]))
         return heat / torch.where(heat.max() > 0, heat.max(), 1)
 
-    large = x if shown == size else load_image(image, shown)
+    large = x if shown == seen else load_image(image, shown)
     probability = float(logits.softmax(0)[chosen])
     name = names[chosen] if names is not None and chosen < len(names) else None
     title = f"class {chosen}" if name is None else f"{chosen} {name}"
