@@ -732,6 +732,15 @@ def test_an_evaluation_replaces_nothing_that_it_reads(vgg, labelled):
         assert Path(output).read_bytes() == before
 
 
+def test_a_size_of_nothing_is_not_the_default(vgg, labelled):
+    save_file(vggfeat.vgg11(3, width=0.125, head="slim").state_dict(), "w.safetensors")
+    pictures.folder(labelled / "data", pictures.tree(1))
+    command = ["cam", "data/ant/0.png", "--weights", "w.safetensors", "-o", "cam.png"]
+    code, out, err = vgg(*command, "--size", "0")
+    assert (code, out) == (2, "") and "size 0" in one_line(err, "vggfeat") and not Path("cam.png").exists()
+    assert vgg(*command)[:2] == (0, "cam.png\n")
+
+
 @pytest.mark.parametrize("command", [["compare", "vgg16"], ["evaluate", "w.safetensors", "set.zip"]])
 def test_a_report_and_its_plot_have_two_names(vgg, labelled, command):
     pytest.importorskip("matplotlib")

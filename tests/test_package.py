@@ -205,7 +205,7 @@ ROOMS = {
     "vggfeat_cli.reports": {"errors", "files", "plots"},
     "vggfeat_cli.style": {"", "files", "image", "transfer.config"},
     "vggfeat_cli.analyse": {"", "image", "plots", "weights"},
-    "vggfeat_cli.learn": {"", "files", "plots", "training.config", "training.evaluation"},
+    "vggfeat_cli.learn": {"", "files", "plots", "settings", "training.config", "training.evaluation"},
     "vggfeat_cli.pictures": {"", "visualize", "weights"},
     "vggfeat_cli.main": {"", "fetch", "weights"},
 }

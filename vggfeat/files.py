@@ -39,14 +39,14 @@ def check_path(
         path: where to.
         suffixes: those that will do; none means any.
         overwrite: replace a file that is already there; of a link, the file that it leads to.
-        inputs: files that are read, which are not replaced even so.
+        inputs: files that are read, which are not replaced even so; of a folder, all that are in it.
         error: what to raise.
 
     Raises:
         InputError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
     """
     path = Path(path)
-    if any(same_file(path, each) for each in inputs):
+    if any(same_file(path, each) or _is_in(path, each) for each in inputs):
         raise error(f"cannot write {path}: it is one of the files that are read; choose another name")
     if suffixes and path.suffix.lower() not in suffixes:
         raise error(f"cannot write {path}: expected a name that ends in {', '.join(suffixes)}, got {path.suffix!r}")
@@ -89,6 +89,11 @@ def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bo
         with contextlib.suppress(OSError, ValueError):
             return os.path.realpath(path) == os.path.realpath(other)
         return False
+
+
+def _is_in(path: Path, folder: str | os.PathLike[str]) -> bool:
+    """Whether a file that is there is in a folder, or in one of its."""
+    return os.path.isdir(folder) and os.path.exists(path) and path.resolve().is_relative_to(Path(folder).resolve())
 
 
 def _led_to(path: Path) -> Path:

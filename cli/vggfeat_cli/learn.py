@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import vggfeat
+from vggfeat.settings import PRECISIONS
 from vggfeat.training.config import CHOICES, RECIPES, TrainConfig, recipe
 from vggfeat_cli.options import Values, settings
 from vggfeat_cli.reports import (
@@ -165,7 +166,7 @@ class _Progress:
 @click.option("--batch-size", type=int, default=256, show_default=True, help="Images at a time.")
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
+    type=click.Choice(PRECISIONS),
     default="auto",
     show_default=True,
     help="Precision of the network.",
@@ -204,11 +205,8 @@ def evaluate(
     DATA is CIFAR's folder or .tar.gz, a folder of class folders or a zip of one; its test set, where it has one; of a
     run with --holdout and its own images, those that were held out.
     """
-    file = weights.removeprefix("caffe:")
-    check_outputs(output, plot, overwrite, inputs=(file, f"{file}/weights.safetensors", data))
-    for each in filter(None, (output, plot)):
-        if Path(each).exists() and Path(data).is_dir() and Path(each).resolve().is_relative_to(Path(data).resolve()):
-            raise vggfeat.InputError(f"cannot write {each}: it is one of the files in {data}; choose another name")
+    file = Path(weights.removeprefix("caffe:"))
+    check_outputs(output, plot, overwrite, inputs=(str(file / "weights.safetensors" if file.is_dir() else file), data))
     keep_memory()
     from vggfeat.training.evaluation import Views
 

@@ -293,7 +293,7 @@ def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> int:
     target = _target(output, f"{Path(image).stem}-cam.png", overwrite, [image])
     from vggfeat.visualize import cam
 
-    options["size"] = options["size"] or "auto"
+    options["size"] = "auto" if options["size"] is None else options["size"]
     result = cam(image, **options)
     name = "" if result.class_name is None else f" {result.class_name}"
     click.echo(f"class {result.class_index}{name}: {100 * result.probability:.1f} %", err=True)

@@ -182,6 +182,7 @@ def cam(
         WeightsError: weights that cannot be had or hold no classifier.
     """
     picture = as_picture(image)  # before weights, which may have to be fetched
+    image = image if isinstance(image, Tensor) else picture  # a file is read once
     facts = facts_of(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
     if isinstance(size, str) and size != "auto":
         raise InputError(f"size must be a number of pixels, None or 'auto', got {size!r}")
