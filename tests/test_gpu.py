@@ -19,17 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vggfeat
-from vggfeat import PerceptualLoss, StyleConfig, TrainConfig, VGGFeatures, Views, evaluate, stylize, train
+from vggfeat import PerceptualLoss, StyleConfig, TrainConfig, VGGFeatures, Views, evaluate, gpu, stylize, train
 from vggfeat import features as features_module
+from vggfeat import functional as functional_module
 from vggfeat.arch import PADDINGS, POOLINGS
 from vggfeat.functional import CRITERIA, distance_and_gradient, gram, total_variation, unit_normalize
 from vggfeat.image import to_tensor
-from vggfeat.transfer import gpu
+from vggfeat.training import loop as loop_module
 from vggfeat.transfer import stylize as stylize_module
 from vggfeat.transfer.objective import Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
 from vggfeat.trunk import Plan, operators, walk
 from vggfeat.trunk import autograd as autograd_module
+from vggfeat.trunk import direct as direct_module
 from vggfeat.trunk import filters as filters_module
 from vggfeat.trunk import layers as layers_module
 
@@ -53,7 +55,11 @@ def fake(monkeypatch):
     monkeypatch.setattr(autograd_module, "trunk_backward", operators.trunk_backward._init_fn)
     monkeypatch.setattr(filters_module, "outside", contextlib.nullcontext)  # so that weights become fake, too
     monkeypatch.setattr(features_module, "outside", contextlib.nullcontext)
-    monkeypatch.setattr(features_module, "bfloat16_is_fast", lambda device: True)
+    for module in (features_module, functional_module):
+        monkeypatch.setattr(module, "bfloat16_is_fast", lambda device: True)
+    # which fake tensors know nothing of
+    monkeypatch.setattr(direct_module, "_cudnn_takes", lambda x, weight: False)
+    monkeypatch.setattr(gpu, "kernels", lambda device, dtype: None)
     monkeypatch.setattr(VGGFeatures, "_check_values", lambda self, images: None)  # which reads the first batch
     features_module._kept_channels.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -373,6 +379,33 @@ def test_a_deterministic_training_goes_on_to_the_same_bits(tmp_path, device, opt
     assert next(found.net.parameters()).device.type == device
     for ours, theirs in zip(found.net.state_dict().values(), whole.net.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs) and ours.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "sgd", "nesterov": True, "clip": 1.0},
+        {"optimizer": "adam", "lr": 1e-3, "ema": 0.5, "schedule": "step", "step_size": 1},
+        {"optimizer": "muon", "mixup": 0.2, "arch": "vgg11"},
+    ],
+    ids=lambda options: options["optimizer"],
+)
+def test_a_replayed_training_is_the_training(tmp_path, device, options, monkeypatch):
+    settings = {"arch": "vgg11_bn", "width": 0.125, "batch_size": 8, "epochs": 4, "precision": "float32"} | options
+    config = TrainConfig(**settings, device=device, deterministic=True)
+    data = pictures.folder(tmp_path / "data", pictures.tree(8))
+    made, record = [], gpu.record if device == "cuda" else lambda step, *inputs: step
+    monkeypatch.setattr(loop_module, "can_record", lambda device: False)
+    plain = train(data, config=config, folder=tmp_path / "plain")
+    monkeypatch.setattr(loop_module, "can_record", lambda device: True)
+    monkeypatch.setattr(gpu, "record", lambda step, *inputs: made.append(step) or record(step, *inputs))
+    replayed = train(data, config=config, folder=tmp_path / "replayed")
+    assert len(made) == 1
+    for ours, theirs in zip(replayed.net.state_dict().values(), plain.net.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)  # rates are float32 where they are replayed
+    for ours, theirs in zip(replayed.history, plain.history, strict=True):
+        assert ours.lr == theirs.lr and ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)

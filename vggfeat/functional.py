@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.modes import in_forward_mode, wants_ordinary_operations
+from vggfeat.modes import in_forward_mode, no_autocast, wants_ordinary_operations
+from vggfeat.processor import bfloat16_is_fast
 
 __all__ = [
     "CRITERIA",
@@ -64,7 +65,7 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _products(features: Tensor) -> Tensor:
     """F Fᵀ (N,C,C) in float32, without a float32 copy of the features and with one product backward, not two."""
-    if wants_ordinary_operations() or features.device.type != "cpu":
+    if wants_ordinary_operations() or features.device.type not in ("cpu", "cuda"):
         rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
         if features.device.type == "meta":  # which has no autocast
             return rows.mT @ rows
@@ -84,14 +85,15 @@ def _spread(features: Tensor, grad: Tensor) -> Tensor:
     kernel = (grad + grad.mT).to(features.dtype)
     if features.device.type != "cpu" or torch.is_grad_enabled():  # the latter where a second derivative was asked for
         rows = features.permute(0, 2, 3, 1)
-        spread: Tensor = (rows.flatten(1, 2) @ kernel).view(rows.shape).permute(0, 3, 1, 2)
+        with no_autocast(features.device):
+            spread: Tensor = (rows.flatten(1, 2) @ kernel).view(rows.shape).permute(0, 3, 1, 2)
         return spread
     parts = [F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(_images(features), kernel, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros_like(features)
 
 
 class _Products(torch.autograd.Function):
-    """F Fᵀ on a CPU, summed in float32 over pieces that stay in the cache, and back by `_spread`."""
+    """F Fᵀ, summed in float32, and back by `_spread`: on a CPU over pieces that stay in the cache."""
 
     CHUNK = 1 << 20  # values converted to float32 at a time
 
@@ -100,6 +102,8 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(features)
         features = features.contiguous(memory_format=torch.channels_last)
         n, c, h, w = features.shape
+        if features.device.type == "cuda":
+            return _by_product(features)
         out = features.new_zeros(n, c, c, dtype=wide(features[:0]).dtype)
         # which is faster was found by trying, and may be found otherwise by another process
         tried = not torch.are_deterministic_algorithms_enabled() and _convolution_is_faster()
@@ -113,6 +117,17 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _spread(ctx.saved_tensors[0], grad)
+
+
+def _by_product(features: Tensor) -> Tensor:
+    """F Fᵀ on CUDA."""
+    rows = features.permute(0, 2, 3, 1).flatten(1, 2)  # (N,hw,C)
+    with no_autocast(features.device):
+        if rows.dtype == torch.bfloat16 and bfloat16_is_fast(rows.device):
+            # without a float32 copy: products of bfloat16 are exact in float32, in which matrix units add them up
+            return torch.bmm(rows.mT, rows, out_dtype=torch.float32)
+        rows = wide(rows)
+        return rows.mT @ rows
 
 
 def _images(batch: Tensor) -> list[Tensor]:

@@ -1,10 +1,11 @@
 """PerceptualLoss, forward and backward, against piq.ContentLoss and lpips.LPIPS: VGG-16, 4×3×256×256, random weights.
 
-python -m tests.bench.perceptual        (pip install piq lpips)
+python -m tests.bench.perceptual [--device cuda]        (pip install piq lpips)
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 import lpips
@@ -24,19 +25,23 @@ def step(loss: Callable[..., torch.Tensor], image: torch.Tensor, target: object)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    device = parser.parse_args().device
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    image, target = torch.rand(4, 3, 256, 256), torch.rand(4, 3, 256, 256)
+    image, target = torch.rand(4, 3, 256, 256).to(device), torch.rand(4, 3, 256, 256).to(device)
     net = torchvision.models.vgg16()
 
-    sides = {"piq.ContentLoss, relu3_3": step(piq.ContentLoss(net.features, layers=["15"]), image, target)}
+    peer = piq.ContentLoss(net.features, layers=["15"]).to(device)
+    sides = {"piq.ContentLoss, relu3_3": step(peer, image, target)}
     for precision in ("float32", "bfloat16"):
         ours = PerceptualLoss(["relu3_3"], weights=net.state_dict(), precision=precision)
         sides[f"vggfeat, relu3_3, {precision}"] = step(ours, image, target)
         sides[f"vggfeat, relu3_3, {precision}, encoded target"] = step(ours, image, ours.encode(target))
     report("PerceptualLoss([relu3_3]), 4×3×256×256", alternate(sides, runs=9), "piq.ContentLoss, relu3_3")
 
-    peer = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
+    peer = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False).to(device)
     sides = {"lpips.LPIPS(net='vgg')": step(peer, image, target)}
     for precision in ("float32", "bfloat16"):
         ours = LPIPS(weights=net.state_dict(), precision=precision, input_range=(-1, 1))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from vggfeat.arch import Arch, channels_at, parse
@@ -29,6 +30,15 @@ def network(config: TrainConfig, num_classes: int) -> VGG:
         InputError: a layer to freeze that it lacks.
         WeightsError: weights of another network, or with another number of classes and no `new_head`.
     """
+    net = _begun(config, num_classes)
+    for convolution, norm in itertools.pairwise(net.features):
+        # such a bias makes no difference: its gradient is 0, and what is computed of it is noise
+        if isinstance(norm, nn.BatchNorm2d) and norm.weight.requires_grad:
+            convolution.bias.requires_grad_(False)
+    return net
+
+
+def _begun(config: TrainConfig, num_classes: int) -> VGG:
     if config.weights is None:
         arch = parse(config.arch or "vgg16_bn")
         arch = Arch(arch.config, arch.batch_norm, channels_at(config.width), config.head, num_classes)
@@ -71,7 +81,8 @@ def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
             dtype = torch.float32
         return Muon(parameters, momentum=config.momentum, dtype=dtype)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, betas=(config.momentum, 0.999), fused=fused)
+    # what makes it fit for being recorded
+    return kind(parameters, betas=(config.momentum, 0.999), fused=fused, capturable=device.type == "cuda")
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vggfeat import checkpoint
 from vggfeat.errors import InputError, RunError
+from vggfeat.gpu import can_record, kernels, replayed
 from vggfeat.network import VGG
 from vggfeat.processor import emulates
 from vggfeat.signals import on_ending
@@ -36,6 +37,7 @@ from vggfeat.training.folder import Board, Epoch, begin, check, write_log, write
 __all__ = ["TrainResult", "TrainStep", "train"]
 
 PathLike = str | os.PathLike[str]
+WARMING = 3  # steps before one is recorded: in first ones libraries choose, and optimizers make their state
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,10 @@ class _Run:
         ]
         if config.compile:
             self.model = torch.compile(self.model)  # type: ignore[assignment]
+        elif world.size == 1 and not config.checkpointing and kernels(world.device, self.dtype):
+            from vggfeat.training.fused import Fused  # which wants Triton
+
+            self.model = Fused(self.net)
         if world.size > 1:
             self.model = DistributedDataParallel(self.model)
         # tested at its own size where training is, else scaled as the training images are in the mean
@@ -215,6 +221,12 @@ class _Run:
         self.scheduler = schedule(self.optimizer, config, self.batches.steps)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.mix = mixing(config, len(images.classes))
+        self.learn = self._learn
+        # kernel by kernel, a step on a GPU takes longer to begin than to run: after a few it is recorded, and replayed
+        whole = world.size == config.accumulate == 1 and not config.checkpointing and not self.scaler.is_enabled()
+        self.warming = WARMING if whole and can_record(world.device) else -1
+        # where a recorded optimizer looks its learning rates up
+        self.rates = [torch.zeros((), device=world.device) for _ in self.optimizer.param_groups if self.warming > 0]
         self.epoch = self.step = 0  # done so far; steps of the epoch in progress
         self.history: list[Epoch] = []
         wide = torch.float32 if world.device.type == "mps" else torch.float64  # which MPS lacks
@@ -243,7 +255,7 @@ class _Run:
         count = sum(value.numel() for value in self.net.parameters())
         learning = sum(value.numel() for value in self.net.parameters() if value.requires_grad)
         yield f"{arch.name}, {arch.head} head, {count / 1e6:.2f} M parameters" + (
-            f", {learning / 1e6:.2f} M of them learning" if learning < count else ""
+            f", {learning / 1e6:.2f} M of them learning" if config.freeze else ""
         )
         where = "in memory" if self.images.pixels is not None else "read in every epoch"
         test = f"{len(self.test):,} for the test" if self.test is not None else "no test set"
@@ -398,37 +410,63 @@ class _Run:
 
     def _step(self, parts: list[Batch]) -> Tensor:
         """One step of the optimizer; returns the mean loss of this process' images."""
-        config = self.config
         total = torch.zeros((), device=self.world.device)
         for number, (images, labels) in enumerate(parts, start=1):
             # what torch and torchvision draw depends on the step alone, too; how to mix, in all processes alike
-            drawn = (config.seed, self.epoch, self.step, number)
+            drawn = (self.config.seed, self.epoch, self.step, number)
             targets = labels
             if self.mix is not None:
                 torch.manual_seed(seeded(*drawn, 2).initial_seed())
                 images, targets = (value[self.batches.extra :] for value in self.mix(images, labels))
                 labels = labels[self.batches.extra :]
             torch.manual_seed(seeded(*drawn, 3, self.world.rank).initial_seed())
-            waits = isinstance(self.model, DistributedDataParallel) and number < len(parts)
-            with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    scores = self.model(images)
-                loss = F.cross_entropy(scores.float(), targets, label_smoothing=config.label_smoothing)
-                self.scaler.scale(loss / len(parts)).backward()
-            total += loss.detach() / len(parts)
-            right = (scores.argmax(1) == labels).sum()
-            self.sums += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
+            if number < len(parts):
+                loss, right = self._gradients(images, labels, targets, waits=True)
+            else:
+                loss, right = self._learned(images, labels, targets)
+            total += loss / len(parts)
+            self.sums += torch.stack([loss * len(labels), right, torch.full_like(right, len(labels))])
         self.bad = torch.where((self.bad < 0) & ~total.isfinite(), self.done, self.bad)
-        self.scaler.unscale_(self.optimizer)
-        if config.clip:
-            nn.utils.clip_grad_norm_(self.net.parameters(), config.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
         self.scheduler.step()
         if self.ema is not None:
             self._average(self.ema)
         return total
+
+    def _learned(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """What `_learn` does, recorded where that pays."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
+            rate.fill_(group["lr"])
+        if self.warming == 0:
+            torch.cuda.empty_cache()  # a recording has memory of its own
+            self.learn = replayed(self.learn, *batch)
+        self.warming -= 1
+        return self.learn(*batch)
+
+    def _learn(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of a batch's last part, and the optimizer's move; the part's mean loss, and how many were right."""
+        found = self._gradients(images, labels, targets)
+        self.scaler.unscale_(self.optimizer)
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self.rates or rates, strict=True):
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return found
+
+    def _gradients(self, images: Tensor, labels: Tensor, targets: Tensor, waits: bool = False) -> tuple[Tensor, ...]:
+        """Those of a part of a batch, of several processes summed now unless that waits for a later part."""
+        with self.model.no_sync() if waits and self.world.size > 1 else nullcontext():  # type: ignore[operator]
+            with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                scores = self.model(images)
+            loss = F.cross_entropy(scores.float(), targets, label_smoothing=self.config.label_smoothing)
+            self.scaler.scale(loss / self.config.accumulate).backward()
+        return loss.detach(), (scores.argmax(1) == labels).sum()
 
     @torch.no_grad()
     def _average(self, ema: AveragedModel) -> None:

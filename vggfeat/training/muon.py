@@ -25,23 +25,23 @@ TURNS = 3
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """About U Vᵀ of a matrix U S Vᵀ, in its own type, by Newton and Schulz's iteration; 0 for 0.
+    """About U Vᵀ of matrices U S Vᵀ (…,K,L), in their own type, by Newton and Schulz's iteration; 0 for 0.
 
     The coefficients are Jordan's, which do not converge but get near soonest: directions that a step has little of
     come out shorter than the rest, and none much longer.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp_min(1e-20)  # at least as large as the largest singular value
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-20)  # at least the largest of S
     x = _turned(x) if x.dtype == torch.bfloat16 else _turned_once(x)
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 def _turned(x: Tensor) -> Tensor:
-    a, b, c = COEFFICIENTS
+    (a, b, c), product = COEFFICIENTS, _product_of(x)
     for _ in range(TURNS):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        square = x @ x.mT
+        x = product(x, product(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
 
@@ -51,15 +51,20 @@ def _turned_once(x: Tensor) -> Tensor:
     Filters have up to nine times as many columns as rows. Bfloat16 has too few bits for it, the result is twice as far
     off: what is short in x is shorter still in x xᵀ, beside what is long.
     """
-    a, b, c = COEFFICIENTS
-    square = x @ x.T
+    (a, b, c), product = COEFFICIENTS, _product_of(x)
+    square = x @ x.mT
     whole = factor = torch.empty(0)
     for turn in range(TURNS):
         square = factor @ square @ factor if turn else square
-        factor = torch.addmm(square, square, square, beta=b, alpha=c)
-        factor.diagonal().add_(a)
+        factor = product(square, square, square, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
         whole = factor @ whole if turn else factor
     return whole @ x
+
+
+def _product_of(x: Tensor) -> Callable[..., Tensor]:
+    """Adds the product of two matrices, or of each two, to a third."""
+    return torch.addmm if x.ndim == 2 else torch.baddbmm
 
 
 class Muon(torch.optim.Optimizer):
@@ -92,28 +97,45 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for value in group["params"]:
-                if value.grad is not None:
-                    self._move(value, value.grad, group)
+            if values := [value for value in group["params"] if value.grad is not None]:
+                self._move(values, group["lr"], group["momentum"], group["weight_decay"])
         return loss
 
-    def _move(self, value: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state, lr, momentum = self.state[value], group["lr"], group["momentum"]
-        if value.ndim != 4 and group["weight_decay"]:
-            grad = grad.add(value, alpha=group["weight_decay"])
-        if not state:
-            state["sum"] = torch.zeros_like(value)
-            state["norm"] = value.norm()
-        total = torch.add(grad, state["sum"], alpha=momentum, out=state["sum"])
-        step = torch.add(grad, total, alpha=momentum)
-        if value.ndim != 4:
-            value.sub_(step, alpha=lr)
-            return
+    def _move(self, values: list[Tensor], lr: float | Tensor, momentum: float, weight_decay: float) -> None:
+        grads: list[Any] = [value.grad for value in values]
+        for i, value in enumerate(values):
+            if value.ndim != 4 and weight_decay:
+                grads[i] = grads[i].add(value, alpha=weight_decay)
+            if not self.state[value]:
+                self.state[value] = {"sum": torch.zeros_like(value), "norm": value.norm()}
+        # of all at once: on a GPU the time goes into beginning, not into adding
+        sums = [self.state[value]["sum"] for value in values]
+        torch._foreach_mul_(sums, momentum)
+        torch._foreach_add_(sums, grads)
+        steps = torch._foreach_add(grads, sums, alpha=momentum)
+        alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        for value, step in zip(values, steps, strict=True):
+            # a CPU turns matrices one by one, while they are in its caches
+            key = value.ndim == 4 and (value.shape if value.device.type != "cpu" else value)
+            alike.setdefault(key, []).append((value, step))
+        for key, pairs in alike.items():
+            mine, moves = map(list, zip(*pairs, strict=True))
+            if key is False:
+                torch._foreach_mul_(moves, lr)
+                torch._foreach_sub_(mine, moves)
+            else:
+                self._turn(mine, moves, lr)
+
+    def _turn(self, filters: list[Tensor], steps: list[Tensor], lr: float | Tensor) -> None:
+        """Move filters of one shape."""
         # as (K, h·w·C): a view, since filters are laid out channels_last, and which column is which does not matter
-        rows = step.permute(0, 2, 3, 1).flatten(1)
-        direction = polar(rows.to(self.dtype))
-        k, c, h, w = value.shape
-        norm: Tensor = state["norm"]
-        length = norm * -lr / torch.linalg.vector_norm(direction, dtype=norm.dtype).clamp_min(1e-20)
-        value.addcmul_(direction.view(k, h, w, c).permute(0, 3, 1, 2), length)
-        value.mul_(norm / value.norm().clamp_min(1e-20))
+        rows = [step.permute(0, 2, 3, 1).flatten(1).to(self.dtype) for step in steps]
+        direction = polar(rows[0] if len(rows) == 1 else torch.stack(rows)).view(len(rows), *rows[0].shape)
+        norms = torch.stack([self.state[value]["norm"] for value in filters])
+        length = torch.linalg.vector_norm(direction, dim=(1, 2), dtype=norms.dtype).clamp_min(1e-20)
+        moves = direction * (norms * lr / length)[:, None, None]
+        k, c, h, w = filters[0].shape
+        torch._foreach_sub_(filters, list(moves.view(-1, k, h, w, c).permute(0, 1, 4, 2, 3)))
+        back = norms / torch.stack(torch._foreach_norm(filters)).clamp_min(1e-20)
+        for value, factor in zip(filters, back, strict=True):
+            value.mul_(factor)

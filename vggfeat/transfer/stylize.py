@@ -24,12 +24,12 @@ from vggfeat import checkpoint as checkpoints
 from vggfeat.errors import InputError, RunError, first_line, warn
 from vggfeat.features import VGGFeatures, trunk_dtype
 from vggfeat.files import check_path
+from vggfeat.gpu import Reading, ahead, recorded
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.memory import free_memory
 from vggfeat.processor import resolve
 from vggfeat.settings import changed
 from vggfeat.transfer.config import StyleConfig
-from vggfeat.transfer.gpu import Reading, ahead, recorded
 from vggfeat.transfer.objective import TERMS, Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Optimizer, Spectrum
 from vggfeat.transfer.tiles import side_for

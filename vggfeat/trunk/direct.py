@@ -1,4 +1,4 @@
-"""Convolutions as the processor's own library does them: oneDNN on a CPU, with the ReLU on the way out."""
+"""Convolutions as the device's own library does them: oneDNN on a CPU, cuDNN on CUDA, with the ReLU on the way out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.processor import emulates, has_onednn
+from vggfeat.processor import bfloat16_is_fast, emulates, has_onednn
 
 __all__ = ["convolve"]
+
+LARGEST = 1 << 31  # values that cuDNN counts in a map; torch parts larger ones where the ReLU is not fused
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: bool = False) -> Tensor:
@@ -29,6 +31,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: 
         attr = "relu" if relu else "none"
         ones, pads = [1, 1], [pad, pad]
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pads, ones, ones, 1, attr, [], "")  # type: ignore[no-any-return]
+    if relu and _cudnn_takes(
+        x, weight
+    ):  # which adds the bias on the way, too: both by themselves go through memory twice
+        return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, [1, 1], [pad, pad], [1, 1], 1)  # type: ignore[no-any-return]
     y = F.conv2d(x, weight, bias, padding=pad)
     return y.relu_() if relu else y
 
@@ -39,4 +45,16 @@ def _onednn_takes(x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and has_onednn()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
+def _cudnn_takes(x: Tensor, weight: Tensor) -> bool:
+    values = len(x) * x.shape[2] * x.shape[3] * max(weight.shape[:2])
+    return (
+        x.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.backends.cudnn.enabled
+        and torch.backends.cudnn.is_available()
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bfloat16_is_fast(x.device)))
+        and 0 < values < LARGEST
     )

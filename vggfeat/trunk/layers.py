@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat import winograd
+from vggfeat import gpu, winograd
 from vggfeat.arch import LRN
 from vggfeat.trunk import direct
 from vggfeat.trunk.bits import bands, bytes_of, pack, unpack
@@ -66,17 +66,18 @@ def _by_tiles(back: Tensor) -> bool:
 
 
 def split_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
-    """What the first convolution takes: the images, or for bfloat16 their upper and lower halves, (N,9,H,W).
+    """What the first convolution takes: the images, or for bfloat16 their upper and lower halves, (N,9 or more,H,W).
 
     Eight bits of mantissa are fewer than a photograph has, and conv1_1 takes differences of neighbours. With image and
     weight as sums of two bfloat16 numbers, x w ≈ xₕwₕ + xₗwₕ + xₕwₗ is exact to 16 bits, and 9 channels cost a
     convolution unit no more than 3: it works on 16 or more at a time.
     """
-    if weight.dtype != torch.bfloat16 or weight.shape[1] != 9:
+    if weight.dtype != torch.bfloat16 or weight.shape[1] < 9:
         return x
     high = x.to(weight.dtype)
     low = (x - high.to(x.dtype)).to(weight.dtype)
-    return torch.cat([high, low, high], dim=1)
+    split, channels = torch.cat([high, low, high], dim=1), weight.shape[1]
+    return split if channels == 9 else F.pad(split, (0, 0, 0, 0, 0, channels - 9))
 
 
 def padded(x: Tensor, pad: int, padding: str) -> Tensor:
@@ -93,6 +94,8 @@ def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
     if keep == "values" and x.device.type == "cpu":
         found: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
         return found
+    if keep == "values" and (kernels := gpu.kernels(x.device, x.dtype)):
+        return kernels.max_pool(x)  # type: ignore[no-any-return]
     small = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
     y = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if keep == "values":
@@ -135,6 +138,8 @@ def max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled: 
         like = torch.empty((*grad.shape[:2], height, width), dtype=grad.dtype, memory_format=torch.channels_last)
         back = torch.ops.aten.max_pool2d_with_indices_backward
         return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, route)  # type: ignore[no-any-return]
+    if pooled is not None and (kernels := gpu.kernels(grad.device, grad.dtype)):
+        return kernels.max_pool_back(channels_last(grad), route, height, width, pooled)  # type: ignore[no-any-return]
     out = _unpooled(grad, height, width)
     if pooled is not None:
         _to_winners(grad, (route >= 2).to(grad.dtype), (route & 1).to(grad.dtype), pooled, out)

@@ -8,18 +8,36 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vggfeat.errors import first_line, warn
 
-__all__ = ["Reading", "ahead", "recorded"]
+__all__ = ["Reading", "ahead", "can_record", "kernels", "recorded", "replayed"]
 
-Step = Callable[[Tensor], tuple[Tensor, ...]]
+Step = Callable[..., tuple[Tensor, ...]]
 PAYS = 20  # steps from which a recording is made, for which the step runs three times and is replayed once
 _broken: list[torch.cuda.CUDAGraph] = []  # recordings that failed: the allocator may refer to them, and takes no more
 AGREES = 0.01  # relative difference of a replayed step: kernels that add in no fixed order differ by less
+
+
+@functools.cache
+def kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module `kernels`, where a map of four pixels shows that it works; else None.
+
+    It wants Triton, which torch for CUDA brings on Linux, and a C compiler.
+    """
+    if device.type != "cuda" or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    try:
+        from vggfeat import kernels
+
+        y, route = kernels.max_pool(torch.arange(4.0, device=device, dtype=dtype).view(1, 1, 2, 2))
+        return kernels if (y.item(), route.item()) == (3, 3) else None
+    except Exception:  # no Triton, no compiler, a device that it does not know: each says so in its own way
+        return None
 
 
 def ahead(device: torch.device) -> int:
@@ -66,10 +84,28 @@ def recorded(step: Step, image: Tensor, times: int) -> Step:
     wanted = warmed_up(step, other)  # here the step's own errors are raised
     if not all(bool(value.isfinite().all()) for value in wanted):
         return step  # which is for the loop to judge
-    try:
-        replay = record(step, image)
+
+    def agrees(replay: Step) -> bool:
         pairs = zip(replay(other), wanted, strict=True)
-        if all(float((ours - theirs).norm()) <= AGREES * float(theirs.norm()) for ours, theirs in pairs):
+        return all(float((ours - theirs).norm()) <= AGREES * float(theirs.norm()) for ours, theirs in pairs)
+
+    return replayed(step, image, agrees=agrees)
+
+
+def replayed(step: Step, *inputs: Tensor, agrees: Callable[[Step], bool] = lambda replay: True) -> Step:
+    """The step as a CUDA graph; itself, with a warning, where none can be made or what it gives does not agree.
+
+    Args:
+        step: of tensors of these shapes, which was run before; it reads nothing back, and what it changes besides, such
+            as weights, stays where it is.
+        inputs: some to record it on; it is not run on them.
+        agrees: judges the recording.
+    """
+    if _broken:
+        return step
+    try:
+        replay = record(step, *inputs)
+        if agrees(replay):
             return replay
         why = "they give something else"
     except RuntimeError as error:
@@ -102,28 +138,34 @@ def warmed_up(step: Step, image: Tensor) -> tuple[Tensor, ...]:
     return found
 
 
-def record(step: Step, image: Tensor) -> Step:
-    """The step, recorded on an image; what it reads besides is kept alive by it, and must not move."""
-    fixed, graph = image.detach().clone(), torch.cuda.CUDAGraph()
-    here, aside = torch.cuda.current_stream(image.device), _aside(image.device)
+def record(step: Step, *inputs: Tensor) -> Step:
+    """The step, recorded on these; what it reads besides is kept alive by it, and must not move."""
+    fixed, graph, device = [value.detach().clone() for value in inputs], torch.cuda.CUDAGraph(), inputs[0].device
+    here, aside = torch.cuda.current_stream(device), _aside(device)
     aside.wait_stream(here)
     try:
         # the outer context brings the stream back where a recording fails, which torch's own does not
         with (
-            torch.cuda.device(image.device),
+            torch.cuda.device(device),
             torch.cuda.stream(aside),
             torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
         ):
-            found = step(fixed)
+            found = step(*fixed)
     except BaseException:
         with contextlib.suppress(RuntimeError):
             graph.reset()  # the step itself needs the memory that the recording was given
+        with contextlib.suppress(Exception):  # before torch 2.13 it thinks that it is being recorded still
+            generator = torch.cuda.default_generators[
+                torch.cuda.current_device() if device.index is None else device.index
+            ]
+            generator.graphsafe_set_state(generator.clone_state())
         _broken.append(graph)
         raise
     here.wait_stream(aside)
 
-    def replay(image: Tensor, reads: Step = step) -> tuple[Tensor, ...]:
-        fixed.copy_(image)
+    def replay(*inputs: Tensor, reads: Step = step) -> tuple[Tensor, ...]:
+        for mine, value in zip(fixed, inputs, strict=True):
+            mine.copy_(value)
         graph.replay()
         return tuple(value.clone() for value in found)
 

@@ -1,0 +1,163 @@
+"""The Triton kernels against torch in float64: on a GPU as they are, elsewhere in Triton's own interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import vggfeat
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+
+if not INTERPRETED:
+
+    def test_in_the_interpreter():
+        """All that follows. Triton asks for it when it is imported, so that it takes another process."""
+        pytest.importorskip("triton")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert found.returncode == 0 and " passed" in found.stdout, found.stdout
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Where the kernels run."""
+    return request.param
+
+
+@pytest.fixture
+def loops(device):
+    if INTERPRETED:
+        from vggfeat import kernels
+
+        try:
+            kernels.batch_norm_relu(torch.ones(2, 1, 1, 1), *torch.ones(4, 1), None, 0.1, 1e-5)
+        except Exception as error:  # before Triton 3.8, with NumPy 2.5
+            pytest.skip(f"this interpreter of Triton's fails at a loop: {error}")
+
+
+def maps(shape, dtype, device, *, mean=0.0, seed=0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean
+    return values.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def relative(ours, wanted):
+    return float((ours.double() - wanted).norm() / wanted.norm())
+
+
+SHAPES = [(2, 20, 9, 11), (1, 64, 8, 8), (3, 130, 6, 7), (1, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_max_pool(device, shape, dtype):
+    from vggfeat import kernels
+
+    x = maps(shape, dtype, device).relu()  # with equals in many windows
+    exact = x.double().contiguous().requires_grad_()
+    wanted = F.max_pool2d(exact, 2)
+    y, route = kernels.max_pool(x)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last) and torch.equal(y.double(), wanted)
+    grad = maps(y.shape, dtype, device, seed=1)
+    wanted.backward(grad.double())
+    found = kernels.max_pool_back(grad, route, *shape[2:])
+    assert found.is_contiguous(memory_format=torch.channels_last) and torch.equal(found.double(), exact.grad)
+    masked = kernels.max_pool_back(grad, route, *shape[2:], y)
+    assert torch.equal(masked.double(), exact.grad * (exact > 0))
+
+
+def test_max_pool_of_nan_is_nan(device):
+    from vggfeat import kernels
+
+    x = maps((1, 8, 4, 4), torch.float32, device)
+    for i, place in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        x[0, i, *place] = torch.nan
+    y, route = kernels.max_pool(x)
+    assert torch.equal(y.isnan(), F.max_pool2d(x, 2).isnan()) and y.isnan().sum() == 4
+    found = kernels.max_pool_back(torch.full_like(y, torch.nan), route, 4, 4, y)
+    assert found.isnan().sum() == (F.max_pool2d(x, 2).nan_to_num(1) > 0).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 20, 5, 3), (3, 130, 4, 6), (40, 64, 8, 8), (2, 1, 1, 1)])
+@pytest.mark.parametrize("lacks", [True, False])
+def test_batch_norm_and_relu(device, loops, shape, dtype, lacks):
+    from vggfeat import kernels
+
+    channels = shape[1]
+    x = maps(shape, dtype, device, mean=3.0)
+    weight, bias, before, mean, var = maps((5, channels, 1, 1), torch.float32, device, mean=0.5, seed=1)[..., 0, 0]
+    exact = [value.double().contiguous().requires_grad_() for value in (x, weight, bias)]
+    moved, theirs = (mean.clone(), var.clone()), (mean.double(), var.double())
+    shifted = exact[0] + before.double()[:, None, None] if lacks else exact[0]
+    wanted = F.batch_norm(shifted, *theirs, *exact[1:], True, 0.1, 1e-5).relu()
+    y, stats = kernels.batch_norm_relu(x, weight, bias, *moved, before if lacks else None, 0.1, 1e-5)
+    coarse = 6e-3 if dtype == torch.bfloat16 else 2e-6
+    assert y.dtype == dtype and relative(y, wanted.detach()) < coarse
+    assert relative(moved[0], theirs[0]) < 1e-6 and relative(moved[1], theirs[1]) < 1e-5
+    # where a value is 0 to rounding, whether it came through is rounding too: no gradient there
+    grad = torch.where((wanted > 0) == (y > 0), maps(shape, dtype, device, seed=2), 0).to(x)
+    wanted.backward(grad.double())
+    found = kernels.batch_norm_relu_back(grad.contiguous(memory_format=torch.channels_last), x, stats)
+    for ours, value, most in zip(found, exact, (coarse, 2e-5, 2e-5), strict=True):
+        assert ours.shape == value.shape and (ours.double() - value.grad).norm() <= most * value.grad.norm() + 1e-5
+
+
+def test_statistics_of_values_far_from_0(device, loops):
+    from vggfeat import kernels
+
+    x = maps((50, 8, 6, 6), torch.float32, device, mean=1000.0)
+    ones, zeros, mean, var = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device).repeat(8, 1).T.contiguous()
+    kernels.batch_norm_relu(x, ones, zeros, mean, var, None, 1.0, 1e-5)
+    assert relative(mean, x.double().mean((0, 2, 3))) < 1e-7
+    assert relative(var, x.double().var((0, 2, 3))) < 1e-5
+
+
+def test_of_nan_all_of_the_channel_is_nan(device, loops):
+    from vggfeat import kernels
+
+    x = maps((2, 3, 2, 2), torch.float32, device)
+    x[1, 1, 0, 1] = torch.nan
+    ones, mean, var = torch.ones(3, 3, device=device)
+    y, _ = kernels.batch_norm_relu(x, ones, ones.clone(), mean, var, None, 0.1, 1e-5)
+    assert y[:, 1].isnan().all() and y[:, [0, 2]].isfinite().all() and mean.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_network_trained_by_kernels_is_the_network(device, loops, frozen):
+    from vggfeat.training.fused import Fused
+
+    torch.manual_seed(0)
+    net, theirs = (
+        vggfeat.vgg11(4, batch_norm=True, head="slim", width=0.125, dropout=0.0).to(device) for _ in range(2)
+    )
+    theirs.load_state_dict(net.state_dict())
+    for each in (net, theirs):
+        each.train()
+        with torch.no_grad():
+            for module in each.features:
+                if isinstance(module, nn.Conv2d):
+                    module.bias.fill_(0.3)
+        if frozen:
+            each.features[1].eval()
+    theirs.double()
+    x = maps((6, 3, 32, 32), torch.float32, device)
+    ours, wanted = Fused(net)(x), theirs(x.double())
+    assert relative(ours.detach(), wanted.detach()) < (2e-2 if device == "cuda" else 1e-4)  # TF32
+    if device == "cpu":
+        ours[:, 0].sum().backward()
+        wanted[:, 0].sum().backward()
+        for (name, mine), value in zip(net.named_parameters(), theirs.parameters(), strict=True):
+            if mine.grad is None:  # a bias that makes no difference
+                assert name.endswith("bias") and value.grad.norm() < 1e-10
+            else:
+                assert (mine.grad.double() - value.grad).norm() < 1e-3 * value.grad.norm() + 1e-6, name
+    for mine, value in zip(net.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(mine.double(), value.double(), rtol=2e-2 if device == "cuda" else 1e-4, atol=1e-4)
+    net.eval(), theirs.eval()
+    assert torch.equal(Fused(net).eval()(x), net(x))

@@ -1,0 +1,350 @@
+"""Triton kernels for CUDA: what torch's operations need many passes over memory for, in as few as it takes.
+
+Max pooling and its way back, one pass each instead of a dozen; batch normalisation with the ReLU behind it as trained,
+three and four instead of five and eight. `gpu.kernels` says where they work.
+
+All maps are (N,C,H,W) laid out channels_last, float32 or bfloat16; sums and statistics are float32, in a fixed order.
+"""
+
+# Triton has no types, and its kernels want none
+# mypy: disable-error-code="import-untyped,import-not-found,no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["batch_norm_relu", "batch_norm_relu_back", "max_pool", "max_pool_back"]
+
+CHANNELS, VALUES = 128, 2048  # of a block: channels side by side, and values in all
+PARTS, SUMMED = (
+    1024,
+    4096,
+)  # that sums over a map are made of, enough to occupy a GPU; values of each that are read at once
+
+
+def _columns(channels: int) -> int:
+    return min(CHANNELS, int(triton.next_power_of_2(channels)))
+
+
+def _empty(size: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _run(kernel: Any, on: Tensor, grid: tuple[int, int], *arguments: object) -> None:
+    with torch.cuda.device_of(on):
+        kernel[grid](*arguments)
+
+
+# ── max pooling ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """2×2 max pooling, an odd last row or column left out.
+
+    Returns:
+        What won each window (N,C,H//2,W//2), and who: uint8, 2 · whether one below + whether one to the right.
+    """
+    n, channels, height, width = x.shape
+    y = _empty((n, channels, height // 2, width // 2), x)
+    route = torch.empty_like(y, dtype=torch.uint8)
+    _run_pool(_max_pool, x, y, x, y, route)
+    return y, route
+
+
+def max_pool_back(grad: Tensor, route: Tensor, height: int, width: int, won: Tensor | None = None) -> Tensor:
+    """The gradient of each window at the place that won it, where what won was above 0 if that is given.
+
+    Args:
+        grad: (N,C,H//2,W//2).
+        route: of `max_pool`.
+        height: H.
+        width: W.
+        won: of `max_pool`, or None.
+    """
+    n, channels, h, w = grad.shape
+    out = _empty((n, channels, height, width), grad)
+    if (height, width) != (2 * h, 2 * w):
+        out.zero_()
+    _run_pool(_max_pool_back, out, grad, grad, route if won is None else won, route, out, won is not None)
+    return out
+
+
+def _run_pool(kernel: Any, large: Tensor, small: Tensor, *arguments: object) -> None:
+    n, channels, h, w = small.shape
+    columns = _columns(channels)
+    rows = VALUES // columns
+    grid = triton.cdiv(n * h * w, rows), triton.cdiv(channels, columns)
+    _run(kernel, large, grid, *arguments, n * h * w, h, w, *large.shape[2:], channels, rows, columns)
+
+
+@triton.jit
+def _windows(places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of a block's windows: where they are in the pooled map, which of them exist, and where each begins in the map."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = place // w
+    corner = (row // h * height + row % h * 2) * width + place % w * 2
+    there = (place < places) & (channel < channels)
+    return place.to(tl.int64) * channels + channel, there, corner.to(tl.int64) * channels + channel
+
+
+@triton.jit
+def _max_pool(x, y, route, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    pooled, there, a = _windows(places, h, w, height, width, channels, ROWS, COLUMNS)
+    c = a + width * channels
+    upper_left, upper_right = tl.load(x + a, there), tl.load(x + a + channels, there)
+    lower_left, lower_right = tl.load(x + c, there), tl.load(x + c + channels, there)
+    top = tl.maximum(upper_left, upper_right, tl.PropagateNan.ALL)
+    bottom = tl.maximum(lower_left, lower_right, tl.PropagateNan.ALL)
+    # of equals the first wins, as in torch.nn.MaxPool2d
+    down = bottom > top
+    right = tl.where(down, lower_right > lower_left, upper_right > upper_left)
+    tl.store(y + pooled, tl.maximum(top, bottom, tl.PropagateNan.ALL), there)
+    tl.store(route + pooled, tl.where(down, 2, 0) + tl.where(right, 1, 0), there)
+
+
+@triton.jit
+def _max_pool_back(
+    grad,
+    won,
+    route,
+    out,
+    MASKED: tl.constexpr,
+    places,
+    h,
+    w,
+    height,
+    width,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    pooled, there, a = _windows(places, h, w, height, width, channels, ROWS, COLUMNS)
+    c = a + width * channels
+    value, winner = tl.load(grad + pooled, there), tl.load(route + pooled, there)
+    if MASKED:
+        value = tl.where(tl.load(won + pooled, there) <= 0, 0.0, value)
+    tl.store(out + a, tl.where(winner == 0, value, 0.0), there)
+    tl.store(out + a + channels, tl.where(winner == 1, value, 0.0), there)
+    tl.store(out + c, tl.where(winner == 2, value, 0.0), there)
+    tl.store(out + c + channels, tl.where(winner == 3, value, 0.0), there)
+
+
+# ── batch normalisation and ReLU ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    before: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """ReLU of the batch normalised, as `F.batch_norm(..., training=True)` has it (Ioffe and Szegedy 2015, algorithm 1).
+
+    Args:
+        x: (N,C,H,W), more than one value of each channel.
+        weight: (C,) float32, as all that follow.
+        bias: likewise.
+        running_mean: is moved.
+        running_var: likewise, by the unbiased variance.
+        before: what `x` lacks of a constant for each channel, such as a convolution's bias: it makes no difference but
+            to the running mean.
+        momentum: of the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        The result in x's type, and for the way back (4,C): what normalises, factor and summand, mean and 1/σ.
+    """
+    y, stats = torch.empty_like(x), weight.new_empty(4, x.shape[1])
+    sums, rows = _sums(_moments, x, x), x.numel() // x.shape[1]
+    moved = running_mean, running_var, weight if before is None else before
+    _over_sums(_statistics, sums, sums, x, weight, bias, *moved, stats, before is not None, momentum, eps, rows)
+    _over_map(_normalise, x, x, stats, y)
+    return y, stats
+
+
+def batch_norm_relu_back(grad: Tensor, x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to x, weight and bias, from that with respect to the result.
+
+    Args:
+        grad: (N,C,H,W).
+        x: of `batch_norm_relu`.
+        stats: that it gave.
+    """
+    out, found = torch.empty_like(x), stats.new_empty(2, x.shape[1])
+    sums = _sums(_moments_back, x, grad, x, stats)
+    _over_sums(_totals, sums, sums, found)
+    _over_map(_normalise_back, x, grad, x, stats, found, out, x.shape[1] / x.numel())
+    return out, found[1], found[0]
+
+
+def _sums(kernel: Any, x: Tensor, *tensors: Tensor) -> Tensor:
+    """Two sums for each channel, over some rows of the map each: (parts,2,C)."""
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    columns = _columns(channels)
+    block = SUMMED // columns
+    parts = min(PARTS, triton.cdiv(rows, block))
+    out = torch.empty(parts, 2, channels, device=x.device)
+    grid = parts, triton.cdiv(channels, columns)
+    _run(kernel, x, grid, *tensors, out, triton.cdiv(rows, parts), rows, channels, block, columns)
+    return out
+
+
+def _over_sums(kernel: Any, sums: Tensor, *arguments: object) -> None:
+    parts, _, channels = sums.shape
+    _run(kernel, sums, (triton.cdiv(channels, 32), 1), *arguments, parts, channels, 256, 32)
+
+
+def _over_map(kernel: Any, x: Tensor, *arguments: object) -> None:
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    columns = _columns(channels)
+    block = VALUES // columns
+    grid = triton.cdiv(rows, block), triton.cdiv(channels, columns)
+    _run(kernel, x, grid, *arguments, rows, channels, block, columns)
+
+
+@triton.jit
+def _moments(x, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of the distance to the first row and of its square, over `each` rows: about 0, they would cancel out."""
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    pivot = tl.load(x + channel, channel < channels, 0.0).to(tl.float32)[None, :]
+    first = tl.program_id(0) * each
+    last = tl.minimum(first + each, rows)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    square = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, each, ROWS):
+        row = first + start + tl.arange(0, ROWS)[:, None]
+        there = (row < last) & (channel[None, :] < channels)
+        away = tl.load(x + row.to(tl.int64) * channels + channel[None, :], there, 0.0).to(tl.float32) - pivot
+        away = tl.where(there, away, 0.0)
+        total += away
+        square += away * away
+    here = out + tl.program_id(0) * 2 * channels + channel
+    tl.store(here, tl.sum(total, 0), channel < channels)
+    tl.store(here + channels, tl.sum(square, 0), channel < channels)
+
+
+@triton.jit
+def _moments_back(grad, x, stats, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of what comes through the ReLU and of its product with the normalised value, over `each` rows."""
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    factor, summand, mean, inverse = _stats(stats, channel, channels)
+    first = tl.program_id(0) * each
+    last = tl.minimum(first + each, rows)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, each, ROWS):
+        row = first + start + tl.arange(0, ROWS)[:, None]
+        there = (row < last) & (channel[None, :] < channels)
+        at = row.to(tl.int64) * channels + channel[None, :]
+        value = tl.load(x + at, there, 0.0).to(tl.float32)
+        through = tl.where(value * factor + summand <= 0, 0.0, tl.load(grad + at, there, 0.0).to(tl.float32))
+        total += through
+        product += through * (value - mean) * inverse
+    here = out + tl.program_id(0) * 2 * channels + channel
+    tl.store(here, tl.sum(total, 0), channel < channels)
+    tl.store(here + channels, tl.sum(product, 0), channel < channels)
+
+
+@triton.jit
+def _both(sums, channel, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The two sums of all parts."""
+    first = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, parts, ROWS):
+        part = start + tl.arange(0, ROWS)[:, None]
+        there = (part < parts) & (channel[None, :] < channels)
+        at = part * 2 * channels + channel[None, :]
+        first += tl.load(sums + at, there, 0.0)
+        second += tl.load(sums + at + channels, there, 0.0)
+    return tl.sum(first, 0), tl.sum(second, 0)
+
+
+@triton.jit
+def _totals(sums, found, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first, second = _both(sums, channel, parts, channels, ROWS, COLUMNS)
+    tl.store(found + channel, first, channel < channels)
+    tl.store(found + channels + channel, second, channel < channels)
+
+
+@triton.jit
+def _statistics(
+    sums,
+    x,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    before,
+    stats,
+    LACKS: tl.constexpr,
+    momentum,
+    eps,
+    rows,
+    parts,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there = channel < channels
+    away, square = _both(sums, channel, parts, channels, ROWS, COLUMNS)
+    away = away / rows
+    variance = tl.maximum(square / rows - away * away, 0.0, tl.PropagateNan.ALL)
+    mean = tl.load(x + channel, there, 0.0).to(tl.float32) + away
+    inverse = 1 / tl.sqrt_rn(variance + eps)
+    factor = tl.load(weight + channel, there, 0.0) * inverse
+    tl.store(stats + channel, factor, there)
+    tl.store(stats + channels + channel, tl.load(bias + channel, there, 0.0) - mean * factor, there)
+    tl.store(stats + 2 * channels + channel, mean, there)
+    tl.store(stats + 3 * channels + channel, inverse, there)
+    if LACKS:
+        mean += tl.load(before + channel, there, 0.0)
+    old = tl.load(running_mean + channel, there, 0.0)
+    tl.store(running_mean + channel, old + momentum * (mean - old), there)
+    old = tl.load(running_var + channel, there, 0.0)
+    tl.store(running_var + channel, old + momentum * (variance * (rows / (rows - 1)) - old), there)
+
+
+@triton.jit
+def _stats(stats, channel, channels):
+    there = channel < channels
+    factor = tl.load(stats + channel, there, 0.0)[None, :]
+    summand = tl.load(stats + channels + channel, there, 0.0)[None, :]
+    mean = tl.load(stats + 2 * channels + channel, there, 0.0)[None, :]
+    return factor, summand, mean, tl.load(stats + 3 * channels + channel, there, 0.0)[None, :]
+
+
+@triton.jit
+def _normalise(x, stats, y, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    factor, summand, mean, inverse = _stats(stats, channel, channels)
+    there = (row < rows) & (channel[None, :] < channels)
+    at = row.to(tl.int64) * channels + channel[None, :]
+    value = tl.load(x + at, there, 0.0).to(tl.float32) * factor + summand
+    tl.store(y + at, tl.where(value <= 0, 0.0, value), there)
+
+
+@triton.jit
+def _normalise_back(grad, x, stats, found, out, share, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    factor, summand, mean, inverse = _stats(stats, channel, channels)
+    total = tl.load(found + channel, channel < channels, 0.0)[None, :] * share
+    product = tl.load(found + channels + channel, channel < channels, 0.0)[None, :] * share
+    there = (row < rows) & (channel[None, :] < channels)
+    at = row.to(tl.int64) * channels + channel[None, :]
+    value = tl.load(x + at, there, 0.0).to(tl.float32)
+    through = tl.where(value * factor + summand <= 0, 0.0, tl.load(grad + at, there, 0.0).to(tl.float32))
+    tl.store(out + at, factor * (through - total - (value - mean) * inverse * product), there)

@@ -1,0 +1,80 @@
+"""A network as it is trained on CUDA: batch normalisation and ReLU in one, and max pools, by Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from vggfeat import kernels
+from vggfeat.network import VGG
+
+__all__ = ["Fused"]
+
+
+class Fused(nn.Module):
+    """A network that gives what `net` gives, to rounding, and moves its gradients and running statistics.
+
+    Before a batch normalisation by the statistics of the batch, a convolution's bias is left out: it makes no
+    difference but to the running mean. Images are (N,3,H,W), channels_last, on CUDA, as are the filters.
+    """
+
+    def __init__(self, net: VGG) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,3,H,W) to logits (N,num_classes)."""
+        if not self.training:
+            return self.net(x)  # type: ignore[no-any-return]
+        modules = list(self.net.features)
+        while modules:
+            module = modules.pop(0)
+            if modules and isinstance(modules[0], nn.BatchNorm2d) and modules[0].training:
+                assert isinstance(module, nn.Conv2d)
+                x = F.conv2d(x, module.weight, None, padding=module.padding)
+                norm, _ = modules.pop(0), modules.pop(0)  # the ReLU
+                x = _BatchNormRelu.apply(x, norm.weight, norm.bias, norm, module.bias)
+            elif isinstance(module, nn.MaxPool2d):
+                x = _MaxPool.apply(x)
+            else:
+                x = module(x)
+        return self.net.classifier(self.net.avgpool(x).flatten(1))  # type: ignore[no-any-return]
+
+
+class _BatchNormRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, before: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.num_batches_tracked is not None and norm.momentum is not None
+        norm.num_batches_tracked.add_(1)
+        moved = norm.running_mean, norm.running_var
+        y, stats = kernels.batch_norm_relu(x, weight, bias, *moved, before, norm.momentum, norm.eps)
+        ctx.save_for_backward(x, stats)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, stats = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return (*kernels.batch_norm_relu_back(grad, x, stats), None, None)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y, route = kernels.max_pool(x.contiguous(memory_format=torch.channels_last))
+        ctx.save_for_backward(route)
+        ctx.size = x.shape[2:]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (route,) = ctx.saved_tensors
+        return kernels.max_pool_back(grad.contiguous(memory_format=torch.channels_last), route, *ctx.size)
