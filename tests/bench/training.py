@@ -5,6 +5,8 @@
 - convolutions, torch: `F.conv2d` forward, its gradients to input and filters, for every layer's shape, nothing else;
 - convolutions, ours: the same through `vggfeat.convolution`.
 
+On a GPU the convolutions are replayed as a CUDA graph, as ours are: launched one by one, they would wait for the host.
+
     python -m tests.bench.training [ARCH] [BATCH] [PRECISION]
 """
 
@@ -90,12 +92,23 @@ def convolutions(
             y = convolve(x, weight, None) if fast else F.conv2d(x, weight, padding=1)
             torch.autograd.grad(y, [v for v in (x, weight) if v.requires_grad], grad)
 
-    return step, operations
+    return (replayed(step) if device.type == "cuda" else step), operations
+
+
+def replayed(step: Callable[[], None]) -> Callable[[], object]:
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def main(arch: str = "vgg16_bn", batch: str = "256", precision: str = "bfloat16") -> None:
     """Print images per second of each, and shares of the convolutions' rate."""
     keep_memory()
+    torch.backends.cudnn.benchmark = True  # as `train` has it
     device, count = resolve("auto"), int(batch)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
     torchs, operations = convolutions(arch, count, dtype, device, fast=False)

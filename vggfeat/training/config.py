@@ -82,7 +82,8 @@ class TrainConfig:
             depends on the seed; they are also what `evaluate` tests, given the run's weights and the same images.
         bad_images: `fail` at an image that cannot be read, or `skip` it; skipped ones are named and counted.
         workers: processes that read images which do not fit into memory; they make no difference to the result.
-        save_every: steps between checkpoints; 0 means at the end of each epoch only.
+        save_every: steps between checkpoints. There is one at the end of each epoch, too; on a GPU, where those may be
+            short, if the last is ten seconds old.
         seed: of everything that is drawn.
         device: `auto` (CUDA, else the CPU), or a torch device.
 

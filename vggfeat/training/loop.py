@@ -37,6 +37,7 @@ from vggfeat.training.folder import Board, Epoch, begin, check, write_log, write
 __all__ = ["TrainResult", "TrainStep", "train"]
 
 PathLike = str | os.PathLike[str]
+SAVE_AFTER = 10.0  # seconds from one epoch's checkpoint to another's
 WARMING = 3  # steps before one is recorded: in first ones libraries choose, and optimizers make their state
 
 
@@ -233,7 +234,7 @@ class _Run:
         self.sums = torch.zeros(3, dtype=wide, device=world.device)  # loss, right, images of the epoch so far
         self.bad = torch.full((), -1, device=world.device)  # the first step whose loss was not finite
         self.loss = self.lr = math.nan  # of the last step, as far as known
-        self.seconds = 0.0
+        self.seconds, self.saved = 0.0, -math.inf  # of the epoch so far; when the last checkpoint was written
         self.asked = False  # this process, by a signal
         self.stop = False  # all of them
 
@@ -364,8 +365,9 @@ class _Run:
             value = self._step(batch)
             self.step += 1
             last = self.step == steps
-            saves = last or (config.save_every > 0 and self.done % config.save_every == 0)
-            waits = self.world.device.type == "cpu" or saves or self.step == 1 or self.done % 50 == 0  # for a GPU
+            saves = (last and self._epoch_saves()) or (config.save_every > 0 and self.done % config.save_every == 0)
+            # for a GPU
+            waits = self.world.device.type == "cpu" or last or saves or self.step == 1 or self.done % 50 == 0
             if waits:
                 self.loss = value.item()
                 if (bad := int(self.bad)) >= 0:
@@ -374,9 +376,11 @@ class _Run:
                 self.callback(TrainStep(self.epoch + 1, config.epochs, self.step, steps, self.loss, self.lr))
             if waits or self.world.size == 1:
                 self._agree()
-            if saves or self.stop:
+            if last or saves or self.stop:
                 self.seconds += time.perf_counter() - begun
-                self.save()  # before the test, which may fail
+                if saves or self.stop:
+                    self.save()  # before the test, which may fail
+                    self.saved = time.perf_counter()
                 begun = time.perf_counter()
             if self.stop:
                 return None
@@ -392,6 +396,12 @@ class _Run:
             done = self.history[-1]
             self.callback(TrainStep(self.epoch, config.epochs, steps, steps, self.loss, self.lr, done))
         return evaluation
+
+    def _epoch_saves(self) -> bool:
+        """Whether a checkpoint is due at this epoch's end: on a GPU one may take less time than writing that."""
+        final, alone = self.epoch + 1 == self.config.epochs, self.world.size == 1
+        short = alone and self.world.device.type == "cuda" and time.perf_counter() - self.saved < SAVE_AFTER
+        return final or not short
 
     def _asked_to_end(self, number: int, frame: object) -> None:
         """End after the step in progress; at a second Ctrl-C at once.

@@ -135,7 +135,8 @@ def max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled: 
     """Each gradient goes to the winner of its window, and nowhere where the winner was not positive."""
     if pooled is not None and route.dtype == torch.int64:  # torch's own, on a CPU; on CUDA it adds in no fixed order
         grad = torch.ops.aten.threshold_backward(grad, pooled, 0)
-        like = torch.empty((*grad.shape[:2], height, width), dtype=grad.dtype, memory_format=torch.channels_last)
+        size = (*grad.shape[:2], height, width)
+        like = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
         back = torch.ops.aten.max_pool2d_with_indices_backward
         return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, route)  # type: ignore[no-any-return]
     if pooled is not None and (kernels := gpu.kernels(grad.device, grad.dtype)):
