@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
+from vggfeat.trunk import bits, layers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -69,6 +70,37 @@ def test_max_pool(device, shape, dtype):
     assert found.is_contiguous(memory_format=torch.channels_last) and torch.equal(found.double(), exact.grad)
     masked = kernels.max_pool_back(grad, route, *shape[2:], y)
     assert torch.equal(masked.double(), exact.grad * (exact > 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 24, 9, 11), (1, 64, 8, 8), (3, 136, 6, 7)])
+def test_signs_as_bits(device, shape, dtype):
+    """Against the same in torch's operations, on the CPU."""
+    from vggfeat import kernels
+
+    x = maps(shape, dtype, device).relu()
+    packed = kernels.pack(x)
+    assert torch.equal(packed.cpu(), bits.pack(x.cpu()))
+    grad = maps(shape, dtype, device, seed=1)
+    wanted = torch.where(x > 0, grad, 0)
+    kernels.mask(grad, packed)
+    assert torch.equal(grad, wanted)
+    y, planes = kernels.max_pool_packed(x)
+    theirs, route = layers.pool(x.cpu(), "max", "bits")
+    assert torch.equal(y.cpu(), theirs) and torch.equal(planes.cpu(), route)
+    grad = maps(y.shape, dtype, device, seed=2)
+    found = kernels.max_pool_back_packed(grad, planes, *shape[2:])
+    assert torch.equal(found.cpu(), layers.max_pool_back(grad.cpu(), *shape[2:], route, None))
+
+
+def test_signs_of_a_number_of_values_that_fills_no_byte(device):
+    from vggfeat import kernels
+
+    x = maps((3, 5, 3, 3), torch.float32, device).relu()
+    packed, grad = kernels.pack(x), torch.ones_like(x)
+    assert torch.equal(packed.cpu(), bits.pack(x.cpu()))
+    kernels.mask(grad, packed)
+    assert torch.equal(grad > 0, x > 0)
 
 
 def test_max_pool_of_nan_is_nan(device):

@@ -1,7 +1,8 @@
 """Triton kernels for CUDA: what torch's operations need many passes over memory for, in as few as it takes.
 
-Max pooling and its way back, one pass each instead of a dozen; batch normalisation with the ReLU behind it as trained,
-three and four instead of five and eight. `gpu.kernels` says where they work.
+Max pooling and its way back, one pass each instead of a dozen, and the same for signs as single bits (`trunk/bits.py`);
+batch normalisation with the ReLU behind it as trained, three and four instead of five and eight. `gpu.kernels` says
+where they work.
 
 All maps are (N,C,H,W) laid out channels_last, float32 or bfloat16; sums and statistics are float32, in a fixed order.
 """
@@ -18,7 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["batch_norm_relu", "batch_norm_relu_back", "max_pool", "max_pool_back"]
+__all__ = [
+    "batch_norm_relu",
+    "batch_norm_relu_back",
+    "mask",
+    "max_pool",
+    "max_pool_back",
+    "max_pool_back_packed",
+    "max_pool_packed",
+    "pack",
+]
 
 CHANNELS, VALUES = 128, 2048  # of a block: channels side by side, and values in all
 PARTS, SUMMED = (
@@ -129,6 +139,129 @@ def _max_pool_back(
     value, winner = tl.load(grad + pooled, there), tl.load(route + pooled, there)
     if MASKED:
         value = tl.where(tl.load(won + pooled, there) <= 0, 0.0, value)
+    tl.store(out + a, tl.where(winner == 0, value, 0.0), there)
+    tl.store(out + a + channels, tl.where(winner == 1, value, 0.0), there)
+    tl.store(out + c, tl.where(winner == 2, value, 0.0), there)
+    tl.store(out + c + channels, tl.where(winner == 3, value, 0.0), there)
+
+
+# ── signs as single bits ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pack(x: Tensor) -> Tensor:
+    """One bit for each value, set where it is positive: uint8 (N, ceil(C·H·W / 8)), as by `trunk.bits.pack`."""
+    each = x[0].numel()
+    out = torch.empty(len(x), triton.cdiv(each, 8), dtype=torch.uint8, device=x.device)
+    _run(_pack, x, (triton.cdiv(out.shape[1], VALUES // 8), len(x)), x, out, each, out.shape[1], VALUES // 8)
+    return out
+
+
+def mask(grad: Tensor, bits: Tensor) -> None:
+    """Set to 0, in place, where the bit of `pack` is not set."""
+    each = grad[0].numel()
+    _run(
+        _mask, grad, (triton.cdiv(bits.shape[1], VALUES // 8), len(grad)), grad, bits, each, bits.shape[1], VALUES // 8
+    )
+
+
+def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `max_pool` of a multiple of 8 channels, with the way back as bits.
+
+    Returns:
+        What won each window (N,C,H//2,W//2), and uint8 (N,3,bytes), of `pack` each: whether that was one below, whether
+        one to the right, and whether it is positive.
+    """
+    n, channels, height, width = x.shape
+    y = _empty((n, channels, height // 2, width // 2), x)
+    planes = torch.empty(n, 3, y[0].numel() // 8, dtype=torch.uint8, device=x.device)
+    _run_pool(_max_pool_packed, x, y, x, y, planes)
+    return y, planes
+
+
+def max_pool_back_packed(grad: Tensor, planes: Tensor, height: int, width: int) -> Tensor:
+    """As `max_pool_back`, of what was positive, with the way back of `max_pool_packed`."""
+    n, channels, h, w = grad.shape
+    out = _empty((n, channels, height, width), grad)
+    if (height, width) != (2 * h, 2 * w):
+        out.zero_()
+    _run_pool(_max_pool_back_packed, out, grad, grad, planes, out)
+    return out
+
+
+@triton.jit
+def _pack(x, out, each, count, BYTES: tl.constexpr):
+    byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
+    bit = tl.arange(0, 8)[None, :]
+    at = byte[:, None] * 8 + bit
+    value = tl.load(x + tl.program_id(1).to(tl.int64) * each + at, (byte[:, None] < count) & (at < each), 0.0)
+    found = tl.sum((value > 0).to(tl.int32) << bit, 1)
+    tl.store(out + tl.program_id(1).to(tl.int64) * count + byte, found, byte < count)
+
+
+@triton.jit
+def _mask(grad, bits, each, count, BYTES: tl.constexpr):
+    byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)[:, None]
+    bit = tl.arange(0, 8)[None, :]
+    at = byte * 8 + bit
+    there = (byte < count) & (at < each)
+    packed = tl.load(bits + tl.program_id(1).to(tl.int64) * count + byte, byte < count, 0).to(tl.int32)
+    here = grad + tl.program_id(1).to(tl.int64) * each + at
+    tl.store(here, tl.where((packed >> bit) & 1 != 0, tl.load(here, there), 0.0), there)
+
+
+@triton.jit
+def _packed_windows(places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """As `_windows`, eight channels in a dimension of their own; and where their bits are in the first plane."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    byte = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
+    row = place // w
+    corner = (row // h * height + row % h * 2) * width + place % w * 2
+    there = (place < places) & (byte < channels // 8)
+    image = place // (h * w)
+    bits = (image.to(tl.int64) * 3 * h * w + place % (h * w)) * (channels // 8) + byte
+    channel = byte[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    pooled = place.to(tl.int64)[:, :, None] * channels + channel
+    return (
+        bits,
+        there,
+        pooled,
+        there[:, :, None] & (channel < channels),
+        corner.to(tl.int64)[:, :, None] * channels + channel,
+    )
+
+
+@triton.jit
+def _max_pool_packed(x, y, planes, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    bits, exists, pooled, there, a = _packed_windows(places, h, w, height, width, channels, ROWS, COLUMNS)
+    c = a + width * channels
+    upper_left, upper_right = tl.load(x + a, there, 0.0), tl.load(x + a + channels, there, 0.0)
+    lower_left, lower_right = tl.load(x + c, there, 0.0), tl.load(x + c + channels, there, 0.0)
+    top = tl.maximum(upper_left, upper_right, tl.PropagateNan.ALL)
+    bottom = tl.maximum(lower_left, lower_right, tl.PropagateNan.ALL)
+    down = bottom > top
+    right = tl.where(down, lower_right > lower_left, upper_right > upper_left)
+    won = tl.maximum(top, bottom, tl.PropagateNan.ALL)
+    tl.store(y + pooled, won, there)
+    bit = tl.arange(0, 8)[None, None, :]
+    plane = h * w * (channels // 8)
+    tl.store(planes + bits, tl.sum(down.to(tl.int32) << bit, 2), exists)
+    tl.store(planes + bits + plane, tl.sum(right.to(tl.int32) << bit, 2), exists)
+    tl.store(planes + bits + 2 * plane, tl.sum((won > 0).to(tl.int32) << bit, 2), exists)
+
+
+@triton.jit
+def _max_pool_back_packed(
+    grad, planes, out, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    bits, exists, pooled, there, a = _packed_windows(places, h, w, height, width, channels, ROWS, COLUMNS)
+    c = a + width * channels
+    bit = tl.arange(0, 8)[None, None, :]
+    plane = h * w * (channels // 8)
+    down = (tl.load(planes + bits, exists, 0).to(tl.int32)[:, :, None] >> bit) & 1
+    right = (tl.load(planes + bits + plane, exists, 0).to(tl.int32)[:, :, None] >> bit) & 1
+    alive = (tl.load(planes + bits + 2 * plane, exists, 0).to(tl.int32)[:, :, None] >> bit) & 1
+    value = tl.where(alive != 0, tl.load(grad + pooled, there, 0.0), 0.0)
+    winner = 2 * down + right
     tl.store(out + a, tl.where(winner == 0, value, 0.0), there)
     tl.store(out + a + channels, tl.where(winner == 1, value, 0.0), there)
     tl.store(out + c, tl.where(winner == 2, value, 0.0), there)

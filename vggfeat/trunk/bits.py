@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vggfeat import gpu
+
 __all__ = ["bands", "bytes_of", "pack", "unpack"]
 
 # eight bytes of 0 or 1 times this number have their eight bits side by side in the topmost byte
@@ -51,7 +53,8 @@ def pack(x: Tensor) -> Tensor:
     Values are bool or come out of a ReLU: none is below 0.
     """
     if x.device.type != "cpu":
-        return _pack(x)
+        kernels = gpu.kernels(x.device, x.dtype)
+        return kernels.pack(x) if kernels else _pack(x)
     packed = x.new_empty((len(x), bytes_of(x.shape)), dtype=torch.uint8)
     for images, rows, where in bands(x.shape, x.device):
         packed[images, where] = _pack(x[images, :, rows])

@@ -94,8 +94,11 @@ def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
     if keep == "values" and x.device.type == "cpu":
         found: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
         return found
-    if keep == "values" and (kernels := gpu.kernels(x.device, x.dtype)):
-        return kernels.max_pool(x)  # type: ignore[no-any-return]
+    if kernels := gpu.kernels(x.device, x.dtype):
+        if keep == "values":
+            return kernels.max_pool(channels_last(x))  # type: ignore[no-any-return]
+        if x.shape[1] % 8 == 0:
+            return kernels.max_pool_packed(channels_last(x))  # type: ignore[no-any-return]
     small = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
     y = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if keep == "values":
@@ -139,8 +142,11 @@ def max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled: 
         like = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
         back = torch.ops.aten.max_pool2d_with_indices_backward
         return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, route)  # type: ignore[no-any-return]
-    if pooled is not None and (kernels := gpu.kernels(grad.device, grad.dtype)):
-        return kernels.max_pool_back(channels_last(grad), route, height, width, pooled)  # type: ignore[no-any-return]
+    if kernels := gpu.kernels(grad.device, grad.dtype):
+        if pooled is not None:
+            return kernels.max_pool_back(channels_last(grad), route, height, width, pooled)  # type: ignore[no-any-return]
+        if grad.shape[1] % 8 == 0:
+            return kernels.max_pool_back_packed(channels_last(grad), route, height, width)  # type: ignore[no-any-return]
     out = _unpooled(grad, height, width)
     if pooled is not None:
         _to_winners(grad, (route >= 2).to(grad.dtype), (route & 1).to(grad.dtype), pooled, out)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vggfeat import gpu
 from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bands, pack, unpack
 from vggfeat.trunk.filters import Filters, by_stage
@@ -303,6 +304,10 @@ class Flow:
         assert packed is not None
         if not self.ours:
             self.own(self.grad.clone())
+        if kernels := gpu.kernels(self.grad.device, self.grad.dtype):
+            self.own(layers.channels_last(self.grad))
+            kernels.mask(self.grad, packed)
+            return
         for images, rows, where in bands(self.grad.shape, self.grad.device):
             part = self.grad[images, :, rows]
             signs = unpack(packed[images, where], part.shape).to(part.dtype)
