@@ -153,10 +153,14 @@ class Arch:
         """Names of the head's layers."""
         return {"paper": ("fc6", "relu6", "fc7", "relu7", "fc8"), "slim": ("fc",), None: ()}[self.head]
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """Every layer name that can be tapped, shallow to deep."""
         return tuple(layer.name for layer in self.layers) + self.head_names
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
 
     def layer(self, name: str) -> Layer:
         """The convolutional-part layer of that name.
@@ -164,10 +168,10 @@ class Arch:
         Raises:
             InputError: the network has no such layer, or it is one of the head's.
         """
+        if name in self._by_name:
+            return self._by_name[name]
         self.check([name])
-        if name in self.head_names:
-            raise InputError(f"{name} is one of the head's layers, not of the convolutional part's")
-        return next(layer for layer in self.layers if layer.name == name)
+        raise InputError(f"{name} is one of the head's layers, not of the convolutional part's")
 
     def check(self, names: Iterable[str]) -> None:
         """Make sure that the network has these layers.

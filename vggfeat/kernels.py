@@ -31,10 +31,8 @@ __all__ = [
 ]
 
 CHANNELS, VALUES = 128, 2048  # of a block: channels side by side, and values in all
-PARTS, SUMMED = (
-    1024,
-    4096,
-)  # that sums over a map are made of, enough to occupy a GPU; values of each that are read at once
+# sums over a map are made of so many parts, enough to occupy a GPU, and of a part so many values are read at once
+PARTS, SUMMED = 512, 4096
 
 
 def _columns(channels: int) -> int:
@@ -45,9 +43,9 @@ def _empty(size: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _run(kernel: Any, on: Tensor, grid: tuple[int, int], *arguments: object) -> None:
+def _run(kernel: Any, on: Tensor, grid: tuple[int, int], *arguments: object, warps: int = 4) -> None:
     with torch.cuda.device_of(on):
-        kernel[grid](*arguments)
+        kernel[grid](*arguments, num_warps=warps)
 
 
 # ── max pooling ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -328,13 +326,13 @@ def _sums(kernel: Any, x: Tensor, *tensors: Tensor) -> Tensor:
     parts = min(PARTS, triton.cdiv(rows, block))
     out = torch.empty(parts, 2, channels, device=x.device)
     grid = parts, triton.cdiv(channels, columns)
-    _run(kernel, x, grid, *tensors, out, triton.cdiv(rows, parts), rows, channels, block, columns)
+    _run(kernel, x, grid, *tensors, out, triton.cdiv(rows, parts), rows, channels, block, columns, warps=8)
     return out
 
 
 def _over_sums(kernel: Any, sums: Tensor, *arguments: object) -> None:
     parts, _, channels = sums.shape
-    _run(kernel, sums, (triton.cdiv(channels, 32), 1), *arguments, parts, channels, 256, 32)
+    _run(kernel, sums, (triton.cdiv(channels, 32), 1), *arguments, parts, channels, 256, 32, warps=8)
 
 
 def _over_map(kernel: Any, x: Tensor, *arguments: object) -> None:

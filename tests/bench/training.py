@@ -5,7 +5,8 @@
 - convolutions, torch: `F.conv2d` forward, its gradients to input and filters, for every layer's shape, nothing else;
 - convolutions, ours: the same through `vggfeat.convolution`.
 
-On a GPU the convolutions are replayed as a CUDA graph, as ours are: launched one by one, they would wait for the host.
+On a GPU twenty steps are timed at once, so that the host can be ahead, as it is in training, and the convolutions are
+replayed as a CUDA graph: launched one by one, they would wait for it.
 
     python -m tests.bench.training [ARCH] [BATCH] [PRECISION]
 """
@@ -122,9 +123,19 @@ def main(arch: str = "vgg16_bn", batch: str = "256", precision: str = "bfloat16"
         "convolutions, torch": torchs,
         "convolutions, ours": convolutions(arch, count, dtype, device, fast=True)[0],
     }
-    times = alternate(sides, runs=9, warmup=4)
+    steps = 20 if device.type == "cuda" else 1
+
+    def repeated(side: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(steps):
+                side()
+
+        return run
+
+    times = alternate({name: repeated(side) for name, side in sides.items()}, runs=9, warmup=4)
+    operations, count = operations * steps, count * steps
     rates = {name: count / statistics.median(values) for name, values in times.items()}
-    print(f"\n{arch}, batch {count}, {precision}\n{machine()}")
+    print(f"\n{arch}, batch {batch}, {precision}\n{machine()}")
     for name, values in times.items():
         share = rates["vggfeat"] / rates[name]
         spread = f"{count / max(values):.0f}–{count / min(values):.0f}"

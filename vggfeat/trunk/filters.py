@@ -105,7 +105,7 @@ class Trunk:
         keys: list[Key] = []
         sizes = plan.sizes(*size) if size else [(0, 0)] * len(plan.stages)
         for stage, (height, width) in zip(plan.stages, sizes, strict=True):
-            layer = self.arch.layer(stage.conv)
+            layer = plan.arch.layer(stage.conv)
             shape = (layer.in_channels, layer.channels, height, width)
             tiled = layer.kernel == 3 and winograd.is_faster(device, dtype, *shape)
             for folded in ["bn" in stage.steps] + [False] * stage.unfolded:
