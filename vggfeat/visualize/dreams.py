@@ -255,7 +255,8 @@ class _Fourier:
         """One step of Adam."""
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
+        with torch.device("cpu"):  # Adam of torch 2.10 makes its count of steps on the default device
+            self.optimizer.step()
 
 
 class _Pixels:
