@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vggfeat import winograd
-from vggfeat.modes import in_forward_mode, in_functorch, wants_ordinary_operations
+from vggfeat.modes import exporting, in_forward_mode, in_functorch, wants_ordinary_operations
 from vggfeat.processor import emulates
 
 __all__ = ["Conv2d", "convolve", "pays_as_product", "pays_by_tiles"]
@@ -104,7 +104,7 @@ def pays_as_product(x: Tensor) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is faster as a product; decided by shape, so that runs repeat."""
     if x.device.type != "cpu" or x.ndim != 4 or in_forward_mode():
         return False
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():  # an exported graph serves any batch
+    if torch._C._get_tracing_state() is not None or exporting():  # an exported graph serves any batch
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if emulates(dtype, x.device):

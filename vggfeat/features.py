@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from vggfeat import trunk as _trunk
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest, warn
-from vggfeat.modes import in_functorch, no_autocast, outside, values_are_hidden
+from vggfeat.modes import exporting, in_functorch, no_autocast, outside, values_are_hidden
 from vggfeat.processor import bfloat16_is_fast
 from vggfeat.settings import PRECISIONS
 from vggfeat.trunk import OnTap, Part, Plan, TapGradOf, TapGradOfRows, Trunk
@@ -253,7 +253,7 @@ class VGGFeatures(nn.Module):
         return f"{found:08x}"
 
     def _run(self, x: Tensor, filters: list[Tensor]) -> dict[str, Tensor]:
-        if torch.compiler.is_exporting() or x.device.type not in BY_HAND:
+        if exporting() or x.device.type not in BY_HAND:
             deep = _trunk.plain(x, filters, self.plan)
             found = [deep[i] for i in self.plan.order]
         else:
@@ -278,7 +278,7 @@ class VGGFeatures(nn.Module):
     def _filters(self, images: Tensor) -> list[Tensor]:
         linear = [LINEAR[name] for name in self._head if name in LINEAR]
         # an exported graph serves any size
-        size = None if torch.compiler.is_exporting() else (images.shape[2], images.shape[3])
+        size = None if exporting() else (images.shape[2], images.shape[3])
         dtype = trunk_dtype(self.precision, images)
         return self.trunk.filters(self.plan, images.device, dtype, linear, size)
 
@@ -384,7 +384,7 @@ def trunk_dtype(precision: str, images: Tensor) -> torch.dtype:
         return torch.float64
     if precision == "auto":
         return torch.bfloat16 if bfloat16_is_fast(images.device) else torch.float32
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # meta has none
         wanted = torch.get_autocast_dtype(kind)
         if wanted == torch.bfloat16 or (wanted == torch.float16 and bfloat16_is_fast(images.device)):
             return torch.bfloat16

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "constant_when_traced",
+    "exporting",
     "in_forward_mode",
     "in_functorch",
     "no_autocast",
@@ -21,6 +22,11 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def exporting() -> bool:
+    """Whether `torch.export` is at work."""
+    return torch.compiler._is_exporting_flag  # `is_exporting()` of torch 2.10 and 2.11 is true in torch.compile, too
 
 
 def in_functorch() -> bool:

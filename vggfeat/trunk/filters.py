@@ -37,8 +37,7 @@ class Filters(NamedTuple):
 
 def by_stage(plan: Plan, filters: Sequence[Tensor]) -> list[tuple[Filters, Filters | None]]:
     """Of `Trunk.filters`, each stage's: the stream's, and the unfolded of a convolution tapped beside it."""
-    left = iter(filters)
-    following = map(Filters, left, left, left)
+    following = map(Filters, filters[::3], filters[1::3], filters[2::3])
     return [(next(following), next(following) if stage.unfolded else None) for stage in plan.stages]
 
 
