@@ -128,7 +128,7 @@ def test_what_tiles_are_for(monkeypatch):
     assert not pays_by_tiles(x, weight)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch.func.jvp's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch.func.jvp's own
 def test_tiles_in_company(monkeypatch):
     """Where others look inside (compilers, torch.func, forward-mode derivatives) torch's own convolution serves."""
     x, weight, bias = (value.detach() for value in by_tiles(monkeypatch))
@@ -195,6 +195,7 @@ def test_the_network_uses_it_and_agrees_with_torchvision(torchvision, monkeypatc
     assert F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.9999
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracer
 def test_compiles_in_one_graph():
     conv = Conv2d(5, 7, 3, padding=1)
     compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
