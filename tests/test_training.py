@@ -711,7 +711,8 @@ def test_two_processes_are_one(data, tmp_path, mixing, request):
         said = joined("-m", "vggfeat.training", *command(data, tmp_path / "two", *options))
     else:
         said = launched(data, tmp_path / "two", *options)
-    two, summary = weights(tmp_path / "two"), json.loads(said[said.index("{") :])
+    said = said[said.index("{") : said.rindex("}") + 1]  # Gloo of torch 2.10 reports its connections around it
+    two, summary = weights(tmp_path / "two"), json.loads(said)
     for key, value in weights(one.folder).items():
         torch.testing.assert_close(two[key], value, rtol=5e-3, atol=5e-4, msg=key)
     row, other = summary["history"][0], one.history[0]
