@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
+from vggfeat import gpu
 from vggfeat.trunk import bits, layers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -193,3 +194,13 @@ def test_a_network_trained_by_kernels_is_the_network(device, loops, frozen):
         torch.testing.assert_close(mine.double(), value.double(), rtol=2e-2 if device == "cuda" else 1e-4, atol=1e-4)
     net.eval(), theirs.eval()
     assert torch.equal(Fused(net).eval()(x), net(x))
+
+
+def test_where_they_do_not_work_torchs_operations_serve(monkeypatch):
+    ask = gpu.kernels.__wrapped__  # without what it remembers
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float16)):
+        assert ask(torch.device(device), dtype) is None
+    monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "vggfeat.kernels", raising=False)
+    monkeypatch.delattr(vggfeat, "kernels", raising=False)
+    assert ask(torch.device("cuda"), torch.float32) is None

@@ -129,3 +129,47 @@ def test_a_state_that_was_saved_goes_on_the_same():
     after.load_state_dict(before.state_dict())
     steps(second, after, range(3, 6))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(unbroken, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 8, 30), (3, 30, 8)])
+def test_many_matrices_are_turned_as_one_by_one(shape, dtype):
+    matrices = random(*shape, dtype=torch.float64).to(dtype)
+    matrices[1] *= 1e-3
+    found, wanted = polar(matrices), torch.stack([polar(matrix) for matrix in matrices])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-2)
+
+
+def test_filters_of_one_shape_are_turned_at_once_to_the_same():
+    """As on a GPU; one by one they are turned on a CPU."""
+    results = []
+    for together in (False, True):
+        weights = [filters(8, 4, 3, 3, seed=seed) for seed in range(3)]
+        for seed, weight in enumerate(weights):
+            weight.grad = random(8, 4, 3, 3, seed=10 + seed) * 10.0**seed
+        optimizer = Muon(weights, lr=0.1)
+        if together:
+            for weight in weights:
+                optimizer.state[weight] = {"sum": torch.zeros_like(weight), "norm": weight.norm()}
+            with torch.no_grad():
+                optimizer._turn(weights, [weight.grad * 1.9 for weight in weights], 0.1)
+        else:
+            optimizer.step()
+        results.append([weight.detach() for weight in weights])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_rate_may_be_a_tensor():
+    """As recorded steps want it, which look it up."""
+    results = []
+    for lr in (0.1, torch.tensor(0.1)):
+        weights = [filters(8, 4, 3, 3), torch.nn.Parameter(random(6, seed=1))]
+        optimizer = Muon(weights, lr=0.1, weight_decay=0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for weight in weights:
+            weight.grad = random(*weight.shape, seed=2)
+        optimizer.step()
+        results.append([weight.detach() for weight in weights])
+    torch.testing.assert_close(*results)

@@ -339,6 +339,22 @@ def test_every_network_trains(data, tmp_path, arch, head):
     assert all(not torch.equal(value, before[name]) for name, value in made.net.named_parameters() if value.ndim > 1)
 
 
+def test_on_a_gpu_short_epochs_leave_no_checkpoint_each(data, tmp_path):
+    """One may take less time than writing that; the last epoch's is always written, and on a CPU every one."""
+    made = begun(data, tmp_path, epochs=3)
+    assert made._epoch_saves()
+    made.world = World(torch.device("cuda"))
+    assert made._epoch_saves()  # the first
+    made.saved = time.perf_counter()
+    assert not made._epoch_saves()
+    made.saved -= loop.SAVE_AFTER
+    assert made._epoch_saves()
+    made.saved, made.epoch = time.perf_counter(), 2
+    assert made._epoch_saves()
+    made.epoch, made.world = 0, World(torch.device("cuda"), 0, 2)  # where all processes must decide alike
+    assert made._epoch_saves()
+
+
 # ── transfer learning ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 

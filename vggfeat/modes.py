@@ -26,7 +26,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def exporting() -> bool:
     """Whether `torch.export` is at work."""
-    return torch.compiler._is_exporting_flag  # `is_exporting()` of torch 2.10 and 2.11 is true in torch.compile, too
+    # `is_exporting()` of torch 2.10 and 2.11 is true in torch.compile, too
+    found = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if found is None else bool(found)
 
 
 def in_functorch() -> bool:

@@ -1,5 +1,5 @@
 """Style transfer. Importing this package imports no torch.
 
 `config.py` states every default, `objective.py` what is minimised, of large pictures in `tiles.py`, `optimize.py` how,
-`gpu.py` what keeps a GPU busy, and `stylize.py` holds the loop from coarse to fine and its result.
+and `stylize.py` holds the loop from coarse to fine and its result.
 """
