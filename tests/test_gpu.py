@@ -408,6 +408,24 @@ def test_a_replayed_training_is_the_training(tmp_path, device, options, monkeypa
         assert ours.lr == theirs.lr and ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-3)
 
 
+def test_a_training_whose_recording_fails_is_the_training(tmp_path, monkeypatch):
+    config = TrainConfig(arch="vgg11", width=0.125, batch_size=8, epochs=3, precision="float32", device="cpu")
+    data = pictures.folder(tmp_path / "data", pictures.tree(8))
+    wanted = train(data, config=config, folder=tmp_path / "plain")
+
+    def record(step, *inputs):
+        for value in step.__self__.net.parameters():
+            value.grad = torch.full_like(value, math.nan)  # as the memory of a recording has anything in it
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(gpu, "record", record)
+    monkeypatch.setattr(loop_module, "can_record", lambda device: True)
+    with pytest.warns(UserWarning, match="not replayed as a CUDA graph"):
+        found = train(data, config=config, folder=tmp_path / "failed")
+    for ours, theirs in zip(found.net.state_dict().values(), wanted.net.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_evaluation_is_that_on_the_cpu(tmp_path, device):
     data = pictures.folder(tmp_path / "data", pictures.tree(8))

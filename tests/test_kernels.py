@@ -104,6 +104,17 @@ def test_signs_of_a_number_of_values_that_fills_no_byte(device):
     assert torch.equal(grad > 0, x > 0)
 
 
+def test_no_images(device):
+    from vggfeat import kernels
+
+    x = maps((0, 8, 4, 4), torch.float32, device)
+    y, route = kernels.max_pool(x)
+    packed, planes = kernels.max_pool_packed(x)
+    assert y.shape == packed.shape == (0, 8, 2, 2) and kernels.pack(x).shape == (0, 16) and planes.shape == (0, 3, 4)
+    assert kernels.max_pool_back(y, route, 4, 4).shape == kernels.max_pool_back_packed(y, planes, 4, 4).shape == x.shape
+    kernels.mask(x, kernels.pack(x))
+
+
 def test_max_pool_of_nan_is_nan(device):
     from vggfeat import kernels
 

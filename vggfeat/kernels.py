@@ -1,7 +1,7 @@
 """Triton kernels for CUDA: what torch's operations need many passes over memory for, in as few as it takes.
 
 Max pooling and its way back, one pass each instead of a dozen, and the same for signs as single bits (`trunk/bits.py`);
-batch normalisation with the ReLU behind it as trained, three and four instead of five and eight. `gpu.kernels` says
+batch normalisation with the ReLU behind it as trained, three and five instead of five and eight. `gpu.kernels` says
 where they work.
 
 All maps are (N,C,H,W) laid out channels_last, float32 or bfloat16; sums and statistics are float32, in a fixed order.
@@ -44,8 +44,9 @@ def _empty(size: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _run(kernel: Any, on: Tensor, grid: tuple[int, int], *arguments: object, warps: int = 4) -> None:
-    with torch.cuda.device_of(on):
-        kernel[grid](*arguments, num_warps=warps)
+    if all(grid):  # none of no images
+        with torch.cuda.device_of(on):
+            kernel[grid](*arguments, num_warps=warps)
 
 
 # ── max pooling ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -148,7 +149,7 @@ def _max_pool_back(
 
 def pack(x: Tensor) -> Tensor:
     """One bit for each value, set where it is positive: uint8 (N, ceil(C·H·W / 8)), as by `trunk.bits.pack`."""
-    each = x[0].numel()
+    each = x.shape[1:].numel()
     out = torch.empty(len(x), triton.cdiv(each, 8), dtype=torch.uint8, device=x.device)
     _run(_pack, x, (triton.cdiv(out.shape[1], VALUES // 8), len(x)), x, out, each, out.shape[1], VALUES // 8)
     return out
@@ -156,7 +157,7 @@ def pack(x: Tensor) -> Tensor:
 
 def mask(grad: Tensor, bits: Tensor) -> None:
     """Set to 0, in place, where the bit of `pack` is not set."""
-    each = grad[0].numel()
+    each = grad.shape[1:].numel()
     _run(
         _mask, grad, (triton.cdiv(bits.shape[1], VALUES // 8), len(grad)), grad, bits, each, bits.shape[1], VALUES // 8
     )
@@ -171,7 +172,7 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, channels, height, width = x.shape
     y = _empty((n, channels, height // 2, width // 2), x)
-    planes = torch.empty(n, 3, y[0].numel() // 8, dtype=torch.uint8, device=x.device)
+    planes = torch.empty(n, 3, y.shape[1:].numel() // 8, dtype=torch.uint8, device=x.device)
     _run_pool(_max_pool_packed, x, y, x, y, planes)
     return y, planes
 

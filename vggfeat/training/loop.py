@@ -449,6 +449,7 @@ class _Run:
         if self.warming == 0:
             torch.cuda.empty_cache()  # a recording has memory of its own
             self.learn = replayed(self.learn, *batch)
+            self.optimizer.zero_grad()  # where a recording failed halfway, its gradients have no values
         self.warming -= 1
         return self.learn(*batch)
 

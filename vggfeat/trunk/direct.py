@@ -31,9 +31,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: 
         attr = "relu" if relu else "none"
         ones, pads = [1, 1], [pad, pad]
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pads, ones, ones, 1, attr, [], "")  # type: ignore[no-any-return]
-    if relu and _cudnn_takes(
-        x, weight
-    ):  # which adds the bias on the way, too: both by themselves go through memory twice
+    if relu and _cudnn_takes(x, weight):
+        # by themselves, bias and ReLU go over the map twice each
         return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, [1, 1], [pad, pad], [1, 1], 1)  # type: ignore[no-any-return]
     y = F.conv2d(x, weight, bias, padding=pad)
     return y.relu_() if relu else y
