@@ -536,3 +536,21 @@ def test_memory_of_a_recording_that_failed_is_given_back():
         assert gpu.recorded(step, image, times=100) is step
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < before + (1 << 29)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cudnns_convolution_and_relu_in_one(dtype, monkeypatch):
+    """It keeps NaN, reads nothing of the memory that it is given to write to, and serves no deterministic run."""
+    x = torch.randn(2, 64, 32, 32, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last) / 24
+    bias = torch.randn(64, device="cuda", dtype=dtype)
+    assert direct_module._cudnn_takes(x, weight)
+    wanted = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1).relu()
+    torch.full((2, 64, 32, 32), math.nan, device="cuda", dtype=dtype)  # its memory is what comes next
+    found = direct_module.convolve(x, weight, bias, 1, relu=True)
+    assert (found.double() - wanted).norm() < 1e-2 * wanted.norm()
+    x[0, 3, 5, 5] = math.nan
+    assert direct_module.convolve(x, weight, bias, 1, relu=True).isnan().sum() == 9 * 64
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    assert not direct_module._cudnn_takes(x, weight)

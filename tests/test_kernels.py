@@ -1,5 +1,6 @@
 """The Triton kernels against torch in float64: on a GPU as they are, elsewhere in Triton's own interpreter."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -39,7 +40,9 @@ def loops(device):
 
         try:
             kernels.batch_norm_relu(torch.ones(2, 1, 1, 1), *torch.ones(4, 1), None, 0.1, 1e-5)
-        except Exception as error:  # before Triton 3.8, with NumPy 2.5
+        except Exception as error:
+            if "only 0-dimensional arrays" not in str(error):  # Triton 3.6 with NumPy 2.5
+                raise
             pytest.skip(f"this interpreter of Triton's fails at a loop: {error}")
 
 
@@ -113,6 +116,45 @@ def test_no_images(device):
     assert y.shape == packed.shape == (0, 8, 2, 2) and kernels.pack(x).shape == (0, 16) and planes.shape == (0, 3, 4)
     assert kernels.max_pool_back(y, route, 4, 4).shape == kernels.max_pool_back_packed(y, planes, 4, 4).shape == x.shape
     kernels.mask(x, kernels.pack(x))
+
+
+def test_however_maps_are_laid_out(device, loops):
+    """As saved tensors may come back from hooks, or from vmap."""
+    from vggfeat import kernels
+
+    x = maps((2, 8, 6, 5), torch.float32, device).relu()
+    grad = maps((2, 8, 3, 2), torch.float32, device, seed=1)
+    y, route = kernels.max_pool(x)
+    (packed, planes), signs = kernels.max_pool_packed(x), kernels.pack(x)
+    wanted = kernels.max_pool_back(grad, route, 6, 5, y)
+    assert not torch.equal(wanted, torch.zeros_like(wanted))
+    other = x.contiguous(), grad.contiguous(), route.contiguous(), y.contiguous()
+    assert torch.equal(kernels.max_pool(other[0])[1], route) and torch.equal(kernels.pack(other[0]), signs)
+    assert torch.equal(kernels.max_pool_packed(other[0])[1], planes) and torch.equal(packed, y)
+    assert torch.equal(kernels.max_pool_back(other[1], other[2], 6, 5, other[3]), wanted)
+    assert torch.equal(kernels.max_pool_back_packed(other[1], planes, 6, 5), wanted)
+    ones = torch.ones(4, 8, device=device)
+    moved, theirs = ones.clone(), ones.clone()
+    y, stats = kernels.batch_norm_relu(x, *moved, None, 0.1, 1e-5)
+    assert torch.equal(kernels.batch_norm_relu(other[0], *theirs, None, 0.1, 1e-5)[0], y)
+    along = maps(x.shape, torch.float32, device, seed=2)
+    found = kernels.batch_norm_relu_back(along.contiguous(), other[0], stats)
+    assert all(map(torch.equal, found, kernels.batch_norm_relu_back(along, x, stats)))
+
+
+def test_whatever_the_default_type_is(device, loops):
+    from vggfeat import kernels
+
+    x = maps((4, 8, 6, 6), torch.float32, device)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            ones = torch.ones(4, 8, dtype=torch.float32, device=device)
+            results.append(kernels.batch_norm_relu(x, *ones, None, 0.1, 1e-5)[0])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*results)
 
 
 def test_max_pool_of_nan_is_nan(device):
@@ -191,27 +233,40 @@ def test_a_network_trained_by_kernels_is_the_network(device, loops, frozen):
             each.features[1].eval()
     theirs.double()
     x = maps((6, 3, 32, 32), torch.float32, device)
-    ours, wanted = Fused(net)(x), theirs(x.double())
-    assert relative(ours.detach(), wanted.detach()) < (2e-2 if device == "cuda" else 1e-4)  # TF32
-    if device == "cpu":
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        ours, wanted = Fused(net)(x), theirs(x.double())
+        assert relative(ours.detach(), wanted.detach()) < 1e-4
         ours[:, 0].sum().backward()
         wanted[:, 0].sum().backward()
-        for (name, mine), value in zip(net.named_parameters(), theirs.parameters(), strict=True):
-            if mine.grad is None:  # a bias that makes no difference
-                assert name.endswith("bias") and value.grad.norm() < 1e-10
-            else:
-                assert (mine.grad.double() - value.grad).norm() < 1e-3 * value.grad.norm() + 1e-6, name
+    for (name, mine), value in zip(net.named_parameters(), theirs.parameters(), strict=True):
+        if mine.grad is None:  # a bias that makes no difference
+            assert name.endswith("bias") and value.grad.norm() < 1e-10
+        else:
+            assert (mine.grad.double() - value.grad).norm() < 1e-3 * value.grad.norm() + 1e-6, name
     for mine, value in zip(net.buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(mine.double(), value.double(), rtol=2e-2 if device == "cuda" else 1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.double(), value.double(), rtol=1e-4, atol=1e-4)
     net.eval(), theirs.eval()
     assert torch.equal(Fused(net).eval()(x), net(x))
 
 
 def test_where_they_do_not_work_torchs_operations_serve(monkeypatch):
-    ask = gpu.kernels.__wrapped__  # without what it remembers
+    monkeypatch.setattr(gpu, "_known", {})
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float16)):
-        assert ask(torch.device(device), dtype) is None
+        assert gpu.kernels(torch.device(device), dtype) is None
     monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "vggfeat.kernels", raising=False)
     monkeypatch.delattr(vggfeat, "kernels", raising=False)
-    assert ask(torch.device("cuda"), torch.float32) is None
+    with pytest.raises(ImportError):
+        importlib.import_module("vggfeat.kernels")
+    assert gpu.kernels(torch.device("cuda"), torch.float32) is None
+
+
+def test_whether_they_work_is_tried_once_and_not_while_others_record(monkeypatch):
+    monkeypatch.setattr(gpu, "_known", {})
+    tried = []
+    monkeypatch.setattr(gpu, "_working", lambda *where: tried.append(where) or "kernels")
+    recording = [True, False]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording.pop(0))
+    where = torch.device("cuda"), torch.float32
+    assert [gpu.kernels(*where) for _ in range(3)] == [None, "kernels", "kernels"] and tried == [where]

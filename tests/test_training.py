@@ -355,6 +355,27 @@ def test_on_a_gpu_short_epochs_leave_no_checkpoint_each(data, tmp_path):
     assert made._epoch_saves()
 
 
+def test_biases_that_make_no_difference_rest_while_it_lasts(data, tmp_path):
+    made = begun(data, tmp_path, ema=0.9)
+    resting = {name for name, value in made.net.named_parameters() if not value.requires_grad}
+    assert resting == {f"features.{layer.index}.bias" for layer in made.net.arch.convs}
+    assert not resting & {name for name, value in begun(data, tmp_path, arch="vgg11").net.named_parameters()
+                          if not value.requires_grad}  # fmt: skip
+    result = run(data, tmp_path / "run", epochs=1, ema=0.9)
+    assert all(value.requires_grad for value in result.net.parameters())
+    assert all(value.requires_grad for value in run(data, tmp_path / "plain", epochs=1).net.parameters())
+
+
+def test_a_run_of_a_version_that_trained_other_parameters_does_not_go_on(data, tmp_path):
+    run(data, tmp_path / "run", epochs=1)
+    (file,) = checkpoint.saved(tmp_path / "run" / "checkpoints")
+    state = torch.load(file)
+    state["optimizer"]["param_groups"][0]["params"].append(99)
+    checkpoint.write(file, state)
+    with pytest.raises(InputError, match="begun by another version"):
+        run(data, tmp_path / "run", epochs=1, resume=True)
+
+
 # ── transfer learning ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -20,22 +20,35 @@ __all__ = ["Reading", "ahead", "can_record", "kernels", "recorded", "replayed"]
 Step = Callable[..., tuple[Tensor, ...]]
 PAYS = 20  # steps from which a recording is made, for which the step runs three times and is replayed once
 _broken: list[torch.cuda.CUDAGraph] = []  # recordings that failed: the allocator may refer to them, and takes no more
+_known: dict[tuple[torch.device, torch.dtype], Any] = {}  # by device and type, the kernels that work there
 AGREES = 0.01  # relative difference of a replayed step: kernels that add in no fixed order differ by less
 
 
-@functools.cache
 def kernels(device: torch.device, dtype: torch.dtype) -> Any:
     """The module `kernels`, where a map of four pixels shows that it works; else None.
 
     It wants Triton, which torch for CUDA brings on Linux, and a C compiler.
+
+    Raises:
+        OutOfMemoryError: the device has no room for four pixels.
     """
     if device.type != "cuda" or dtype not in (torch.float32, torch.bfloat16):
         return None
+    if (device, dtype) not in _known:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # inside of somebody's recording nothing can be tried
+        _known[device, dtype] = _working(device, dtype)
+    return _known[device, dtype]
+
+
+def _working(device: torch.device, dtype: torch.dtype) -> Any:
     try:
         from vggfeat import kernels
 
         y, route = kernels.max_pool(torch.arange(4.0, device=device, dtype=dtype).view(1, 1, 2, 2))
         return kernels if (y.item(), route.item()) == (3, 3) else None
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # no Triton, no compiler, a device that it does not know: each says so in its own way
         return None
 

@@ -4,7 +4,8 @@ Max pooling and its way back, one pass each instead of a dozen, and the same for
 batch normalisation with the ReLU behind it as trained, three and five instead of five and eight. `gpu.kernels` says
 where they work.
 
-All maps are (N,C,H,W) laid out channels_last, float32 or bfloat16; sums and statistics are float32, in a fixed order.
+Maps are (N,C,H,W), float32 or bfloat16, and laid out channels_last; what comes otherwise is copied. Sums and statistics
+are float32, in a fixed order.
 """
 
 # Triton has no types, and its kernels want none
@@ -43,6 +44,10 @@ def _empty(size: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def _laid_out(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _run(kernel: Any, on: Tensor, grid: tuple[int, int], *arguments: object, warps: int = 4) -> None:
     if all(grid):  # none of no images
         with torch.cuda.device_of(on):
@@ -58,6 +63,7 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         What won each window (N,C,H//2,W//2), and who: uint8, 2 · whether one below + whether one to the right.
     """
+    x = _laid_out(x)
     n, channels, height, width = x.shape
     y = _empty((n, channels, height // 2, width // 2), x)
     route = torch.empty_like(y, dtype=torch.uint8)
@@ -75,6 +81,8 @@ def max_pool_back(grad: Tensor, route: Tensor, height: int, width: int, won: Ten
         width: W.
         won: of `max_pool`, or None.
     """
+    grad, route = _laid_out(grad), _laid_out(route)
+    won = None if won is None else _laid_out(won)
     n, channels, h, w = grad.shape
     out = _empty((n, channels, height, width), grad)
     if (height, width) != (2 * h, 2 * w):
@@ -149,18 +157,22 @@ def _max_pool_back(
 
 def pack(x: Tensor) -> Tensor:
     """One bit for each value, set where it is positive: uint8 (N, ceil(C·H·W / 8)), as by `trunk.bits.pack`."""
-    each = x.shape[1:].numel()
-    out = torch.empty(len(x), triton.cdiv(each, 8), dtype=torch.uint8, device=x.device)
-    _run(_pack, x, (triton.cdiv(out.shape[1], VALUES // 8), len(x)), x, out, each, out.shape[1], VALUES // 8)
+    x = _laid_out(x)
+    out = torch.empty(len(x), triton.cdiv(x.shape[1:].numel(), 8), dtype=torch.uint8, device=x.device)
+    _run_bits(_pack, x, out)
     return out
 
 
 def mask(grad: Tensor, bits: Tensor) -> None:
-    """Set to 0, in place, where the bit of `pack` is not set."""
-    each = grad.shape[1:].numel()
-    _run(
-        _mask, grad, (triton.cdiv(bits.shape[1], VALUES // 8), len(grad)), grad, bits, each, bits.shape[1], VALUES // 8
-    )
+    """Set to 0, in place, where the bit of `pack` is not set; `grad` must be laid out channels_last."""
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    _run_bits(_mask, grad, bits)
+
+
+def _run_bits(kernel: Any, x: Tensor, bits: Tensor) -> None:
+    each, count, block = x.shape[1:].numel(), bits.shape[1], VALUES // 8
+    blocks = triton.cdiv(count, block)
+    _run(kernel, x, (len(x) * blocks, 1), x, bits, each, count, blocks, block)
 
 
 def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +182,7 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
         What won each window (N,C,H//2,W//2), and uint8 (N,3,bytes), of `pack` each: whether that was one below, whether
         one to the right, and whether it is positive.
     """
+    x = _laid_out(x)
     n, channels, height, width = x.shape
     y = _empty((n, channels, height // 2, width // 2), x)
     planes = torch.empty(n, 3, y.shape[1:].numel() // 8, dtype=torch.uint8, device=x.device)
@@ -179,6 +192,7 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def max_pool_back_packed(grad: Tensor, planes: Tensor, height: int, width: int) -> Tensor:
     """As `max_pool_back`, of what was positive, with the way back of `max_pool_packed`."""
+    grad = _laid_out(grad)
     n, channels, h, w = grad.shape
     out = _empty((n, channels, height, width), grad)
     if (height, width) != (2 * h, 2 * w):
@@ -188,23 +202,24 @@ def max_pool_back_packed(grad: Tensor, planes: Tensor, height: int, width: int) 
 
 
 @triton.jit
-def _pack(x, out, each, count, BYTES: tl.constexpr):
-    byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
+def _pack(x, out, each, count, blocks, BYTES: tl.constexpr):
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    byte = (tl.program_id(0) % blocks).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     bit = tl.arange(0, 8)[None, :]
     at = byte[:, None] * 8 + bit
-    value = tl.load(x + tl.program_id(1).to(tl.int64) * each + at, (byte[:, None] < count) & (at < each), 0.0)
-    found = tl.sum((value > 0).to(tl.int32) << bit, 1)
-    tl.store(out + tl.program_id(1).to(tl.int64) * count + byte, found, byte < count)
+    value = tl.load(x + image * each + at, (byte[:, None] < count) & (at < each), 0.0)
+    tl.store(out + image * count + byte, tl.sum((value > 0).to(tl.int32) << bit, 1), byte < count)
 
 
 @triton.jit
-def _mask(grad, bits, each, count, BYTES: tl.constexpr):
-    byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)[:, None]
+def _mask(grad, bits, each, count, blocks, BYTES: tl.constexpr):
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    byte = (tl.program_id(0) % blocks).to(tl.int64) * BYTES + tl.arange(0, BYTES)[:, None]
     bit = tl.arange(0, 8)[None, :]
     at = byte * 8 + bit
     there = (byte < count) & (at < each)
-    packed = tl.load(bits + tl.program_id(1).to(tl.int64) * count + byte, byte < count, 0).to(tl.int32)
-    here = grad + tl.program_id(1).to(tl.int64) * each + at
+    packed = tl.load(bits + image * count + byte, byte < count, 0).to(tl.int32)
+    here = grad + image * each + at
     tl.store(here, tl.where((packed >> bit) & 1 != 0, tl.load(here, there), 0.0), there)
 
 
@@ -296,6 +311,7 @@ def batch_norm_relu(
     Returns:
         The result in x's type, and for the way back (4,C): what normalises, factor and summand, mean and 1/σ.
     """
+    x = _laid_out(x)
     y, stats = torch.empty_like(x), weight.new_empty(4, x.shape[1])
     sums, rows = _sums(_moments, x, x), x.numel() // x.shape[1]
     moved = running_mean, running_var, weight if before is None else before
@@ -312,6 +328,7 @@ def batch_norm_relu_back(grad: Tensor, x: Tensor, stats: Tensor) -> tuple[Tensor
         x: of `batch_norm_relu`.
         stats: that it gave.
     """
+    grad, x = _laid_out(grad), _laid_out(x)
     out, found = torch.empty_like(x), stats.new_empty(2, x.shape[1])
     sums = _sums(_moments_back, x, grad, x, stats)
     _over_sums(_totals, sums, sums, found)
@@ -325,7 +342,7 @@ def _sums(kernel: Any, x: Tensor, *tensors: Tensor) -> Tensor:
     columns = _columns(channels)
     block = SUMMED // columns
     parts = min(PARTS, triton.cdiv(rows, block))
-    out = torch.empty(parts, 2, channels, device=x.device)
+    out = torch.empty(parts, 2, channels, dtype=torch.float32, device=x.device)
     grid = parts, triton.cdiv(channels, columns)
     _run(kernel, x, grid, *tensors, out, triton.cdiv(rows, parts), rows, channels, block, columns, warps=8)
     return out

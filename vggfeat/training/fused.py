@@ -48,7 +48,6 @@ class Fused(nn.Module):
 class _BatchNormRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, before: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
         assert norm.running_mean is not None and norm.running_var is not None
         assert norm.num_batches_tracked is not None and norm.momentum is not None
         norm.num_batches_tracked.add_(1)
@@ -61,14 +60,13 @@ class _BatchNormRelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, stats = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
         return (*kernels.batch_norm_relu_back(grad, x, stats), None, None)
 
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, route = kernels.max_pool(x.contiguous(memory_format=torch.channels_last))
+        y, route = kernels.max_pool(x)
         ctx.save_for_backward(route)
         ctx.size = x.shape[2:]
         return y
@@ -77,4 +75,4 @@ class _MaxPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (route,) = ctx.saved_tensors
-        return kernels.max_pool_back(grad.contiguous(memory_format=torch.channels_last), route, *ctx.size)
+        return kernels.max_pool_back(grad, route, *ctx.size)

@@ -27,7 +27,7 @@ from vggfeat.network import VGG
 from vggfeat.processor import emulates
 from vggfeat.signals import on_ending
 from vggfeat.training.batches import Batch, Batches, parted, scale_for, seeded
-from vggfeat.training.components import mixing, network, optimizer, schedule
+from vggfeat.training.components import idle, mixing, network, optimizer, schedule
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
 from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, decided_by_first, joined, synchronised
@@ -194,6 +194,9 @@ class _Run:
         self.net.checkpointing = config.checkpointing
         self.average = get_ema_multi_avg_fn(config.ema)
         self.ema = AveragedModel(self.net, multi_avg_fn=self.average, use_buffers=True) if config.ema else None
+        self.idle = idle(self.net)
+        for bias in self.idle:
+            bias.requires_grad_(False)
         self.model: nn.Module = synchronised(self.net, world)
         self.frozen = [
             module
@@ -312,7 +315,8 @@ class _Run:
         """Go back to where a checkpoint was written.
 
         Raises:
-            InputError: it was written at another size, as where the images do not fit into memory here.
+            InputError: it was written at another size, as where the images do not fit into memory here, or by a version
+                that trained other parameters.
         """
         if (size := state.get("size", self.size)) != self.size:
             raise InputError(
@@ -323,7 +327,16 @@ class _Run:
         self.net.load_state_dict(state["net"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise InputError(
+                f"the run in {self.folder} was begun by another version, which trained other parameters: begin anew in "
+                "another folder"
+            ) from error
+        for group in self.optimizer.param_groups:
+            if "capturable" in group:  # as on the device here, not where the run was begun
+                group["capturable"] = self.world.device.type == "cuda"
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
@@ -339,10 +352,15 @@ class _Run:
         """Train from where it is to the end."""
         evaluation = None
         board = Board(self.folder / "tensorboard", self.announce) if self.world.first else None
-        with on_ending(self._asked_to_end):
-            while self.epoch < self.config.epochs and not self.stop:
-                evaluation = self._epoch(board)
-                self._agree()
+        try:
+            with on_ending(self._asked_to_end):
+                while self.epoch < self.config.epochs and not self.stop:
+                    evaluation = self._epoch(board)
+                    self._agree()
+        finally:
+            self.learn = self._learn  # a recording holds on to the memory of a whole step
+            for bias in self.idle:
+                bias.requires_grad_(True)
         if complete := self.epoch == self.config.epochs:
             if self.world.first:
                 write_log(self.folder, self.history)
@@ -461,11 +479,13 @@ class _Run:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
-        for group, rate in zip(groups, self.rates or rates, strict=True):
-            group["lr"] = rate
-        self.scaler.step(self.optimizer)
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
+        try:
+            for group, rate in zip(groups, self.rates or rates, strict=True):
+                group["lr"] = rate
+            self.scaler.step(self.optimizer)
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
         self.scaler.update()
         self.optimizer.zero_grad()
         return found

@@ -116,7 +116,7 @@ class Muon(torch.optim.Optimizer):
         alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for value, step in zip(values, steps, strict=True):
             # a CPU turns matrices one by one, while they are in its caches
-            key = value.ndim == 4 and (value.shape if value.device.type != "cpu" else id(value))
+            key = value.ndim == 4 and ((value.shape, value.dtype, value.device) if value.is_cuda else id(value))
             alike.setdefault(key, []).append((value, step))
         for key, pairs in alike.items():
             mine, moves = map(list, zip(*pairs, strict=True))

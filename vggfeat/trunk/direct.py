@@ -33,7 +33,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: 
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pads, ones, ones, 1, attr, [], "")  # type: ignore[no-any-return]
     if relu and _cudnn_takes(x, weight):
         # by themselves, bias and ReLU go over the map twice each
-        return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, [1, 1], [pad, pad], [1, 1], 1)  # type: ignore[no-any-return]
+        try:
+            return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, [1, 1], [pad, pad], [1, 1], 1)  # type: ignore[no-any-return]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # it has no such kernel for this device, type or shape
+            pass
     y = F.conv2d(x, weight, bias, padding=pad)
     return y.relu_() if relu else y
 
@@ -54,6 +59,7 @@ def _cudnn_takes(x: Tensor, weight: Tensor) -> bool:
         and torch.version.hip is None
         and torch.backends.cudnn.enabled
         and torch.backends.cudnn.is_available()
+        and not (torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled())  # it does not ask
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bfloat16_is_fast(x.device)))
         and 0 < values < LARGEST
     )

@@ -22,7 +22,7 @@ def all_finite(x: Tensor) -> bool:
     """Whether no value of images, or of a gradient, is NaN or infinite, or could become so inside the network.
 
     oneDNN's fused ReLU turns NaN into 0, so that a network that diverged would seem to have a good loss. On other
-    devices the ReLU is torch's own, which does not, and looking would stall them: the answer there is yes.
+    devices the ReLU is torch's own, or cuDNN's, which do not, and looking would stall them: the answer there is yes.
     """
     if x.device.type != "cpu" or not x.numel():
         return True
@@ -96,9 +96,9 @@ def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
         return found
     if kernels := gpu.kernels(x.device, x.dtype):
         if keep == "values":
-            return kernels.max_pool(channels_last(x))  # type: ignore[no-any-return]
+            return kernels.max_pool(x)  # type: ignore[no-any-return]
         if x.shape[1] % 8 == 0:
-            return kernels.max_pool_packed(channels_last(x))  # type: ignore[no-any-return]
+            return kernels.max_pool_packed(x)  # type: ignore[no-any-return]
     small = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
     y = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if keep == "values":
@@ -144,9 +144,9 @@ def max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled: 
         return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, route)  # type: ignore[no-any-return]
     if kernels := gpu.kernels(grad.device, grad.dtype):
         if pooled is not None:
-            return kernels.max_pool_back(channels_last(grad), route, height, width, pooled)  # type: ignore[no-any-return]
+            return kernels.max_pool_back(grad, route, height, width, pooled)  # type: ignore[no-any-return]
         if grad.shape[1] % 8 == 0:
-            return kernels.max_pool_back_packed(channels_last(grad), route, height, width)  # type: ignore[no-any-return]
+            return kernels.max_pool_back_packed(grad, route, height, width)  # type: ignore[no-any-return]
     out = _unpooled(grad, height, width)
     if pooled is not None:
         _to_winners(grad, (route >= 2).to(grad.dtype), (route & 1).to(grad.dtype), pooled, out)
