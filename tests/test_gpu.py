@@ -25,7 +25,7 @@ from vggfeat import functional as functional_module
 from vggfeat.arch import PADDINGS, POOLINGS
 from vggfeat.functional import CRITERIA, distance_and_gradient, gram, total_variation, unit_normalize
 from vggfeat.image import to_tensor
-from vggfeat.training import loop as loop_module
+from vggfeat.training import learner as learner_module
 from vggfeat.transfer import stylize as stylize_module
 from vggfeat.transfer.objective import Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
@@ -396,9 +396,9 @@ def test_a_replayed_training_is_the_training(tmp_path, device, options, monkeypa
     config = TrainConfig(**settings, device=device, deterministic=True)
     data = pictures.folder(tmp_path / "data", pictures.tree(8))
     made, record = [], gpu.record if device == "cuda" else lambda step, *inputs: step
-    monkeypatch.setattr(loop_module, "can_record", lambda device: False)
+    monkeypatch.setattr(learner_module, "can_record", lambda device: False)
     plain = train(data, config=config, folder=tmp_path / "plain")
-    monkeypatch.setattr(loop_module, "can_record", lambda device: True)
+    monkeypatch.setattr(learner_module, "can_record", lambda device: True)
     monkeypatch.setattr(gpu, "record", lambda step, *inputs: made.append(step) or record(step, *inputs))
     replayed = train(data, config=config, folder=tmp_path / "replayed")
     assert len(made) == 1
@@ -419,7 +419,7 @@ def test_a_training_whose_recording_fails_is_the_training(tmp_path, monkeypatch)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(gpu, "record", record)
-    monkeypatch.setattr(loop_module, "can_record", lambda device: True)
+    monkeypatch.setattr(learner_module, "can_record", lambda device: True)
     with pytest.warns(UserWarning, match="not replayed as a CUDA graph"):
         found = train(data, config=config, folder=tmp_path / "failed")
     for ours, theirs in zip(found.net.state_dict().values(), wanted.net.state_dict().values(), strict=True):

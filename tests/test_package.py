@@ -167,6 +167,14 @@ ROOMS = {
     },
     "vggfeat.training.muon": set(),
     "vggfeat.training.fused": {"kernels", "network"},
+    "vggfeat.training.learner": {
+        "gpu",
+        "network",
+        "training.components",
+        "training.config",
+        "training.distributed",
+        "training.fused",
+    },
     "vggfeat.training.components": {
         "arch",
         "errors",
@@ -190,7 +198,6 @@ ROOMS = {
     "vggfeat.training.loop": {
         "checkpoint",
         "errors",
-        "gpu",
         "network",
         "processor",
         "signals",
@@ -201,7 +208,7 @@ ROOMS = {
         "training.distributed",
         "training.evaluation",
         "training.folder",
-        "training.fused",
+        "training.learner",
     },
     "vggfeat_cli": set(),
     "vggfeat_cli.run": {"errors", "files", "signals"},

@@ -160,7 +160,7 @@ def plain(run, steps):
 def test_steps_are_those_of_plain_torch(data, tmp_path, arch):
     made = begun(data, tmp_path, arch=arch, label_smoothing=0.1)
     expected = plain(made, 3)
-    made.model.train()
+    made.learner.model.train()
     for batch in made.batches.epoch(0):
         made._step(batch)
         made.step += 1
@@ -172,9 +172,9 @@ def gradients(data, tmp_path, arch="vgg11", **changes):
     """The gradients of a first step, before they are used."""
     torch.manual_seed(0)
     made = begun(data, tmp_path, arch=arch, **changes)
-    made.model.train()
+    made.learner.model.train()
     caught = {}
-    made.optimizer.register_step_pre_hook(
+    made.learner.optimizer.register_step_pre_hook(
         lambda *_: caught.update(
             {name: p.grad.clone() for name, p in made.net.named_parameters() if p.grad is not None}
         )
@@ -207,7 +207,7 @@ def test_checkpointing_changes_nothing_but_memory(data, tmp_path, arch):
         made = begun(data, tmp_path, arch=arch, checkpointing=on)
         made.net.load_state_dict(results.get("start") or results.setdefault("start", made.net.state_dict()))
         results["start"] = {key: value.clone() for key, value in results["start"].items()}
-        made.model.train()
+        made.learner.model.train()
         for batch in made.batches.epoch(0):
             made._step(batch)
         results[on] = made.net.state_dict()
@@ -229,7 +229,7 @@ def test_bfloat16_on_a_cpu_without_it(data, tmp_path, monkeypatch, hardware):
     """Said at the start; Muon's products, which would take a hundred times as long, are made in float32."""
     monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: hardware)
     made = begun(data, tmp_path, optimizer="muon", precision="bfloat16")
-    assert made.optimizer.dtype == (torch.bfloat16 if hardware else torch.float32)
+    assert made.learner.optimizer.dtype == (torch.bfloat16 if hardware else torch.float32)
     assert ("computes it in loops" in "\n".join(made.summary([]))) != hardware
 
 
@@ -291,13 +291,13 @@ def test_mixing(data, tmp_path, options, torchvision):
     images, targets = made.mix(batch.images, batch.labels)
     assert targets.shape == (8, 3) and torch.allclose(targets.sum(1), torch.ones(8))
     assert targets.gather(1, batch.labels[:, None]).min() > 0 and not torch.equal(images, batch.images)
-    made.model.train()
+    made.learner.model.train()
     assert torch.isfinite(made._step(next(made.batches.epoch(0))))
 
 
 def test_moving_average(data, tmp_path):
     made = begun(data, tmp_path, ema=0.75)
-    made.model.train()
+    made.learner.model.train()
     expected = None
     for batch in made.batches.epoch(0):
         made._step(batch)
@@ -332,7 +332,7 @@ def test_deterministic_algorithms(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("head", ["slim", "paper"])
 def test_every_network_trains(data, tmp_path, arch, head):
     made = begun(data, tmp_path, arch=arch, head=head, width=1 / 32, dropout=0.1)
-    made.model.train()
+    made.learner.model.train()
     before = {name: value.clone() for name, value in made.net.named_parameters()}
     made._step(next(made.batches.epoch(0)))
     assert made.net.arch.name == arch and made.net.arch.head == head
@@ -384,12 +384,12 @@ def test_from_bundled_weights_with_frozen_layers(data, tmp_path):
     made = begun(data, tmp_path, **config)
     assert made.net.arch.channels == (48, 96, 192, 176, 176)
     before = {name: value.clone() for name, value in made.net.state_dict().items()}
-    made.model.train()
+    made.learner.model.train()
     made._step(next(made.batches.epoch(0)))
     moved = {name for name, value in made.net.state_dict().items() if not torch.equal(value, before[name])}
     numbers = {int(name.split(".")[1]) for name in moved if name.startswith("features.")}
     assert min(numbers) == made.net.arch.layer("conv4_1").index and "classifier.1.weight" in moved
-    rates = {group["initial_lr"] for group in made.optimizer.param_groups}
+    rates = {group["initial_lr"] for group in made.learner.optimizer.param_groups}
     assert sorted(rates) == pytest.approx([0.001, 0.01])
 
 

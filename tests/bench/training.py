@@ -39,7 +39,7 @@ def ours(arch: str, batch: int, precision: str, device: torch.device) -> Callabl
     images = ImageSet("noise", list("0123456789"), torch.arange(count) % 10, list(map(str, range(count))), None, pixels)
     config = recipe("fast", arch=arch, batch_size=batch, precision=precision, lr=1e-4, epochs=100_000)
     run = _Run(config, images, None, World(device), Path(), None)
-    run.model.train()
+    run.learner.model.train()
 
     def forever() -> object:
         while True:

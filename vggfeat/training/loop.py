@@ -8,37 +8,34 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vggfeat import checkpoint
 from vggfeat.errors import InputError, RunError
-from vggfeat.gpu import can_record, kernels, replayed
 from vggfeat.network import VGG
 from vggfeat.processor import emulates
 from vggfeat.signals import on_ending
 from vggfeat.training.batches import Batch, Batches, parted, scale_for, seeded
-from vggfeat.training.components import idle, mixing, network, optimizer, schedule
+from vggfeat.training.components import mixing, network, schedule
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
-from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, decided_by_first, joined, synchronised
+from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, decided_by_first, joined
 from vggfeat.training.evaluation import Evaluation, Views, autocast_dtype, place_of, tested
 from vggfeat.training.folder import Board, Epoch, begin, check, write_log, write_weights
+from vggfeat.training.learner import Learner
 
 __all__ = ["TrainResult", "TrainStep", "train"]
 
 PathLike = str | os.PathLike[str]
 SAVE_AFTER = 10.0  # seconds from one epoch's checkpoint to another's
-WARMING = 3  # steps before one is recorded: in first ones libraries choose, and optimizers make their state
 
 
 @dataclass(frozen=True)
@@ -194,23 +191,12 @@ class _Run:
         self.net.checkpointing = config.checkpointing
         self.average = get_ema_multi_avg_fn(config.ema)
         self.ema = AveragedModel(self.net, multi_avg_fn=self.average, use_buffers=True) if config.ema else None
-        self.idle = idle(self.net)
-        for bias in self.idle:
-            bias.requires_grad_(False)
-        self.model: nn.Module = synchronised(self.net, world)
+        self.learner = Learner(self.net, config, world, self.dtype)
         self.frozen = [
             module
             for module in self.net.features
             if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters())
         ]
-        if config.compile:
-            self.model = torch.compile(self.model)  # type: ignore[assignment]
-        elif world.size == 1 and not config.checkpointing and kernels(world.device, self.dtype):
-            from vggfeat.training.fused import Fused  # which wants Triton
-
-            self.model = Fused(self.net)
-        if world.size > 1:
-            self.model = DistributedDataParallel(self.model)
         # tested at its own size where training is, else scaled as the training images are in the mean
         whole = images.pixels is not None and (test is None or test.pixels is not None)
         scale = (config.resize or (scale_for(self.size),))[-1]
@@ -221,16 +207,8 @@ class _Run:
                 raise InputError(
                     f"images of {test.label} are {side} pixels high or wide, smaller than size {self.size}"
                 )
-        self.optimizer = optimizer(self.net, config)
-        self.scheduler = schedule(self.optimizer, config, self.batches.steps)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
+        self.scheduler = schedule(self.learner.optimizer, config, self.batches.steps)
         self.mix = mixing(config, len(images.classes))
-        self.learn = self._learn
-        # kernel by kernel, a step on a GPU takes longer to begin than to run: after a few it is recorded, and replayed
-        whole = world.size == config.accumulate == 1 and not config.checkpointing and not self.scaler.is_enabled()
-        self.warming = WARMING if whole and can_record(world.device) else -1
-        # where a recorded optimizer looks its learning rates up
-        self.rates = [torch.zeros((), device=world.device) for _ in self.optimizer.param_groups if self.warming > 0]
         self.epoch = self.step = 0  # done so far; steps of the epoch in progress
         self.history: list[Epoch] = []
         wide = torch.float32 if world.device.type == "mps" else torch.float64  # which MPS lacks
@@ -298,9 +276,7 @@ class _Run:
             "step": self.step,
             "net": self.net.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
             "sums": sums,
             "lr": self.lr,
@@ -308,7 +284,7 @@ class _Run:
             "seconds": self.seconds,
             "skipped": sorted(self.batches.skipped),
             "history": [asdict(epoch) for epoch in self.history],
-        }
+        } | self.learner.state_dict()
         checkpoint.save(self.folder / "checkpoints", self.done, state)
 
     def load(self, state: dict[str, Any]) -> None:
@@ -328,17 +304,13 @@ class _Run:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.learner.load_state_dict(state)
         except ValueError as error:
             raise InputError(
                 f"the run in {self.folder} was begun by another version, which trained other parameters: begin anew in "
                 "another folder"
             ) from error
-        for group in self.optimizer.param_groups:
-            if "capturable" in group:  # as on the device here, not where the run was begun
-                group["capturable"] = self.world.device.type == "cuda"
         self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         if self.world.first:  # they are the sums of all processes
             self.sums.copy_(state["sums"])
@@ -358,22 +330,19 @@ class _Run:
                     evaluation = self._epoch(board)
                     self._agree()
         finally:
-            self.learn = self._learn  # a recording holds on to the memory of a whole step
-            for bias in self.idle:
-                bias.requires_grad_(True)
+            self.learner.end()
         if complete := self.epoch == self.config.epochs:
             if self.world.first:
                 write_log(self.folder, self.history)
                 write_weights(self.folder, self.tested_net, self._facts())
         if board is not None:
             board.close()
-        self.model = self.net
         if self.world.size > 1:
             gc.collect()  # what held on to the process group goes now: at the interpreter's end, its threads abort
         return TrainResult(self.tested_net.eval(), self.history, evaluation, self.folder, not complete, damaged)
 
     def _epoch(self, board: Board | None) -> Evaluation | None:
-        self.model.train()
+        self.learner.model.train()
         for module in self.frozen:
             module.eval()
         config, steps, known = self.config, self.batches.steps, set(self.batches.skipped)
@@ -448,10 +417,7 @@ class _Run:
                 images, targets = (value[self.batches.extra :] for value in self.mix(images, labels))
                 labels = labels[self.batches.extra :]
             torch.manual_seed(seeded(*drawn, 3, self.world.rank).initial_seed())
-            if number < len(parts):
-                loss, right = self._gradients(images, labels, targets, waits=True)
-            else:
-                loss, right = self._learned(images, labels, targets)
+            loss, right = self.learner.learn(images, labels, targets, last=number == len(parts))
             total += loss / len(parts)
             self.sums += torch.stack([loss * len(labels), right, torch.full_like(right, len(labels))])
         self.bad = torch.where((self.bad < 0) & ~total.isfinite(), self.done, self.bad)
@@ -459,45 +425,6 @@ class _Run:
         if self.ema is not None:
             self._average(self.ema)
         return total
-
-    def _learned(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        """What `_learn` does, recorded where that pays."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
-            rate.fill_(group["lr"])
-        if self.warming == 0:
-            torch.cuda.empty_cache()  # a recording has memory of its own
-            self.learn = replayed(self.learn, *batch)
-            self.optimizer.zero_grad()  # where a recording failed halfway, its gradients have no values
-        self.warming -= 1
-        return self.learn(*batch)
-
-    def _learn(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of a batch's last part, and the optimizer's move; the part's mean loss, and how many were right."""
-        found = self._gradients(images, labels, targets)
-        self.scaler.unscale_(self.optimizer)
-        if self.config.clip:
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
-        groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        try:
-            for group, rate in zip(groups, self.rates or rates, strict=True):
-                group["lr"] = rate
-            self.scaler.step(self.optimizer)
-        finally:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return found
-
-    def _gradients(self, images: Tensor, labels: Tensor, targets: Tensor, waits: bool = False) -> tuple[Tensor, ...]:
-        """Those of a part of a batch, of several processes summed now unless that waits for a later part."""
-        with self.model.no_sync() if waits and self.world.size > 1 else nullcontext():  # type: ignore[operator]
-            with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                scores = self.model(images)
-            loss = F.cross_entropy(scores.float(), targets, label_smoothing=self.config.label_smoothing)
-            self.scaler.scale(loss / self.config.accumulate).backward()
-        return loss.detach(), (scores.argmax(1) == labels).sum()
 
     @torch.no_grad()
     def _average(self, ema: AveragedModel) -> None:

@@ -1,0 +1,131 @@
+"""What a step does to a network: gradients of a batch's parts, the optimizer's move; on CUDA recorded and replayed."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from vggfeat.gpu import can_record, kernels, replayed
+from vggfeat.network import VGG
+from vggfeat.training.components import idle, optimizer
+from vggfeat.training.config import TrainConfig
+from vggfeat.training.distributed import World, synchronised
+
+__all__ = ["Learner"]
+
+WARMING = 3  # steps before one is recorded: in first ones libraries choose, and optimizers make their state
+
+
+class Learner:
+    """A network, and what moves it.
+
+    Args:
+        net: on the device of `world`; its biases that make no difference rest until `end`.
+        config: the settings.
+        world: the processes.
+        dtype: that convolutions are computed in.
+
+    Attributes:
+        model: the network as it is called: compiled, by kernels, in several processes.
+        optimizer: of its parameters.
+        scaler: of losses in float16.
+    """
+
+    def __init__(self, net: VGG, config: TrainConfig, world: World, dtype: torch.dtype) -> None:
+        self.net, self.config, self.world, self.dtype = net, config, world, dtype
+        self.idle = idle(net)
+        for bias in self.idle:
+            bias.requires_grad_(False)
+        self.model: nn.Module = synchronised(net, world)
+        if config.compile:
+            self.model = torch.compile(self.model)  # type: ignore[assignment]
+        elif world.size == 1 and not config.checkpointing and kernels(world.device, dtype):
+            from vggfeat.training.fused import Fused  # which wants Triton
+
+            self.model = Fused(net)
+        if world.size > 1:
+            self.model = DistributedDataParallel(self.model)
+        self.optimizer = optimizer(net, config)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self.move = self._move
+        # kernel by kernel, a step on a GPU takes longer to begin than to run: after a few it is recorded, and replayed
+        whole = world.size == config.accumulate == 1 and not config.checkpointing and not self.scaler.is_enabled()
+        self.warming = WARMING if whole and can_record(world.device) else -1
+        # where a recorded optimizer looks its learning rates up
+        self.rates = [torch.zeros((), device=world.device) for _ in self.optimizer.param_groups if self.warming > 0]
+
+    def learn(self, images: Tensor, labels: Tensor, targets: Tensor, last: bool) -> tuple[Tensor, ...]:
+        """Learn from a part of a batch: its mean loss, and how many were right; after the last part parameters move.
+
+        Args:
+            images: (n,3,H,W), normalised.
+            labels: (n,).
+            targets: the labels, or shares (n,classes) where images are mixed.
+            last: whether it is the batch's last part.
+        """
+        if not last:
+            return self._gradients(images, labels, targets, waits=True)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
+            rate.fill_(group["lr"])
+        if self.warming == 0:
+            torch.cuda.empty_cache()  # a recording has memory of its own
+            self.move = replayed(self.move, images, labels, targets)
+            self.optimizer.zero_grad()  # where a recording failed halfway, its gradients have no values
+        self.warming -= 1
+        return self.move(images, labels, targets)
+
+    def _move(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """What `learn` does with the last part."""
+        found = self._gradients(images, labels, targets)
+        self.scaler.unscale_(self.optimizer)
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        try:
+            for group, rate in zip(groups, self.rates or rates, strict=True):
+                group["lr"] = rate
+            self.scaler.step(self.optimizer)
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return found
+
+    def _gradients(self, images: Tensor, labels: Tensor, targets: Tensor, waits: bool = False) -> tuple[Tensor, ...]:
+        """Those of a part of a batch, of several processes summed now unless that waits for a later part."""
+        with self.model.no_sync() if waits and self.world.size > 1 else nullcontext():  # type: ignore[operator]
+            with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                scores = self.model(images)
+            loss = F.cross_entropy(scores.float(), targets, label_smoothing=self.config.label_smoothing)
+            self.scaler.scale(loss / self.config.accumulate).backward()
+        return loss.detach(), (scores.argmax(1) == labels).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` goes on from, but for the network's own."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: it is of other parameters.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            if "capturable" in group:  # as on the device here, not where the run was begun
+                group["capturable"] = self.world.device.type == "cuda"
+        self.scaler.load_state_dict(state["scaler"])
+
+    def end(self) -> None:
+        """Let go of what it holds, and leave the network as others have it."""
+        self.move = self._move  # a recording holds on to the memory of a whole step
+        self.model = self.net
+        for bias in self.idle:
+            bias.requires_grad_(True)
