@@ -74,7 +74,7 @@ class TrainConfig:
         precision: `auto` (bfloat16 where the device multiplies it in hardware: AMX, AVX512-BF16, CUDA from sm80; else
             float32), `float32`, `bfloat16`, `float16` (with a gradient scaler). Weights and their sums are float32 in
             each.
-        compile: compile the network with `torch.compile`.
+        compile: compile the network with `torch.compile`; on CUDA in place of vggfeat's own kernels.
         checkpointing: keep each block's input alone and compute the rest again in the backward (Chen et al. 2016,
             arXiv:1604.06174).
         deterministic: ask torch for deterministic algorithms, on GPUs too.
