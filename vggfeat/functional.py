@@ -66,11 +66,7 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
 def _products(features: Tensor) -> Tensor:
     """F Fᵀ (N,C,C) in float32, without a float32 copy of the features and with one product backward, not two."""
     if wants_ordinary_operations() or features.device.type not in ("cpu", "cuda"):
-        rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
-        if features.device.type == "meta":  # which has no autocast
-            return rows.mT @ rows
-        with torch.autocast(features.device.type, enabled=False):
-            return rows.mT @ rows
+        return _as_product(features)
     products: Tensor = _Products.apply(features)
     return products
 
@@ -103,7 +99,12 @@ class _Products(torch.autograd.Function):
         features = features.contiguous(memory_format=torch.channels_last)
         n, c, h, w = features.shape
         if features.device.type == "cuda":
-            return _by_product(features)
+            if features.dtype != torch.bfloat16 or not bfloat16_is_fast(features.device):
+                return _as_product(features)
+            places = features.permute(0, 2, 3, 1).flatten(1, 2)  # (N,hw,C)
+            with no_autocast(features.device):
+                # without a float32 copy: products of bfloat16 are exact in float32, in which matrix units add them up
+                return torch.bmm(places.mT, places, out_dtype=torch.float32)
         out = features.new_zeros(n, c, c, dtype=wide(features[:0]).dtype)
         # which is faster was found by trying, and may be found otherwise by another process
         tried = not torch.are_deterministic_algorithms_enabled() and _convolution_is_faster()
@@ -119,14 +120,10 @@ class _Products(torch.autograd.Function):
         return _spread(ctx.saved_tensors[0], grad)
 
 
-def _by_product(features: Tensor) -> Tensor:
-    """F Fᵀ on CUDA."""
-    rows = features.permute(0, 2, 3, 1).flatten(1, 2)  # (N,hw,C)
+def _as_product(features: Tensor) -> Tensor:
+    """F Fᵀ by ordinary operations."""
+    rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
     with no_autocast(features.device):
-        if rows.dtype == torch.bfloat16 and bfloat16_is_fast(rows.device):
-            # without a float32 copy: products of bfloat16 are exact in float32, in which matrix units add them up
-            return torch.bmm(rows.mT, rows, out_dtype=torch.float32)
-        rows = wide(rows)
         return rows.mT @ rows
 
 

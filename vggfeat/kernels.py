@@ -64,8 +64,7 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
         What won each window (N,C,H//2,W//2), and who: uint8, 2 · whether one below + whether one to the right.
     """
     x = _laid_out(x)
-    n, channels, height, width = x.shape
-    y = _empty((n, channels, height // 2, width // 2), x)
+    y = _half(x)
     route = torch.empty_like(y, dtype=torch.uint8)
     _run_pool(_max_pool, x, y, x, y, route)
     return y, route
@@ -83,12 +82,22 @@ def max_pool_back(grad: Tensor, route: Tensor, height: int, width: int, won: Ten
     """
     grad, route = _laid_out(grad), _laid_out(route)
     won = None if won is None else _laid_out(won)
-    n, channels, h, w = grad.shape
-    out = _empty((n, channels, height, width), grad)
-    if (height, width) != (2 * h, 2 * w):
-        out.zero_()
+    out = _double(grad, height, width)
     _run_pool(_max_pool_back, out, grad, grad, route if won is None else won, route, out, won is not None)
     return out
+
+
+def _half(x: Tensor) -> Tensor:
+    """Room for what is pooled of a map."""
+    n, channels, height, width = x.shape
+    return _empty((n, channels, height // 2, width // 2), x)
+
+
+def _double(grad: Tensor, height: int, width: int) -> Tensor:
+    """Room for the gradient of what was pooled, 0 where a kernel does not write: in an odd last row or column."""
+    n, channels, h, w = grad.shape
+    out = _empty((n, channels, height, width), grad)
+    return out if (height, width) == (2 * h, 2 * w) else out.zero_()
 
 
 def _run_pool(kernel: Any, large: Tensor, small: Tensor, *arguments: object) -> None:
@@ -100,28 +109,51 @@ def _run_pool(kernel: Any, large: Tensor, small: Tensor, *arguments: object) -> 
 
 
 @triton.jit
+def _corner(place, h, w, height, width):
+    """Which pixel of the map the window at a place of the pooled one begins with."""
+    row = place // w
+    return (row // h * height + row % h * 2) * width + place % w * 2
+
+
+@triton.jit
 def _windows(places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of a block's windows: where they are in the pooled map, which of them exist, and where each begins in the map."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    row = place // w
-    corner = (row // h * height + row % h * 2) * width + place % w * 2
+    corner = _corner(place, h, w, height, width)
     there = (place < places) & (channel < channels)
     return place.to(tl.int64) * channels + channel, there, corner.to(tl.int64) * channels + channel
 
 
 @triton.jit
-def _max_pool(x, y, route, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    pooled, there, a = _windows(places, h, w, height, width, channels, ROWS, COLUMNS)
+def _winners(x, a, there, width, channels):
+    """Of the windows that begin at `a`: what won, whether that was one below, and whether one to the right."""
     c = a + width * channels
-    upper_left, upper_right = tl.load(x + a, there), tl.load(x + a + channels, there)
-    lower_left, lower_right = tl.load(x + c, there), tl.load(x + c + channels, there)
+    upper_left, upper_right = tl.load(x + a, there, 0.0), tl.load(x + a + channels, there, 0.0)
+    lower_left, lower_right = tl.load(x + c, there, 0.0), tl.load(x + c + channels, there, 0.0)
     top = tl.maximum(upper_left, upper_right, tl.PropagateNan.ALL)
     bottom = tl.maximum(lower_left, lower_right, tl.PropagateNan.ALL)
     # of equals the first wins, as in torch.nn.MaxPool2d
     down = bottom > top
     right = tl.where(down, lower_right > lower_left, upper_right > upper_left)
-    tl.store(y + pooled, tl.maximum(top, bottom, tl.PropagateNan.ALL), there)
+    return tl.maximum(top, bottom, tl.PropagateNan.ALL), down, right
+
+
+@triton.jit
+def _to_winners(value, winner, out, a, there, width, channels):
+    """Each value to the place in its window that won it, and 0 to the others."""
+    c = a + width * channels
+    tl.store(out + a, tl.where(winner == 0, value, 0.0), there)
+    tl.store(out + a + channels, tl.where(winner == 1, value, 0.0), there)
+    tl.store(out + c, tl.where(winner == 2, value, 0.0), there)
+    tl.store(out + c + channels, tl.where(winner == 3, value, 0.0), there)
+
+
+@triton.jit
+def _max_pool(x, y, route, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    pooled, there, a = _windows(places, h, w, height, width, channels, ROWS, COLUMNS)
+    won, down, right = _winners(x, a, there, width, channels)
+    tl.store(y + pooled, won, there)
     tl.store(route + pooled, tl.where(down, 2, 0) + tl.where(right, 1, 0), there)
 
 
@@ -142,14 +174,10 @@ def _max_pool_back(
     COLUMNS: tl.constexpr,
 ):
     pooled, there, a = _windows(places, h, w, height, width, channels, ROWS, COLUMNS)
-    c = a + width * channels
     value, winner = tl.load(grad + pooled, there), tl.load(route + pooled, there)
     if MASKED:
         value = tl.where(tl.load(won + pooled, there) <= 0, 0.0, value)
-    tl.store(out + a, tl.where(winner == 0, value, 0.0), there)
-    tl.store(out + a + channels, tl.where(winner == 1, value, 0.0), there)
-    tl.store(out + c, tl.where(winner == 2, value, 0.0), there)
-    tl.store(out + c + channels, tl.where(winner == 3, value, 0.0), there)
+    _to_winners(value, winner, out, a, there, width, channels)
 
 
 # ── signs as single bits ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -183,9 +211,8 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
         one to the right, and whether it is positive.
     """
     x = _laid_out(x)
-    n, channels, height, width = x.shape
-    y = _empty((n, channels, height // 2, width // 2), x)
-    planes = torch.empty(n, 3, y.shape[1:].numel() // 8, dtype=torch.uint8, device=x.device)
+    y = _half(x)
+    planes = torch.empty(len(x), 3, y.shape[1:].numel() // 8, dtype=torch.uint8, device=x.device)
     _run_pool(_max_pool_packed, x, y, x, y, planes)
     return y, planes
 
@@ -193,10 +220,7 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
 def max_pool_back_packed(grad: Tensor, planes: Tensor, height: int, width: int) -> Tensor:
     """As `max_pool_back`, of what was positive, with the way back of `max_pool_packed`."""
     grad = _laid_out(grad)
-    n, channels, h, w = grad.shape
-    out = _empty((n, channels, height, width), grad)
-    if (height, width) != (2 * h, 2 * w):
-        out.zero_()
+    out = _double(grad, height, width)
     _run_pool(_max_pool_back_packed, out, grad, grad, planes, out)
     return out
 
@@ -228,8 +252,7 @@ def _packed_windows(places, h, w, height, width, channels, ROWS: tl.constexpr, C
     """As `_windows`, eight channels in a dimension of their own; and where their bits are in the first plane."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     byte = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
-    row = place // w
-    corner = (row // h * height + row % h * 2) * width + place % w * 2
+    corner = _corner(place, h, w, height, width)
     there = (place < places) & (byte < channels // 8)
     image = place // (h * w)
     bits = (image.to(tl.int64) * 3 * h * w + place % (h * w)) * (channels // 8) + byte
@@ -247,14 +270,7 @@ def _packed_windows(places, h, w, height, width, channels, ROWS: tl.constexpr, C
 @triton.jit
 def _max_pool_packed(x, y, planes, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     bits, exists, pooled, there, a = _packed_windows(places, h, w, height, width, channels, ROWS, COLUMNS)
-    c = a + width * channels
-    upper_left, upper_right = tl.load(x + a, there, 0.0), tl.load(x + a + channels, there, 0.0)
-    lower_left, lower_right = tl.load(x + c, there, 0.0), tl.load(x + c + channels, there, 0.0)
-    top = tl.maximum(upper_left, upper_right, tl.PropagateNan.ALL)
-    bottom = tl.maximum(lower_left, lower_right, tl.PropagateNan.ALL)
-    down = bottom > top
-    right = tl.where(down, lower_right > lower_left, upper_right > upper_left)
-    won = tl.maximum(top, bottom, tl.PropagateNan.ALL)
+    won, down, right = _winners(x, a, there, width, channels)
     tl.store(y + pooled, won, there)
     bit = tl.arange(0, 8)[None, None, :]
     plane = h * w * (channels // 8)
@@ -268,18 +284,13 @@ def _max_pool_back_packed(
     grad, planes, out, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     bits, exists, pooled, there, a = _packed_windows(places, h, w, height, width, channels, ROWS, COLUMNS)
-    c = a + width * channels
     bit = tl.arange(0, 8)[None, None, :]
     plane = h * w * (channels // 8)
     down = (tl.load(planes + bits, exists, 0).to(tl.int32)[:, :, None] >> bit) & 1
     right = (tl.load(planes + bits + plane, exists, 0).to(tl.int32)[:, :, None] >> bit) & 1
     alive = (tl.load(planes + bits + 2 * plane, exists, 0).to(tl.int32)[:, :, None] >> bit) & 1
     value = tl.where(alive != 0, tl.load(grad + pooled, there, 0.0), 0.0)
-    winner = 2 * down + right
-    tl.store(out + a, tl.where(winner == 0, value, 0.0), there)
-    tl.store(out + a + channels, tl.where(winner == 1, value, 0.0), there)
-    tl.store(out + c, tl.where(winner == 2, value, 0.0), there)
-    tl.store(out + c + channels, tl.where(winner == 3, value, 0.0), there)
+    _to_winners(value, 2 * down + right, out, a, there, width, channels)
 
 
 # ── batch normalisation and ReLU ──────────────────────────────────────────────────────────────────────────────────────
@@ -362,6 +373,21 @@ def _over_map(kernel: Any, x: Tensor, *arguments: object) -> None:
 
 
 @triton.jit
+def _put(out, channel, channels, first, second):
+    """Two numbers for each channel, one row below the other."""
+    tl.store(out + channel, first, channel < channels)
+    tl.store(out + channels + channel, second, channel < channels)
+
+
+@triton.jit
+def _through(grad, x, at, there, factor, summand):
+    """What went into the batch normalisation, and what comes back through the ReLU behind it."""
+    value = tl.load(x + at, there, 0.0).to(tl.float32)
+    arriving = tl.load(grad + at, there, 0.0).to(tl.float32)
+    return value, tl.where(value * factor + summand <= 0, 0.0, arriving)
+
+
+@triton.jit
 def _moments(x, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of the distance to the first row and of its square, over `each` rows: about 0, they would cancel out."""
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -377,9 +403,7 @@ def _moments(x, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.const
         away = tl.where(there, away, 0.0)
         total += away
         square += away * away
-    here = out + tl.program_id(0) * 2 * channels + channel
-    tl.store(here, tl.sum(total, 0), channel < channels)
-    tl.store(here + channels, tl.sum(square, 0), channel < channels)
+    _put(out + tl.program_id(0) * 2 * channels, channel, channels, tl.sum(total, 0), tl.sum(square, 0))
 
 
 @triton.jit
@@ -395,13 +419,10 @@ def _moments_back(grad, x, stats, out, each, rows, channels, ROWS: tl.constexpr,
         row = first + start + tl.arange(0, ROWS)[:, None]
         there = (row < last) & (channel[None, :] < channels)
         at = row.to(tl.int64) * channels + channel[None, :]
-        value = tl.load(x + at, there, 0.0).to(tl.float32)
-        through = tl.where(value * factor + summand <= 0, 0.0, tl.load(grad + at, there, 0.0).to(tl.float32))
+        value, through = _through(grad, x, at, there, factor, summand)
         total += through
         product += through * (value - mean) * inverse
-    here = out + tl.program_id(0) * 2 * channels + channel
-    tl.store(here, tl.sum(total, 0), channel < channels)
-    tl.store(here + channels, tl.sum(product, 0), channel < channels)
+    _put(out + tl.program_id(0) * 2 * channels, channel, channels, tl.sum(total, 0), tl.sum(product, 0))
 
 
 @triton.jit
@@ -422,8 +443,7 @@ def _both(sums, channel, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.conste
 def _totals(sums, found, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first, second = _both(sums, channel, parts, channels, ROWS, COLUMNS)
-    tl.store(found + channel, first, channel < channels)
-    tl.store(found + channels + channel, second, channel < channels)
+    _put(found, channel, channels, first, second)
 
 
 @triton.jit
@@ -494,6 +514,5 @@ def _normalise_back(grad, x, stats, found, out, share, rows, channels, ROWS: tl.
     product = tl.load(found + channels + channel, channel < channels, 0.0)[None, :] * share
     there = (row < rows) & (channel[None, :] < channels)
     at = row.to(tl.int64) * channels + channel[None, :]
-    value = tl.load(x + at, there, 0.0).to(tl.float32)
-    through = tl.where(value * factor + summand <= 0, 0.0, tl.load(grad + at, there, 0.0).to(tl.float32))
+    value, through = _through(grad, x, at, there, factor, summand)
     tl.store(out + at, factor * (through - total - (value - mean) * inverse * product), there)

@@ -25,6 +25,7 @@ from vggfeat_cli.run import keep_memory
 
 from tests.bench.harness import alternate, machine
 from vggfeat.convolution import convolve
+from vggfeat.gpu import record
 from vggfeat.network import vgg
 from vggfeat.processor import resolve
 from vggfeat.training.config import recipe
@@ -88,26 +89,18 @@ def convolutions(
         passes = 3 if layer.in_channels > 3 else 2
         operations += passes * 2 * batch * side**2 * layer.channels * layer.in_channels * 9
 
-    def step() -> None:
+    def step(_: Tensor) -> tuple[Tensor, ...]:
         for x, weight, grad in work:
             y = convolve(x, weight, None) if fast else F.conv2d(x, weight, padding=1)
             torch.autograd.grad(y, [v for v in (x, weight) if v.requires_grad], grad)
+        return ()
 
-    return (replayed(step) if device.type == "cuda" else step), operations
-
-
-def replayed(step: Callable[[], None]) -> Callable[[], object]:
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def replay(reads: Callable[[], None] = step) -> None:  # whose tensors must stay
-        graph.replay()
-
-    return replay
+    nothing, run = torch.zeros((), device=device), step
+    if device.type == "cuda":
+        for _ in range(3):
+            step(nothing)
+        run = record(step, nothing)
+    return (lambda: run(nothing)), operations
 
 
 def main(arch: str = "vgg16_bn", batch: str = "256", precision: str = "bfloat16") -> None:

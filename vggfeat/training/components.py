@@ -58,9 +58,10 @@ def idle(net: VGG) -> list[Tensor]:
     """
     found: list[Tensor] = []
     for convolution, norm in itertools.pairwise(net.features):
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.weight.requires_grad:
-            assert convolution.bias is not None
-            found += [convolution.bias] * convolution.bias.requires_grad
+        if isinstance(norm, nn.BatchNorm2d) and norm.weight.requires_grad:
+            assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
+            if convolution.bias.requires_grad:
+                found.append(convolution.bias)
     return found
 
 

@@ -353,7 +353,7 @@ class _Run:
             self.step += 1
             last = self.step == steps
             saves = (last and self._epoch_saves()) or (config.save_every > 0 and self.done % config.save_every == 0)
-            # for a GPU
+            # for the device to have got here; a GPU is left alone for a while
             waits = self.world.device.type == "cpu" or last or saves or self.step == 1 or self.done % 50 == 0
             if waits:
                 self.loss = value.item()
