@@ -557,6 +557,19 @@ def test_vmap_of_the_module(state):
         torch.testing.assert_close(grad, image.grad, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("keep", ["bits", "values"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's older vmap calls its operator in a loop
+def test_many_gradients_at_once(state, keep):
+    """`is_grads_batched`, which goes by an older vmap than torch.func's."""
+    f, x = VGGFeatures(["relu1_2", "pool2"], weights=state, keep=keep), batch(2, 3, 16, 16)
+
+    def scores(x):
+        return torch.cat([tap.square().mean((1, 2, 3)) for tap in f(x).values()])
+
+    whole, one_by_one = (torch.autograd.functional.jacobian(scores, x, vectorize=how) for how in (True, False))
+    torch.testing.assert_close(whole, one_by_one, rtol=1e-4, atol=1e-8)
+
+
 # ── precision ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 FAST = torch.bfloat16 if bfloat16_is_fast(torch.device("cpu")) else torch.float32

@@ -141,6 +141,15 @@ def test_gram_inside_autocast(mapped):
     assert torch.allclose(found, gram(features), rtol=1e-6)
 
 
+def test_gram_backward_inside_autocast():
+    features = torch.randn(2, 64, 6, 6, requires_grad=True)
+    value = VF.gram(features).square().sum()
+    (expected,) = torch.autograd.grad(value, features, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(value, features)
+    assert torch.equal(found, expected)
+
+
 def test_gram_under_vmap():
     features = torch.randn(3, 2, 4, 3, 5)
     expected = torch.stack([VF.gram(one) for one in features])

@@ -583,6 +583,16 @@ def test_second_derivatives_follow_the_autocast_of_the_forward(pair, make):
     assert torch.equal(found, expected)
 
 
+def test_second_derivatives_made_inside_autocast(pair):
+    x, y = pair
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(perceptual()(leaf, y), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad(first.square().sum(), leaf, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(first.square().sum(), leaf)
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
 # ── precision ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

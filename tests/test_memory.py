@@ -30,6 +30,16 @@ def test_containers_tell_what_they_leave(tmp_path):
     assert memory._group(tmp_path / "c") == (700, 900)
 
 
+def test_files_that_are_only_cached_take_no_memory(tmp_path):
+    told = "anon 1500\ninactive_file 400\nactive_file 100\n"
+    new = written(tmp_path / "a", memory__max="5000\n", memory__current="2000\n", memory__stat=told)
+    assert memory._group(new) == (5000, 1600)
+    (tmp_path / "b").mkdir()
+    old = {"memory__limit_in_bytes": "700\n", "memory__usage_in_bytes": "600\n"}
+    written(tmp_path / "b" / "memory", **old, memory__stat="inactive_file 1\ntotal_inactive_file 250\n")
+    assert memory._group(tmp_path / "b") == (700, 350)
+
+
 @pytest.mark.parametrize(("limit", "used", "free"), [(5000, 2000, 3000), (700, 900, 0)])
 def test_a_container_s_limit_is_the_limit(monkeypatch, limit, used, free):
     monkeypatch.setattr(memory, "_group", lambda: (limit, used))

@@ -764,7 +764,7 @@ def test_a_signal_to_one_process_ends_all(data, tmp_path):
     options = vars_of("fast", lr=0.02, epochs=1)
     script = tmp_path / "signalled.py"
     script.write_text(f"""
-import os, signal, torch.distributed as dist, vggfeat
+import os, signal, torch, torch.distributed as dist, vggfeat
 dist.init_process_group("gloo")  # one for both runs
 def callback(step):  # called in the first process alone
     if step.step == 2:
@@ -772,8 +772,10 @@ def callback(step):  # called in the first process alone
 options = dict(config=vggfeat.TrainConfig(**{options}), folder={str(tmp_path / "r")!r})
 assert vggfeat.train({str(data)!r}, callback=callback, **options).interrupted
 assert [name[-4:] for name in os.listdir({str(tmp_path / "r" / "checkpoints")!r})] == ["2.pt"]
-assert not vggfeat.train({str(data)!r}, resume=True, **options).interrupted
+result = vggfeat.train({str(data)!r}, resume=True, **options)
+assert not result.interrupted
 dist.destroy_process_group()
+result.net.train()(torch.rand(2, 3, 32, 32))  # it is good without the other process
 """)
     joined(script)
     found = weights(tmp_path / "r")
@@ -790,7 +792,7 @@ def test_batch_norm_over_processes_is_that_of_the_whole_batch(tmp_path):
     script = """
 import sys, torch, torch.distributed as dist
 from torch import nn
-from vggfeat.training.distributed import World, synchronised
+from vggfeat.training.distributed import World, synchronise
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
@@ -798,7 +800,8 @@ x, grad = torch.randn(2, 6, 5, 4, 4).unbind()
 plain = nn.BatchNorm2d(5)
 nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
 import copy
-ours = synchronised(nn.Sequential(copy.deepcopy(plain)), World(torch.device("cpu"), rank, 2))[0]
+ours = copy.deepcopy(plain)
+synchronise(ours, World(torch.device("cpu"), rank, 2))
 whole = x.clone().requires_grad_()
 plain(whole).backward(grad)
 part = slice(0, 2) if rank == 0 else slice(2, 6)
@@ -1073,15 +1076,23 @@ def test_one_class_is_none(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_a_checkpoint_that_cannot_be_read_now_stays(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError(116, "Stale file handle"), "Stale file handle"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_now_stays(data, tmp_path, monkeypatch, error, said):
     run(data, tmp_path / "r", epochs=2)
     files = sorted((tmp_path / "r" / "checkpoints").iterdir())
 
     def refused(path, *_):
-        raise PermissionError(13, "Permission denied")
+        raise error
 
     monkeypatch.setattr(checkpoint.zipfile, "ZipFile", refused)
-    with pytest.raises(RunError, match="cannot read .*step-000000006.pt: Permission denied"):
+    with pytest.raises(RunError, match=f"cannot read .*step-000000006.pt: {said}"):
         checkpoint.newest(tmp_path / "r" / "checkpoints", NEEDED)
     assert sorted((tmp_path / "r" / "checkpoints").iterdir()) == files
 

@@ -519,6 +519,20 @@ def test_a_file_that_may_not_be_read(tmp_path, state, monkeypatch):
         W.load(path)
 
 
+def test_a_published_file_that_may_not_be_read(monkeypatch):
+    published = W.SETS["imagenet"]["vgg11"].filename
+    hub().mkdir(parents=True)
+    (hub() / published).write_bytes(b"locked")
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(fetch, "_sha256", refuse)
+    with pytest.raises(WeightsUnavailableError, match=f"{published} cannot be read: Permission denied"):
+        W.load("imagenet", "vgg11")
+    assert W.load("auto", "vgg11").label.startswith("random (imagenet weights for vgg11 cannot be had")
+
+
 # ── published files: find, verify ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -966,6 +980,15 @@ def test_a_default_device_does_not_matter(net, state):
     with torch.device("meta"):
         other = vgg("D", 5, weights=state, width=1 / 16)
     assert torch.equal(other.eval()(images(32)), net(images(32)))
+
+
+def test_a_network_with_weights_is_in_the_default_type():
+    torch.set_default_dtype(torch.float64)
+    try:
+        net = vgg("A", 5, weights="random", head="slim", width=1 / 16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in net.parameters()} == {torch.float64}
 
 
 def test_torchvision_weights_give_torchvision_outputs(tmp_path, torchvision):

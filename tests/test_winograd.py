@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat import VGGFeatures, processor, winograd
 from vggfeat.arch import Arch
+from vggfeat.convolution import Conv2d
 from vggfeat.trunk import Trunk
 from vggfeat.winograd import convolve, is_faster, transformed, weight_gradient
 
@@ -269,6 +270,27 @@ def test_second_derivatives(features):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own tracer
+def gradients(conv, x, autocast=False, batched=False):
+    """Of images, weights and bias; with `batched` of three outputs at once."""
+    outputs = conv(x).square().mean((0, 2, 3))[:3]
+    leaves = (x, *conv.parameters())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if batched:
+            return torch.autograd.grad(outputs, leaves, torch.eye(3), is_grads_batched=True)
+        each = [torch.autograd.grad(outputs, leaves, way, retain_graph=True) for way in torch.eye(3)]
+    return [torch.stack(grads) for grads in zip(*each, strict=True)]
+
+
+@pytest.mark.parametrize("side", [32, 4])
+@pytest.mark.parametrize("how", ["autocast", "batched"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's older vmap calls its operator in a loop
+def test_a_backward_inside_autocast_and_of_many_at_once(side, how):
+    x = torch.randn(32 if side == 4 else 4, 64, side, side, requires_grad=True)
+    conv = Conv2d(64, 64, 3, padding=1)
+    for ours, expected in zip(gradients(conv, x, **{how: True}), gradients(conv, x), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_in_compiled_graphs_and_under_vmap(features, monkeypatch):
     used = []
     monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k) or real(*a, **k))

@@ -36,7 +36,8 @@ def read(path: Path, needed: Collection[str]) -> dict[str, Any]:
     """A state that is whole: the checksums of all parts fit, and nothing is unpickled that could run code.
 
     Raises:
-        PermissionError: it cannot be read now.
+        OSError: with an `errno`: it cannot be read now.
+        MemoryError: there is not enough memory now.
         Exception: of any kind, which is how flipped bits come out of the readers of zips and pickles.
     """
     with zipfile.ZipFile(path) as archive:
@@ -81,8 +82,11 @@ def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None
     for path in saved(folder):
         try:
             state = read(path, needed)
-        except PermissionError as error:
-            raise RunError(f"cannot read {path}: {error.strerror}") from error
+        except (OSError, MemoryError) as error:  # damage comes as anything else, or without the system's number
+            if isinstance(error, OSError) and error.errno is None:
+                wrong[path] = f"{path} is damaged ({first_line(error)})"
+                continue
+            raise RunError(f"cannot read {path}: {getattr(error, 'strerror', 'out of memory')}") from error
         except Exception as error:
             wrong[path] = f"{path} is damaged ({first_line(error)})"
         else:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vggfeat import winograd
-from vggfeat.modes import exporting, in_forward_mode, in_functorch, wants_ordinary_operations
+from vggfeat.modes import exporting, in_forward_mode, in_functorch, is_batched, no_autocast, wants_ordinary_operations
 from vggfeat.processor import emulates
 
 __all__ = ["Conv2d", "convolve", "pays_as_product", "pays_by_tiles"]
@@ -78,7 +78,8 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled() or in_functorch():  # a second derivative is wanted, or many first ones at once
+        # a second derivative is wanted, or many first ones at once
+        if torch.is_grad_enabled() or in_functorch() or is_batched(grad):
             return _torchs_gradients(ctx, grad, x, weight)
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
@@ -173,14 +174,15 @@ class _Windows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted
+        if torch.is_grad_enabled() or is_batched(grad):  # a second derivative is wanted, or many first ones at once
             return _torchs_gradients(ctx, grad, x, weight)
         to_x = to_weight = None
-        if ctx.needs_input_grad[0]:
-            # taps the other way round; one below the other, since so each is copied row by row
-            to_x = _product(grad, torch.cat([weight[:, :, 2 - i, 2 - j] for i in range(3) for j in range(3)]))
-        if ctx.needs_input_grad[1]:
-            columns = grad.permute(1, 0, 2, 3).flatten(1)  # (K,NHW)
-            k, c = weight.shape[:2]
-            to_weight = (columns @ _windows(x)).view(k, 3, 3, c).permute(0, 3, 1, 2)
+        with no_autocast(x.device):  # a backward may run inside of it, though its forward did not
+            if ctx.needs_input_grad[0]:
+                # taps the other way round; one below the other, since so each is copied row by row
+                to_x = _product(grad, torch.cat([weight[:, :, 2 - i, 2 - j] for i in range(3) for j in range(3)]))
+            if ctx.needs_input_grad[1]:
+                columns = grad.permute(1, 0, 2, 3).flatten(1)  # (K,NHW)
+                k, c = weight.shape[:2]
+                to_weight = (columns @ _windows(x)).view(k, 3, 3, c).permute(0, 3, 1, 2)
         return to_x, to_weight

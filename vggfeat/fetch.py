@@ -46,9 +46,13 @@ def verify(path: Path, digest: str = "", *, record: bool = True) -> str:
         The sha256.
 
     Raises:
+        WeightsUnavailableError: the file cannot be read.
         WeightsError: they differ.
     """
-    actual = _sha256(*file_key(path))
+    try:
+        actual = _sha256(*file_key(path))
+    except OSError as error:
+        raise WeightsUnavailableError(f"{path} cannot be read: {error.strerror}") from error
     note = _note(path)
     if not actual.startswith(digest):
         raise WeightsError(

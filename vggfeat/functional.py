@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.modes import in_forward_mode, no_autocast, wants_ordinary_operations
+from vggfeat.modes import in_forward_mode, is_batched, no_autocast, wants_ordinary_operations
 from vggfeat.processor import bfloat16_is_fast
 
 __all__ = [
@@ -79,12 +79,14 @@ def gram_backward(features: Tensor, grad: Tensor) -> Tensor:
 def _spread(features: Tensor, grad: Tensor) -> Tensor:
     """F·(D + Dᵀ) for the gradient D of F Fᵀ, on a CPU as a 1×1 convolution."""
     kernel = (grad + grad.mT).to(features.dtype)
-    if features.device.type != "cpu" or torch.is_grad_enabled():  # the latter where a second derivative was asked for
-        rows = features.permute(0, 2, 3, 1)
-        with no_autocast(features.device):
+    with no_autocast(features.device):
+        # the latter where a second derivative was asked for, or many first ones at once
+        if features.device.type != "cpu" or torch.is_grad_enabled() or is_batched(grad):
+            rows = features.permute(0, 2, 3, 1)
             spread: Tensor = (rows.flatten(1, 2) @ kernel).view(rows.shape).permute(0, 3, 1, 2)
-        return spread
-    parts = [F.conv2d(image, weight[:, :, None, None]) for image, weight in zip(_images(features), kernel, strict=True)]
+            return spread
+        pairs = zip(_images(features), kernel, strict=True)
+        parts = [F.conv2d(image, weight[:, :, None, None]) for image, weight in pairs]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros_like(features)
 
 

@@ -14,7 +14,7 @@ NO_LIMIT = 1 << 62
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of memory that are free on a device."""
+    """Bytes that can still be had on a device, on a CPU those of files that are only cached included."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -43,12 +43,21 @@ def _machine_free() -> int:
 
 def _group(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
     """A container's limit and what is used of it, of either version of control groups."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, statistics, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         try:
-            return int((folder / limit).read_text()), int((folder / used).read_text())
+            numbers = int((folder / limit).read_text()), int((folder / used).read_text())
         except (OSError, ValueError):  # none, or "max"
             continue
+        return numbers[0], numbers[1] - _line(folder / statistics, cached)  # files read once are given up for others
     return NO_LIMIT, 0
+
+
+def _line(path: Path, name: str) -> int:
+    """A number of a file of names and numbers; 0 where it has none of that name."""
+    try:
+        return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name} "))
+    except (OSError, ValueError, StopIteration, IndexError):
+        return 0

@@ -15,10 +15,12 @@ __all__ = [
     "exporting",
     "in_forward_mode",
     "in_functorch",
+    "is_batched",
     "no_autocast",
     "outside",
     "values_are_hidden",
     "wants_ordinary_operations",
+    "with_gradients",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,6 +44,14 @@ def in_functorch() -> bool:
     return bool(check and check())
 
 
+def is_batched(grad: torch.Tensor) -> bool:
+    """Whether a gradient is many at once (`is_grads_batched=True`, `jacobian(..., vectorize=True)`).
+
+    Those are made by an older vmap, which `in_functorch` does not tell of.
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def in_forward_mode() -> bool:
     """Whether derivatives are taken forward (`torch.autograd.forward_ad`, `torch.func.jvp`)."""
     return forward_ad._current_level >= 0
@@ -62,6 +72,12 @@ def no_autocast(device: torch.device) -> Any:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def with_gradients(function: F) -> F:
+    """A function that takes gradients of its own, also inside a caller's `no_grad` or `inference_mode`."""
+    found: F = torch.inference_mode(False)(torch.enable_grad()(function))
+    return found
 
 
 @contextlib.contextmanager

@@ -281,7 +281,10 @@ def vgg(
         arch = replace(arch, channels=loaded.arch.channels)
     with torch.device("meta"):  # no time spent on numbers that are replaced at once
         net = VGG(arch, dropout, init)
-    return load_weights(net, loaded)
+    # as a fresh draw is; "meta" would lose the weights
+    device = torch.get_default_device()
+    load_weights(net, loaded)
+    return net.to(device="cpu" if device.type == "meta" else device, dtype=torch.get_default_dtype())
 
 
 @contextmanager

@@ -189,7 +189,8 @@ def load(weights: WeightsLike, arch: str | Arch | None = None, *, default: str =
         default: that network.
 
     Raises:
-        WeightsUnavailableError: a published set that is neither here nor can be fetched, or a path that is not there.
+        WeightsUnavailableError: a published set that is neither here nor can be fetched, or a file that does not exist
+            or cannot be read.
         WeightsError: a damaged or tampered file, a pickle that would run code, keys of another network.
         DependencyError: a `.h5` file without h5py.
         InputError: an unknown architecture, or `weights` of another type.

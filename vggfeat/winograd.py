@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggfeat.modes import constant_when_traced
+from vggfeat.modes import constant_when_traced, no_autocast
 from vggfeat.processor import emulates
 
 __all__ = ["convolve", "is_faster", "is_supported", "transformed", "weight_gradient"]
@@ -79,7 +79,9 @@ def _kernel_basis(dtype: torch.dtype) -> Tensor:
 def transformed(weight: Tensor) -> Tensor:
     """Weights (K,C,3,3) at the points of a tile, G g Gᵀ, as (36,C,K)."""
     k, c = weight.shape[:2]
-    return (_kernel_basis(weight.dtype) @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, k, c).transpose(1, 2)
+    with no_autocast(weight.device):  # a backward may run inside of it, though its forward did not
+        points = _kernel_basis(weight.dtype) @ weight.permute(2, 3, 0, 1).reshape(9, -1)
+    return points.view(36, k, c).transpose(1, 2)
 
 
 def is_faster(device: torch.device, dtype: torch.dtype, channels: int, outputs: int, height: int, width: int) -> bool:
@@ -296,5 +298,7 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
         _along_both_axes(back.T, given, halfway, at_points)
         theirs = at_points.view(36, bands.padded, k)
         total.baddbmm_(theirs[:, : bands.count].transpose(1, 2), points[:, : bands.count])
-    found = (_kernel_basis(torch.float32).T @ total.view(36, -1)).view(3, 3, k, c).permute(2, 3, 0, 1)
+    with no_autocast(total.device):
+        taps = _kernel_basis(torch.float32).T @ total.view(36, -1)
+    found = taps.view(3, 3, k, c).permute(2, 3, 0, 1)
     return found.contiguous(memory_format=torch.channels_last)  # as the weights are laid out in training

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vggfeat.processor import resolve
 
-__all__ = ["World", "all_gather_union", "all_reduce_sum", "decided_by_first", "joined", "synchronised"]
+__all__ = ["World", "all_gather_union", "all_reduce_sum", "decided_by_first", "desynchronise", "joined", "synchronise"]
 
 Result = TypeVar("Result")
 
@@ -105,22 +105,6 @@ def decided_by_first(decide: Callable[[], Result], world: World) -> Result:
     return found  # type: ignore[no-any-return]
 
 
-class _Sum(torch.autograd.Function):
-    """A sum over all processes, for each of which its gradient is the sum of all gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        values = values.clone()
-        dist.all_reduce(values)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
-
-
 class _SyncBatchNorm(nn.BatchNorm2d):
     """Batch normalisation by the statistics of all processes' images, on any device; torch's own is for GPUs."""
 
@@ -129,13 +113,15 @@ class _SyncBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
+        from torch.distributed.nn.functional import all_reduce  # whose gradient is the sum of all gradients
+
         wide = x.float()
         count = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
-        sums = _Sum.apply(torch.cat([wide.sum((0, 2, 3)), count]))  # parts may differ where images were skipped
+        sums = all_reduce(torch.cat([wide.sum((0, 2, 3)), count]))  # parts may differ where images were skipped
         total = sums[-1].detach()
         mean = sums[:-1] / total
         away = wide - mean[:, None, None]
-        variance = _Sum.apply(away.square().sum((0, 2, 3))) / total
+        variance = all_reduce(away.square().sum((0, 2, 3))) / total
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -145,14 +131,17 @@ class _SyncBatchNorm(nn.BatchNorm2d):
         return out.to(x.dtype)
 
 
-def synchronised(net: nn.Module, world: World) -> nn.Module:
+def synchronise(net: nn.Module, world: World) -> None:
     """Have batch normalisation use the whole batch's statistics, as one process with that batch would; in place."""
-    if world.size == 1:
-        return net
-    if world.device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        return converted
-    for module in net.modules():
+    for module in net.modules() if world.size > 1 else ():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = _SyncBatchNorm
-    return net
+            kind: Any = nn.SyncBatchNorm if world.device.type == "cuda" else _SyncBatchNorm
+            module.__class__, module.__dict__["process_group"] = kind, None  # which is all processes
+
+
+def desynchronise(net: nn.Module) -> None:
+    """Undo `synchronise`: the network as it works in one process."""
+    for module in net.modules():
+        if isinstance(module, nn.SyncBatchNorm | _SyncBatchNorm):
+            del module.__dict__["process_group"]
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]

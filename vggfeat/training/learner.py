@@ -14,7 +14,7 @@ from vggfeat.gpu import can_record, kernels, replayed
 from vggfeat.network import VGG
 from vggfeat.training.components import idle, optimizer
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.distributed import World, synchronised
+from vggfeat.training.distributed import World, desynchronise, synchronise
 
 __all__ = ["Learner"]
 
@@ -41,7 +41,8 @@ class Learner:
         self.idle = idle(net)
         for bias in self.idle:
             bias.requires_grad_(False)
-        self.model: nn.Module = synchronised(net, world)
+        synchronise(net, world)
+        self.model: nn.Module = net
         if config.compile:
             self.model = torch.compile(self.model)  # type: ignore[assignment]
         elif world.size == 1 and not config.checkpointing and kernels(world.device, dtype):
@@ -127,5 +128,6 @@ class Learner:
         """Let go of what it holds, and leave the network as others have it."""
         self.move = self._move  # a recording holds on to the memory of a whole step
         self.model = self.net
+        desynchronise(self.net)
         for bias in self.idle:
             bias.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""The training loop: what a step does, what an epoch reports, and how a run stops and goes on."""
+"""The training loop: epochs, checkpoints, testing, stopping and resuming. What a step does is in `learner.py`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vggfeat import checkpoint
 from vggfeat.errors import InputError, RunError
+from vggfeat.modes import with_gradients
 from vggfeat.network import VGG
 from vggfeat.processor import emulates
 from vggfeat.signals import on_ending
@@ -82,6 +83,7 @@ class TrainResult:
     damaged: list[str]
 
 
+@with_gradients
 def train(
     data: PathLike | ImageSet,
     test: PathLike | ImageSet | None = None,

@@ -27,6 +27,7 @@ from vggfeat.files import check_path
 from vggfeat.gpu import Reading, ahead, recorded
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.memory import free_memory
+from vggfeat.modes import with_gradients
 from vggfeat.processor import resolve
 from vggfeat.settings import changed
 from vggfeat.transfer.config import StyleConfig
@@ -135,6 +136,7 @@ class StyleResult:
         return save_image(self.image, path, settings=self.to_dict(), overwrite=overwrite)
 
 
+@with_gradients
 def stylize(
     content: ImageLike,
     style: ImageLike | Sequence[ImageLike],
@@ -154,9 +156,8 @@ def stylize(
         style: one of these, or several, blended by `config.style_blend`.
         config: the settings.
         callback: called after each step.
-        checkpoint: a file that the run is kept in, at most a minute old, or up to date after Ctrl-C. Where it is there
-            already, the run goes on from it to the picture, to rounding, that it would have come to. It stays when the
-            run is over.
+        checkpoint: a file that is written once a minute and on Ctrl-C. If it exists, the run resumes from it, to the
+            picture, up to rounding, of an uninterrupted run. It is not deleted at the end.
 
     Raises:
         InputError: an image that cannot be read, settings that do not fit, images too small for the network, or a
@@ -215,7 +216,6 @@ class _Scale:
         begun: steps so far.
         best: total of the best picture.
         restarts: of the optimizer.
-        forgiven: up to this step, none is held against it.
     """
 
     number: int
@@ -225,7 +225,6 @@ class _Scale:
     begun: int = 0
     best: float = math.inf
     restarts: int = 0
-    forgiven: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as tensors and plain values, which later steps leave alone."""
@@ -234,7 +233,7 @@ class _Scale:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("image", "begun", "best", "restarts", "forgiven"):
+        for name in ("image", "begun", "best", "restarts"):
             setattr(self, name, state[name])
 
 
@@ -350,21 +349,26 @@ class _Run:
         # tiles are large: they are worth no recording
         times = steps - scale.begun if len(objective.tiles) == 1 else 0
         evaluate = recorded(lambda image: _together(*objective.value_and_grad(image)), scale.image, times)
-        waiting: deque[tuple[int, Tensor, Reading]] = deque()
+        # steps whose losses are on their way to the host: number, image, losses, and the state after the step
+        waiting: deque[tuple[int, Tensor, Reading, dict[str, Any]]] = deque()
         while scale.begun < steps:
-            numbers, grad = evaluate(scale.image)
+            image = scale.image
+            numbers, grad = evaluate(image)
             scale.begun += 1
-            waiting.append((scale.begun, scale.image, Reading(numbers)))
-            scale.image = scale.optimizer.step(scale.image, grad)
+            scale.image = scale.optimizer.step(image, grad)
+            waiting.append((scale.begun, image, Reading(numbers), self._state(scale)))
             due = self.checkpoint is not None and time.monotonic() - self.kept >= KEEP_EVERY
             while len(waiting) > (0 if due or scale.begun == steps else ahead(self.device)):
-                step, image, reading = waiting.popleft()
+                step, image, reading, state = waiting.popleft()
                 value, *parts = reading.get()
+                restarts = scale.restarts
                 if not self._judge(scale, step, value, image):
                     return
+                if scale.restarts > restarts:
+                    waiting.clear()  # what was begun since is of no use
+                    state = self._state(scale)
                 self._tell(number, step, steps, {"total": sum(parts)} | dict(zip(TERMS, parts, strict=True)))
-            if self.checkpoint is not None and not waiting:
-                self.state = self._state(scale)
+                self.state = state and state | {"best": scale.best} | self._progress()
             if due:
                 self.keep()
 
@@ -372,7 +376,7 @@ class _Run:
         """Remember the best picture; after a step that went astray start from it anew. False to leave the scale."""
         if value < scale.best:
             scale.best, self.image = value, image
-        if step <= scale.forgiven or (math.isfinite(value) and value <= EXPLODED * scale.best):
+        if math.isfinite(value) and value <= EXPLODED * scale.best:
             return True
         if scale.best == math.inf:
             if scale.number == 1:
@@ -384,8 +388,7 @@ class _Run:
         if scale.restarts > RESTARTS:
             return False
         scale.optimizer.restart()
-        # what was begun since is of no use, and not to be held against the new start
-        scale.image, scale.forgiven = self.image, scale.begun
+        scale.image, scale.begun = self.image, step
         return True
 
     def _tell(self, number: int, step: int, steps: int, losses: dict[str, float]) -> None:
@@ -432,12 +435,11 @@ class _Run:
         return {"config": self.config.to_dict(), "weights": self.features.checksum(), "pictures": digests}
 
     def _state(self, scale: _Scale) -> dict[str, Any]:
-        return scale.state_dict() | {
-            "picture": self.image,
-            "told": len(self.history),
-            "done": self.done,
-            "elapsed": time.perf_counter() - self.started,
-        }
+        return {} if self.checkpoint is None else scale.state_dict()
+
+    def _progress(self) -> dict[str, Any]:
+        elapsed = time.perf_counter() - self.started
+        return {"picture": self.image, "told": len(self.history), "done": self.done, "elapsed": elapsed}
 
     def keep(self) -> None:
         """Write the checkpoint; where that cannot be done, the picture is worth more."""

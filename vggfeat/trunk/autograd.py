@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggfeat.modes import in_forward_mode
+from vggfeat.modes import in_forward_mode, is_batched, no_autocast
 from vggfeat.trunk.operators import trunk_backward, trunk_forward
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan
@@ -60,9 +60,22 @@ class _Trunk(torch.autograd.Function):
         present = [i for i, grad in enumerate(grads[: ctx.count]) if grad is not None]
         if not present:
             return (None, *nothing)
+        if any(grad is not None and is_batched(grad) for grad in grads):
+            return (_ordinary_gradient(x, rest[sum(ctx.split) :], Plan.decode(ctx.code), present, grads), *nothing)
         # called plainly where that does: torch.compile of torch 2.13 gives `apply` in a backward one argument too many
         back: Any = _Back.apply if torch.is_grad_enabled() else _Back.forward
         return (back(x, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest), *nothing)
+
+
+def _ordinary_gradient(
+    x: Tensor, filters: Sequence[Tensor], plan: Plan, present: list[int], grads: Sequence[Tensor | None]
+) -> Tensor:
+    """That of the images by autograd, for gradients of the taps that the operators cannot take."""
+    with torch.enable_grad(), no_autocast(x.device):
+        leaf = x.detach().requires_grad_()
+        taps = plain(leaf, filters, plan)
+        found: Tensor = torch.autograd.grad([taps[i] for i in present], leaf, [grads[i] for i in present])[0]
+    return found
 
 
 class _Back(torch.autograd.Function):
@@ -100,5 +113,6 @@ class _Back(torch.autograd.Function):
             found: Tensor = torch.func.vjp(taps, x)[1](grads)[0]
             return found
 
-        of_x, of_grads = torch.func.vjp(first, x, rest[:n])[1](grad)
+        with no_autocast(x.device):
+            of_x, of_grads = torch.func.vjp(first, x, rest[:n])[1](grad)
         return (of_x, None, None, None, None, *of_grads, *ctx.nothing)
