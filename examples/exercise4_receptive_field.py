@@ -15,7 +15,7 @@ CONTENT = Path(__file__).with_name("content.jpg")
 
 def main(image=CONTENT, plot=None, weights="bundled", arch=None, layers=LAYERS, samples=4):
     weights = vggfeat.weights.load(weights, arch)
-    print(f"{weights.arch.name}, weights {weights.label}, {samples} noise images")
+    print(f"{weights.arch.name}, weights {weights.label}, {samples} noise images, for small fields more")
     print("layer     theory  support of the gradient  effective  share of the area")
     shares = []
     for name in layers:
@@ -26,7 +26,9 @@ def main(image=CONTENT, plot=None, weights="bundled", arch=None, layers=LAYERS, 
     if len(shares) > 1 and shares == sorted(shares, reverse=True):
         print("The deeper the layer, the smaller the part of its square that counts (Luo et al. 2016).")
     if plot:
-        print(vggfeat.plot_receptive_fields(image, None, layers, plot, weights=weights, overwrite=True))
+        print(
+            vggfeat.plot_receptive_fields(image, None, layers, plot, weights=weights, samples=samples, overwrite=True)
+        )
 
 
 if __name__ == "__main__":

@@ -128,6 +128,19 @@ def test_vgg16_receptive_fields():
     assert found["pool5"].stride == 32
 
 
+@pytest.mark.parametrize("size", [(224, 224), (448, 416), (416, 448), (64, 640)])
+def test_receptive_fields_of_the_head(size):
+    """Against the gradient of each bin of the adaptive pool over the units of pool5."""
+    units = torch.zeros(1, 1, *(side // 32 for side in size), requires_grad=True)
+    spans = []
+    for pooled in torch.nn.functional.adaptive_avg_pool2d(units, 7).flatten():
+        (grad,) = torch.autograd.grad(pooled, units, retain_graph=True)
+        spans += [int(places.max() - places.min()) for places in grad[0, 0].nonzero().unbind(1)]
+    found = rows(describe("vgg16", input_size=size))
+    assert found["avgpool"].receptive_field == 212 + 32 * max(spans)
+    assert found["fc6"].receptive_field == 212 + 32 * (max(size) // 32 - 1)
+
+
 def test_vgg16_for_cifar():
     paper, slim = (describe("vgg16_bn", num_classes=10, input_size=32, head=head) for head in ("paper", "slim"))
     assert (paper.params, slim.params) == (134_309_962, 14_728_266)
@@ -347,6 +360,9 @@ def test_compare_torchvision(torchvision):
         "IMAGENET1K_V2": 80.858,
     }
     assert efficient.published["IMAGENET1K_V1"][0] == 77.692
+    (table,) = compare(["resnet50"]).tables()
+    shown = dict(zip([column.key for column in table.columns], table.cells()[0], strict=True))
+    assert [shown[key] for key in ("top1", "top5", "best_top1")] == ["76.13", "92.86", "80.86"]
     # the same network counted as one of torchvision's, by running it
     name, look, _ = comparison._uncounted("vgg11_bn", 1000, None)
     assert look() == ours and name == "vgg11_bn"
@@ -397,6 +413,8 @@ def test_compare_says_what_is_wrong(torchvision):
         compare(["alexnet"], input_size=5)
     with pytest.raises(InputError, match="device 'nonsense' cannot be used"):
         compare([Arch("A", head="slim", channels=scaled(2))], measure=True, device="nonsense")
+    with pytest.raises(InputError, match=r"resnet18 cannot be trained on 1 image of 32×32 .*: raise batch"):
+        compare(["resnet18"], input_size=32, measure=True, batch=1, device="cpu", seconds=0)
 
 
 def test_without_torchvision(monkeypatch):
@@ -415,12 +433,23 @@ def test_measured():
     measured = found.nets[0].measured
     assert told == ["vgg11 slim ×0.125"]
     assert measured.latency > 0 and measured.throughput > 0 and measured.train_throughput > 0
-    if Path("/proc/self/clear_refs").exists():
-        assert measured.memory >= 0 and measured.train_memory >= 0
     assert "torch" in found.machine and "latency ms" in str(found)
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="resident memory is read on Linux")
+RESIDENT = os.access("/proc/self/clear_refs", os.W_OK)
+
+
+def test_what_is_measured(monkeypatch):
+    """Images a second of runs that take half a second each, and memory of at least the weights and their gradients."""
+    monkeypatch.setattr("vggfeat.analysis.measure._seconds", lambda run, *_: (run(), 0.5)[1])
+    net = compare([Arch("A", head="slim")], input_size=32, measure=True, batch=4, device="cpu").nets[0]
+    measured = net.measured
+    assert (measured.latency, measured.throughput, measured.train_throughput) == (0.5, 8, 8)
+    if RESIDENT:
+        assert measured.memory >= 0.9 * 4 * net.params and measured.train_memory >= 0.9 * 2 * 4 * net.params
+
+
+@pytest.mark.skipif(not RESIDENT, reason="resident memory is read on Linux")
 def test_peak_memory():
     gauge = PeakMemory(torch.device("cpu"))
     torch.ones(50_000_000).sum()
@@ -479,7 +508,7 @@ def test_measured_field_is_the_theoretical_one(narrow, layer):
     assert found.theoretical == VGG16_FIELDS[layer.replace("relu", "conv")]
     assert found.support == (found.theoretical,) * 2
     assert found.gradient.shape == (found.theoretical,) * 2 and found.gradient.max() == 1
-    assert 1 <= found.effective <= found.theoretical
+    assert found.effective == float((found.gradient > math.erfc(2**0.5)).sum()) ** 0.5  # 4.55 %
 
 
 @pytest.mark.parametrize(("arch", "layer"), [("vgg16", "conv3_3"), ("vgg11", "conv4_2")])
@@ -494,11 +523,14 @@ def test_measured_field_is_the_gradient(narrow):
     net = vggfeat.vgg16(width=0.25, head="slim", num_classes=2, weights=narrow)
     found = effective_field("conv2_1", weights=narrow, samples=1, seed=3)
     side = 2 * (2 * math.ceil(10 / 4) + 1)
-    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    generator = torch.Generator().manual_seed(3)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     middle = side // 2 // 2
-    net.taps((image - mean) / std, ["conv2_1"])["conv2_1"][0, :, middle, middle].sum().backward()
-    expected = image.grad[0].abs().mean(0)
+    expected = torch.zeros(side, side)
+    for _ in range(13):  # 128 / 10 times the samples
+        image = torch.rand(1, 3, side, side, generator=generator).requires_grad_()
+        net.taps((image - mean) / std, ["conv2_1"])["conv2_1"][0, :, middle, middle].sum().backward()
+        expected += image.grad[0].abs().mean(0)
     start = (side - 10) // 2
     assert expected.sum() == pytest.approx(float(expected[start : start + 10, start : start + 10].sum()))
     inner = (expected / expected.max())[start : start + 10, start : start + 10]
@@ -546,6 +578,73 @@ def test_plots(narrow, tmp_path, name, suffix):
     assert ("matplotlib.pyplot" in sys.modules) == loaded and dict(matplotlib.rcParams) == before
     with pytest.raises(InputError, match="already exists"):
         plots(narrow)[name](path)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would be saved."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr("vggfeat.plots._save", lambda figure, path, overwrite: (figures.append(figure), path)[1])
+    return figures
+
+
+def test_plot_of_parameters(drawn, tmp_path):
+    vggfeat.plot_parameters([describe("A"), describe("D", head="slim")], tmp_path / "a.png")
+    params, macs = drawn[0].axes
+    assert [label.get_text() for label in params.get_yticklabels()] == ["vgg11", "vgg16 slim"]
+    assert (params.get_xlabel(), macs.get_xlabel()) == ("million parameters", "GMACs per image")
+    for axes, expected in (  # of fc6 to fc8, 123,633,664 weights and as many MACs, with 9192 biases
+        (params, {"convolutions": [9.220, 14.715], "fully connected": [123.643, 0.513]}),
+        (macs, {"convolutions": [7.485, 15.347], "fully connected": [0.124, 0.001]}),
+    ):
+        widths = {group.get_label(): [bar.get_width() for bar in group] for group in axes.containers}
+        assert widths.keys() == expected.keys()
+        for what, values in expected.items():
+            assert widths[what] == pytest.approx(values, abs=1e-3)
+        totals = [float(text.get_text()) for text in axes.texts]
+        assert totals == pytest.approx([sum(pair) for pair in zip(*expected.values(), strict=True)], rel=5e-3)
+        convs, fcs = axes.containers
+        assert [bar.get_x() for bar in fcs] == pytest.approx([bar.get_width() for bar in convs])  # stacked
+
+
+def test_plot_of_stacked_convolutions(drawn, tmp_path):
+    for n in (3, 12):
+        vggfeat.plot_stacked(stacked_3x3(n), tmp_path / "a.png")
+    section, costs = drawn[0].axes
+    assert section.get_title() == "Receptive field of 3 stacked 3×3 convolutions: 7×7"
+    assert drawn[1].axes[0].get_title() == "Receptive field of the last 6 of 12 stacked 3×3 convolutions: 13×13"
+    single, stacked = costs.lines[:2]
+    assert single.get_label().startswith("one ") and stacked.get_label().startswith("n stacked ")
+    assert [*single.get_xdata()] == [*stacked.get_xdata()] == [3, 5, 7]
+    assert [*single.get_ydata()] == [9, 25, 49] and [*stacked.get_ydata()] == [9, 18, 27]
+    assert [text.get_text() for text in costs.texts] == ["−28%", "−45%"]
+    cells = [patch for patch in section.patches if patch.get_facecolor()[:3] != (1, 1, 1)]
+    assert len(cells) == 1 + 3 + 5 + 7
+
+
+def test_plot_of_a_comparison(drawn, tmp_path):
+    vggfeat.plot_comparison(compare(["vgg16", "resnet50"]), tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    points = {tuple(round(float(v), 3) for v in each.get_offsets()[0]): each for each in axes.collections}
+    vgg, old, new = (15.470, 71.592), (4.089, 76.130), (4.089, 80.858)  # the last is a ring
+    assert points.keys() == {vgg, old, new} and not len(points[new].get_facecolor())
+    assert axes.get_xlabel() == "GMACs per image"
+
+
+def test_plot_of_receptive_fields(drawn, tmp_path, narrow):
+    content = REPO / "examples" / "content.jpg"  # 512×384
+    vggfeat.plot_receptive_fields(content, None, ["conv3_3", "pool2"], tmp_path / "a.png", weights=narrow, samples=1)
+    picture, *panels = drawn[0].axes[:3]
+    fields = [effective_field(name, weights=narrow, samples=1) for name in ("pool2", "conv3_3")]
+    sides = [patch.get_width() for patch in picture.patches]
+    assert sides == [16, 16, 40, 40, pytest.approx(fields[1].effective)]  # full lines on black, and one dotted
+    for patch in picture.patches:
+        middle = patch.get_x() + patch.get_width() / 2, patch.get_y() + patch.get_height() / 2
+        assert middle == pytest.approx((255.5, 191.5))
+    for axes, field in zip(panels, fields, strict=True):
+        assert torch.equal(torch.from_numpy(axes.images[0].get_array().data), field.gradient)
+        assert axes.get_title() == f"{field.layer}: {field.theoretical} px, {field.effective:.0f} effective"
 
 
 @pytest.mark.parametrize(("width", "height"), [(20, 16), (1, 2000), (2000, 1)])
@@ -641,6 +740,10 @@ def test_compare_and_stacked_commands(call, tmp_path):
         ("compare", "vgg16", "--batch", "4"),
         ("compare", "vgg16", "--device", "cpu"),
         ("compare", "vgg16", "vgg11", "--plot", "plot.jpg"),
+        ("compare", "vgg16", "--plot", "plot.png", "-o", "table.txt"),
+        ("compare", "vgg16", "--plot", "plot.png", "--measure"),
+        ("describe", "vgg16", "--head", "none", "--classes", "7"),
+        ("fields", REPO / "examples" / "content.jpg", "-o", "a.png", "--samples", "0", "--weights", "none.pth"),
         ("stacked", "0"),
         ("stacked", "many"),
         ("fields", "nowhere.jpg", "-o", "a.png"),
@@ -677,11 +780,16 @@ def test_exercise_1(exercise, tmp_path, capsys):
     assert "vgg16 to vgg19: 3 more convolutions, 5.31 M more parameters (3.8%)" in out
 
 
-def test_exercise_4(exercise, tmp_path, capsys, narrow):
+def test_exercise_4(exercise, tmp_path, capsys, monkeypatch):
     content = REPO / "examples" / "content.jpg"
     layers = ("conv1_2", "conv2_1")
-    exercise("exercise4_receptive_field").main(content, picture(tmp_path), "random", "vgg19", layers, 2)
+    plot, draw, told = picture(tmp_path), vggfeat.plot_receptive_fields, {"samples": 2}
+    monkeypatch.setattr(
+        vggfeat, "plot_receptive_fields", lambda *args, **words: (told.update(words), draw(*args, **words))[1]
+    )
+    exercise("exercise4_receptive_field").main(content, plot, "random", "vgg19", layers, 3)
     assert "10×10 px" in capsys.readouterr().out
+    assert not plot or told["samples"] == 3
 
 
 def test_exercise_6(exercise, capsys):

@@ -1,6 +1,7 @@
 """How classifiers are tested: views, sums and what cannot be tested."""
 
 import json
+import re
 
 import pictures
 import pytest
@@ -263,6 +264,24 @@ def test_views_that_cannot_be():
     for options in ({"grid": 0}, {"size": 8}, {"scales": ()}, {"scales": (16,)}, {"dense": True, "grid": 2}):
         with pytest.raises(InputError):
             Views(**options)
+
+
+def test_classes_with_a_bar_in_a_markdown_table():
+    report = Evaluation(5, 1.0, 0.6, None, ["cat|dog", "bee"], [[2, 1], [1, 1]], 1)
+    (row,) = [line for line in report.to_markdown().splitlines() if line.startswith("| cat")]
+    assert [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] == [r"cat\|dog", "3", "66.67 %", "bee (1)"]
+
+
+def test_confusions_are_shares_of_the_true_class(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr("vggfeat.plots._save", lambda figure, path, overwrite: drawn.append(figure))
+    report = Evaluation(14, 1.0, 11 / 14, None, ["ant", "bee"], [[8, 2], [1, 3]], 1)
+    vggfeat.plot_confusion(report, tmp_path / "c.png")
+    axes = drawn[0].axes[0]
+    assert axes.images[0].get_array().tolist() == [[80, 20], [25, 75]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    assert [each.get_text() for each in axes.get_yticklabels()] == ["ant", "bee"]
 
 
 def test_a_picture_of_confusions(tmp_path):

@@ -1132,6 +1132,22 @@ def test_curves_of_any_length(tmp_path, epochs):
     assert path.stat().st_size > 5000
 
 
+def test_curves_are_those_of_the_history(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr("vggfeat.plots._save", lambda figure, path, overwrite: drawn.append(figure))
+    history = [
+        Epoch(1, 0.1, 2.5, 0.25, 2.0, 0.5, None, 1.0, 1.0, 0),
+        Epoch(2, 0.1, 1.5, 0.75, None, None, None, 1.0, 1.0, 0),
+    ]
+    vggfeat.plot_training({"a": history}, tmp_path / "curves.png")
+    panels = [{line.get_label(): [*line.get_xydata().tolist()] for line in axes.lines} for axes in drawn[0].axes]
+    assert panels == [
+        {"a, train": [[1, 2.5], [2, 1.5]], "a, test": [[1, 2]]},
+        {"a, train": [[1, 25], [2, 75]], "a, test": [[1, 50]]},
+    ]
+
+
 @pytest.mark.filterwarnings("error")
 def test_classes_of_any_name(tmp_path):
     """What folders may be called, and labels of a figure may not."""

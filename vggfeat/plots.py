@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vggfeat.image import ImageLike
     from vggfeat.training.evaluation import Evaluation
     from vggfeat.training.folder import Epoch
-    from vggfeat.weights import Weights, WeightsLike
+    from vggfeat.weights import WeightsLike
 
 __all__ = [
     "SUFFIXES",
@@ -94,10 +94,8 @@ def plot_comparison(comparison: Comparison, path: PathLike, *, overwrite: bool =
         DependencyError: matplotlib is missing.
     """
     path = check_plot(path, overwrite=overwrite)
-    nets = [net for net in comparison.nets if net.published]
-    if len(nets) < 2:
-        raise InputError("accuracy against cost needs two networks with a published accuracy at this size and classes")
-    costs: list[tuple[str, list[float]]] = [("forward of one image, G MACs", [net.macs / 1e9 for net in nets])]
+    nets = published(comparison)
+    costs: list[tuple[str, list[float]]] = [("GMACs per image", [net.macs / 1e9 for net in nets])]
     if measured := [1e3 * net.measured.latency for net in nets if net.measured]:
         costs.append((f"forward of one image, ms\n{comparison.machine}", measured))
     figure = _figure(1 + 5.5 * len(costs), 5)
@@ -125,6 +123,18 @@ def plot_comparison(comparison: Comparison, path: PathLike, *, overwrite: bool =
     for axes, (_, values) in zip(panels, costs, strict=True):
         _name(axes, nets, values, figure.dpi / 72)
     return _save(figure, path, overwrite)
+
+
+def published(comparison: Comparison) -> list[Net]:
+    """The networks with a published accuracy, which are those that are drawn.
+
+    Raises:
+        InputError: fewer than two.
+    """
+    nets = [net for net in comparison.nets if net.published]
+    if len(nets) < 2:
+        raise InputError("accuracy against cost needs two networks with a published accuracy at this size and classes")
+    return nets
 
 
 def _color(net: Net) -> str:
@@ -178,7 +188,7 @@ def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, over
     panels: Any = figure.subplots(1, 2, sharey=True)
     names = [each.label for each in descriptions]
     for axes, (key, unit, label) in zip(
-        panels, (("params", 1e6, "million parameters"), ("macs", 1e9, "G MACs of one image")), strict=True
+        panels, (("params", 1e6, "million parameters"), ("macs", 1e9, "GMACs per image")), strict=True
     ):
         left = [0.0] * len(names)
         for kind, color, what in (("conv", BLUE, "convolutions"), ("fc", ORANGE, "fully connected")):
@@ -208,7 +218,7 @@ def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, over
 
 
 def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -> Path:
-    """A section through n stacked 3×3 convolutions, and what n of them cost against one large convolution.
+    """A section through n stacked 3×3 convolutions, and what n of them cost against a single one.
 
     Raises:
         InputError: a path that cannot be written.
@@ -231,24 +241,22 @@ def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -
             for sign in (-1, 1):
                 section.plot([sign * (reach + 0.45), sign * (reach + 1.45)], [y - 0.2, y - 0.8], color="#555555", lw=1)
         side = 2 * reach + 1
-        text = "1 output" if not depth else f"{side}×{side}" + (" of the image" if depth == n else "")
+        text = "1 output" if not depth else f"{side}×{side}" + (" of the image" if depth == stacked.n else "")
         section.text(n + 0.8, y, text, va="center", fontsize=10)
         if depth < n:
             section.text(-n - 0.8, y - 0.5, "3×3, ReLU", va="center", ha="right", fontsize=10, color=GREY)
     section.set_xlim(-n - 3.6, n + 4.2)
     section.set_ylim(-n - 0.6, 0.6)
     section.set_axis_off()
-    many = "" if n == stacked.n else f" (of {stacked.n})"
-    section.set_title(f"{n}{many} stacked 3×3 convolutions see {2 * n + 1}×{2 * n + 1} pixels", fontsize=11)
+    which = f"{n}" if n == stacked.n else f"the last {n} of {stacked.n}"
+    title = f"Receptive field of {which} stacked 3×3 convolution{'s' * (stacked.n > 1)}: {2 * n + 1}×{2 * n + 1}"
+    section.set_title(title, fontsize=11)
 
     stacks = [stacked_3x3(k) for k in range(1, max(stacked.n, 2) + 1)]
     fields = [each.receptive_field for each in stacks]
-    costs.plot(
-        fields, [each.single_params for each in stacks], "o-", color=RED, label="one large one, (2n+1)² C², 1 ReLU"
-    )
-    costs.plot(
-        fields, [each.stacked_params for each in stacks], "o-", color=BLUE, label="n stacked 3×3, 9n C², n ReLUs"
-    )
+    single, several = "one (2n+1)×(2n+1) convolution: (2n+1)² C², 1 ReLU", "n stacked 3×3 convolutions: 9n C², n ReLUs"
+    costs.plot(fields, [each.single_params for each in stacks], "o-", color=RED, label=single)
+    costs.plot(fields, [each.stacked_params for each in stacks], "o-", color=BLUE, label=several)
     for each in stacks if len(stacks) <= 8 else stacks[-1:]:
         if each.saving:
             x = each.receptive_field
@@ -259,8 +267,8 @@ def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -
     if len(fields) <= 10:
         costs.set_xticks(fields)
     costs.set_xlabel("receptive field, pixels")
-    costs.set_ylabel("weights / C²  (and MACs a pixel)")
-    costs.set_ylim(0, None)
+    costs.set_ylabel("weights / C²  (and MACs per pixel)")
+    costs.set_ylim(0, 1.22 * stacks[-1].single_params)  # room for the legend
     costs.set_title("what they cost", fontsize=11)
     costs.grid(True, color="#eeeeee")
     _plain(costs)
@@ -283,7 +291,7 @@ def plot_receptive_fields(
     path: PathLike,
     *,
     measure: bool = True,
-    weights: WeightsLike | Weights = "auto",
+    weights: WeightsLike = "auto",
     samples: int = 4,
     overwrite: bool = False,
 ) -> Path:
@@ -300,7 +308,7 @@ def plot_receptive_fields(
         path: where to; `.png`, `.pdf` or `.svg`.
         measure: add the measured fields.
         weights: what to measure with.
-        samples: noise images to average over.
+        samples: noise images to average over, see `effective_field`.
         overwrite: replace an existing file.
 
     Raises:
@@ -328,9 +336,7 @@ def plot_receptive_fields(
     found = sorted({arch.layer(name) for name in layers}, key=lambda layer: layer.index)
     fields = []
     if loaded is not None:
-        for layer in found:  # noise on few pixels is cheap, and shows: average over more of it
-            more = min(16.0, max(1.0, 128 / layer.receptive_field))
-            fields.append(effective_field(layer.name, arch, weights=loaded, samples=round(samples * more)))
+        fields = [effective_field(layer.name, arch, weights=loaded, samples=samples) for layer in found]
     reach = max(layer.receptive_field for layer in found)
     # a field larger than the picture shows as such, and a picture much higher than wide makes no endless figure
     across, down = (max(side, reach) for side in picture.size)
@@ -338,7 +344,7 @@ def plot_receptive_fields(
     rows = -(-len(fields) // columns)
     size, panel = 6.6, 2.35  # inches
     height = max(size * min(2.0, down / across) + 0.7, (panel + 0.2) * rows + 0.3)
-    title = f"what one unit of {arch.name} sees in {picture.width}×{picture.height} pixels"
+    title = f"Receptive fields of {arch.name} on a {picture.width}×{picture.height} image"
     if not fields:
         figure = _figure(size, height)
         _draw_squares(figure, title, picture, found, fields, (across, down), colors)
@@ -348,7 +354,9 @@ def plot_receptive_fields(
     left, right = sides
     _draw_squares(left, f"{title}\ndotted: the effective field", picture, found, fields, (across, down), colors)
     label = short(loaded.label.split(" (")[0], 40) if loaded is not None else ""
-    _draw_gradients(right, f"what it depends on: mean gradient\nweights {label}", fields, (rows, columns), colors)
+    _draw_gradients(
+        right, f"Effective receptive fields: mean |gradient|\nweights {label}", fields, (rows, columns), colors
+    )
     return _save(figure, path, overwrite)
 
 
@@ -420,7 +428,7 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
         raise InputError(f"expected one to {len(colors)} runs with at least one epoch, got {len(runs)}")
     figure = _figure(9, 3.6)
     panels: Any = figure.subplots(1, 2)
-    titles = ("loss (training: as it is trained on)", "accuracy, % (training: of augmented images)")
+    titles = ("loss (training: augmented, label smoothing if any)", "accuracy, % (training: on augmented images)")
     for axes, key, title, factor in zip(panels, ("loss", "accuracy"), titles, (1, 100), strict=True):
         for (name, history), color in zip(runs.items(), colors, strict=False):
             for part, style in (("train", ":"), ("test", "-")):
@@ -443,7 +451,7 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
 
 
 def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = False) -> Path:
-    """The confusion matrix: of each true class (row), the share that was taken for each class (column).
+    """The confusion matrix: of each true class (row), the share predicted as each class (column).
 
     Up to 25 classes the shares are written in, in per cent, and the classes are named.
 
@@ -467,7 +475,7 @@ def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = 
             if shares[i][j] >= 0.05:
                 dark = "white" if shares[i][j] > 50 else "black"
                 axes.text(j, i, f"{shares[i][j]:.1f}", ha="center", va="center", fontsize=7, color=dark)
-    axes.set(xlabel="taken for", ylabel="true class")
+    axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_title(f"{evaluation.images:,} images, top-1 {100 * evaluation.top1:.2f} %", fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
     return _save(figure, path, overwrite)

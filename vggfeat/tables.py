@@ -82,7 +82,8 @@ class Table:
         """A Markdown table under its title in bold."""
         head = [column.title for column in self.columns]
         rule = [":--" if column.left else "--:" for column in self.columns]
-        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in (head, rule, *self.cells()))])
+        cells = [[cell.replace("|", r"\|") for cell in row] for row in self.cells()]
+        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in (head, rule, *cells))])
 
     def csv(self) -> str:
         """Comma-separated raw values under the columns' keys; None is empty."""

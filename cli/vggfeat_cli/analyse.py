@@ -39,7 +39,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
 @click.command()
 @click.argument("arch")
 @click.option("--size", type=_Size(), default=224, show_default=True, help="Side of the image, or HEIGHTxWIDTH.")
-@click.option("--classes", type=int, default=1000, show_default=True, help="Outputs.")
+@click.option("--classes", type=int, help="Outputs.  [default: 1000]")
 @click.option("--head", type=click.Choice(["paper", "slim", "none"]), default="paper", show_default=True)
 @click.option("--width", type=float, default=1.0, show_default=True, help="Factor on every channel count.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Images at a time, for the memory.")
@@ -49,7 +49,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
 def describe(
     arch: str,
     size: int | tuple[int, int],
-    classes: int,
+    classes: int | None,
     head: str,
     width: float,
     batch: int,
@@ -62,8 +62,11 @@ def describe(
     Shapes, parameters, MACs, memory, receptive fields. ARCH is vgg11, vgg13, vgg16, vgg19, with _bn behind or not, or
     a column of the paper's table: A, A-LRN, B, C, D, E.
     """
-    wanted = None if head == "none" else head
-    report = vggfeat.describe(arch, num_classes=classes, input_size=size, batch=batch, head=wanted, width=width)
+    if classes is not None and head == "none":
+        raise vggfeat.InputError("--classes needs a head: leave out --head none")
+    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    options |= {"input_size": size, "batch": batch, "head": None if head == "none" else head, "width": width}
+    report = vggfeat.describe(arch, **options)
     finish_report(report, form, output, overwrite)
 
 
@@ -99,15 +102,14 @@ def compare(
             raise vggfeat.InputError(f"--{name} says how to measure: add --measure")
     check_outputs(output, plot, overwrite)
     tell: Callable[[str], None] | None = (lambda name: click.echo(f"measuring {name}", err=True)) if measure else None
-    report = vggfeat.compare(
-        networks or ("vgg16", "resnet50", "efficientnet_b0"),
-        num_classes=classes,
-        input_size=size,
-        measure=measure,
-        batch=8 if batch is None else batch,
-        device=device,
-        callback=tell,
-    )
+    names = networks or ("vgg16", "resnet50", "efficientnet_b0")
+    options: dict[str, Any] = {"num_classes": classes, "input_size": size}
+    if plot is not None:
+        from vggfeat.plots import published
+
+        published(vggfeat.compare(names, **options))  # before measuring and writing: whether there is enough to draw
+    options |= {} if batch is None else {"batch": batch}
+    report = vggfeat.compare(names, **options, measure=measure, device=device, callback=tell)
     finish_report(report, form, output, overwrite)
     if plot is not None:
         from vggfeat.plots import plot_comparison
@@ -144,13 +146,13 @@ def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: 
     type=Values(str),
     help="Between commas.  [default: the last convolution of blocks 1 to 4, and pool5, as far as the weights reach]",
 )
-@click.option("--weights", default="auto", show_default=True, help="What to measure the effective fields with.")
+@click.option("--weights", help="What to measure the effective fields with.  [default: auto]")
 @click.option(
     "--samples",
     type=click.IntRange(min=0),
     default=4,
     show_default=True,
-    help="Noise images to average over; 0 for none.",
+    help="Noise images to average over, for small fields up to 16 times as many; 0 for none.",
 )
 @overwrite_option
 def fields(
@@ -158,7 +160,7 @@ def fields(
     output: str,
     arch: str | None,
     layers: tuple[str, ...] | None,
-    weights: str,
+    weights: str | None,
     samples: int,
     overwrite: bool,
 ) -> None:
@@ -169,17 +171,18 @@ def fields(
     from vggfeat.image import open_image
     from vggfeat.plots import check_plot, plot_receptive_fields
 
+    if weights is not None and not samples:
+        raise vggfeat.InputError("--weights says what to measure with: leave --samples above 0")
     check_plot(output, overwrite=overwrite, inputs=[image])
     picture = open_image(image)  # before weights, which may have to be fetched
-    found: Any = weights
+    options: dict[str, Any] = {"measure": False}
     if samples:
         from vggfeat.weights import load
 
-        found = load(weights, arch)
-    options: dict[str, Any] = {"weights": found, "samples": samples, "measure": samples != 0, "overwrite": overwrite}
-    written = plot_receptive_fields(picture, arch, layers, output, **options)
+        options = {"weights": load("auto" if weights is None else weights, arch), "samples": samples}
+    written = plot_receptive_fields(picture, arch, layers, output, **options, overwrite=overwrite)
     if samples:
-        click.echo(f"weights: {found.label}", err=True)
+        click.echo(f"weights: {options['weights'].label}", err=True)
     click.echo(str(written))
 
 

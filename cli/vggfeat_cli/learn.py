@@ -200,7 +200,7 @@ def evaluate(
 ) -> None:
     """Test WEIGHTS on DATA.
 
-    Accuracy, in all and by class, and what is taken for what. WEIGHTS are a run's folder, a file, or imagenet.
+    Overall and per-class accuracy; --plot draws the confusion matrix. WEIGHTS are a run's folder, a file, or imagenet.
 
     DATA is CIFAR's folder or .tar.gz, a folder of class folders or a zip of one; its test set, where it has one; of a
     run with --holdout and its own images, those that were held out.

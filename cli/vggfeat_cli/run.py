@@ -34,7 +34,7 @@ def finish(command: click.Command) -> None:
     try:
         with on_ending(_interrupt):
             code = command.main(prog_name=name, standalone_mode=False)
-    except (click.UsageError, click.BadParameter) as error:
+    except click.UsageError as error:
         fail(name, f"{error.format_message()} (see {error.ctx.command_path if error.ctx else name} --help)", BAD_INPUT)
     except click.ClickException as error:
         fail(name, error.format_message(), BAD_INPUT)

@@ -69,7 +69,7 @@ class Net:
     Attributes:
         name: as asked for.
         input_size: side of the image in pixels.
-        params: learnt numbers, those of auxiliary heads left out.
+        params: trainable parameters, those of auxiliary heads left out.
         macs: MACs of one image's forward.
         activation_bytes: of one image: itself and the outputs of convolutions, pools, linear layers and attention.
         saved_bytes: what autograd keeps of one image for the backward of a training step; None where the network cannot
@@ -171,7 +171,7 @@ def compare(
 
     Args:
         names: a VGG's name (or `Arch`), or a name that `torchvision.models.list_models` has, such as `resnet50`.
-        num_classes: outputs.
+        num_classes: outputs; an `Arch` has its own.
         input_size: side of the image in pixels; None means what each network's published weights were tested at.
         measure: run each network, randomly initialised, for latency, throughput and peak memory.
         batch: images at a time when measured.
@@ -192,20 +192,27 @@ def compare(
         if value < 1:
             raise InputError(f"{what} must be at least 1, got {value}")
     builders = [_builder(name, num_classes, input_size) for name in names]  # all names are good before work begins
+    place = None
+    if measure:
+        from vggfeat.processor import resolve
+
+        place = resolve(device or "auto")
     nets = []
-    where = ""
     for label, look, build in builders:
         if callback:
             callback(label)
         net = look()
-        if measure:
-            from vggfeat.processor import resolve
-
-            place = resolve(device or "auto")
-            where = machine(place)
-            net = replace(net, measured=measure_net(build, net.input_size, batch, place, seconds))
+        if place is not None:
+            size = net.input_size
+            try:
+                net = replace(net, measured=measure_net(build, size, batch, place, seconds))
+            except ValueError as error:  # BN of a single value
+                raise InputError(
+                    f"{label} cannot be trained on {batch} image{'s' * (batch > 1)} of {size}×{size} "
+                    f"({first_line(error)}): raise batch"
+                ) from error
         nets.append(net)
-    return Comparison(tuple(nets), batch, where)
+    return Comparison(tuple(nets), batch, machine(place) if place is not None else "")
 
 
 _Builder = tuple[str, Callable[[], Net], Callable[[], "nn.Module"]]

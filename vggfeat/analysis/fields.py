@@ -1,4 +1,4 @@
-"""How far a VGG sees: stacked 3×3 convolutions against one large one, and the receptive field as measured."""
+"""How far a VGG sees: stacked 3×3 convolutions against a single one, and the receptive field as measured."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vggfeat.tables import Column, Report, Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vggfeat.weights import Weights, WeightsLike
+    from vggfeat.weights import WeightsLike
 
 __all__ = ["EffectiveField", "Stacked", "effective_field", "stacked_3x3"]
 
 
 @dataclass(frozen=True)
 class Stacked(Report):
-    """1 to `n` stacked 3×3 convolutions against one large one that sees as much; see `stacked_3x3`.
+    """1 to `n` stacked 3×3 convolutions against one with the same receptive field; see `stacked_3x3`.
 
     Attributes:
         n: how many 3×3 convolutions are stacked.
@@ -35,7 +35,7 @@ class Stacked(Report):
 
     @property
     def stacked_params(self) -> int:
-        """Weights of the stack in units of C², C channels in and out; as many MACs a pixel."""
+        """Weights of the stack in units of C², C channels in and out; as many MACs per pixel."""
         return self.n * 3**2
 
     @property
@@ -65,31 +65,32 @@ class Stacked(Report):
         """One table."""
         columns = [
             Column("n", "stacked 3×3"),
-            Column("kernel", "or one", lambda side: f"{side}×{side}"),
+            Column("kernel", "single conv", lambda side: f"{side}×{side}"),
             Column("receptive_field", "field px"),
             Column("stacked_params", "weights / C²"),
-            Column("single_params", "of the one"),
-            Column("saving", "fewer", "{:.1%}".format),
+            Column("single_params", "its weights / C²"),
+            Column("saving", "saved", "{:.1%}".format),
             Column("nonlinearities", "ReLUs"),
-            Column("single_nonlinearities", "of the one"),
+            Column("single_nonlinearities", "its ReLUs"),
         ]
         rows = [
             (s.n, s.receptive_field, s.receptive_field)
             + (s.stacked_params, s.single_params, s.saving, s.nonlinearities, 1)
             for s in self._upwards()
         ]
-        return [Table("Stacked 3×3 convolutions against one that sees as much, C channels in and out", columns, rows)]
+        title = "Stacked 3×3 convolutions against one with the same receptive field, C channels in and out"
+        return [Table(title, columns, rows)]
 
 
 def stacked_3x3(n: int) -> Stacked:
     """Why VGG stacks 3×3 convolutions: n of them see what one (2n+1)×(2n+1) sees (paper, section 2.3).
 
     >>> print(stacked_3x3(3))
-    Stacked 3×3 convolutions against one that sees as much, C channels in and out
-    stacked 3×3  or one  field px  weights / C²  of the one  fewer  ReLUs  of the one
-              1     3×3         3             9           9   0.0%      1           1
-              2     5×5         5            18          25  28.0%      2           1
-              3     7×7         7            27          49  44.9%      3           1
+    Stacked 3×3 convolutions against one with the same receptive field, C channels in and out
+    stacked 3×3  single conv  field px  weights / C²  its weights / C²  saved  ReLUs  its ReLUs
+              1          3×3         3             9                 9   0.0%      1          1
+              2          5×5         5            18                25  28.0%      2          1
+              3          7×7         7            27                49  44.9%      3          1
 
     Raises:
         InputError: n outside 1 to 50.
@@ -123,7 +124,7 @@ def effective_field(
     layer: str,
     arch: str | Arch | None = None,
     *,
-    weights: WeightsLike | Weights = "auto",
+    weights: WeightsLike = "auto",
     samples: int = 8,
     seed: int = 0,
 ) -> EffectiveField:
@@ -138,7 +139,8 @@ def effective_field(
         arch: the network; None means what the weights imply.
         weights: as in `VGGFeatures`; `"auto"` is ImageNet's where they can be had, else others, see
             `vggfeat.weights.load`.
-        samples: images of uniform noise.
+        samples: images of uniform noise to average over; a layer that sees fewer than 128 pixels, where noise is cheap
+            and shows, gets up to 16 times as many.
         seed: of the noise.
 
     Raises:
@@ -158,7 +160,7 @@ def effective_field(
     side = stride * (2 * middle + 1)
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(side, side, dtype=torch.float64, device="cpu")
-    for _ in range(samples):
+    for _ in range(round(samples * min(16, max(1, 128 / field)))):
         # in float64, whose convolutions are direct: those by tiles leave traces of rounding outside the field
         image = (
             torch.rand(1, 3, side, side, generator=generator, dtype=torch.float32, device="cpu")

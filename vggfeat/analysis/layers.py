@@ -26,8 +26,8 @@ class Row:
         name: as in `arch.names`; `input`, `avgpool` and `drop…` besides.
         kind: `input`, `conv`, `bn`, `relu`, `lrn`, `pool`, `avgpool`, `fc` or `dropout`.
         shape: of the output, (C,H,W) or (C,).
-        params: learnt numbers, biases (and BN's shifts) included.
-        weights: learnt numbers without biases (and BN's shifts).
+        params: trainable parameters, biases (and BN's shifts) included.
+        weights: trainable parameters without biases (and BN's shifts).
         macs: multiplications with addition, of convolutions and linear layers alone.
         output_bytes: of the output.
         saved_bytes: what autograd keeps of this layer until the backward of a training step: its output where some
@@ -80,7 +80,7 @@ class Description(Report):
 
     @property
     def params(self) -> int:
-        """Learnt numbers."""
+        """Trainable parameters."""
         return sum(row.params for row in self.rows)
 
     @property
@@ -216,7 +216,8 @@ class Description(Report):
         names = {"conv": "convolutions", "bn": "batch norm", "fc": "fully connected"}
         parts = [(names[kind], *(part[key] for key in _SPLIT)) for kind, part in self.split.items()]
         split = Table(
-            f"Where it is; forward {mega(self.flops / 1e3)} G FLOPs, with backward {mega(self.training_flops / 1e3)} G",
+            f"Parameters and MACs by part; forward {mega(self.flops / 1e3)} G FLOPs, "
+            f"forward + backward {mega(self.training_flops / 1e3)} G FLOPs",
             [
                 Column("part", "", left=True),
                 Column("params", "params", count),
@@ -231,14 +232,14 @@ class Description(Report):
         lines: list[tuple[str, float]] = [
             ("activations, one image: input, conv, pool, fc", self.activation_bytes),
             ("weights", memory["weights"]),
-            (f"inference, {images}: weights and the most alive at once", memory["inference"]),
+            (f"inference, {images}: weights and peak activations", memory["inference"]),
             (f"autograd saves for backward, {images}", self.saved_bytes),
-            ("  of it int64 positions of pools' winners", self.index_bytes),
-            (f"our frozen trunk keeps, {images}", self.kept_bytes),
+            ("  of which int64 max-pool indices", self.index_bytes),
+            (f"frozen trunk saves for backward, {images}", self.kept_bytes),
             *((f"training with {name}, fixed part", memory[f"{name}_fixed"]) for name in OPTIMIZERS),
             *((f"training with {name}, {images}", memory[name]) for name in OPTIMIZERS),
         ]
-        return [layers, split, Table("What it takes", [_WHAT, Column("bytes", "MB", mega)], lines)]
+        return [layers, split, Table("Memory", [_WHAT, Column("bytes", "MB", mega)], lines)]
 
 
 _SPLIT = ("params", "params_share", "macs", "macs_share")
@@ -345,10 +346,10 @@ def _head_rows(arch: Arch, height: int, width: int) -> Iterable[Row]:
         yield _row("avgpool", "avgpool", (last.channels, 1, 1), whole, None)
     else:
         sizes = [last.channels * GRID**2, arch.hidden, arch.hidden, arch.num_classes]
-        side = max(height, width)  # a bin of the adaptive pool reaches over so many of `side`
-        reach = max(-(-(i + 1) * side // GRID) - i * side // GRID for i in range(GRID))
+        # the most rows or columns that a bin of the adaptive pool covers
+        reach = max(-(-(i + 1) * side // GRID) - i * side // GRID for side in (height, width) for i in range(GRID))
         field = last.receptive_field + (reach - 1) * last.stride
-        stride = last.stride * side // GRID if height == width and side % GRID == 0 else None
+        stride = last.stride * height // GRID if height == width and height % GRID == 0 else None
         shape = (last.channels, GRID, GRID)
         yield _row("avgpool", "avgpool", shape, field, stride, saved_bytes=FLOAT * math.prod(shape))
     linear = [name for name in arch.head_names if name.startswith("fc")]

@@ -101,7 +101,7 @@ class Evaluation(Report):
             Column("class", "class", left=True),
             Column("images", "images"),
             Column("accuracy", "accuracy", lambda v: _percent(100 * v)),
-            Column("mistaken_for", "most often taken for", left=True),
+            Column("mistaken_for", "most often mistaken for", left=True),
         ]
         rows = []
         for i, (name, row, share) in enumerate(zip(self.classes, self.confusion, self.by_class, strict=True)):
