@@ -596,7 +596,7 @@ def test_descriptions_of_others_are_not_settings(tmp_path, description, software
 def test_settings_that_do_not_fit(tmp_path, scene):
     with pytest.raises(ImageError, match=r"at most 65533 bytes in a JPEG, got 7\d{4}; save a \.png"):
         vi.save_image(scene, tmp_path / "a.jpg", settings={"long": "x" * 70_000})
-    for settings in ({"a": object()}, {"a": {1, 2}}):
+    for settings in ({"a": object()}, {"a": {1, 2}}, {"a": float("nan")}):
         with pytest.raises(InputError, match="JSON"):
             vi.save_image(scene, tmp_path / "a.png", settings=settings)
     assert list(tmp_path.iterdir()) == []

@@ -5,18 +5,20 @@ import importlib
 import inspect
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from vggfeat_cli import analyse, learn, pictures
 from vggfeat_cli import main as command_module
-from vggfeat_cli import pictures
 
 import vggfeat
 from vggfeat import visualize
@@ -25,10 +27,10 @@ from vggfeat.image import fit, open_image, read_settings, resize, to_pil, to_ten
 from vggfeat.transfer.objective import Objective
 from vggfeat.visualize import Sheet, cam, distance, dream, filters, invert, maps
 from vggfeat.visualize import sheet as sheet_module
-from vggfeat.visualize.dreams import _Fourier
+from vggfeat.visualize.dreams import _Fourier, _jittered, _Pixels
 from vggfeat.visualize.sheet import overlay, palette, spread
 from vggfeat.visualize.units import _crop, _peaks
-from vggfeat.weights import load
+from vggfeat.weights import DEFAULT, load
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -89,6 +91,16 @@ def test_a_single_tile_is_the_sheet_and_several_stand_in_rows():
     assert picture.size == (12 + 20 + 6 + 20 + 12, 12 + 10 + 6 + 10 + 12)
     spots = [picture.getpixel(at) for at in ((12, 12), (38, 12), (12, 28), (38, 28))]
     assert spots == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+
+
+def test_tiles_fill_the_room_under_a_wide_title_in_even_rows():
+    tile, title = Image.new("RGB", (20, 10), "red"), "a title of some length"
+    width, height = Sheet([tile] * 4, (), title).image.size
+    assert height == 12 + 18 + 12 + 10 + 12  # one row
+    assert width > 12 + 4 * 20 + 3 * 6 + 12
+    rows = Sheet([tile] * 12, (), title).image
+    assert rows.height == 12 + 18 + 12 + 10 + 6 + 10 + 12
+    assert rows.getpixel((12 + 5 * 26, 42)) == (255, 0, 0) and rows.getpixel((12 + 6 * 26, 42)) == (255, 255, 255)
 
 
 def test_labels_and_title_are_drawn_in_black():
@@ -232,6 +244,9 @@ def test_peaks_are_local_maxima_apart_and_inside():
     assert values.tolist() == [[5, 3]] and places.tolist() == [[[10, 10], [4, 15]]]
     values, places = _peaks(tap[:, :2, :2], layer, 2)  # every unit sees beyond the border
     assert values.tolist() == [[9, -math.inf]] and places[0, 0].tolist() == [0, 0]
+    assert _peaks(torch.zeros(1, 20, 20), layer, 2)[0].tolist() == [[-math.inf] * 2]
+    tap[:, 5:, 5:] = 0
+    assert _peaks(tap, layer, 3)[0].tolist() == [[3, -math.inf, -math.inf]]
 
 
 def test_the_first_patch_drives_its_channel_most(small):
@@ -251,6 +266,21 @@ def test_the_first_patch_drives_its_channel_most(small):
         start = (9 - (layer.stride - r) // 2) // layer.stride
         seen = float(features(around)["conv2_1"][0, channel, start, start])
         assert seen == pytest.approx(best, abs=0.03)  # the patch is in 8 bits
+
+
+def test_channels_by_their_largest_activation_and_one_that_is_silent(small):
+    state = {key: value.clone() for key, value in small.state.items()}
+    names = [name for name in state if name.endswith("bias")]
+    state[names[1]][4] = -1e6
+    images = [noise(48, 64, seed=1), noise(56, 40, seed=2)]
+    features = vggfeat.VGGFeatures(["relu2_1"], weights=state, arch="vgg11")
+    most = torch.stack([features(image)["relu2_1"][0, :, 2:-2, 2:-2].amax((1, 2)) for image in images]).amax(0)
+    options = {"size": None, "patches": 4, "weights": state, "arch": "vgg11"}
+    sheet = filters("relu2_1", images, count=16, order="strongest", **options)
+    assert sheet.labels == [str(int(i)) for i in most.argsort(descending=True, stable=True)]
+    assert len({tile.size for tile in sheet.tiles}) == 1
+    blank = sheet.tiles[sheet.labels.index("4")]
+    assert blank.getextrema() == ((255, 255),) * 3 and float(most[4]) == 0
 
 
 # ── maps ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -335,6 +365,40 @@ def test_dreams_follow_their_seed(small):
             dream("conv1_1", [0], seed=seed, **options)
 
 
+def test_jitter_shifts_turns_and_zooms(monkeypatch, small):
+    ramp = torch.arange(32.0).expand(1, 3, 32, 32) / 100
+    right, down = (torch.rand(4, generator=torch.Generator().manual_seed(1)) * 2 - 1)[2:].tolist()
+    turned = _jittered(ramp, 0, torch.Generator().manual_seed(1)) - ramp
+    assert float(turned[..., 12:20, 12:20].abs().max()) > 0.001
+    monkeypatch.setattr("vggfeat.visualize.dreams._TURN", 0)
+    monkeypatch.setattr("vggfeat.visualize.dreams._ZOOM", 0)
+    for image, shift in ((ramp, right), (ramp.mT, down)):
+        moved = _jittered(image, 4, torch.Generator().manual_seed(1)) - image
+        assert torch.allclose(moved[..., 6:-6, 6:-6], torch.tensor(4 * shift / 100), atol=1e-5)
+
+    monkeypatch.undo()
+    told = {0: [], 4: [], 9: []}
+    for jitter, steps in told.items():
+        dream("relu1_1", [1], jitter=jitter, size=32, steps=1, weights=small, callback=steps.append)
+    (none,), (some,), (most,) = ([step.activations for step in steps] for steps in told.values())
+    assert none != some == most  # an eighth of 32 at most
+
+
+def test_pixels_are_blurred_every_fourth_step():
+    canvas = _Pixels((1, 3, 24, 24), 0.05, torch.Generator().manual_seed(0), torch.device("cpu"))
+    before = canvas.images().detach()
+    found = []
+    for progress in (0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0):
+        canvas.step((canvas.images() * 0).sum(), progress)
+        found.append(canvas.images().detach())
+    assert all(torch.equal(each, before) for each in found[:3])
+    weights = torch.exp(-(torch.arange(-3.0, 4) ** 2) / (2 * 0.8**2))  # σ half way from 1.2 to 0.4
+    weights /= weights.sum()
+    expected = F.conv2d(before.view(3, 1, 24, 24), torch.outer(weights, weights)[None, None]).view(1, 3, 18, 18)
+    assert torch.allclose(found[3][..., 3:-3, 3:-3], expected, atol=1e-6)
+    assert all(torch.equal(each, found[3]) for each in found[4:])  # and the last one is not
+
+
 def test_a_unit_is_driven_and_no_other_place(small):
     found = dream("conv2_1", [2], unit=(2, 3), size=32, steps=40, jitter=0, precision="float32", weights=small)
     tap = vggfeat.VGGFeatures(["conv2_1"], weights=small)(to_tensor(found.images[0]))["conv2_1"][0, 2]
@@ -389,7 +453,7 @@ def test_a_dream_that_was_stopped(small, parametrization, monkeypatch):
         dream("relu1_1", [1], **options)
 
 
-def test_an_inversion_that_was_stopped_at_once(small, monkeypatch):
+def test_an_inversion_that_was_stopped_at_once(monkeypatch, tmp_path):
     def stopped(*_):
         raise KeyboardInterrupt
 
@@ -399,6 +463,11 @@ def test_an_inversion_that_was_stopped_at_once(small, monkeypatch):
             invert(noise(48, 48), size=48, weights="bundled")
     found = invert(noise(48, 48), size=48, weights="bundled", callback=stopped)
     assert found.result.interrupted and found.image.size == (48, 48) and found.error >= 0
+    settings = read_settings(found.save(tmp_path / "whole.png"))
+    assert settings["error"] == found.error
+    coarse = invert(noise(128, 128), gram=True, size=128, weights="bundled", callback=stopped, start_size=64)
+    settings = read_settings(coarse.save(tmp_path / "coarse.png"))
+    assert math.isnan(coarse.error) and settings["error"] is None  # JSON has no NaN
     with pytest.raises(vggfeat.InputError, match="unknown option 'precisoin': did you mean precision"):
         invert(noise(48, 48), size=48, weights="bundled", precisoin="float32")
 
@@ -484,6 +553,10 @@ def test_a_distance_is_a_perceptual_loss_and_the_mean_of_its_map(small):
     assert found.map.shape == (32, 64)
     assert float(found.map.mean()) == pytest.approx(found.total, rel=1e-5)  # 32 and 64 are multiples of each stride
     assert 0 < found.total < 4 * len(layers)
+    heats = {name: spread(found.maps[name], (32, 64)) for name in layers}
+    shown = [("all layers", found.total, found.map), *((name, found.layers[name], heats[name]) for name in layers)]
+    labels = [f"{name}: mean {value:.3g}, max {float(heat.max()):.3g}" for name, value, heat in shown]
+    assert list(found.sheet.labels) == ["A", "B", *labels]
 
 
 def test_the_same_image_is_at_no_distance_and_black_is_no_exception(small):
@@ -724,6 +797,8 @@ BAD = {
     "maps photo.png -o no/folder.png": "found none; create it first",
     "filters --layer conv2_1": "give images",
     "filters --channel 8": "channels 0 to 7",
+    "filters --patches 3": "--patches and --size are for IMAGES",
+    "filters --size 64": "--patches and --size are for IMAGES",
     "dream --layer relu2_1 --channel x": "expected numbers",
     "dream --class 7 --size 32": "channels 0 to 4, got 7",
     "dream --class 1 --channel 1": "not both",
@@ -752,17 +827,29 @@ def test_weights_that_do_not_reach(call, oxford):
     assert code == 2 and "hold no classifier" in err
 
 
-@pytest.mark.parametrize("command", pictures.COMMANDS, ids=lambda command: command.name)
+FUNCTIONS = {command: getattr(visualize, command.name) for command in pictures.COMMANDS}
+FUNCTIONS |= {analyse.describe: vggfeat.describe, analyse.compare: vggfeat.compare, learn.evaluate: vggfeat.evaluate}
+FUNCTIONS |= {analyse.fields: vggfeat.plot_receptive_fields}
+NAMES = {"size": "input_size", "classes": "num_classes"}  # of options, where the library's is another
+
+
+@pytest.mark.parametrize("command", FUNCTIONS, ids=lambda command: command.name)
 def test_defaults_are_the_librarys(command):
-    function = inspect.signature(getattr(visualize, command.name)).parameters
+    """The value of each option, or where that is None what its help says."""
+    parameters = inspect.signature(FUNCTIONS[command]).parameters
     compared = 0
     for option in command.params:
-        name = option.name
-        if name in function and name not in ("weights", "images") and option.default not in (None, ()):
-            if type(option.default).__name__ != "Sentinel":  # how newer releases of click say that there is none
-                assert option.default == function[name].default, f"--{name}"
-                compared += 1
-    assert compared or not set(function) - {"weights", "images", "image", "first", "second"}
+        name = option.name if option.name in parameters else NAMES.get(option.name)
+        default = parameters[name].default if name in parameters else None
+        unknown = default in (None, False, inspect.Parameter.empty, DEFAULT)  # the last is the machine's to say
+        if not isinstance(option, click.Option) or unknown or (command.name, name) == ("cam", "size"):
+            continue
+        if option.default is None or type(option.default).__name__ == "Sentinel":  # in newer releases of click
+            assert re.search(rf"\[default: {re.escape(str(default))}\b", option.help), f"--{option.name}"
+        else:
+            assert option.default == default, f"--{option.name}"
+        compared += 1
+    assert compared
 
 
 # ── the chapter's exercises ───────────────────────────────────────────────────────────────────────────────────────────

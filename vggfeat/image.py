@@ -332,7 +332,7 @@ def _metadata(kind: str, settings: dict[str, Any] | None) -> dict[str, Any]:
     if settings is None:
         return {}
     try:
-        text = json.dumps(settings)  # pure ASCII, which is all that EXIF allows: "ü" is written \u00fc
+        text = json.dumps(settings, allow_nan=False)  # pure ASCII, which is all that EXIF allows: "ü" is written \u00fc
     except (TypeError, ValueError) as error:
         raise InputError(f"expected settings that JSON can hold, got {settings!r:.200}: {error}") from error
     if kind == "PNG":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -55,9 +56,8 @@ def _colors(default: str) -> Callable[[Command], Command]:
 
 
 def _order(default: str) -> Callable[[Command], Command]:
-    return click.option(
-        "--order", type=click.Choice(["first", "strongest"]), default=default, show_default=True, help="Which first."
-    )
+    orders, what = click.Choice(["first", "strongest"]), "Order of the channels."
+    return click.option("--order", type=orders, default=default, show_default=True, help=what)
 
 
 _seed = click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
@@ -92,18 +92,28 @@ def _common(command: Command) -> Command:
 @_channels
 @_count(64)
 @_order("first")
-@click.option("--patches", default=9, show_default=True, help="Patches of each channel.")
-@_size(512, "Long side of the images in pixels.")
+@click.option("--patches", type=int, help="Patches per channel.  [default: 9]")
+@_size(None, "Long side of IMAGES in pixels.  [default: 512]")
 @_common
-def filters(images: tuple[str, ...], output: str | None, overwrite: bool, **options: Any) -> int:
+def filters(
+    images: tuple[str, ...],
+    output: str | None,
+    overwrite: bool,
+    patches: int | None,
+    size: int | None,
+    **options: Any,
+) -> int:
     """The first layer's filters, or what drives a layer most.
 
     The filters are in colour; with IMAGES, the patches of these that drive any layer's channels most.
     """
+    given = {name: value for name, value in (("patches", patches), ("size", size)) if value is not None}
+    if given and not images:
+        raise vggfeat.InputError("--patches and --size are for IMAGES: name some")
     target = _target(output, f"filters-{options['layer']}.png", overwrite, images)
     from vggfeat.visualize import filters
 
-    sheet = filters(images=list(images), **options)
+    sheet = filters(images=list(images), **(options | given))
     return _saved(sheet, target, sheet.settings["weights"])
 
 
@@ -162,11 +172,11 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
             if options[field] is not None:
                 raise vggfeat.InputError(f"give {other} or --class, not both")
         options |= {"channels": classes, "layer": "fc8"}
-    options["layer"] = options["layer"] or "relu3_1"
-    target = _target(output, f"dream-{'classes' if classes is not None else options['layer']}.png", overwrite)
     from vggfeat.visualize import dream
     from vggfeat.weights import load
 
+    options["layer"] = options["layer"] or inspect.signature(dream).parameters["layer"].default
+    target = _target(output, f"dream-{'classes' if classes is not None else options['layer']}.png", overwrite)
     options["weights"] = load(options["weights"], options["arch"])
     if classes is not None and options["weights"].arch.head == "slim":
         options["layer"] = "fc"

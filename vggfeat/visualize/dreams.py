@@ -69,7 +69,7 @@ class Dream:
         images: one picture for each channel.
         channels: their numbers.
         activations: of each channel on its picture as it is saved, in 8 bits.
-        start: likewise on the picture that the run began with.
+        start: of each channel on the picture that the run began with, before rounding.
         sheet: the pictures side by side; a single one as it is.
         interrupted: whether Ctrl-C ended it early; the pictures are then what there was.
     """
@@ -298,8 +298,9 @@ class Inversion:
         image: the picture that was found.
         original: the one whose features it should have.
         layers: which features.
-        error: mean over the layers of ‖F - P‖² / ‖P‖², or of ‖G - A‖² / ‖A‖², of the picture as it is saved.
-        start: likewise of the noise that the run began with.
+        error: mean over the layers of ‖F - P‖² / ‖P‖², or of ‖G - A‖² / ‖A‖², of the picture as it is saved; NaN after
+            Ctrl-C at a coarser scale.
+        start: of the noise that the run began with, before rounding, at the coarsest scale.
         result: the run, with its history.
     """
 
@@ -312,7 +313,8 @@ class Inversion:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the picture, see `Sheet.save`."""
-        settings = {"picture": "invert", "error": self.error} | self.result.to_dict()
+        error = None if math.isnan(self.error) else self.error  # JSON has no NaN
+        settings = {"picture": "invert", "error": error} | self.result.to_dict()
         return Sheet([self.image], settings=settings).save(path, overwrite=overwrite)
 
 

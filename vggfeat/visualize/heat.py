@@ -108,7 +108,7 @@ def distance(
     tiles, labels = [to_pil(first), to_pil(second)], ["A", "B"]
     for label, heat, value in [("all layers", total, sum(values.values()))] + [(n, heats[n], values[n]) for n in heats]:
         tiles.append(to_pil(overlay(first, heat / heat.max().clamp_min(1e-6), colors)))
-        labels.append(f"{label}: {value:.3g}, at most {float(heat.max()):.3g}")
+        labels.append(f"{label}: mean {value:.3g}, max {float(heat.max()):.3g}")
     what = "LPIPS" if lpips else "Perceptual distance"
     settings = {
         "picture": "distance", "lpips": lpips, "total": sum(values.values()), "layers": values,

@@ -42,8 +42,8 @@ class Sheet:
         tiles: the pictures; a single one without label and title is the whole sheet.
         labels: one for each tile, or none at all.
         title: a line above everything.
-        columns: how many stand side by side; None makes the sheet about square.
-        settings: what is stored in a file, as JSON.
+        columns: how many stand side by side; None makes the sheet about square, or as wide as its title.
+        settings: what is stored in a file, as JSON; PDF and SVG hold none.
     """
 
     tiles: Sequence[Image.Image]
@@ -105,11 +105,14 @@ class Sheet:
             max(t.width, math.ceil(_font(SMALL).getlength(label))) for t, label in zip(self.tiles, labels, strict=True)
         )
         high = max(tile.height for tile in self.tiles) + head
-        columns = min(self.columns or _across(len(self.tiles), high / wide), len(self.tiles))
-        rows = math.ceil(len(self.tiles) / columns)
+        count, title_width = len(self.tiles), math.ceil(_font(LARGE).getlength(title))
+        room = (title_width + GAP) // (wide + GAP)  # tiles side by side under the title
+        columns = min(self.columns or max(_across(count, high / wide), room), count)
+        rows = math.ceil(count / columns)
+        if self.columns is None:
+            columns = math.ceil(count / rows)  # so that the last row is about as full as the others
         top = MARGIN + (LARGE + 2 * GAP if title else 0)
-        width = 2 * MARGIN + columns * (wide + GAP) - GAP
-        width = max(width, math.ceil(_font(LARGE).getlength(title)) + 2 * MARGIN)
+        width = 2 * MARGIN + max(columns * (wide + GAP) - GAP, title_width)
         picture = Image.new("RGB", (width, top + rows * (high + GAP) - GAP + MARGIN), "white")
         texts = [(MARGIN, MARGIN + LARGE // 2, title, LARGE, "lm")] if title else []
         for i, (tile, label) in enumerate(zip(self.tiles, labels, strict=True)):

@@ -42,7 +42,8 @@ def filters(
     with m the largest |w| of the filter, so that no change is mid-grey in every filter, and a filter of zeros is grey.
     The weights of a deeper layer, over hundreds of inputs, say nothing to the eye. What drives its channels does: with
     images, each channel of any convolutional layer is shown by the patches that its strongest units see, each as large
-    as the layer's receptive field, strongest first. What lies beyond the border of an image is grey.
+    as the layer's receptive field, strongest first. What lies beyond the border of an image is grey; the tile of a
+    channel that does not respond stays blank.
 
     Args:
         layer: any layer before the classifier.
@@ -91,14 +92,15 @@ def filters(
         peaks = torch.cat([F.pad(where, (1, 0), value=i) for i, (_, where) in enumerate(best)], dim=1)
         shown = chosen(channels, count, found.channels, values.amax(1), order, what)
         top = values.topk(min(patches, values.shape[1])).indices
-        side = tile or min(96, max(36, found.receptive_field))
+        field = found.receptive_field
+        side = tile or min(96, max(36, field))
+        width = enlarged(Image.new("RGB", (field, field)), side).width  # of a patch on the sheet
         tiles = []
         for channel in shown:
             places = peaks[channel, top[channel]][values[channel, top[channel]] > -math.inf]
             crops = [_crop(tensors[int(i)], found, int(y), int(x)) for i, y, x in places]
-            tiles.append(_mosaic([enlarged(to_pil(crop), side) for crop in crops], patches))
-        field = f"{found.receptive_field} x {found.receptive_field}"
-        title = f"What drives {layer}, {loaded.arch.name}: patches of {field} pixels"
+            tiles.append(_mosaic([enlarged(to_pil(crop), side) for crop in crops], patches, width))
+        title = f"Maximally activating patches of {layer}, {loaded.arch.name}: {field} x {field} pixels"
     return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
 
 
@@ -176,11 +178,13 @@ def _stretched(rows: Tensor) -> Tensor:
 def _peaks(tap: Tensor, layer: Layer, count: int) -> tuple[Tensor, Tensor]:
     """The highest local maxima of each channel: values (C,k), -inf where there are fewer, and rows and columns (C,k,2).
 
-    A maximum is local where nothing within half a receptive field is higher; of equal ones, the first counts. Units
-    that see beyond the image's border, which drives many by itself, only count where there are no others.
+    A maximum is local where nothing within half a receptive field is higher; of equal ones, the first counts. Silent
+    units, at 0, never count; units that see beyond the image's border, which drives many by itself, only where there
+    are no others.
     """
     reach = max(1, math.ceil(layer.receptive_field / layer.stride / 2))
     edge = math.ceil((layer.receptive_field / layer.stride - 1) / 2)
+    tap = tap.masked_fill(tap == 0, -math.inf)  # a plateau of zeros would be a maximum
     if min(tap.shape[1:]) > 2 * edge:
         inside = tap[:, edge : tap.shape[1] - edge, edge : tap.shape[2] - edge]
         tap = F.pad(inside, (edge, edge, edge, edge), value=-math.inf)
@@ -203,9 +207,8 @@ def _crop(image: Tensor, layer: Layer, row: int, column: int) -> Tensor:
     return F.pad(image, (-left, left + r - width, -top, top + r - height), value=0.5)
 
 
-def _mosaic(crops: list[Image.Image], count: int) -> Image.Image:
-    """Up to `count` pictures of one size in a square, one pixel apart, empty places white."""
-    side = crops[0].width
+def _mosaic(crops: list[Image.Image], count: int, side: int) -> Image.Image:
+    """Up to `count` pictures with sides of `side` in a square, one pixel apart, empty places white."""
     across = math.ceil(math.sqrt(count))
     down = math.ceil(count / across)
     picture = Image.new("RGB", (across * (side + 1) - 1, down * (side + 1) - 1), "white")
