@@ -29,8 +29,9 @@ def command(main, doc):
             parser.add_argument(f"--{name}", action="store_true")
         else:
             kind = names if isinstance(each.default, tuple) else str if each.default is None else type(each.default)
-            shown = ",".join(each.default) if kind is names else each.default
-            parser.add_argument(f"--{name}", type=kind, default=each.default, help=f"default: {shown}")
+            shown = ",".join(each.default) if kind is names else getattr(each.default, "name", each.default)
+            told = None if shown is None else f"default: {shown}"
+            parser.add_argument(f"--{name}", type=kind, default=each.default, help=told)
     try:
         options = vars(parser.parse_args())
         if options.get("plot"):

@@ -1,4 +1,4 @@
-"""Exercise 6: gradient checkpointing. Keep each block's input alone, and compute the rest again in the backward.
+"""Exercise 6: gradient checkpointing. Keep only each block's input, and compute the rest again in the backward.
 
 The second forward must not move batch normalisation's running statistics again. A network does so by itself once its
 `checkpointing` is set (`vggfeat train --checkpointing`).
@@ -33,7 +33,7 @@ def main(size=64, batch=8, width=0.5, repeats=3):
     images = torch.rand(batch, 3, size, size, device=device)
     targets = torch.arange(batch, device=device) % 10
     print(f"VGG-16 with BN, width ×{width}, {batch} images of {size}×{size}, {device}")
-    print("              kept till backward  peak of a step  seconds a step     loss")
+    print("              saved for backward  peak of a step  seconds a step     loss")
     results = {}
     for name, net in nets.items():
         state = copy.deepcopy(net.state_dict())
@@ -48,16 +48,16 @@ def main(size=64, batch=8, width=0.5, repeats=3):
         peak = gauge.read()
         shown = "unknown" if peak is None else f"{peak / 1e6:.0f} MB"
         print(f"{name:12} {kept / 1e6:17.1f} MB {shown:>15} {min(times):15.3f} {losses[-1]:8.4f}")
-        results[name] = {"kept": kept, "loss": losses[-1], "steps": repeats}
-    layers = [bn for bn in nets["checkpointed"].modules() if isinstance(bn, nn.BatchNorm2d)]
+        results[name] = {"kept": kept, "loss": losses[-1]}
+    counted = next(
+        int(bn.num_batches_tracked) for bn in nets["checkpointed"].modules() if isinstance(bn, nn.BatchNorm2d)
+    )
     same = all(
         torch.allclose(a, b, atol=1e-5) for a, b in zip(plain.buffers(), nets["checkpointed"].buffers(), strict=True)
     )
-    print(f"kept: {results['plain']['kept'] / results['checkpointed']['kept']:.1f} times less; BN counted ", end="")
-    print(
-        f"{int(layers[0].num_batches_tracked)} steps of {repeats}, running statistics {'equal' if same else 'DIFFER'}"
-    )
-    return results | {"same": same, "counted": int(layers[0].num_batches_tracked)}
+    print(f"saved: {results['plain']['kept'] / results['checkpointed']['kept']:.1f} times less; BN counted ", end="")
+    print(f"{counted} steps of {repeats}, running statistics {'equal' if same else 'DIFFER'}")
+    return results | {"same": same, "counted": counted}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Exercise 8: Gatys' style transfer on the shipped pictures, from coarse to fine, and what it does to the objective.
 
+A step's objective is that of the picture before the step.
+
 python examples/exercise8_style_transfer.py [--content FILE] [--style FILE] [--picture FILE] [--size PX] [--steps N]
 """
 
@@ -20,13 +22,13 @@ def main(
     picture = vggfeat.image.check_output(free_name(picture))
     result = vggfeat.stylize(content, style, vggfeat.StyleConfig(size=size, steps=steps, weights=weights))
     print(f"{result.arch}, {steps} steps at the finest scale, weights {result.weights}")
-    print("scale        pixels  objective before    after  of it style  content")
+    print("scale        pixels  objective at first step  at last step  of which style  content")
     for scale, group in groupby(result.history, key=lambda step: step["scale"]):
         steps = list(group)
         first, last = steps[0], steps[-1]
         pixels = f"{first['width']}×{first['height']}"
-        print(f"{scale:5} {pixels:>13} {first['total']:17.4f} {last['total']:8.4f}", end="")
-        print(f" {last['style']:12.4f} {last['content']:8.4f}")
+        print(f"{scale:5} {pixels:>13} {first['total']:24.4f} {last['total']:13.4f}", end="")
+        print(f" {last['style']:15.4f} {last['content']:8.4f}")
     saved = result.losses.get("total", float("nan"))  # after Ctrl-C there may be none
     print(f"As saved, in 8 bits: {saved:.4f}. Each finer scale starts from the picture before it.")
     print(result.save(picture))

@@ -19,7 +19,10 @@ DEVICE = resolve("auto")
 
 
 def read(zips, limit, seed=0):
-    """Training and test set from two zips of `…/<class>/*.jpg`, at most `limit` images each (0: all), or gratings."""
+    """Training and test set: two zips of `…/<class>/*.jpg`, or gratings where there are none.
+
+    Of each zip at most `limit` images (0: all); of gratings `limit` to train on, half as many, at least 200, to test.
+    """
     if limit < 0:
         raise InputError(f"--limit must be at least 0, got {limit}")
     if not zips:

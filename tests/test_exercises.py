@@ -118,6 +118,7 @@ def test_exercise_8(example, tmp_path, capsys):
     )
     out = capsys.readouterr().out
     assert result.history[-1]["total"] < result.history[0]["total"]
+    assert "at first step  at last step" in out
     assert f"{result.history[0]['total']:.4f}" in out and f"{result.losses['total']:.4f}" in out
     with Image.open(tmp_path / "p.png") as image:
         assert image.size == (48, 36)
@@ -164,6 +165,12 @@ def test_bad_input_is_one_line(script, request, name, words, message):
     code, out, err = script(name, *words)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"{name}.py: ") and message in err
+
+
+def test_help_of_an_exercise(script):
+    code, out, err = script("exercise4_receptive_field", "--help")
+    assert (code, err) == (0, "") and "default: content.jpg" in out and "default: 4" in out
+    assert "None" not in out and str(EXAMPLES) not in out
 
 
 def test_exercise_8_missing_file(script, tmp_path):
