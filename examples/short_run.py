@@ -7,8 +7,8 @@ import time
 import torch
 from torch.nn import functional as F
 
+from vggfeat.devices import resolve
 from vggfeat.errors import InputError
-from vggfeat.processor import resolve
 from vggfeat.training.batches import Batches, normalised
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load

@@ -537,6 +537,16 @@ def test_measured_field_is_the_gradient(narrow):
     torch.testing.assert_close(found.gradient, inner, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_taken_where_they_are_off(narrow, mode):
+    wanted = effective_field("conv2_1", weights=narrow, samples=1)
+    with mode():
+        found = effective_field("conv2_1", weights=narrow, samples=1)
+        measured = compare(["vgg11"], num_classes=2, input_size=32, measure=True, batch=2, seconds=0.01)
+    assert torch.equal(found.gradient, wanted.gradient)
+    assert measured.nets[0].measured.train_throughput > 0
+
+
 def test_effective_field_says_what_is_wrong(narrow):
     with pytest.raises(InputError, match="unknown layer 'conv9_1'"):
         effective_field("conv9_1", weights=narrow)

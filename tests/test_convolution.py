@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat import convolution, processor
+from vggfeat import convolution, devices
 from vggfeat.convolution import Conv2d, conv_as_product, convolve, pays_as_product, pays_by_tiles
 
 SHAPES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4), (2, 4), (4, 3), (1, 4)]
@@ -157,7 +157,7 @@ def test_is_for_small_maps_in_batches_on_a_cpu():
 def test_is_not_for_bfloat16_where_its_products_are_slow(monkeypatch):
     x = torch.zeros(128, 3, 2, 2)
     for hardware in (True, False):
-        monkeypatch.setattr(processor, "multiplies_bfloat16", lambda hardware=hardware: hardware)
+        monkeypatch.setattr(devices, "multiplies_bfloat16", lambda hardware=hardware: hardware)
         with torch.autocast("cpu", torch.bfloat16):
             assert pays_as_product(x) == hardware
         assert pays_as_product(x) and pays_as_product(x.bfloat16()) == hardware

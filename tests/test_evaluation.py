@@ -13,7 +13,7 @@ import vggfeat
 from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.tables import apart
 from vggfeat.training.data import ImageSet, load
-from vggfeat.training.evaluation import Evaluation, Views, _judged
+from vggfeat.training.evaluation import Evaluation, Views, _metrics
 from vggfeat.weights import IMAGENET
 
 ONE = {"precision": "float32", "device": "cpu"}
@@ -134,7 +134,7 @@ def test_figures_by_hand():
         [0.00, 0.10, 0.90, 0.00, 0.00, 0.00],
         [0.50, 0.10, 0.20, 0.10, 0.05, 0.05],
     ])  # fmt: skip
-    found = _judged(labels, scores, list("uvwxyz"), 1, ["x.png"])
+    found = _metrics(labels, scores, list("uvwxyz"), 1, ["x.png"])
     assert found.top1 == pytest.approx(3 / 6) and found.top5 == pytest.approx(5 / 6)
     assert found.confusion[0] == [1, 1, 0, 0, 0, 0] and sum(found.confusion[2]) == 3 and found.confusion[2][2] == 1
     assert found.by_class == [0.5, 1.0, pytest.approx(1 / 3), None, None, None]
@@ -147,7 +147,7 @@ def test_figures_by_hand():
 
 
 def test_top5_needs_more_than_five_classes():
-    assert _judged(torch.tensor([0]), torch.tensor([[0.6, 0.4]]), ["a", "b"], 1, []).top5 is None
+    assert _metrics(torch.tensor([0]), torch.tensor([[0.6, 0.4]]), ["a", "b"], 1, []).top5 is None
 
 
 def test_a_network_is_left_as_it_was():

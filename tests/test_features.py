@@ -15,9 +15,9 @@ from torch import nn
 import vggfeat
 from vggfeat import features as features_module
 from vggfeat.arch import Arch
+from vggfeat.devices import bfloat16_is_fast
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures, trunk_dtype
-from vggfeat.processor import bfloat16_is_fast
 from vggfeat.trunk import Trunk, strips
 from vggfeat.weights import Weights, load
 
@@ -658,7 +658,7 @@ WALKS = [
 def test_vjp_is_what_autograd_does(config, options, names, how, keep, monkeypatch):
     net = small(config, **options)
     if keep == "by autograd":  # as on MPS
-        monkeypatch.setattr(features_module, "BY_HAND", ())
+        monkeypatch.setattr(features_module, "CUSTOM_BACKWARD_DEVICES", ())
         keep = "bits"
     features = VGGFeatures(names, net.arch, net.state_dict(), keep=keep, **how)
     x = batch(2, 3, 35, 42, dtype=torch.float64)
@@ -690,7 +690,7 @@ def test_vjp_is_what_autograd_does(config, options, names, how, keep, monkeypatc
 def test_by_rows_is_what_autograd_does(config, options, names, how, keep, monkeypatch):
     net = small(config, **options)
     if keep == "by autograd":
-        monkeypatch.setattr(features_module, "BY_HAND", ())
+        monkeypatch.setattr(features_module, "CUSTOM_BACKWARD_DEVICES", ())
         keep = "bits"
     monkeypatch.setattr(strips, "ROWS", 8)
     monkeypatch.setattr(strips, "VALUES", 1)

@@ -19,7 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vggfeat
-from vggfeat import PerceptualLoss, StyleConfig, TrainConfig, VGGFeatures, Views, evaluate, gpu, stylize, train
+from vggfeat import (
+    PerceptualLoss,
+    StyleConfig,
+    TrainConfig,
+    VGGFeatures,
+    Views,
+    cuda_graphs,
+    devices,
+    evaluate,
+    stylize,
+    train,
+)
 from vggfeat import features as features_module
 from vggfeat import functional as functional_module
 from vggfeat.arch import PADDINGS, POOLINGS
@@ -53,13 +64,14 @@ def fake(monkeypatch):
     """A context in which CUDA tensors can be made, and the trunk runs what its operators are made of."""
     monkeypatch.setattr(autograd_module, "trunk_forward", operators.trunk_forward._init_fn)
     monkeypatch.setattr(autograd_module, "trunk_backward", operators.trunk_backward._init_fn)
-    monkeypatch.setattr(filters_module, "outside", contextlib.nullcontext)  # so that weights become fake, too
-    monkeypatch.setattr(features_module, "outside", contextlib.nullcontext)
+    monkeypatch.setattr(filters_module, "without_modes", contextlib.nullcontext)  # so that weights become fake, too
+    monkeypatch.setattr(features_module, "without_modes", contextlib.nullcontext)
     for module in (features_module, functional_module):
         monkeypatch.setattr(module, "bfloat16_is_fast", lambda device: True)
     # which fake tensors know nothing of
     monkeypatch.setattr(direct_module, "_cudnn_takes", lambda x, weight: False)
-    monkeypatch.setattr(gpu, "kernels", lambda device, dtype: None)
+    monkeypatch.setattr(devices, "_known", {})
+    monkeypatch.setattr(devices, "_working", lambda device, dtype: None)
     monkeypatch.setattr(VGGFeatures, "_check_values", lambda self, images: None)  # which reads the first batch
     features_module._kept_channels.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -78,9 +90,9 @@ class Recorder:
             monkeypatch.setattr(torch.cuda, name, lambda *_: self)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
-        monkeypatch.setattr(gpu, "can_record", lambda device: True)
-        monkeypatch.setattr(gpu, "_broken", [])
-        gpu._aside.cache_clear()
+        monkeypatch.setattr(cuda_graphs, "supports_capture", lambda device: True)
+        monkeypatch.setattr(cuda_graphs, "_broken", [])
+        cuda_graphs._aside.cache_clear()
 
     def wait_stream(self, other):
         self.waits += 1
@@ -110,21 +122,24 @@ class Recorder:
 
 def test_a_recorded_step_is_the_step(monkeypatch):
     recorder, image = Recorder(monkeypatch), torch.rand(1, 3, 4, 4)
-    replay = gpu.recorded(recorder.step, image, gpu.PAYS)
+    replay = cuda_graphs.captured_and_checked(recorder.step, image, cuda_graphs.MIN_STEPS)
     assert len(recorder.steps) == 3 and recorder.waits == 4  # each way around the warming up and the recording
     first, second = replay(image + 1)[0], replay(image + 2)[0]
     assert len(recorder.steps) == 3  # nothing was launched
     assert torch.equal(first, 2 * (image + 1)) and torch.equal(second, 2 * (image + 2))
-    gpu._aside.cache_clear()
+    cuda_graphs._aside.cache_clear()
 
 
 def test_a_recording_that_failed_is_the_last(monkeypatch):
     recorder, image = Recorder(monkeypatch, RuntimeError("operation not permitted")), torch.rand(1, 3, 4, 4)
     with pytest.warns(UserWarning, match="not replayed as a CUDA graph: operation not permitted"):
-        assert gpu.recorded(recorder.step, image, gpu.PAYS) == recorder.step
-    assert gpu._broken == [recorder] and recorder.resets == 1
-    assert gpu.recorded(recorder.step, image, gpu.PAYS) == recorder.step and len(recorder.steps) == 3
-    gpu._aside.cache_clear()
+        assert cuda_graphs.captured_and_checked(recorder.step, image, cuda_graphs.MIN_STEPS) == recorder.step
+    assert cuda_graphs._broken == [recorder] and recorder.resets == 1
+    assert (
+        cuda_graphs.captured_and_checked(recorder.step, image, cuda_graphs.MIN_STEPS) == recorder.step
+        and len(recorder.steps) == 3
+    )
+    cuda_graphs._aside.cache_clear()
 
 
 def test_ctrl_c_while_recording_is_ctrl_c(monkeypatch):
@@ -132,8 +147,8 @@ def test_ctrl_c_while_recording_is_ctrl_c(monkeypatch):
     error.__context__ = KeyboardInterrupt()
     recorder = Recorder(monkeypatch, error)
     with pytest.raises(KeyboardInterrupt):
-        gpu.recorded(recorder.step, torch.rand(1, 3, 4, 4), gpu.PAYS)
-    gpu._aside.cache_clear()
+        cuda_graphs.captured_and_checked(recorder.step, torch.rand(1, 3, 4, 4), cuda_graphs.MIN_STEPS)
+    cuda_graphs._aside.cache_clear()
 
 
 def images(count=1, side=64):
@@ -230,15 +245,15 @@ def test_terms_of_a_style_transfer_wait_for_nothing(fake):
 
 
 def test_a_reading_is_what_was_read():
-    assert gpu.Reading(torch.tensor([1.5, -2.0])).get() == [1.5, -2.0]
+    assert cuda_graphs.AsyncScalars(torch.tensor([1.5, -2.0])).get() == [1.5, -2.0]
 
 
 def test_steps_are_themselves_where_there_is_no_cuda():
     def step(image):
         return (image,)
 
-    assert gpu.recorded(step, torch.zeros(1, 3, 4, 4), times=100) is step
-    assert gpu.ahead(torch.device("cpu")) == 0
+    assert cuda_graphs.captured_and_checked(step, torch.zeros(1, 3, 4, 4), times=100) is step
+    assert cuda_graphs.lookahead(torch.device("cpu")) == 0
 
 
 SETTINGS = {
@@ -256,7 +271,7 @@ SETTINGS = {
 def test_looking_a_step_later_changes_nothing(optimizer, monkeypatch):
     config = StyleConfig(**SETTINGS, optimizer=optimizer)
     at_once = stylize(scene(48, 36, seed=1), scene(48, 36, seed=2), config)
-    monkeypatch.setattr(stylize_module, "ahead", lambda device: 1)
+    monkeypatch.setattr(stylize_module, "lookahead", lambda device: 1)
     later = stylize(scene(48, 36, seed=1), scene(48, 36, seed=2), config)
     assert later.history == at_once.history and len(later.history) == 18
     assert later.image.tobytes() == at_once.image.tobytes()
@@ -267,9 +282,9 @@ def pretend(monkeypatch):
     """As on CUDA, but for what records: that is given."""
 
     def make(record):
-        monkeypatch.setattr(gpu, "can_record", lambda device: True)
-        monkeypatch.setattr(gpu, "warmed_up", lambda step, image: step(image))
-        monkeypatch.setattr(gpu, "record", record)
+        monkeypatch.setattr(cuda_graphs, "supports_capture", lambda device: True)
+        monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, image: step(image))
+        monkeypatch.setattr(cuda_graphs, "capture", record)
 
     return make
 
@@ -285,12 +300,12 @@ def test_a_recording_serves_where_it_gives_the_same(pretend, wrong):
 
     pretend(lambda step, image: replay)
     image = torch.rand(1, 3, 8, 8)
-    assert gpu.recorded(step_of, image, times=gpu.PAYS - 1) is step_of
+    assert cuda_graphs.captured_and_checked(step_of, image, times=cuda_graphs.MIN_STEPS - 1) is step_of
     if wrong < 1e-3:
-        assert gpu.recorded(step_of, image, times=gpu.PAYS) is replay
+        assert cuda_graphs.captured_and_checked(step_of, image, times=cuda_graphs.MIN_STEPS) is replay
     else:
         with pytest.warns(UserWarning, match="something else"):
-            assert gpu.recorded(step_of, image, times=gpu.PAYS) is step_of
+            assert cuda_graphs.captured_and_checked(step_of, image, times=cuda_graphs.MIN_STEPS) is step_of
 
 
 def test_a_recording_that_ignores_its_image_is_not_used(pretend):
@@ -298,7 +313,7 @@ def test_a_recording_that_ignores_its_image_is_not_used(pretend):
     frozen = step_of(image)
     pretend(lambda step, image: lambda other: frozen)
     with pytest.warns(UserWarning, match="something else"):
-        assert gpu.recorded(step_of, image, times=100) is step_of
+        assert cuda_graphs.captured_and_checked(step_of, image, times=100) is step_of
 
 
 def test_errors_of_the_step_are_its_own(pretend):
@@ -309,16 +324,16 @@ def test_errors_of_the_step_are_its_own(pretend):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="out of memory"):
-            gpu.recorded(fail, torch.zeros(1, 3, 8, 8), times=100)
+            cuda_graphs.captured_and_checked(fail, torch.zeros(1, 3, 8, 8), times=100)
         image = torch.full((1, 3, 8, 8), math.nan)
-        assert gpu.recorded(step_of, image, times=100) is step_of
+        assert cuda_graphs.captured_and_checked(step_of, image, times=100) is step_of
 
 
 def test_a_recording_that_fails_costs_a_warning(pretend):
     def fail(step, image):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
-    config = StyleConfig(**SETTINGS | {"start_size": 48, "steps": gpu.PAYS})
+    config = StyleConfig(**SETTINGS | {"start_size": 48, "steps": cuda_graphs.MIN_STEPS})
     wanted = stylize(scene(48, 36, seed=1), scene(48, 36, seed=2), config).image.tobytes()
     pretend(fail)
     with pytest.warns(UserWarning, match="not permitted when stream is capturing$") as seen:
@@ -395,11 +410,11 @@ def test_a_replayed_training_is_the_training(tmp_path, device, options, monkeypa
     settings = {"arch": "vgg11_bn", "width": 0.125, "batch_size": 8, "epochs": 4, "precision": "float32"} | options
     config = TrainConfig(**settings, device=device, deterministic=True)
     data = pictures.folder(tmp_path / "data", pictures.tree(8))
-    made, record = [], gpu.record if device == "cuda" else lambda step, *inputs: step
-    monkeypatch.setattr(learner_module, "can_record", lambda device: False)
+    made, record = [], cuda_graphs.capture if device == "cuda" else lambda step, *inputs: step
+    monkeypatch.setattr(learner_module, "supports_capture", lambda device: False)
     plain = train(data, config=config, folder=tmp_path / "plain")
-    monkeypatch.setattr(learner_module, "can_record", lambda device: True)
-    monkeypatch.setattr(gpu, "record", lambda step, *inputs: made.append(step) or record(step, *inputs))
+    monkeypatch.setattr(learner_module, "supports_capture", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "capture", lambda step, *inputs: made.append(step) or record(step, *inputs))
     replayed = train(data, config=config, folder=tmp_path / "replayed")
     assert len(made) == 1
     for ours, theirs in zip(replayed.net.state_dict().values(), plain.net.state_dict().values(), strict=True):
@@ -418,8 +433,8 @@ def test_a_training_whose_recording_fails_is_the_training(tmp_path, monkeypatch)
             value.grad = torch.full_like(value, math.nan)  # as the memory of a recording has anything in it
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(gpu, "record", record)
-    monkeypatch.setattr(learner_module, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "capture", record)
+    monkeypatch.setattr(learner_module, "supports_capture", lambda device: True)
     with pytest.warns(UserWarning, match="not replayed as a CUDA graph"):
         found = train(data, config=config, folder=tmp_path / "failed")
     for ours, theirs in zip(found.net.state_dict().values(), wanted.net.state_dict().values(), strict=True):
@@ -477,7 +492,7 @@ def test_a_replayed_step_gives_what_the_step_gives():
         total, terms, grad = objective.value_and_grad(image)
         return torch.stack([total, *terms.values()]), grad
 
-    replay = gpu.recorded(step, content, times=100)
+    replay = cuda_graphs.captured_and_checked(step, content, times=100)
     assert replay is not step
     for image in (content, style, content.flip(2)):
         first = replay(image)
@@ -512,10 +527,10 @@ def test_after_a_recording_that_failed_all_is_as_before():
         return (image * image.sum().item(),)
 
     with pytest.warns(UserWarning, match="not replayed"):
-        assert gpu.recorded(reads, image, times=100) is reads
+        assert cuda_graphs.captured_and_checked(reads, image, times=100) is reads
     assert torch.cuda.current_stream() == before
     assert torch.randn(8, device="cuda").isfinite().all()
-    assert gpu.recorded(lambda image: (image * 2,), image, times=100)(image)[0].equal(image * 2)
+    assert cuda_graphs.captured_and_checked(lambda image: (image * 2,), image, times=100)(image)[0].equal(image * 2)
 
 
 @pytest.mark.gpu
@@ -533,7 +548,7 @@ def test_memory_of_a_recording_that_failed_is_given_back():
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     with pytest.warns(UserWarning, match="not replayed"):
-        assert gpu.recorded(step, image, times=100) is step
+        assert cuda_graphs.captured_and_checked(step, image, times=100) is step
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < before + (1 << 29)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat import gpu
+from vggfeat import devices
 from vggfeat.trunk import bits, layers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,13 +66,13 @@ def test_max_pool(device, shape, dtype):
     x = maps(shape, dtype, device).relu()  # with equals in many windows
     exact = x.double().contiguous().requires_grad_()
     wanted = F.max_pool2d(exact, 2)
-    y, route = kernels.max_pool(x)
+    y, argmax = kernels.max_pool(x)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last) and torch.equal(y.double(), wanted)
     grad = maps(y.shape, dtype, device, seed=1)
     wanted.backward(grad.double())
-    found = kernels.max_pool_back(grad, route, *shape[2:])
+    found = kernels.max_pool_backward(grad, argmax, *shape[2:])
     assert found.is_contiguous(memory_format=torch.channels_last) and torch.equal(found.double(), exact.grad)
-    masked = kernels.max_pool_back(grad, route, *shape[2:], y)
+    masked = kernels.max_pool_backward(grad, argmax, *shape[2:], y)
     assert torch.equal(masked.double(), exact.grad * (exact > 0))
 
 
@@ -90,11 +90,11 @@ def test_signs_as_bits(device, shape, dtype):
     kernels.mask(grad, packed)
     assert torch.equal(grad, wanted)
     y, planes = kernels.max_pool_packed(x)
-    theirs, route = layers.pool(x.cpu(), "max", "bits")
-    assert torch.equal(y.cpu(), theirs) and torch.equal(planes.cpu(), route)
+    theirs, argmax = layers.pool(x.cpu(), "max", "bits")
+    assert torch.equal(y.cpu(), theirs) and torch.equal(planes.cpu(), argmax)
     grad = maps(y.shape, dtype, device, seed=2)
-    found = kernels.max_pool_back_packed(grad, planes, *shape[2:])
-    assert torch.equal(found.cpu(), layers.max_pool_back(grad.cpu(), *shape[2:], route, None))
+    found = kernels.max_pool_backward_packed(grad, planes, *shape[2:])
+    assert torch.equal(found.cpu(), layers.max_pool_backward(grad.cpu(), *shape[2:], argmax, None))
 
 
 def test_signs_of_a_number_of_values_that_fills_no_byte(device):
@@ -111,10 +111,14 @@ def test_no_images(device):
     from vggfeat import kernels
 
     x = maps((0, 8, 4, 4), torch.float32, device)
-    y, route = kernels.max_pool(x)
+    y, argmax = kernels.max_pool(x)
     packed, planes = kernels.max_pool_packed(x)
     assert y.shape == packed.shape == (0, 8, 2, 2) and kernels.pack(x).shape == (0, 16) and planes.shape == (0, 3, 4)
-    assert kernels.max_pool_back(y, route, 4, 4).shape == kernels.max_pool_back_packed(y, planes, 4, 4).shape == x.shape
+    assert (
+        kernels.max_pool_backward(y, argmax, 4, 4).shape
+        == kernels.max_pool_backward_packed(y, planes, 4, 4).shape
+        == x.shape
+    )
     kernels.mask(x, kernels.pack(x))
 
 
@@ -124,22 +128,22 @@ def test_however_maps_are_laid_out(device, loops):
 
     x = maps((2, 8, 6, 5), torch.float32, device).relu()
     grad = maps((2, 8, 3, 2), torch.float32, device, seed=1)
-    y, route = kernels.max_pool(x)
+    y, argmax = kernels.max_pool(x)
     (packed, planes), signs = kernels.max_pool_packed(x), kernels.pack(x)
-    wanted = kernels.max_pool_back(grad, route, 6, 5, y)
+    wanted = kernels.max_pool_backward(grad, argmax, 6, 5, y)
     assert not torch.equal(wanted, torch.zeros_like(wanted))
-    other = x.contiguous(), grad.contiguous(), route.contiguous(), y.contiguous()
-    assert torch.equal(kernels.max_pool(other[0])[1], route) and torch.equal(kernels.pack(other[0]), signs)
+    other = x.contiguous(), grad.contiguous(), argmax.contiguous(), y.contiguous()
+    assert torch.equal(kernels.max_pool(other[0])[1], argmax) and torch.equal(kernels.pack(other[0]), signs)
     assert torch.equal(kernels.max_pool_packed(other[0])[1], planes) and torch.equal(packed, y)
-    assert torch.equal(kernels.max_pool_back(other[1], other[2], 6, 5, other[3]), wanted)
-    assert torch.equal(kernels.max_pool_back_packed(other[1], planes, 6, 5), wanted)
+    assert torch.equal(kernels.max_pool_backward(other[1], other[2], 6, 5, other[3]), wanted)
+    assert torch.equal(kernels.max_pool_backward_packed(other[1], planes, 6, 5), wanted)
     ones = torch.ones(4, 8, device=device)
     moved, theirs = ones.clone(), ones.clone()
     y, stats = kernels.batch_norm_relu(x, *moved, None, 0.1, 1e-5)
     assert torch.equal(kernels.batch_norm_relu(other[0], *theirs, None, 0.1, 1e-5)[0], y)
     along = maps(x.shape, torch.float32, device, seed=2)
-    found = kernels.batch_norm_relu_back(along.contiguous(), other[0], stats)
-    assert all(map(torch.equal, found, kernels.batch_norm_relu_back(along, x, stats)))
+    found = kernels.batch_norm_relu_backward(along.contiguous(), other[0], stats)
+    assert all(map(torch.equal, found, kernels.batch_norm_relu_backward(along, x, stats)))
 
 
 def test_whatever_the_default_type_is(device, loops):
@@ -163,9 +167,9 @@ def test_max_pool_of_nan_is_nan(device):
     x = maps((1, 8, 4, 4), torch.float32, device)
     for i, place in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         x[0, i, *place] = torch.nan
-    y, route = kernels.max_pool(x)
+    y, argmax = kernels.max_pool(x)
     assert torch.equal(y.isnan(), F.max_pool2d(x, 2).isnan()) and y.isnan().sum() == 4
-    found = kernels.max_pool_back(torch.full_like(y, torch.nan), route, 4, 4, y)
+    found = kernels.max_pool_backward(torch.full_like(y, torch.nan), argmax, 4, 4, y)
     assert found.isnan().sum() == (F.max_pool2d(x, 2).nan_to_num(1) > 0).sum()
 
 
@@ -189,7 +193,7 @@ def test_batch_norm_and_relu(device, loops, shape, dtype, lacks):
     # where a value is 0 to rounding, whether it came through is rounding too: no gradient there
     grad = torch.where((wanted > 0) == (y > 0), maps(shape, dtype, device, seed=2), 0).to(x)
     wanted.backward(grad.double())
-    found = kernels.batch_norm_relu_back(grad.contiguous(memory_format=torch.channels_last), x, stats)
+    found = kernels.batch_norm_relu_backward(grad.contiguous(memory_format=torch.channels_last), x, stats)
     for ours, value, most in zip(found, exact, (coarse, 2e-5, 2e-5), strict=True):
         assert ours.shape == value.shape and (ours.double() - value.grad).norm() <= most * value.grad.norm() + 1e-5
 
@@ -250,23 +254,23 @@ def test_a_network_trained_by_kernels_is_the_network(device, loops, frozen):
 
 
 def test_where_they_do_not_work_torchs_operations_serve(monkeypatch):
-    monkeypatch.setattr(gpu, "_known", {})
+    monkeypatch.setattr(devices, "_known", {})
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float16)):
-        assert gpu.kernels(torch.device(device), dtype) is None
+        assert devices.triton_kernels(torch.device(device), dtype) is None
     monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "vggfeat.kernels", raising=False)
     monkeypatch.delattr(vggfeat, "kernels", raising=False)
     with pytest.raises(ImportError):
         importlib.import_module("vggfeat.kernels")
-    assert gpu.kernels(torch.device("cuda"), torch.float32) is None
+    assert devices.triton_kernels(torch.device("cuda"), torch.float32) is None
 
 
 def test_whether_they_work_is_tried_once_and_not_while_others_record(monkeypatch):
-    monkeypatch.setattr(gpu, "_known", {})
+    monkeypatch.setattr(devices, "_known", {})
     tried = []
-    monkeypatch.setattr(gpu, "_working", lambda *where: tried.append(where) or "kernels")
+    monkeypatch.setattr(devices, "_working", lambda *where: tried.append(where) or "kernels")
     recording = [True, False]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording.pop(0))
     where = torch.device("cuda"), torch.float32
-    assert [gpu.kernels(*where) for _ in range(3)] == [None, "kernels", "kernels"] and tried == [where]
+    assert [devices.triton_kernels(*where) for _ in range(3)] == [None, "kernels", "kernels"] and tried == [where]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vggfeat.training.muon import Muon, polar
+from vggfeat.training.muon import Muon, polar_factor
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -18,7 +18,7 @@ def filters(*shape, seed=0):
 def test_the_polar_factor_has_the_singular_vectors_and_moves_all_of_them(shape):
     matrix = random(*shape, dtype=torch.float64)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    found = u.T @ polar(matrix) @ v.T  # diagonal in the same vectors
+    found = u.T @ polar_factor(matrix) @ v.T  # diagonal in the same vectors
     values = found.diagonal()
     torch.testing.assert_close(found, values.diag(), rtol=0, atol=1e-10)
     large = s >= 0.02 * matrix.norm()
@@ -31,17 +31,17 @@ def test_short_directions_survive_float32():
     """Directions a thousand times as short as the longest come out as in float64, which has them all."""
     u, _, v = torch.linalg.svd(random(32, 288, dtype=torch.float64), full_matrices=False)
     matrix = ((u * torch.logspace(0, -3, 32)) @ v).float()
-    exact = polar(matrix.double())
-    found = polar(matrix).double()
+    exact = polar_factor(matrix.double())
+    found = polar_factor(matrix).double()
     assert ((u.T @ (found - exact)).norm(dim=1) < 1e-3 * (u.T @ exact).norm(dim=1)).all()
 
 
 def test_the_polar_factor_of_nothing_is_nothing():
-    assert not polar(torch.zeros(4, 6)).any()
+    assert not polar_factor(torch.zeros(4, 6)).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (64, 3, 3, 3)], ids=["wide", "tall"])
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (64, 3, 3, 3)], ids=["upcast", "tall"])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_a_step_has_the_length_it_is_told_and_the_norm_stays(dtype, shape, layout):
     weight = torch.nn.Parameter(random(*shape).contiguous(memory_format=layout))
@@ -50,7 +50,7 @@ def test_a_step_has_the_length_it_is_told_and_the_norm_stays(dtype, shape, layou
     Muon([weight], lr=0.1, momentum=0.0, dtype=dtype).step()
     # before the norm is brought back: w' ∝ w - 0.1 ‖w‖ O / ‖O‖, with O the polar factor of the gradient as a matrix
     rows = before.flatten(1)
-    direction = polar(weight.grad.flatten(1))
+    direction = polar_factor(weight.grad.flatten(1))
     wanted = rows - 0.1 * rows.norm() * direction / direction.norm()
     wanted *= rows.norm() / wanted.norm()
     step, right = weight.detach().flatten(1) - rows, wanted - rows
@@ -94,7 +94,7 @@ def test_what_is_no_filter_moves_as_with_torchs_sgd(weight_decay):
 
 
 def test_momentum_is_nesterovs():
-    """Against the sums written out, on filters of one output, whose polar factor is the vector's direction."""
+    """Against the sums written out, on filters of one output, whose polar_factor factor is the vector's direction."""
     weight = filters(1, 4, 3, 3)
     x, total = weight.detach().clone().double(), torch.zeros(1, 4, 3, 3, dtype=torch.float64)
     norm = x.norm()
@@ -133,15 +133,15 @@ def test_a_state_that_was_saved_goes_on_the_same():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 8, 30), (3, 30, 8)])
-def test_many_matrices_are_turned_as_one_by_one(shape, dtype):
+def test_polar_factors_of_many_matrices_are_those_of_each(shape, dtype):
     matrices = random(*shape, dtype=torch.float64).to(dtype)
     matrices[1] *= 1e-3
-    found, wanted = polar(matrices), torch.stack([polar(matrix) for matrix in matrices])
+    found, wanted = polar_factor(matrices), torch.stack([polar_factor(matrix) for matrix in matrices])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-2)
 
 
-def test_filters_of_one_shape_are_turned_at_once_to_the_same():
-    """As on a GPU; one by one they are turned on a CPU."""
+def test_filters_of_one_shape_are_moved_at_once_to_the_same():
+    """As on a GPU; one by one on a CPU."""
     results = []
     for together in (False, True):
         weights = [filters(8, 4, 3, 3, seed=seed) for seed in range(3)]
@@ -152,7 +152,7 @@ def test_filters_of_one_shape_are_turned_at_once_to_the_same():
             for weight in weights:
                 optimizer.state[weight] = {"sum": torch.zeros_like(weight), "norm": weight.norm()}
             with torch.no_grad():
-                optimizer._turn(weights, [weight.grad * 1.9 for weight in weights], 0.1)
+                optimizer._move_filters(weights, [weight.grad * 1.9 for weight in weights], 0.1)
         else:
             optimizer.step()
         results.append([weight.detach() for weight in weights])

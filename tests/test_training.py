@@ -22,10 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat import checkpoint, convolution, processor, winograd
+from vggfeat import checkpoint, convolution, devices, winograd
 from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.training import components, distributed, loop
-from vggfeat.training.batches import parted
+from vggfeat.training.batches import split_holdout
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World
 from vggfeat.training.folder import NEEDED, Epoch
@@ -227,7 +227,7 @@ def test_mixed_precision_is_near(data, tmp_path, precision):
 @pytest.mark.parametrize("hardware", [True, False])
 def test_bfloat16_on_a_cpu_without_it(data, tmp_path, monkeypatch, hardware):
     """Said at the start; Muon's products, which would take a hundred times as long, are made in float32."""
-    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: hardware)
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: hardware)
     made = begun(data, tmp_path, optimizer="muon", precision="bfloat16")
     assert made.learner.optimizer.dtype == (torch.bfloat16 if hardware else torch.float32)
     assert ("computes it in loops" in "\n".join(made.summary([]))) != hardware
@@ -463,7 +463,7 @@ def test_a_run_does_not_go_on_at_another_size(tmp_path, monkeypatch):
     source = pictures.folder(tmp_path / "s", pictures.tree(8))
     with pytest.raises(Interrupted):
         run(source, tmp_path / "r", callback=stop_at(2), save_every=1)
-    monkeypatch.setattr(vggfeat.training.data, "all_memory", lambda: 4 * 3 * 32 * 32)
+    monkeypatch.setattr(vggfeat.training.data, "total_memory", lambda: 4 * 3 * 32 * 32)
     with pytest.raises(InputError, match="on crops of 32 pixels, here they would be of 224"):
         run(source, tmp_path / "r", resume=True, save_every=1)
 
@@ -722,7 +722,7 @@ def test_each_process_takes_its_gpu(monkeypatch, local, current, own, expected, 
     for name in ("init_process_group", "destroy_process_group"):
         told = lambda *args, name=name, **options: asked.append((name, *args, *options.values()))  # noqa: E731
         monkeypatch.setattr(torch.distributed, name, told)
-    with contextlib.suppress(ZeroDivisionError), distributed.joined("auto") as world:
+    with contextlib.suppress(ZeroDivisionError), distributed.process_group("auto") as world:
         assert (world.device, world.rank, world.size) == (torch.device("cuda", expected), 1, 3)
         assert not fails or 1 / 0
     begins, ends = [("init_process_group", "nccl", world.device)], [("destroy_process_group",)]
@@ -880,7 +880,7 @@ def test_a_run_is_evaluated_as_it_was_tested(tmp_path):
     result = run(big, tmp_path / "r", size=32, holdout=0.5, epochs=1)
     images = vggfeat.training.data.load(big)[0]
     found = vggfeat.evaluate(tmp_path / "r", images, precision="float32")
-    held = parted(images, 0.5, 0)[1]
+    held = split_holdout(images, 0.5, 0)[1]
     explicit = vggfeat.evaluate(result.net, held, vggfeat.Views(size=32), precision="float32")
     assert found.loss == pytest.approx(explicit.loss, rel=1e-5)
     assert found.loss != pytest.approx(vggfeat.evaluate(result.net, held, precision="float32").loss, rel=1e-5)
@@ -1152,9 +1152,9 @@ def test_curves_are_those_of_the_history(tmp_path, monkeypatch):
 def test_classes_of_any_name(tmp_path):
     """What folders may be called, and labels of a figure may not."""
     pytest.importorskip("matplotlib")
-    from vggfeat.training.evaluation import _judged
+    from vggfeat.training.evaluation import _metrics
 
     names = ["x$^$y", "a name that is much too long for a label", "caf\udce9", "tab\tand\nline"]
     labels = torch.arange(8) % 4
-    found = _judged(labels, torch.rand(8, 4).softmax(1), names, 1, [])
+    found = _metrics(labels, torch.rand(8, 4).softmax(1), names, 1, [])
     assert vggfeat.plot_confusion(found, tmp_path / "c.png").stat().st_size > 5000

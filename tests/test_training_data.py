@@ -356,7 +356,7 @@ def test_seeds(ramp):
 def test_batches_that_cannot_be(ramp):
     with pytest.raises(InputError, match="12 images, fewer than batch_size 16"):
         epoch(ramp, batch_size=16)
-    with pytest.raises(InputError, match="cannot be parted among 3"):
+    with pytest.raises(InputError, match="is not divisible by 3"):
         epoch(ramp, world=3)
 
 
@@ -395,11 +395,11 @@ def test_an_image_that_fails_on_the_way(mixed, torchvision):
     assert len(batch.labels) == 13 and len(batch.images.flatten(1).unique(dim=0)) == 12  # one of them twice
 
 
-def test_a_parted_set_is_the_whole(tmp_path):
-    from vggfeat.training.batches import parted
+def test_a_split_set_is_the_whole(tmp_path):
+    from vggfeat.training.batches import split_holdout
 
     found, _ = load(pictures.folder(tmp_path / "s", pictures.tree(8)))
-    train, test = parted(found, 0.25, 0)
+    train, test = split_holdout(found, 0.25, 0)
     assert (len(train), len(test)) == (18, 6)
     assert test.labels.bincount().tolist() == [2, 2, 2]
     assert sorted([*train.names, *test.names]) == sorted(found.names)
@@ -414,7 +414,7 @@ def test_settings_that_cannot_be():
         ({"epochs": 0}, "epochs"),
         ({"lr": 0.0}, "lr"),
         ({"optimizer": "sdg"}, "did you mean sgd"),
-        ({"batch_size": 10, "accumulate": 3}, "parted"),
+        ({"batch_size": 10, "accumulate": 3}, "not divisible"),
         ({"warmup": 20.0}, "warmup"),
         ({"size": 16}, "size"),
         ({"resize": (64, 32)}, "resize"),

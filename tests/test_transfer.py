@@ -995,7 +995,7 @@ def test_ctrl_c_gives_the_best_picture_so_far(state, config, pair, stop):
 @pytest.fixture(params=[0, 1], ids=["at once", "a step later"])
 def ahead(request, monkeypatch):
     """When the numbers of a step are looked at: as on a CPU, or as on CUDA."""
-    monkeypatch.setattr(stylize_module, "ahead", lambda device: request.param)
+    monkeypatch.setattr(stylize_module, "lookahead", lambda device: request.param)
     return request.param
 
 
@@ -1029,7 +1029,7 @@ def killed_at(count):
 )
 def test_a_killed_run_goes_on_to_the_same_picture(config, pair, tmp_path, monkeypatch, late, changes):
     """Killed before the first checkpoint, and again and again."""
-    monkeypatch.setattr(stylize_module, "ahead", lambda device: late)
+    monkeypatch.setattr(stylize_module, "lookahead", lambda device: late)
     settings = config(start_size=24, steps=6, **changes)
     whole = stylize(*pair, settings)
     monkeypatch.setattr(stylize_module, "KEEP_EVERY", 0.0)

@@ -251,7 +251,7 @@ def test_l2_pooling_by_hand(trunks):
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)[None, None].requires_grad_()
     y = layers.pool(x, "l2", "none")[0]
     assert y.item() == pytest.approx((30 / 4) ** 0.5)
-    back = layers.pool_back(torch.ones(1, 1, 1, 1, dtype=torch.float64), 2, 2, "l2", x.detach())
+    back = layers.pool_backward(torch.ones(1, 1, 1, 1, dtype=torch.float64), 2, 2, "l2", x.detach())
     torch.testing.assert_close(back, x.detach() / (4 * 7.5**0.5))  # d/dx of sqrt(mean x²)
 
 
@@ -588,9 +588,9 @@ def test_pack_round_trip(shape):
 def test_in_bands_as_in_one_piece(monkeypatch, dtype, height):
     """What is packed, pooled and let through a few rows at a time, against all of it at once."""
     x = images(2, 6, height, 10).relu().to(dtype).contiguous(memory_format=torch.channels_last)
-    whole, (y, route) = pack(x), layers.pool(x, "max", "bits")
+    whole, (y, argmax) = pack(x), layers.pool(x, "max", "bits")
     grad = images(*y.shape, seed=1).to(dtype).contiguous(memory_format=torch.channels_last)
-    back = layers.max_pool_back(grad, height, 10, route, None)
+    back = layers.max_pool_backward(grad, height, 10, argmax, None)
     monkeypatch.setattr(bits, "BAND", 500)
     assert [rows.stop - rows.start for _, rows, _ in bits.bands(x.shape, x.device)][:2] == [8, 8]
     assert torch.equal(pack(x), whole)
@@ -602,8 +602,8 @@ def test_in_bands_as_in_one_piece(monkeypatch, dtype, height):
     monkeypatch.setattr(bits, "BAND", 500)
     small, narrow = layers.pool(x, "max", "bits")
     assert torch.equal(small, y) and torch.equal(small, torch.nn.functional.max_pool2d(x, 2))
-    assert torch.equal(narrow, route)
-    assert torch.equal(layers.max_pool_back(grad, height, 10, narrow, None), back)
+    assert torch.equal(narrow, argmax)
+    assert torch.equal(layers.max_pool_backward(grad, height, 10, narrow, None), back)
     leaf = x.clone().requires_grad_()
     alive = torch.where(y > 0, grad, 0)
     assert torch.equal(back, torch.autograd.grad(torch.nn.functional.max_pool2d(leaf, 2), leaf, alive)[0])
@@ -655,10 +655,10 @@ def check_vjp(trunk, plan, x):
     grads = [images(*tap.shape, seed=i) for i, tap in enumerate(theirs)]
     slopes = dict(zip(plan.by_depth, grads, strict=True))
     with torch.no_grad():
-        taps, back = walk.vjp(x, trunk.filters(plan, x.device, x.dtype), plan, keep="taps")
+        taps, pullback = walk.vjp(x, trunk.filters(plan, x.device, x.dtype), plan, keep="taps")
         for name, other in zip(plan.by_depth, theirs, strict=True):
             torch.testing.assert_close(taps[name], other, rtol=1e-9, atol=1e-10)
-        found = back(lambda name, tap: slopes[name])
+        found = pullback(lambda name, tap: slopes[name])
     (expected,) = torch.autograd.grad(theirs, leaf, grads)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * expected.abs().max().item())
 
@@ -681,11 +681,11 @@ def check_vjp_by_rows(trunk, plan, x, keep="taps"):
 
     with torch.no_grad():
         filters = trunk.filters(plan, x.device, x.dtype)
-        back = walk.vjp_by_rows(x, filters, plan, seen, keep=keep)
+        pullback = walk.vjp_by_rows(x, filters, plan, seen, keep=keep)
         assert {name: [*range(tap.shape[2])] for name, tap in known.items()} == shown
         assert [*shown] == [*plan.by_depth]
-        found = back(slope)
-        assert walk.forward(x, filters, plan, "none", seen) == ([], [])
+        found = pullback(slope)
+        assert walk.forward(x, filters, plan, "none", seen) == [({}, {})] * len(plan.stages)
     assert all(rows == 2 * [*range(known[name].shape[2])] for name, rows in shown.items())
     (expected,) = torch.autograd.grad(theirs, leaf, grads)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * expected.abs().max().item())
@@ -719,8 +719,8 @@ def test_what_is_never_whole_by_rows(thin, trunks, monkeypatch):
     seen, wholes, whole = [], [], ByRows.whole
     monkeypatch.setattr(ByRows, "whole", lambda self: wholes.append(self.tap.shape) or whole(self))
     with torch.no_grad(), _Sizes() as sizes:
-        back = walk.vjp_by_rows(x, filters, plan, lambda name, part, rows: seen.append(rows), keep="taps")
-        back(lambda name, part, rows: seen.append(rows) or torch.ones_like(part))
+        pullback = walk.vjp_by_rows(x, filters, plan, lambda name, part, rows: seen.append(rows), keep="taps")
+        pullback(lambda name, part, rows: seen.append(rows) or torch.ones_like(part))
     assert 64 not in sizes.seen and {8, 10, 12} <= sizes.seen
     assert wholes == [(1, 32, 16, 5)]
     # conv1_1 and relu1_1 strip by strip, relu2_1 whole, and its gradient 8 rows at a time
@@ -802,8 +802,8 @@ def test_no_map_of_the_first_block_is_made_whole(thin, trunks, keep):
         if cut:
             thin(22)
         with torch.no_grad(), _Sizes() as sizes:
-            taps, back = walk.vjp(x, filters, plan, keep=keep)
-            back(lambda name, tap: torch.ones_like(tap))
+            taps, pullback = walk.vjp(x, filters, plan, keep=keep)
+            pullback(lambda name, tap: torch.ones_like(tap))
         assert expected <= sizes.seen and (64 in sizes.seen) == (not cut)
         # the gradient of 8 rows is made of 10 and 12, and the way there of 10
         assert not cut or sizes.seen <= set(range(13)) | {32}

@@ -655,6 +655,23 @@ def test_a_class_or_classifier_that_is_not_there(headed, small):
     assert torch.allclose(a.map, b.map, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_they_work_where_gradients_are_off(small, headed, mode):
+    """As in a notebook or a server that wraps everything, its images included."""
+
+    def made():
+        return [
+            dream("relu2_1", [0, 3], size=32, steps=2, weights=small).sheet.image,
+            invert(noise(32, 48), ["relu2_1"], size=32, steps=2, weights=small.state).image,
+            cam(noise(64, 64), 3, layer="relu2_1", size=64, net=headed).sheet.image,
+        ]
+
+    expected = made()
+    with mode():
+        found = made()
+    assert [image.tobytes() for image in found] == [image.tobytes() for image in expected]
+
+
 # ── commands ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

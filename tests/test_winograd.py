@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat import VGGFeatures, processor, winograd
+from vggfeat import VGGFeatures, devices, winograd
 from vggfeat.arch import Arch
 from vggfeat.convolution import Conv2d
 from vggfeat.trunk import Trunk
@@ -36,11 +36,11 @@ def test_a_tile_by_hand():
             torch.testing.assert_close(found[i, j], (d[i : i + 3, j : j + 3] * g).sum(), rtol=1e-12, atol=1e-12)
 
 
-def test_a_turned_kernel_is_the_same_numbers_at_other_points():
+def test_a_flipped_kernel_is_the_same_numbers_at_other_points():
     weight = drawn(4, 5, 3, 3).double()
-    turned = transformed(weight.flip(2, 3).transpose(0, 1)).view(6, 6, 4, 5)
-    points = transformed(weight).view(6, 6, 5, 4)[winograd.TURNED][:, winograd.TURNED].transpose(2, 3)
-    torch.testing.assert_close(turned, points, rtol=1e-12, atol=1e-14)
+    flipped = transformed(weight.flip(2, 3).transpose(0, 1)).view(6, 6, 4, 5)
+    points = transformed(weight).view(6, 6, 5, 4)[winograd.FLIPPED][:, winograd.FLIPPED].transpose(2, 3)
+    torch.testing.assert_close(flipped, points, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("pad", [0, 1, 2])
@@ -175,7 +175,7 @@ def test_where_it_is_used(monkeypatch):
     assert not is_faster(torch.device("cuda"), torch.float32, *large)
     assert not is_faster(cpu, torch.float64, *large)
     for hardware in (True, False):
-        monkeypatch.setattr(processor, "multiplies_bfloat16", lambda hardware=hardware: hardware)
+        monkeypatch.setattr(devices, "multiplies_bfloat16", lambda hardware=hardware: hardware)
         assert is_faster(cpu, torch.bfloat16, *large) != hardware
     assert not is_faster(cpu, torch.float32, 3, 64, 64, 64) and not is_faster(cpu, torch.float32, 256, 256, 8, 64)
     before = torch.get_float32_matmul_precision()
@@ -230,7 +230,7 @@ def test_taps_and_gradient_in_float32(arch, keep, padding, monkeypatch):
 def test_bfloat16_without_hardware_for_it(keep, monkeypatch):
     """Computed in float32, kept in bfloat16: nearer to float64 than eight bits of mantissa, and no operation fails."""
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: False)
     used = []
     monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k) or real(*a, **k))
     layers = ["conv1_2", "relu2_1", "conv3_2"]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vggfeat import winograd
-from vggfeat.modes import exporting, in_forward_mode, in_functorch, is_batched, no_autocast, wants_ordinary_operations
-from vggfeat.processor import emulates
+from vggfeat.devices import emulates
+from vggfeat.modes import exporting, in_forward_mode, in_functorch, is_batched, needs_composite_ops, no_autocast
 
 __all__ = ["Conv2d", "convolve", "pays_as_product", "pays_by_tiles"]
 
@@ -54,7 +54,7 @@ def pays_by_tiles(x: Tensor, weight: Tensor) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is faster by tiles; decided by shape, so that runs repeat."""
     if x.device.type != "cpu" or x.ndim != 4 or not x.dtype == weight.dtype == torch.float32:
         return False
-    if wants_ordinary_operations() or torch._C._get_tracing_state() is not None or type(x) is not Tensor:
+    if needs_composite_ops() or torch._C._get_tracing_state() is not None or type(x) is not Tensor:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False

@@ -67,7 +67,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def warn(message: str) -> None:
     """Warn of the line in the user's code that all this came of: the nearest that is neither ours nor torch's."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("vggfeat", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("vggfeat", "torch", "contextlib"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

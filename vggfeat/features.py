@@ -14,19 +14,22 @@ from torch.nn import functional as F
 
 from vggfeat import trunk as _trunk
 from vggfeat.arch import Arch
+from vggfeat.devices import bfloat16_is_fast
 from vggfeat.errors import InputError, nearest, warn
-from vggfeat.modes import exporting, in_functorch, no_autocast, outside, values_are_hidden
-from vggfeat.processor import bfloat16_is_fast
+from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
-from vggfeat.trunk import OnTap, Part, Plan, TapGradOf, TapGradOfRows, Trunk
+from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk
 from vggfeat.weights import DEFAULT, LINEAR, WeightsLike, load
 
 __all__ = ["VGGFeatures", "count_and_size", "trunk_dtype"]
 
-BY_HAND = ("cpu", "cuda")  # devices on which the trunk's own walk runs; elsewhere ordinary operations do
+CUSTOM_BACKWARD_DEVICES = (
+    "cpu",
+    "cuda",
+)  # devices on which the trunk's own walk runs; elsewhere ordinary operations do
 
-Back = Callable[[TapGradOf], Tensor]
-BackByRows = Callable[[TapGradOfRows], Tensor]
+Pullback = Callable[[TapGradOf], Tensor]
+PullbackByRows = Callable[[TapGradOfRows], Tensor]
 
 
 class VGGFeatures(nn.Module):
@@ -120,11 +123,11 @@ class VGGFeatures(nn.Module):
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"trunk": self.trunk.part(self._held)}
+        return self.__dict__ | {"trunk": self.trunk.pickled(self._held)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         trunk = state["trunk"]  # a part where this is a copy, the trunk itself where it was pickled
-        state = state | {"trunk": trunk.trunk if isinstance(trunk, Part) else trunk}
+        state = state | {"trunk": trunk.trunk if isinstance(trunk, PickledTrunk) else trunk}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property
@@ -155,29 +158,29 @@ class VGGFeatures(nn.Module):
         with no_autocast(images.device):  # autocast's choice is already in the filters' type
             return self._run(self._normalised(images), filters)
 
-    def vjp(self, images: Tensor) -> tuple[dict[str, Tensor], Back]:
-        """The taps of images known to be good, in no graph, and the way back to the images.
+    def vjp(self, images: Tensor) -> tuple[dict[str, Tensor], Pullback]:
+        """The taps of images known to be good, outside autograd, and the pullback to the images.
 
         Args:
             images: RGB (N,3,H,W), floating, in `input_range`.
 
         Returns:
-            The taps by name, and a function of `tap_grad(name, tap)`, which gives the gradient with respect to a tap of
-            that value; it returns the gradient with respect to the images, in their type. A tap's gradient is asked for
-            when the walk gets there, deepest first, and the tap is let go, so that there is never more than one such
-            gradient (but on a CPU within the first block, with a classifier's layers, and on devices that leave the
-            walk to autograd). It can be called once and empties the taps.
+            The taps by name, and the pullback: given a function `tap_grad(name, tap)` of the gradient with respect to a
+            tap of that value, it returns the gradient with respect to the images, in their type. `tap_grad` is called
+            once for each tap, deepest first, when the backward gets there, and the tap is then freed, so that there is
+            never more than one such gradient (but on a CPU within the first block, with a classifier's layers, and on
+            devices that leave the walk to autograd). The pullback can be called once and empties the taps.
         """
         if not self._walks(images):
             return self._vjp_by_autograd(images.detach())
         filters = self._filters(images)
         with torch.no_grad(), no_autocast(images.device):
             x = self._normalised(images.detach())
-            taps, back = _trunk.vjp(x, filters, self.plan, keep=self._walk_keep)
-        return taps, functools.partial(self._image_grad, back, images.dtype)
+            taps, pullback = _trunk.vjp(x, filters, self.plan, keep=self._walk_keep)
+        return taps, functools.partial(self._image_grad, pullback, images.dtype)
 
-    def vjp_by_rows(self, image: Tensor, on_tap: OnTap) -> BackByRows:
-        """As `vjp` of one image (1,3,H,W), for what can be told of a tap, and its gradient, from some rows at a time.
+    def vjp_by_rows(self, image: Tensor, on_tap: OnTap) -> PullbackByRows:
+        """As `vjp` of one image (1,3,H,W), for what can be computed from a tap, and its gradient, some rows at a time.
 
         On a CPU the first convolution's taps, the largest there are, are never whole, and of the gradients of taps the
         deepest one's alone. Values (1,C) of a classifier, and all on devices that leave the walk to autograd, come
@@ -188,8 +191,8 @@ class VGGFeatures(nn.Module):
             on_tap: called as `on_tap(name, part, rows)` for every tap, shallow to deep, as it is made.
 
         Returns:
-            A function of `tap_grad(name, part, rows)`, which gives the gradient with respect to these rows of a tap and
-            is asked as often as it takes; it returns the gradient with respect to the image, in its type.
+            The pullback: given a function `tap_grad(name, part, rows)` of the gradient with respect to these rows of a
+            tap, called as often as it takes, it returns the gradient with respect to the image, in its type.
         """
         if not self._walks(image):
             taps, whole = self._vjp_by_autograd(image.detach())
@@ -199,11 +202,11 @@ class VGGFeatures(nn.Module):
         filters = self._filters(image)
         with torch.no_grad(), no_autocast(image.device):
             x = self._normalised(image.detach())
-            back = _trunk.vjp_by_rows(x, filters, self.plan, on_tap, keep=self._walk_keep)
-        return functools.partial(self._image_grad, back, image.dtype)
+            pullback = _trunk.vjp_by_rows(x, filters, self.plan, on_tap, keep=self._walk_keep)
+        return functools.partial(self._image_grad, pullback, image.dtype)
 
     def taps_by_rows(self, image: Tensor, on_tap: OnTap) -> None:
-        """The taps of one image (1,3,H,W) as `vjp_by_rows` gives them to `on_tap`, and no way back."""
+        """The taps of one image (1,3,H,W) as `vjp_by_rows` gives them to `on_tap`, and no pullback."""
         with torch.no_grad():
             if not self._walks(image):
                 for name, tap in self.taps(image).items():
@@ -215,32 +218,32 @@ class VGGFeatures(nn.Module):
 
     def _walks(self, images: Tensor) -> bool:
         """Whether the trunk's own walk runs, and not autograd."""
-        return not self._head and images.device.type in BY_HAND
+        return not self._head and images.device.type in CUSTOM_BACKWARD_DEVICES
 
     @property
     def _walk_keep(self) -> str:
         return "taps" if self.keep == "bits" else "values"
 
     @torch.no_grad()
-    def _image_grad(self, back: Callable[[Any], Tensor], dtype: torch.dtype, tap_grad: Any) -> Tensor:
-        """The gradient with respect to the images, in their type, by the way back to the normalised ones."""
-        grad = back(tap_grad)
+    def _image_grad(self, pullback: Callable[[Any], Tensor], dtype: torch.dtype, tap_grad: Any) -> Tensor:
+        """The gradient with respect to the images, in their type, by the pullback to the normalised ones."""
+        grad = pullback(tap_grad)
         scale, _ = self._factors(grad)
         return grad.mul_(scale).to(dtype)
 
-    def _vjp_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Back]:
+    def _vjp_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Pullback]:
         leaf = images.requires_grad_()
         with torch.enable_grad():
             taps = self.taps(leaf.view_as(leaf))  # hooks of counters and trackers cannot take a leaf
         known = {name: tap.detach() for name, tap in taps.items()}
 
-        def back(tap_grad: TapGradOf) -> Tensor:
+        def pullback(tap_grad: TapGradOf) -> Tensor:
             deepest_first = sorted(taps, key=self.arch.names.index, reverse=True)
             with torch.no_grad(), no_autocast(leaf.device):
                 grads = [tap_grad(name, known.pop(name)) for name in deepest_first]
             return torch.autograd.grad([taps.pop(name) for name in deepest_first], leaf, grads)[0]
 
-        return known, back
+        return known, pullback
 
     def checksum(self) -> str:
         """Eight hex digits (CRC-32) of all that the taps depend on but the options: weights and their normalisation."""
@@ -253,7 +256,7 @@ class VGGFeatures(nn.Module):
         return f"{found:08x}"
 
     def _run(self, x: Tensor, filters: list[Tensor]) -> dict[str, Tensor]:
-        if exporting() or x.device.type not in BY_HAND:
+        if exporting() or x.device.type not in CUSTOM_BACKWARD_DEVICES:
             deep = _trunk.plain(x, filters, self.plan)
             found = [deep[i] for i in self.plan.order]
         else:
@@ -354,7 +357,7 @@ def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 @functools.cache
 def _kept_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with outside():
+    with without_modes():
         return _channels(values, dtype, device)
 
 

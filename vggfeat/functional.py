@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.modes import in_forward_mode, is_batched, no_autocast, wants_ordinary_operations
-from vggfeat.processor import bfloat16_is_fast
+from vggfeat.devices import bfloat16_is_fast
+from vggfeat.modes import in_forward_mode, is_batched, needs_composite_ops, no_autocast
 
 __all__ = [
     "CRITERIA",
@@ -33,8 +33,8 @@ EPS = 1e-10
 TINY = 1e-36  # added to what a root is taken of where its gradient at 0 would be infinite
 
 
-def wide(x: Tensor) -> Tensor:
-    """In the type that sums are taken in: float32, or float64 where that came in."""
+def upcast(x: Tensor) -> Tensor:
+    """In the type that sums are taken in: float32, or float64 if the input is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -58,14 +58,14 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     channels = features.shape[1]
     if mask is None:
         return _products(features) / (channels * features.shape[2] * features.shape[3])
-    root = (wide(mask) + TINY).sqrt().to(features.dtype)
-    total = wide(root).square().sum((1, 2, 3)).clamp_min(EPS)  # of the rounded roots: they are what weighs
+    root = (upcast(mask) + TINY).sqrt().to(features.dtype)
+    total = upcast(root).square().sum((1, 2, 3)).clamp_min(EPS)  # of the rounded roots: they are what weighs
     return _products(features * root) / (channels * total[:, None, None])
 
 
 def _products(features: Tensor) -> Tensor:
     """F Fᵀ (N,C,C) in float32, without a float32 copy of the features and with one product backward, not two."""
-    if wants_ordinary_operations() or features.device.type not in ("cpu", "cuda"):
+    if needs_composite_ops() or features.device.type not in ("cpu", "cuda"):
         return _as_product(features)
     products: Tensor = _Products.apply(features)
     return products
@@ -107,14 +107,14 @@ class _Products(torch.autograd.Function):
             with no_autocast(features.device):
                 # without a float32 copy: products of bfloat16 are exact in float32, in which matrix units add them up
                 return torch.bmm(places.mT, places, out_dtype=torch.float32)
-        out = features.new_zeros(n, c, c, dtype=wide(features[:0]).dtype)
+        out = features.new_zeros(n, c, c, dtype=upcast(features[:0]).dtype)
         # which is faster was found by trying, and may be found otherwise by another process
         tried = not torch.are_deterministic_algorithms_enabled() and _convolution_is_faster()
         add = _add_by_convolution if tried else _add_by_matmul
         rows = max(1, _Products.CHUNK // (c * w))
         for image, total in zip(_images(features), out, strict=True):
             for top in range(0, h, rows):
-                add(total, wide(image[:, :, top : top + rows]))
+                add(total, upcast(image[:, :, top : top + rows]))
         return out
 
     @staticmethod
@@ -124,7 +124,7 @@ class _Products(torch.autograd.Function):
 
 def _as_product(features: Tensor) -> Tensor:
     """F Fᵀ by ordinary operations."""
-    rows = wide(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
+    rows = upcast(features.permute(0, 2, 3, 1).flatten(1, 2))  # (N,hw,C), a view of channels_last features
     with no_autocast(features.device):
         return rows.mT @ rows
 
@@ -167,12 +167,12 @@ def _convolution_is_faster() -> bool:
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
     """(a - b)², same shape."""
-    return (wide(a) - wide(b)).square()
+    return (upcast(a) - upcast(b)).square()
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:
     """|a - b|, same shape; the gradient at equality is 0."""
-    return (wide(a) - wide(b)).abs()
+    return (upcast(a) - upcast(b)).abs()
 
 
 def charbonnier(a: Tensor, b: Tensor, eps: float = 1e-3) -> Tensor:
@@ -180,7 +180,7 @@ def charbonnier(a: Tensor, b: Tensor, eps: float = 1e-3) -> Tensor:
 
     Charbonnier et al. 1994; ε as in Lai et al. 2017 (arXiv:1704.03915), who leave the constant -ε out.
     """
-    square = (wide(a) - wide(b)).square()
+    square = (upcast(a) - upcast(b)).square()
     return square / ((square + eps * eps).sqrt() + eps)  # the same without the difference of two near numbers
 
 
@@ -212,7 +212,7 @@ def unit_normalize(features: Tensor) -> Tensor:
         The same shape, in float32 (float64 for float64 features), each vector along C at length 1, zeros at 0.
     """
     if in_forward_mode():
-        return wide(features) * _to_unit(wide(features))
+        return upcast(features) * _to_unit(upcast(features))
     found: Tensor = _UnitNormalize.apply(features)
     return found
 
@@ -232,7 +232,7 @@ class _UnitNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(features: Tensor) -> Tensor:
-        return wide(features) * _to_unit(wide(features))
+        return upcast(features) * _to_unit(upcast(features))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -241,8 +241,8 @@ class _UnitNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
-        r = _to_unit(wide(features))
-        y = wide(features) * r
+        r = _to_unit(upcast(features))
+        y = upcast(features) * r
         along = (y * grad).sum(1, keepdim=True)
         return torch.addcmul(grad, y, along, value=-1).mul_(r).to(features.dtype)
 
@@ -313,7 +313,7 @@ def distance_and_gradient(
     """
     n, c, h, w = ours.shape
     gradient = torch.empty_like(ours)
-    total = wide(ours).new_zeros(n)
+    total = upcast(ours).new_zeros(n)
     share: float | Tensor = 1 / max(1, c * h * w)
     if mask is not None:
         mask = mask.to(total.dtype).expand(n, 1, h, w)
@@ -321,7 +321,7 @@ def distance_and_gradient(
     rows = max(1, BAND // max(1, n * c * w)) if ours.device.type == "cpu" else max(1, h)
     for top in range(0, h, rows):
         here = slice(top, top + rows)
-        a, b = wide(ours[:, :, here]), wide(theirs[:, :, here])
+        a, b = upcast(ours[:, :, here]), upcast(theirs[:, :, here])
         if normalize:
             factor = _to_unit(a)
             a, b = a * factor, b * _to_unit(b)
@@ -343,7 +343,7 @@ def total_variation(images: Tensor) -> Tensor:
 
     The V² of Mahendran and Vedaldi 2015 (arXiv:1412.0035), eq. 2 with β = 2, as a mean so that size does not matter.
     """
-    images = wide(images)
+    images = upcast(images)
     down = (images[:, :, 1:] - images[:, :, :-1]).square()
     across = (images[..., 1:] - images[..., :-1]).square()
     # an image of one row has none above another

@@ -1,8 +1,8 @@
 """Triton kernels for CUDA: what torch's operations need many passes over memory for, in as few as it takes.
 
-Max pooling and its way back, one pass each instead of a dozen, and the same for signs as single bits (`trunk/bits.py`);
-batch normalisation with the ReLU behind it as trained, three and five instead of five and eight. `gpu.kernels` says
-where they work.
+Max pooling, forward and backward in one pass each (a dozen with torch's), and the same with the argmax as bits
+(`trunk/bits.py`); training-mode batch normalisation with its ReLU, three passes forward and five backward (torch: five
+and eight). `devices.triton_kernels` says where they work.
 
 Maps are (N,C,H,W), float32 or bfloat16, and laid out channels_last; what comes otherwise is copied. Sums and statistics
 are float32, in a fixed order.
@@ -22,11 +22,11 @@ from torch import Tensor
 
 __all__ = [
     "batch_norm_relu",
-    "batch_norm_relu_back",
+    "batch_norm_relu_backward",
     "mask",
     "max_pool",
-    "max_pool_back",
-    "max_pool_back_packed",
+    "max_pool_backward",
+    "max_pool_backward_packed",
     "max_pool_packed",
     "pack",
 ]
@@ -61,29 +61,30 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     """2×2 max pooling, an odd last row or column left out.
 
     Returns:
-        What won each window (N,C,H//2,W//2), and who: uint8, 2 · whether one below + whether one to the right.
+        The pooled map (N,C,H//2,W//2), and its argmax: uint8, 2 · row + column in the window.
     """
     x = _laid_out(x)
     y = _half(x)
-    route = torch.empty_like(y, dtype=torch.uint8)
-    _run_pool(_max_pool, x, y, x, y, route)
-    return y, route
+    argmax = torch.empty_like(y, dtype=torch.uint8)
+    _run_pool(_max_pool, x, y, x, y, argmax)
+    return y, argmax
 
 
-def max_pool_back(grad: Tensor, route: Tensor, height: int, width: int, won: Tensor | None = None) -> Tensor:
-    """The gradient of each window at the place that won it, where what won was above 0 if that is given.
+def max_pool_backward(grad: Tensor, argmax: Tensor, height: int, width: int, pooled: Tensor | None = None) -> Tensor:
+    """The gradient of each window at its maximum, and 0 elsewhere; where `pooled` is given, only where that is above 0.
 
     Args:
         grad: (N,C,H//2,W//2).
-        route: of `max_pool`.
+        argmax: of `max_pool`.
         height: H.
         width: W.
-        won: of `max_pool`, or None.
+        pooled: of `max_pool`, or None.
     """
-    grad, route = _laid_out(grad), _laid_out(route)
-    won = None if won is None else _laid_out(won)
+    grad, argmax = _laid_out(grad), _laid_out(argmax)
+    pooled = None if pooled is None else _laid_out(pooled)
     out = _double(grad, height, width)
-    _run_pool(_max_pool_back, out, grad, grad, route if won is None else won, route, out, won is not None)
+    masked = pooled is not None
+    _run_pool(_max_pool_backward, out, grad, grad, pooled if masked else argmax, argmax, out, masked)
     return out
 
 
@@ -127,7 +128,7 @@ def _windows(places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS:
 
 @triton.jit
 def _winners(x, a, there, width, channels):
-    """Of the windows that begin at `a`: what won, whether that was one below, and whether one to the right."""
+    """Of the windows that begin at `a`: the maximum, and whether it is in the lower row and in the right column."""
     c = a + width * channels
     upper_left, upper_right = tl.load(x + a, there, 0.0), tl.load(x + a + channels, there, 0.0)
     lower_left, lower_right = tl.load(x + c, there, 0.0), tl.load(x + c + channels, there, 0.0)
@@ -141,7 +142,7 @@ def _winners(x, a, there, width, channels):
 
 @triton.jit
 def _to_winners(value, winner, out, a, there, width, channels):
-    """Each value to the place in its window that won it, and 0 to the others."""
+    """Each value to its window's maximum, and 0 to the other places."""
     c = a + width * channels
     tl.store(out + a, tl.where(winner == 0, value, 0.0), there)
     tl.store(out + a + channels, tl.where(winner == 1, value, 0.0), there)
@@ -150,18 +151,18 @@ def _to_winners(value, winner, out, a, there, width, channels):
 
 
 @triton.jit
-def _max_pool(x, y, route, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    pooled, there, a = _windows(places, h, w, height, width, channels, ROWS, COLUMNS)
-    won, down, right = _winners(x, a, there, width, channels)
-    tl.store(y + pooled, won, there)
-    tl.store(route + pooled, tl.where(down, 2, 0) + tl.where(right, 1, 0), there)
+def _max_pool(x, y, argmax, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    offsets, there, a = _windows(places, h, w, height, width, channels, ROWS, COLUMNS)
+    maximum, down, right = _winners(x, a, there, width, channels)
+    tl.store(y + offsets, maximum, there)
+    tl.store(argmax + offsets, tl.where(down, 2, 0) + tl.where(right, 1, 0), there)
 
 
 @triton.jit
-def _max_pool_back(
+def _max_pool_backward(
     grad,
-    won,
-    route,
+    pooled,
+    argmax,
     out,
     MASKED: tl.constexpr,
     places,
@@ -173,10 +174,10 @@ def _max_pool_back(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    pooled, there, a = _windows(places, h, w, height, width, channels, ROWS, COLUMNS)
-    value, winner = tl.load(grad + pooled, there), tl.load(route + pooled, there)
+    offsets, there, a = _windows(places, h, w, height, width, channels, ROWS, COLUMNS)
+    value, winner = tl.load(grad + offsets, there), tl.load(argmax + offsets, there)
     if MASKED:
-        value = tl.where(tl.load(won + pooled, there) <= 0, 0.0, value)
+        value = tl.where(tl.load(pooled + offsets, there) <= 0, 0.0, value)
     _to_winners(value, winner, out, a, there, width, channels)
 
 
@@ -204,10 +205,10 @@ def _run_bits(kernel: Any, x: Tensor, bits: Tensor) -> None:
 
 
 def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `max_pool` of a multiple of 8 channels, with the way back as bits.
+    """As `max_pool` of a multiple of 8 channels, with the argmax as bits.
 
     Returns:
-        What won each window (N,C,H//2,W//2), and uint8 (N,3,bytes), of `pack` each: whether that was one below, whether
+        The pooled map (N,C,H//2,W//2), and uint8 (N,3,bytes), of `pack` each: whether the maximum is one below, whether
         one to the right, and whether it is positive.
     """
     x = _laid_out(x)
@@ -217,11 +218,11 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, planes
 
 
-def max_pool_back_packed(grad: Tensor, planes: Tensor, height: int, width: int) -> Tensor:
-    """As `max_pool_back`, of what was positive, with the way back of `max_pool_packed`."""
+def max_pool_backward_packed(grad: Tensor, planes: Tensor, height: int, width: int) -> Tensor:
+    """As `max_pool_backward` where what was pooled is positive, with the bits of `max_pool_packed`."""
     grad = _laid_out(grad)
     out = _double(grad, height, width)
-    _run_pool(_max_pool_back_packed, out, grad, grad, planes, out)
+    _run_pool(_max_pool_backward_packed, out, grad, grad, planes, out)
     return out
 
 
@@ -257,11 +258,11 @@ def _packed_windows(places, h, w, height, width, channels, ROWS: tl.constexpr, C
     image = place // (h * w)
     bits = (image.to(tl.int64) * 3 * h * w + place % (h * w)) * (channels // 8) + byte
     channel = byte[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    pooled = place.to(tl.int64)[:, :, None] * channels + channel
+    offsets = place.to(tl.int64)[:, :, None] * channels + channel
     return (
         bits,
         there,
-        pooled,
+        offsets,
         there[:, :, None] & (channel < channels),
         corner.to(tl.int64)[:, :, None] * channels + channel,
     )
@@ -269,18 +270,18 @@ def _packed_windows(places, h, w, height, width, channels, ROWS: tl.constexpr, C
 
 @triton.jit
 def _max_pool_packed(x, y, planes, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    bits, exists, pooled, there, a = _packed_windows(places, h, w, height, width, channels, ROWS, COLUMNS)
-    won, down, right = _winners(x, a, there, width, channels)
-    tl.store(y + pooled, won, there)
+    bits, exists, offsets, there, a = _packed_windows(places, h, w, height, width, channels, ROWS, COLUMNS)
+    maximum, down, right = _winners(x, a, there, width, channels)
+    tl.store(y + offsets, maximum, there)
     bit = tl.arange(0, 8)[None, None, :]
     plane = h * w * (channels // 8)
     tl.store(planes + bits, tl.sum(down.to(tl.int32) << bit, 2), exists)
     tl.store(planes + bits + plane, tl.sum(right.to(tl.int32) << bit, 2), exists)
-    tl.store(planes + bits + 2 * plane, tl.sum((won > 0).to(tl.int32) << bit, 2), exists)
+    tl.store(planes + bits + 2 * plane, tl.sum((maximum > 0).to(tl.int32) << bit, 2), exists)
 
 
 @triton.jit
-def _max_pool_back_packed(
+def _max_pool_backward_packed(
     grad, planes, out, places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     bits, exists, pooled, there, a = _packed_windows(places, h, w, height, width, channels, ROWS, COLUMNS)
@@ -302,7 +303,7 @@ def batch_norm_relu(
     bias: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
-    before: Tensor | None,
+    conv_bias: Tensor | None,
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
@@ -314,24 +315,23 @@ def batch_norm_relu(
         bias: likewise.
         running_mean: is moved.
         running_var: likewise, by the unbiased variance.
-        before: what `x` lacks of a constant for each channel, such as a convolution's bias: it makes no difference but
-            to the running mean.
+        conv_bias: of the convolution before, where `x` is without it: it makes no difference but to the running mean.
         momentum: of the running statistics.
         eps: added to the variance.
 
     Returns:
-        The result in x's type, and for the way back (4,C): what normalises, factor and summand, mean and 1/σ.
+        The result in x's type, and for the backward (4,C): scale and shift of the normalisation, mean and 1/σ.
     """
     x = _laid_out(x)
     y, stats = torch.empty_like(x), weight.new_empty(4, x.shape[1])
     sums, rows = _sums(_moments, x, x), x.numel() // x.shape[1]
-    moved = running_mean, running_var, weight if before is None else before
-    _over_sums(_statistics, sums, sums, x, weight, bias, *moved, stats, before is not None, momentum, eps, rows)
+    moved = running_mean, running_var, weight if conv_bias is None else conv_bias
+    _over_sums(_statistics, sums, sums, x, weight, bias, *moved, stats, conv_bias is not None, momentum, eps, rows)
     _over_map(_normalise, x, x, stats, y)
     return y, stats
 
 
-def batch_norm_relu_back(grad: Tensor, x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm_relu_backward(grad: Tensor, x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to x, weight and bias, from that with respect to the result.
 
     Args:
@@ -341,9 +341,9 @@ def batch_norm_relu_back(grad: Tensor, x: Tensor, stats: Tensor) -> tuple[Tensor
     """
     grad, x = _laid_out(grad), _laid_out(x)
     out, found = torch.empty_like(x), stats.new_empty(2, x.shape[1])
-    sums = _sums(_moments_back, x, grad, x, stats)
+    sums = _sums(_moments_backward, x, grad, x, stats)
     _over_sums(_totals, sums, sums, found)
-    _over_map(_normalise_back, x, grad, x, stats, found, out, x.shape[1] / x.numel())
+    _over_map(_normalise_backward, x, grad, x, stats, found, out, x.shape[1] / x.numel())
     return out, found[1], found[0]
 
 
@@ -407,7 +407,7 @@ def _moments(x, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def _moments_back(grad, x, stats, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _moments_backward(grad, x, stats, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of what comes through the ReLU and of its product with the normalised value, over `each` rows."""
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     factor, summand, mean, inverse = _stats(stats, channel, channels)
@@ -506,7 +506,7 @@ def _normalise(x, stats, y, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _normalise_back(grad, x, stats, found, out, share, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _normalise_backward(grad, x, stats, found, out, share, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     factor, summand, mean, inverse = _stats(stats, channel, channels)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, nearest
-from vggfeat.features import BY_HAND, VGGFeatures, count_and_size
+from vggfeat.features import CUSTOM_BACKWARD_DEVICES, VGGFeatures, count_and_size
 from vggfeat.functional import (
     CRITERIA,
     DERIVATIVES,
@@ -23,9 +23,9 @@ from vggfeat.functional import (
     gram,
     masked_mean,
     unit_normalize,
-    wide,
+    upcast,
 )
-from vggfeat.modes import no_autocast, values_are_hidden, wants_ordinary_operations
+from vggfeat.modes import needs_composite_ops, no_autocast, values_are_hidden
 from vggfeat.weights import DEFAULT, WeightsLike
 
 __all__ = ["EncodedTarget", "PerceptualLoss", "StyleLoss"]
@@ -146,9 +146,9 @@ class _FeatureLoss(nn.Module):
         if mask is not None:
             self._check_masked()
             mask = _checked_mask(mask, input)
-        if self._at_once(input, target, mask):
+        if self._gradient_in_forward(input, target, mask):
             target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
-            total: Tensor = _AtOnce.apply(input, self, target, None if mask is None else _for_graphs(mask))
+            total: Tensor = _LossWithGradient.apply(input, self, target, None if mask is None else _for_graphs(mask))
         else:
             total = self._compare_parts(input, target, mask)
         if self.reduction == "none":
@@ -168,17 +168,17 @@ class _FeatureLoss(nn.Module):
         if heads := [name for name in self.layer_weights if name in self.features.arch.head_names]:
             raise InputError(f"a mask fits no layer of the classifier, which has no positions: leave out {heads[0]}")
 
-    def _at_once(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
+    def _gradient_in_forward(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
         """Whether the gradient can be had with the value: where it is wanted of `input` alone, image by image."""
         others = [*target.values.values()] if isinstance(target, EncodedTarget) else [target]
         others += [] if mask is None else [mask]
         return (
             torch.is_grad_enabled()
             and input.requires_grad
-            and input.device.type in BY_HAND
+            and input.device.type in CUSTOM_BACKWARD_DEVICES
             and not any(other.requires_grad for other in others)
             and isinstance(self.criterion, str)
-            and not wants_ordinary_operations()
+            and not needs_composite_ops()
         )
 
     def _images_at_a_time(self, input: Tensor) -> int:
@@ -228,10 +228,10 @@ class _FeatureLoss(nn.Module):
     def _value_and_gradient(
         self, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The losses (N,) and their gradients in the images' shape, by going through the trunk and back."""
+        """The losses (N,) and their gradients in the images' shape, by the trunk's pullback."""
         theirs = dict(target.values if isinstance(target, EncodedTarget) else self._represent(target, mask))
         # in float16, small gradients would be lost: they are not scaled yet
-        _, back = self.features.vjp(self.features.checked(wide(images.detach())))
+        _, pullback = self.features.vjp(self.features.checked(upcast(images.detach())))
         values: dict[str, Tensor] = {}
 
         def tap_grad(name: str, tap: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ class _FeatureLoss(nn.Module):
             values[name] = weight * value
             return grad if weight == 1 else grad.mul_(weight)
 
-        gradient = back(tap_grad).sum_to_size(images.shape)  # of a grey image that was repeated
+        gradient = pullback(tap_grad).sum_to_size(images.shape)  # of a grey image that was repeated
         return functools.reduce(torch.add, (values[name] for name in self.layer_weights)), gradient
 
     def _mask_of(self, name: str, mask: Tensor | None) -> Tensor | None:
@@ -286,7 +286,7 @@ class _FeatureLoss(nn.Module):
 
     def _criterion(self, ours: Tensor, theirs: Tensor) -> Tensor:
         criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
-        return criterion(wide(ours), wide(theirs))
+        return criterion(upcast(ours), upcast(theirs))
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         raise NotImplementedError
@@ -297,11 +297,11 @@ class _FeatureLoss(nn.Module):
         return f"criterion={named}, reduction={self.reduction}, layer_weights={self.layer_weights}"
 
 
-class _AtOnce(torch.autograd.Function):
-    """The losses (N,) of images, and with them their gradients, so that nothing else has to be kept for the backward.
+class _LossWithGradient(torch.autograd.Function):
+    """Losses (N,) whose input gradient is computed in the forward, and is all that is held until the backward.
 
-    Who asks for a loss of something that requires a gradient will ask for the gradient. Computed while one part of the
-    batch is at hand, it needs no memory for the others, and what one image's layers need may be kept as it comes.
+    A loss of something that requires a gradient is asked for it sooner or later. Computed one chunk of the batch at a
+    time, it needs no memory for the others, and what one image's layers need may be kept as it comes.
     """
 
     @staticmethod
@@ -449,7 +449,7 @@ class PerceptualLoss(_FeatureLoss):
     ) -> tuple[Tensor, Tensor]:
         if self.criterion not in DERIVATIVES or tap.ndim != 4:
             return super()._distance_and_gradient(name, tap, theirs, mask)
-        weights = self._channel_weights(name, wide(tap))
+        weights = self._channel_weights(name, upcast(tap))
         return distance_and_gradient(tap, theirs, str(self.criterion), self.normalize_features, mask, weights)
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:

@@ -17,9 +17,9 @@ __all__ = [
     "in_functorch",
     "is_batched",
     "no_autocast",
-    "outside",
+    "without_modes",
     "values_are_hidden",
-    "wants_ordinary_operations",
+    "needs_composite_ops",
     "with_gradients",
 ]
 
@@ -36,7 +36,8 @@ def exporting() -> bool:
 def in_functorch() -> bool:
     """Whether vmap, grad or another transform of torch.func is at work.
 
-    Whatever tensors are at hand: it is enough that others are mapped over for `Function.apply` to ask for more.
+    This depends on the active transform, not on the tensors: under one, `Function.apply` wants `setup_context` and a
+    vmap rule even for tensors that nothing maps over.
     """
     if torch.compiler.is_compiling():
         return False
@@ -62,8 +63,8 @@ def values_are_hidden() -> bool:
     return torch.compiler.is_compiling() or in_functorch()
 
 
-def wants_ordinary_operations() -> bool:
-    """Whether derivatives written by hand will not do: a compiler or torch.func makes its own, or forward ones."""
+def needs_composite_ops() -> bool:
+    """Whether only differentiable composite operations will do: while compiling, under torch.func, in forward mode."""
     return values_are_hidden() or in_forward_mode()
 
 
@@ -74,14 +75,15 @@ def no_autocast(device: torch.device) -> Any:
     return torch.autocast(device.type, enabled=False)
 
 
-def with_gradients(function: F) -> F:
-    """A function that takes gradients of its own, also inside a caller's `no_grad` or `inference_mode`."""
-    found: F = torch.inference_mode(False)(torch.enable_grad()(function))
-    return found
+@contextlib.contextmanager
+def with_gradients() -> Iterator[None]:
+    """Gradients for what takes some of its own, also inside a caller's `no_grad` or `inference_mode`."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextlib.contextmanager
-def outside() -> Iterator[None]:
+def without_modes() -> Iterator[None]:
     """Outside of whatever the caller is inside of (inference mode, export, vmap): what is kept must be real tensors."""
     with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
         yield

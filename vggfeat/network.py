@@ -24,7 +24,7 @@ from vggfeat.errors import InputError
 if TYPE_CHECKING:
     from vggfeat.weights import Weights, WeightsLike
 
-__all__ = ["VGG", "evaluating", "of_weights", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"]
+__all__ = ["VGG", "eval_mode", "network_from_weights", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"]
 
 
 def _module(layer: Layer) -> nn.Module:
@@ -288,7 +288,7 @@ def vgg(
 
 
 @contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
+def eval_mode(net: nn.Module) -> Iterator[None]:
     """The network in evaluation mode, and afterwards each of its modules in the mode that it was in."""
     modes = {module: module.training for module in net.modules()}
     net.eval()
@@ -299,7 +299,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def of_weights(weights: Weights) -> VGG:
+def network_from_weights(weights: Weights) -> VGG:
     """The very network that weights are of, their classifier included, which they must hold."""
     from vggfeat.weights import load_weights
 

@@ -1,14 +1,14 @@
 """3×3 convolutions on a CPU with a quarter of the multiplications: Winograd's F(4×4, 3×3) as matrix products.
 
-A tile of 4×4 outputs sees 6×6 inputs. Both are polynomials' values in disguise, and a product of polynomials needs one
-multiplication for each point that it is evaluated at: 36 for a tile and a pair of channels instead of 144 (Winograd
+A tile of 4×4 outputs sees 6×6 inputs. To convolve them is to multiply polynomials, which takes one multiplication for
+each point that these are evaluated at (Toom and Cook): 36 for a tile and a pair of channels instead of 144 (Winograd
 1980; Lavin and Gray 2016, arXiv:1509.09308). Everything here, the changes to points and back included, is a product of
 matrices, which a CPU's BLAS does at its full rate, a band of tiles at a time, so that it stays in the caches. The same
 multiplications, with what comes back in place of what goes in, make the weight's gradient.
 
 The points are 0, ±⅔, ±3/2 and ∞, with which a convolution's error is 1.1 to 2.2 times oneDNN's (with ±½ and ±2 it is
-1.6 to 2.9 times). They are their own reciprocals, and turning a kernel round takes each point to its reciprocal, which
-is why one set of transformed weights serves forward and backward.
+1.6 to 2.9 times). They are their own reciprocals, and flipping a kernel takes each point to its reciprocal, which is
+why one set of transformed weights serves forward and backward.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vggfeat.devices import emulates
 from vggfeat.modes import constant_when_traced, no_autocast
-from vggfeat.processor import emulates
 
 __all__ = ["convolve", "is_faster", "is_supported", "transformed", "weight_gradient"]
 
 TILE = 4
 POINT = 2 / 3
-TURNED = [5, 3, 4, 1, 2, 0]  # where each of the points 0, p, -p, 1/p, -1/p, ∞ goes when a kernel is turned round
+FLIPPED = [5, 3, 4, 1, 2, 0]  # where each of the points 0, p, -p, 1/p, -1/p, ∞ goes when a kernel is flipped
 WORKSPACE = 1 << 18  # values for each thread in each room of the workspace, 1 MB: as many tiles at a time as fit,
 LEAST = 96  # but no fewer for each thread, since for every band all weights come past once
 SUMMED = 256  # tiles at a time of which a weight's gradient is a sum, since for every band all of it comes past once
@@ -62,10 +62,10 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
 
 @functools.cache
 def _bases(transposed: bool) -> tuple[Tensor, Tensor]:
-    """Bᵀ and Aᵀ in float32, for turned kernels with the points where the weights have them."""
+    """Bᵀ and Aᵀ in float32, for flipped kernels with the points where the weights have them."""
     to_points, _, back = _matrices()
     if transposed:
-        to_points, back = to_points[TURNED], back[:, TURNED]
+        to_points, back = to_points[FLIPPED], back[:, FLIPPED]
     return to_points.float().contiguous(), back.float().contiguous()
 
 
@@ -221,7 +221,7 @@ def convolve(
         bias: (K,) or None.
         pad: zeros on each side.
         relu: apply it.
-        transposed: with the kernel turned round and its channels exchanged, as the gradient wants it.
+        transposed: with the kernel flipped and its channels exchanged, as the input's gradient wants it.
         overwrite: `x` is wanted no more: what comes out may take its place, where it fits.
     """
     to_points, back = _bases(transposed)

@@ -18,7 +18,7 @@ from tests.bench.harness import alternate, report
 from tests.bench.peer import PlainLoop
 from vggfeat import StyleConfig, VGGFeatures
 from vggfeat.arch import parse
-from vggfeat.gpu import PAYS, recorded
+from vggfeat.cuda_graphs import MIN_STEPS, captured_and_checked
 from vggfeat.transfer.objective import Objective
 from vggfeat.transfer.stylize import _together
 from vggfeat.weights import load
@@ -65,7 +65,7 @@ def main() -> None:
 
     def step(features: VGGFeatures) -> Callable[[], object]:
         objective = Objective(features, config, content, [style])
-        evaluate = recorded(lambda image: _together(*objective.value_and_grad(image)), image, PAYS)
+        evaluate = captured_and_checked(lambda image: _together(*objective.value_and_grad(image)), image, MIN_STEPS)
         return lambda: evaluate(image)
 
     plain = PlainLoop(

@@ -25,9 +25,9 @@ from vggfeat_cli.run import keep_memory
 
 from tests.bench.harness import alternate, machine
 from vggfeat.convolution import convolve
-from vggfeat.gpu import record
+from vggfeat.cuda_graphs import capture
+from vggfeat.devices import resolve
 from vggfeat.network import vgg
-from vggfeat.processor import resolve
 from vggfeat.training.config import recipe
 from vggfeat.training.data import ImageSet
 from vggfeat.training.distributed import World
@@ -99,7 +99,7 @@ def convolutions(
     if device.type == "cuda":
         for _ in range(3):
             step(nothing)
-        run = record(step, nothing)
+        run = capture(step, nothing)
     return (lambda: run(nothing)), operations
 
 

@@ -194,7 +194,8 @@ def compare(
     builders = [_builder(name, num_classes, input_size) for name in names]  # all names are good before work begins
     place = None
     if measure:
-        from vggfeat.processor import resolve
+        from vggfeat.devices import resolve
+        from vggfeat.modes import with_gradients
 
         place = resolve(device or "auto")
     nets = []
@@ -205,7 +206,8 @@ def compare(
         if place is not None:
             size = net.input_size
             try:
-                net = replace(net, measured=measure_net(build, size, batch, place, seconds))
+                with with_gradients():
+                    net = replace(net, measured=measure_net(build, size, batch, place, seconds))
             except ValueError as error:  # BN of a single value
                 raise InputError(
                     f"{label} cannot be trained on {batch} image{'s' * (batch > 1)} of {size}×{size} "

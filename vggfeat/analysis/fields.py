@@ -150,6 +150,7 @@ def effective_field(
     import torch
 
     from vggfeat.features import VGGFeatures
+    from vggfeat.modes import with_gradients
 
     if samples < 1:
         raise InputError(f"samples must be at least 1, got {samples}")
@@ -159,16 +160,14 @@ def effective_field(
     middle = math.ceil(field / stride / 2)  # units on each side, so that the image has the whole square
     side = stride * (2 * middle + 1)
     generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(side, side, dtype=torch.float64, device="cpu")
-    for _ in range(round(samples * min(16, max(1, 128 / field)))):
-        # in float64, whose convolutions are direct: those by tiles leave traces of rounding outside the field
-        image = (
-            torch.rand(1, 3, side, side, generator=generator, dtype=torch.float32, device="cpu")
-            .double()
-            .requires_grad_()
-        )
-        unit = features(image)[layer][0, :, middle, middle].sum()
-        total += torch.autograd.grad(unit, image)[0][0].abs().mean(0)
+    with with_gradients():
+        total = torch.zeros(side, side, dtype=torch.float64, device="cpu")
+        for _ in range(round(samples * min(16, max(1, 128 / field)))):
+            noise = torch.rand(1, 3, side, side, generator=generator, dtype=torch.float32, device="cpu")
+            # in float64, whose convolutions are direct: those by tiles leave traces of rounding outside the field
+            image = noise.double().requires_grad_()
+            unit = features(image)[layer][0, :, middle, middle].sum()
+            total += torch.autograd.grad(unit, image)[0][0].abs().mean(0)
     rows, columns = (total.amax(1) > 0).nonzero(), (total.amax(0) > 0).nonzero()
     if not len(rows):
         raise InputError(f"no gradient reaches the image from the middle of {layer}: try more samples")

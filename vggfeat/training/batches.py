@@ -25,7 +25,7 @@ from vggfeat.training.data import ImageSet
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
-__all__ = ["LEAVE_OUT", "Batch", "Batches", "normalised", "parted", "scale_for", "seeded", "transforms"]
+__all__ = ["LEAVE_OUT", "Batch", "Batches", "normalised", "split_holdout", "scale_for", "seeded", "transforms"]
 
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 _FILL = tuple(round(255 * value) for value in IMAGENET.mean)  # what is nearest to 0 once it is normalised
@@ -49,8 +49,8 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed % 2**63)
 
 
-def parted(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Training and held-out images, each class parted in the same proportion.
+def split_holdout(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """A stratified split into training and held-out images.
 
     Raises:
         InputError: a share that is no image of any class.
@@ -117,18 +117,18 @@ class Batches:
 
     Attributes:
         steps: batches of an epoch; images that fill none are left out, others in every epoch.
-        skipped: images that could not be read on the way, and why.
+        skipped: images that could not be read during training, and why.
         extra: 1 where each part begins with the image before this process' own, which is to be mixed and then left.
 
     Raises:
-        InputError: fewer images than a batch, a batch that cannot be parted, or images smaller than the crops.
+        InputError: fewer images than a batch, a batch size that does not divide, or images smaller than the crops.
         DependencyError: a set that does not fit into memory, where torchvision does not work.
     """
 
     def __init__(self, images: ImageSet, config: TrainConfig, size: int, world: World) -> None:
         parts = world.size * config.accumulate
         if config.batch_size % parts:
-            raise InputError(f"batch_size {config.batch_size} cannot be parted among {parts} (processes × accumulate)")
+            raise InputError(f"batch_size {config.batch_size} is not divisible by {parts} (processes × accumulate)")
         if len(images) < config.batch_size:
             raise InputError(
                 f"{images.label} has {len(images)} images, fewer than batch_size {config.batch_size}: lower that"
@@ -199,7 +199,11 @@ class Batches:
         config = self.config
         plan = [[(i, (config.seed, epoch, i)) for i in chosen[step].tolist()] for step in steps]
         for numbers, crops, bad in DataLoader(
-            self.crops, batch_sampler=plan, num_workers=config.workers, collate_fn=_stacked, worker_init_fn=deaf
+            self.crops,
+            batch_sampler=plan,
+            num_workers=config.workers,
+            collate_fn=_stacked,
+            worker_init_fn=ignore_signals,
         ):
             if bad and config.bad_images == "fail":
                 raise RunError(f"{bad[0]}; {LEAVE_OUT}")
@@ -229,7 +233,7 @@ class Batches:
         return images
 
 
-def deaf(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """What a worker does first: ignore Ctrl-C and its like, which a terminal sends to all; the main process decides."""
     ignore_endings()
 

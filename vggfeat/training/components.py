@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from vggfeat.arch import Arch, channels_at, parse
+from vggfeat.devices import autocast_dtype, emulates
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.network import VGG
-from vggfeat.processor import emulates
 from vggfeat.training.batches import transforms
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.evaluation import autocast_dtype
 from vggfeat.training.muon import Muon
 from vggfeat.weights import load, load_weights
 
-__all__ = ["idle", "mixing", "network", "optimizer", "schedule"]
+__all__ = ["mixing", "network", "optimizer", "redundant_biases", "schedule"]
 
 
 def network(config: TrainConfig, num_classes: int) -> VGG:
@@ -51,18 +50,18 @@ def network(config: TrainConfig, num_classes: int) -> VGG:
     return net
 
 
-def idle(net: VGG) -> list[Tensor]:
-    """Biases that make no difference: those in front of a batch normalisation that learns.
+def redundant_biases(net: VGG) -> list[Tensor]:
+    """Biases of convolutions directly in front of a batch normalisation that learns, which cancels them.
 
-    Their gradient is 0, and what is computed of it is noise, for a tenth of a step's time on a GPU.
+    Their true gradient is 0, and computing its rounding noise takes a tenth of a step on a GPU.
     """
-    found: list[Tensor] = []
+    biases: list[Tensor] = []
     for convolution, norm in itertools.pairwise(net.features):
         if isinstance(norm, nn.BatchNorm2d) and norm.weight.requires_grad:
             assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
             if convolution.bias.requires_grad:
-                found.append(convolution.bias)
-    return found
+                biases.append(convolution.bias)
+    return biases
 
 
 def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
@@ -86,7 +85,7 @@ def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
             dtype = torch.float32
         return Muon(parameters, momentum=config.momentum, dtype=dtype)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    # what makes it fit for being recorded
+    # without which a step could not be captured as a CUDA graph
     return kind(parameters, betas=(config.momentum, 0.999), fused=fused, capturable=device.type == "cuda")
 
 

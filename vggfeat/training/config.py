@@ -159,7 +159,7 @@ class TrainConfig:
         if self.warmup >= self.epochs:
             raise InputError(f"warmup ({self.warmup:g} epochs) must be shorter than epochs ({self.epochs})")
         if self.batch_size % self.accumulate:
-            raise InputError(f"batch_size {self.batch_size} cannot be parted into accumulate = {self.accumulate} parts")
+            raise InputError(f"batch_size {self.batch_size} is not divisible by accumulate = {self.accumulate}")
         if self.size is not None and self.size < 32:
             raise InputError(f"size must be at least 32, five pools' stride, got {self.size}")
         if self.resize is not None:

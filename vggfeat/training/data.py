@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vggfeat.devices import total_memory
 from vggfeat.errors import ImageError, InputError
 from vggfeat.image import open_image, pixels_of
-from vggfeat.memory import all_memory
 
 __all__ = ["ImageSet", "load", "load_test"]
 
@@ -281,7 +281,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
             continue
         if not good:
             shape = (image.height, image.width, 3)
-            if 3 * image.height * image.width * len(images) > all_memory() // 4:
+            if 3 * image.height * image.width * len(images) > total_memory() // 4:
                 return
             store = torch.empty(len(images), *shape, dtype=torch.uint8, device="cpu")
         elif (image.height, image.width, 3) != shape:

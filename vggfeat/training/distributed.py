@@ -12,9 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vggfeat.processor import resolve
+from vggfeat.devices import resolve
 
-__all__ = ["World", "all_gather_union", "all_reduce_sum", "decided_by_first", "desynchronise", "joined", "synchronise"]
+__all__ = [
+    "World",
+    "all_gather_union",
+    "all_reduce_sum",
+    "run_on_main",
+    "desynchronise",
+    "process_group",
+    "synchronise",
+]
 
 Result = TypeVar("Result")
 
@@ -28,13 +36,13 @@ class World:
     size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether it is the one that writes files."""
         return self.rank == 0
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
+def process_group(device: str) -> Iterator[World]:
     """The processes that `torchrun` started, or this one alone where it did not.
 
     With `cuda` or `auto` each takes the GPU of its local number, unless another than the first was chosen by
@@ -88,12 +96,12 @@ def all_gather_union(values: set[str], world: World) -> set[str]:
     return set().union(*found)
 
 
-def decided_by_first(decide: Callable[[], Result], world: World) -> Result:
+def run_on_main(decide: Callable[[], Result], world: World) -> Result:
     """What the first process decides, in all of them; what it raises, too."""
     if world.size == 1:
         return decide()
     told: list[Any] = [None]
-    if world.first:
+    if world.is_main:
         try:
             told = [(decide(), None)]
         except Exception as error:  # passed on, so that no process waits for one that has gone

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from vggfeat.devices import autocast_dtype
 from vggfeat.errors import ImageError, InputError, RunError, WeightsError, nearest
 from vggfeat.image import pixels_of
-from vggfeat.network import VGG, evaluating, of_weights
-from vggfeat.processor import bfloat16_is_fast
+from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.settings import PRECISIONS, to_types
 from vggfeat.tables import Column, Report, Table
-from vggfeat.training.batches import LEAVE_OUT, deaf, normalised, parted, scale_for
+from vggfeat.training.batches import LEAVE_OUT, ignore_signals, normalised, scale_for, split_holdout
 from vggfeat.training.data import ImageSet, load_test, scaled
-from vggfeat.training.distributed import World, all_reduce_sum, joined
+from vggfeat.training.distributed import World, all_reduce_sum, process_group
 from vggfeat.weights import WeightsLike, facts_of
 from vggfeat.weights import load as load_set
 
-__all__ = ["Evaluation", "Views", "autocast_dtype", "evaluate", "tested"]
+__all__ = ["Evaluation", "Views", "evaluate", "evaluate_network"]
 
 _percent = "{:.2f} %".format
 
@@ -126,13 +126,6 @@ class Evaluation(Report):
         return {name: getattr(self, name) for name in names}
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that convolutions are computed in."""
-    if precision == "auto":
-        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
-
-
 def evaluate(
     weights: VGG | WeightsLike,
     data: str | os.PathLike[str] | ImageSet,
@@ -202,12 +195,12 @@ def evaluate(
         )
     if held is not None and (rest := _held_out(data, **held)) is not None:
         data = replace(rest, label=f"{rest.label}, what was held out")
-    with joined(device) as world:
+    with process_group(device) as world:
         home = next(net.parameters()).device
         dtype = autocast_dtype(precision, world.device)
         try:
-            with evaluating(net.to(world.device)):
-                return tested(net, data, views, world, dtype, batch_size, bad_images, workers)
+            with eval_mode(net.to(world.device)):
+                return evaluate_network(net, data, views, world, dtype, batch_size, bad_images, workers)
         finally:
             net.to(home)
 
@@ -219,8 +212,8 @@ def place_of(label: str) -> str:
 
 def _held_out(images: ImageSet, share: float, seed: int, digest: str, data: str | None = None) -> ImageSet | None:
     """The part of a training set that a run had set aside; None where this is another set."""
-    with contextlib.suppress(InputError):  # too few to be parted
-        rest = parted(images, share, seed)[1]
+    with contextlib.suppress(InputError):  # too few to be split
+        rest = split_holdout(images, share, seed)[1]
         if rest.digest == digest:
             return rest
     if data in (place_of(images.label), images.label):  # the latter is what older runs wrote
@@ -235,12 +228,12 @@ def _network(weights: WeightsLike, arch: str | None) -> VGG:
     loaded = load_set(weights, arch)
     if loaded.arch.head is None:
         raise WeightsError(f"weights {loaded.label} have no classifier to test")
-    net: VGG = of_weights(loaded).to(memory_format=torch.channels_last)
+    net: VGG = network_from_weights(loaded).to(memory_format=torch.channels_last)
     return net
 
 
 @torch.inference_mode()
-def tested(
+def evaluate_network(
     net: VGG,
     images: ImageSet,
     views: Views,
@@ -281,10 +274,10 @@ def tested(
         raise RunError(f"no image of {images.label} could be read")
     labels, scores = images.labels[good], scores.cpu()[good] / count
     skipped = images.skipped + [images.names[i] for i in (~good).nonzero().flatten().tolist()]
-    return replace(_judged(labels, scores, images.classes, count, skipped), data=images.label)
+    return replace(_metrics(labels, scores, images.classes, count, skipped), data=images.label)
 
 
-def _judged(labels: Tensor, scores: Tensor, classes: list[str], views: int, skipped: list[str]) -> Evaluation:
+def _metrics(labels: Tensor, scores: Tensor, classes: list[str], views: int, skipped: list[str]) -> Evaluation:
     n = len(classes)
     top = scores.topk(min(5, n), dim=1).indices == labels[:, None]
     confusion = torch.bincount(labels * n + scores.argmax(1), minlength=n * n).view(n, n)
@@ -343,7 +336,11 @@ def _read(
         return
     plan = [numbers.tolist() for numbers in own.split(batch_size)]
     for groups, wrong in DataLoader(
-        _Whole(images, scale), batch_sampler=plan, num_workers=workers, collate_fn=_by_shape, worker_init_fn=deaf
+        _Whole(images, scale),
+        batch_sampler=plan,
+        num_workers=workers,
+        collate_fn=_by_shape,
+        worker_init_fn=ignore_signals,
     ):
         for number, message in wrong:
             if bad_images == "fail":

@@ -47,12 +47,12 @@ class Fused(nn.Module):
 
 class _BatchNormRelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, before: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, conv_bias: Tensor) -> Tensor:
         assert norm.running_mean is not None and norm.running_var is not None
         assert norm.num_batches_tracked is not None and norm.momentum is not None
         norm.num_batches_tracked.add_(1)
         moved = norm.running_mean, norm.running_var
-        y, stats = kernels.batch_norm_relu(x, weight, bias, *moved, before, norm.momentum, norm.eps)
+        y, stats = kernels.batch_norm_relu(x, weight, bias, *moved, conv_bias, norm.momentum, norm.eps)
         ctx.save_for_backward(x, stats)
         return y
 
@@ -60,19 +60,19 @@ class _BatchNormRelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, stats = ctx.saved_tensors
-        return (*kernels.batch_norm_relu_back(grad, x, stats), None, None)
+        return (*kernels.batch_norm_relu_backward(grad, x, stats), None, None)
 
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, route = kernels.max_pool(x)
-        ctx.save_for_backward(route)
+        y, argmax = kernels.max_pool(x)
+        ctx.save_for_backward(argmax)
         ctx.size = x.shape[2:]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (route,) = ctx.saved_tensors
-        return kernels.max_pool_back(grad, route, *ctx.size)
+        (argmax,) = ctx.saved_tensors
+        return kernels.max_pool_backward(grad, argmax, *ctx.size)

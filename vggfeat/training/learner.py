@@ -1,4 +1,4 @@
-"""What a step does to a network: gradients of a batch's parts, the optimizer's move; on CUDA recorded and replayed."""
+"""One step of training: gradients of a batch's parts, then the optimizer; on CUDA captured as a graph and replayed."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from vggfeat.gpu import can_record, kernels, replayed
+from vggfeat.cuda_graphs import captured, supports_capture
+from vggfeat.devices import triton_kernels
 from vggfeat.network import VGG
-from vggfeat.training.components import idle, optimizer
+from vggfeat.training.components import optimizer, redundant_biases
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World, desynchronise, synchronise
 
 __all__ = ["Learner"]
 
-WARMING = 3  # steps before one is recorded: in first ones libraries choose, and optimizers make their state
+WARMING = 3  # steps before one is captured: in first ones libraries choose, and optimizers make their state
 
 
 class Learner:
-    """A network, and what moves it.
+    """A network with its optimizer and gradient scaler.
 
     Args:
-        net: on the device of `world`; its biases that make no difference rest until `end`.
+        net: on the device of `world`; its redundant biases get no gradient until `close`.
         config: the settings.
         world: the processes.
         dtype: that convolutions are computed in.
@@ -38,14 +39,14 @@ class Learner:
 
     def __init__(self, net: VGG, config: TrainConfig, world: World, dtype: torch.dtype) -> None:
         self.net, self.config, self.world, self.dtype = net, config, world, dtype
-        self.idle = idle(net)
-        for bias in self.idle:
+        self.redundant = redundant_biases(net)
+        for bias in self.redundant:
             bias.requires_grad_(False)
         synchronise(net, world)
         self.model: nn.Module = net
         if config.compile:
             self.model = torch.compile(self.model)  # type: ignore[assignment]
-        elif world.size == 1 and not config.checkpointing and kernels(world.device, dtype):
+        elif world.size == 1 and not config.checkpointing and triton_kernels(world.device, dtype):
             from vggfeat.training.fused import Fused  # which wants Triton
 
             self.model = Fused(net)
@@ -53,15 +54,15 @@ class Learner:
             self.model = DistributedDataParallel(self.model)
         self.optimizer = optimizer(net, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-        self.move = self._move
-        # kernel by kernel, a step on a GPU takes longer to begin than to run: after a few it is recorded, and replayed
+        self.whole_step = self._whole_step
+        # kernel by kernel, a step on a GPU takes longer to launch than to run: after a few it is captured, and replayed
         whole = world.size == config.accumulate == 1 and not config.checkpointing and not self.scaler.is_enabled()
-        self.warming = WARMING if whole and can_record(world.device) else -1
-        # where a recorded optimizer looks its learning rates up
+        self.warming = WARMING if whole and supports_capture(world.device) else -1
+        # where a captured optimizer looks its learning rates up
         self.rates = [torch.zeros((), device=world.device) for _ in self.optimizer.param_groups if self.warming > 0]
 
-    def learn(self, images: Tensor, labels: Tensor, targets: Tensor, last: bool) -> tuple[Tensor, ...]:
-        """Learn from a part of a batch: its mean loss, and how many were right; after the last part parameters move.
+    def step(self, images: Tensor, labels: Tensor, targets: Tensor, last: bool) -> tuple[Tensor, ...]:
+        """One part of a batch: its mean loss, and how many were right; then the optimizer steps, if it is the last.
 
         Args:
             images: (n,3,H,W), normalised.
@@ -70,19 +71,19 @@ class Learner:
             last: whether it is the batch's last part.
         """
         if not last:
-            return self._gradients(images, labels, targets, waits=True)
+            return self._forward_backward(images, labels, targets, waits=True)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
             rate.fill_(group["lr"])
         if self.warming == 0:
-            torch.cuda.empty_cache()  # a recording has memory of its own
-            self.move = replayed(self.move, images, labels, targets)
-            self.optimizer.zero_grad()  # where a recording failed halfway, its gradients have no values
+            torch.cuda.empty_cache()  # a graph has memory of its own
+            self.whole_step = captured(self.whole_step, images, labels, targets)
+            self.optimizer.zero_grad()  # where a capture failed halfway, its gradients have no values
         self.warming -= 1
-        return self.move(images, labels, targets)
+        return self.whole_step(images, labels, targets)
 
-    def _move(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """What `learn` does with the last part."""
-        found = self._gradients(images, labels, targets)
+    def _whole_step(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """The last part, and the optimizer's step."""
+        results = self._forward_backward(images, labels, targets)
         self.scaler.unscale_(self.optimizer)
         if self.config.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
@@ -97,10 +98,12 @@ class Learner:
                 group["lr"] = rate
         self.scaler.update()
         self.optimizer.zero_grad()
-        return found
+        return results
 
-    def _gradients(self, images: Tensor, labels: Tensor, targets: Tensor, waits: bool = False) -> tuple[Tensor, ...]:
-        """Those of a part of a batch, of several processes summed now unless that waits for a later part."""
+    def _forward_backward(
+        self, images: Tensor, labels: Tensor, targets: Tensor, waits: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Gradients of a part of a batch, reduced over processes unless that waits for a later part."""
         with self.model.no_sync() if waits and self.world.size > 1 else nullcontext():  # type: ignore[operator]
             with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 scores = self.model(images)
@@ -124,10 +127,10 @@ class Learner:
                 group["capturable"] = self.world.device.type == "cuda"
         self.scaler.load_state_dict(state["scaler"])
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Let go of what it holds, and leave the network as others have it."""
-        self.move = self._move  # a recording holds on to the memory of a whole step
+        self.whole_step = self._whole_step  # a graph holds on to the memory of a whole step
         self.model = self.net
         desynchronise(self.net)
-        for bias in self.idle:
+        for bias in self.redundant:
             bias.requires_grad_(True)

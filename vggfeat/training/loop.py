@@ -19,17 +19,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vggfeat import checkpoint
+from vggfeat.devices import autocast_dtype, emulates
 from vggfeat.errors import InputError, RunError
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG
-from vggfeat.processor import emulates
 from vggfeat.signals import on_ending
-from vggfeat.training.batches import Batch, Batches, parted, scale_for, seeded
+from vggfeat.training.batches import Batch, Batches, scale_for, seeded, split_holdout
 from vggfeat.training.components import mixing, network, schedule
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load
-from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, decided_by_first, joined
-from vggfeat.training.evaluation import Evaluation, Views, autocast_dtype, place_of, tested
+from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, process_group, run_on_main
+from vggfeat.training.evaluation import Evaluation, Views, evaluate_network, place_of
 from vggfeat.training.folder import Board, Epoch, begin, check, write_log, write_weights
 from vggfeat.training.learner import Learner
 
@@ -83,7 +83,7 @@ class TrainResult:
     damaged: list[str]
 
 
-@with_gradients
+@with_gradients()
 def train(
     data: PathLike | ImageSet,
     test: PathLike | ImageSet | None = None,
@@ -122,17 +122,17 @@ def train(
     if not isinstance(config, TrainConfig | None):
         raise InputError(f'config must be a TrainConfig, such as recipe("fast"), got {type(config).__name__}')
     config, folder = config or TrainConfig(), Path(folder)
-    with joined(config.device) as world, _repeatable(config, world):
-        says = announce if announce is not None and world.first else _silent
-        decided_by_first(lambda: check(folder, config, resume, (data, test)), world)
+    with process_group(config.device) as world, _repeatable(config, world):
+        says = announce if announce is not None and world.is_main else _silent
+        run_on_main(lambda: check(folder, config, resume, (data, test)), world)
         images, test_images = load(data, test, resize=config.resize, bad_images=config.bad_images)
         if len(images.classes) < 2:
             raise InputError(f"{images.label} has one class, {images.classes[0]}: there is nothing to tell apart")
         if test_images is None and config.holdout:
-            images, test_images = parted(images, config.holdout, config.seed)
-        run = _Run(config, images, test_images, world, folder, callback if world.first else None, says)
+            images, test_images = split_holdout(images, config.holdout, config.seed)
+        run = _Run(config, images, test_images, world, folder, callback if world.is_main else None, says)
         with ExitStack() as alone:
-            state, damaged = decided_by_first(lambda: begin(folder, config, images, resume, alone), world)
+            state, damaged = run_on_main(lambda: begin(folder, config, images, resume, alone), world)
             for text in run.summary(damaged):
                 says(text)
             if state is not None:
@@ -264,7 +264,7 @@ class _Run:
         """Write a checkpoint, in the first process, unless the network is no longer finite."""
         sums = all_reduce_sum(self.sums.clone(), self.world)
         self.batches.skipped = all_gather_union(self.batches.skipped, self.world)
-        if not self.world.first:
+        if not self.world.is_main:
             return
         if not all(bool(value.isfinite().all()) for value in self.net.state_dict().values()):
             raise self._diverged(self.step)
@@ -314,7 +314,7 @@ class _Run:
             ) from error
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
-        if self.world.first:  # they are the sums of all processes
+        if self.world.is_main:  # they are the sums of all processes
             self.sums.copy_(state["sums"])
         self.lr, self.loss = state["lr"], state["loss"]
         self.batches.skipped.update(state["skipped"])
@@ -325,16 +325,16 @@ class _Run:
     def finish(self, damaged: list[str]) -> TrainResult:
         """Train from where it is to the end."""
         evaluation = None
-        board = Board(self.folder / "tensorboard", self.announce) if self.world.first else None
+        board = Board(self.folder / "tensorboard", self.announce) if self.world.is_main else None
         try:
             with on_ending(self._asked_to_end):
                 while self.epoch < self.config.epochs and not self.stop:
                     evaluation = self._epoch(board)
                     self._agree()
         finally:
-            self.learner.end()
+            self.learner.close()
         if complete := self.epoch == self.config.epochs:
-            if self.world.first:
+            if self.world.is_main:
                 write_log(self.folder, self.history)
                 write_weights(self.folder, self.tested_net, self._facts())
         if board is not None:
@@ -377,7 +377,7 @@ class _Run:
             self.announce(f"{len(new)} images left out: {'; '.join(new)}")
         evaluation = self._test()
         self._close_epoch(evaluation)
-        if self.world.first:
+        if self.world.is_main:
             write_log(self.folder, self.history)
             if board is not None:
                 board.write(self.history[-1])
@@ -419,7 +419,7 @@ class _Run:
                 images, targets = (value[self.batches.extra :] for value in self.mix(images, labels))
                 labels = labels[self.batches.extra :]
             torch.manual_seed(seeded(*drawn, 3, self.world.rank).initial_seed())
-            loss, right = self.learner.learn(images, labels, targets, last=number == len(parts))
+            loss, right = self.learner.step(images, labels, targets, last=number == len(parts))
             total += loss / len(parts)
             self.sums += torch.stack([loss * len(labels), right, torch.full_like(right, len(labels))])
         self.bad = torch.where((self.bad < 0) & ~total.isfinite(), self.done, self.bad)
@@ -454,7 +454,9 @@ class _Run:
         if self.test is None:
             return None
         bad_images, workers = self.config.bad_images, self.config.workers
-        return tested(self.tested_net, self.test, self.views, self.world, self.dtype, 256, bad_images, workers)
+        return evaluate_network(
+            self.tested_net, self.test, self.views, self.world, self.dtype, 256, bad_images, workers
+        )
 
     def _close_epoch(self, evaluation: Evaluation | None) -> None:
         loss, right, count = all_reduce_sum(self.sums, self.world).tolist()

@@ -1,7 +1,7 @@
 """Muon, for filters: momentum whose step moves every direction of a filter bank alike (Jordan et al. 2024).
 
 A gradient of a convolution's filters is ruled by a few directions, and so is what plain momentum moves. Muon replaces
-the step by its polar factor, the nearest matrix all of whose singular values are equal (Jordan 2024,
+the step by its polar_factor factor, the nearest matrix all of whose singular values are equal (Jordan 2024,
 https://kellerjordan.github.io/posts/muon/), by a few products of matrices. Filters keep the norm that they began with
 (as in the code that goes with Jordan 2024, arXiv:2404.00498), so that `lr` is what it seems to be, the length of a step
 as a share of the filters' own. Where batch normalisation follows, the norm means nothing, and weight decay would only
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Muon", "polar"]
+__all__ = ["Muon", "polar_factor"]
 
-# three turns of x ← (a + b x² + c x⁴) x bring what is between 0.02 and 1 to between 0.68 and 1.21
+# three iterations of x ← (a + b x² + c x⁴) x bring what is between 0.02 and 1 to between 0.68 and 1.21
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-TURNS = 3
+ITERATIONS = 3
 
 
-def polar(matrix: Tensor) -> Tensor:
+def polar_factor(matrix: Tensor) -> Tensor:
     """About U Vᵀ of matrices U S Vᵀ (…,K,L), in their own type, by Newton and Schulz's iteration; 0 for 0.
 
     The coefficients are Jordan's, which do not converge but get near soonest: directions that a step has little of
@@ -33,20 +33,20 @@ def polar(matrix: Tensor) -> Tensor:
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-20)  # at least the largest of S
-    x = _turned(x) if x.dtype == torch.bfloat16 else _turned_once(x)
+    x = _newton_schulz(x) if x.dtype == torch.bfloat16 else _newton_schulz_on_gram(x)
     return x.mT if tall else x
 
 
-def _turned(x: Tensor) -> Tensor:
+def _newton_schulz(x: Tensor) -> Tensor:
     (a, b, c), product = COEFFICIENTS, _product_of(x)
-    for _ in range(TURNS):
+    for _ in range(ITERATIONS):
         square = x @ x.mT
         x = product(x, product(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def _turned_once(x: Tensor) -> Tensor:
-    """The same with two products of x instead of six: each turn multiplies by a polynomial in x xᵀ, which is small.
+def _newton_schulz_on_gram(x: Tensor) -> Tensor:
+    """The same with two products of x instead of six: an iteration multiplies by a polynomial in x xᵀ, which is small.
 
     Filters have up to nine times as many columns as rows. Bfloat16 has too few bits for it, the result is twice as far
     off: what is short in x is shorter still in x xᵀ, beside what is long.
@@ -54,11 +54,11 @@ def _turned_once(x: Tensor) -> Tensor:
     (a, b, c), product = COEFFICIENTS, _product_of(x)
     square = x @ x.mT
     whole = factor = torch.empty(0)
-    for turn in range(TURNS):
-        square = factor @ square @ factor if turn else square
+    for iteration in range(ITERATIONS):
+        square = factor @ square @ factor if iteration else square
         factor = product(square, square, square, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        whole = factor @ whole if turn else factor
+        whole = factor @ whole if iteration else factor
     return whole @ x
 
 
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         lr: of filters, the length of a step as a share of their norm; of the rest, as in SGD.
         momentum: decay of the sum of gradients.
         weight_decay: of what is not a filter, whose norm is kept.
-        dtype: that polar factors are computed in; bfloat16 is enough where the network runs in it.
+        dtype: that polar_factor factors are computed in; bfloat16 is enough where the network runs in it.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Muon(torch.optim.Optimizer):
         steps = torch._foreach_add(grads, sums, alpha=momentum)
         alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for value, step in zip(values, steps, strict=True):
-            # a CPU turns matrices one by one, while they are in its caches
+            # a CPU takes matrices one by one, while they are in its caches
             key = value.ndim == 4 and ((value.shape, value.dtype, value.device) if value.is_cuda else id(value))
             alike.setdefault(key, []).append((value, step))
         for key, pairs in alike.items():
@@ -124,13 +124,13 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(moves, lr)
                 torch._foreach_sub_(mine, moves)
             else:
-                self._turn(mine, moves, lr)
+                self._move_filters(mine, moves, lr)
 
-    def _turn(self, filters: list[Tensor], steps: list[Tensor], lr: float | Tensor) -> None:
+    def _move_filters(self, filters: list[Tensor], steps: list[Tensor], lr: float | Tensor) -> None:
         """Move filters of one shape."""
         # as (K, h·w·C): a view, since filters are laid out channels_last, and which column is which does not matter
         rows = [step.permute(0, 2, 3, 1).flatten(1).to(self.dtype) for step in steps]
-        direction = polar(rows[0] if len(rows) == 1 else torch.stack(rows)).view(len(rows), *rows[0].shape)
+        direction = polar_factor(rows[0] if len(rows) == 1 else torch.stack(rows)).view(len(rows), *rows[0].shape)
         norms = torch.stack([self.state[value]["norm"] for value in filters])
         length = torch.linalg.vector_norm(direction, dim=(1, 2), dtype=norms.dtype).clamp_min(1e-20)
         moves = direction * (norms * lr / length)[:, None, None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vggfeat.features import VGGFeatures
-from vggfeat.functional import gram, gram_backward, total_variation, wide
+from vggfeat.functional import gram, gram_backward, total_variation, upcast
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.tiles import Tile, tiles
 
@@ -67,7 +67,7 @@ class Objective:
                 grams: Sums = {}
                 self._each_part(features.checked(image), functools.partial(self._add, grams, ("style",), image))
                 self.style = {name: value + share * grams["style", name] for name, value in self.style.items()}
-            self._content_norms = {name: _norm(wide(value)) for name, value in self.content.items()}
+            self._content_norms = {name: _norm(upcast(value)) for name, value in self.content.items()}
             self._style_norms = {name: _norm(value) for name, value in self.style.items()}
             # the penalty has to keep up with terms that are as large as the network's activations make them
             scale = sum(self.terms(content).values()) if config.normalization == "gatys" else 1
@@ -131,7 +131,7 @@ class Objective:
         return own.shape[2] * own.shape[3] / (height * width)
 
     def _error(self, name: str, own: Tensor, tile: Tile) -> Tensor:
-        return wide(own) - wide(tile.of(self.content[name], self._stride(name)))
+        return upcast(own) - upcast(tile.of(self.content[name], self._stride(name)))
 
     def _tap_grad(self, sum_grads: Sums, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> Tensor:
         """The total's gradient with respect to some rows of a layer, from those with respect to the sums."""

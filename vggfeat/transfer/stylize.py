@@ -21,14 +21,13 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat import checkpoint as checkpoints
+from vggfeat.cuda_graphs import AsyncScalars, captured_and_checked, lookahead
+from vggfeat.devices import free_memory, resolve
 from vggfeat.errors import InputError, RunError, first_line, warn
 from vggfeat.features import VGGFeatures, trunk_dtype
 from vggfeat.files import check_path
-from vggfeat.gpu import Reading, ahead, recorded
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
-from vggfeat.memory import free_memory
 from vggfeat.modes import with_gradients
-from vggfeat.processor import resolve
 from vggfeat.settings import changed
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.objective import TERMS, Objective
@@ -136,7 +135,7 @@ class StyleResult:
         return save_image(self.image, path, settings=self.to_dict(), overwrite=overwrite)
 
 
-@with_gradients
+@with_gradients()
 def stylize(
     content: ImageLike,
     style: ImageLike | Sequence[ImageLike],
@@ -346,19 +345,19 @@ class _Run:
 
     def _improve(self, scale: _Scale, objective: Objective) -> None:
         number, steps = scale.number, self._steps(scale.number)
-        # tiles are large: they are worth no recording
+        # tiles are large: they are worth no graph
         times = steps - scale.begun if len(objective.tiles) == 1 else 0
-        evaluate = recorded(lambda image: _together(*objective.value_and_grad(image)), scale.image, times)
+        evaluate = captured_and_checked(lambda image: _together(*objective.value_and_grad(image)), scale.image, times)
         # steps whose losses are on their way to the host: number, image, losses, and the state after the step
-        waiting: deque[tuple[int, Tensor, Reading, dict[str, Any]]] = deque()
+        waiting: deque[tuple[int, Tensor, AsyncScalars, dict[str, Any]]] = deque()
         while scale.begun < steps:
             image = scale.image
             numbers, grad = evaluate(image)
             scale.begun += 1
             scale.image = scale.optimizer.step(image, grad)
-            waiting.append((scale.begun, image, Reading(numbers), self._state(scale)))
+            waiting.append((scale.begun, image, AsyncScalars(numbers), self._state(scale)))
             due = self.checkpoint is not None and time.monotonic() - self.kept >= KEEP_EVERY
-            while len(waiting) > (0 if due or scale.begun == steps else ahead(self.device)):
+            while len(waiting) > (0 if due or scale.begun == steps else lookahead(self.device)):
                 step, image, reading, state = waiting.popleft()
                 value, *parts = reading.get()
                 restarts = scale.restarts

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vggfeat.arch import Arch
-from vggfeat.features import BY_HAND
-from vggfeat.processor import emulates
+from vggfeat.devices import emulates
+from vggfeat.features import CUSTOM_BACKWARD_DEVICES
 
 __all__ = ["Span", "Tile", "side_for", "tiles"]
 
@@ -135,7 +135,13 @@ def side_for(
     if any(name in arch.head_names for name in layers):
         return 0  # a classifier sees the picture as a whole
     itemsize = 4 if emulates(dtype, device) else dtype.itemsize
-    maps = IN_STRIPS if device.type == "cpu" and itemsize > 2 else MAPS if device.type in BY_HAND else 2 * MAPS
+    maps = (
+        IN_STRIPS
+        if device.type == "cpu" and itemsize > 2
+        else MAPS
+        if device.type in CUSTOM_BACKWARD_DEVICES
+        else 2 * MAPS
+    )
     channels = arch.layer("conv1_1").channels
     free, each = SHARE * memory, maps * itemsize * channels
     # cuDNN counts a map's values in 32 bits, or is slow

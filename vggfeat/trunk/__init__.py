@@ -2,28 +2,28 @@
 
 A loss network is frozen, which autograd does not know: it keeps every convolution's input, every ReLU's output, every
 pool's input and 64-bit indices. All that the gradient with respect to the image needs is the weights, the sign of each
-ReLU's output and the winner of each pooling window. The forward keeps just that, as single bits (`keep="bits"`), or
+ReLU's output and the argmax of each pooling window. The forward keeps just that, as single bits (`keep="bits"`), or
 the ReLU outputs themselves where memory does not matter and time does (`keep="values"`); the backward walks back.
 
 Everything runs in channels_last, in which these convolutions are fastest on CPUs and GPUs alike. `plain` is the same
 computation in ordinary differentiable operations: for second derivatives, for export, and to test against.
 
 From the outside in: `plan.py` says what to run and `filters.py` with which weights. Autograd goes through `autograd.py`
-and the two operators of `operators.py`; who wants the gradient at once calls `vjp`, or for what is made of
-sums over positions `vjp_by_rows`. All are the walk of `walk.py`, forward and back: stage after stage
+and the two operators of `operators.py`; callers that need the gradient immediately bypass it by `vjp`, or, for what is
+made of sums over positions, `vjp_by_rows`. All are the walk of `walk.py`, forward and backward: stage after stage
 (`stage.py`), the first block strip by strip (`strips.py`). It is made of the operations of `layers.py`, convolutions of
 `direct.py` and, by tiles, of `vggfeat/winograd.py`, and the packed signs of `bits.py`.
 """
 
 from vggfeat.trunk.autograd import run
-from vggfeat.trunk.filters import Part, Trunk
+from vggfeat.trunk.filters import PickledTrunk, Trunk
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan, Stage
 from vggfeat.trunk.stage import OnTap
 from vggfeat.trunk.walk import TapGradOf, TapGradOfRows, forward, vjp, vjp_by_rows
 
 __all__ = [
-    "Part",
+    "PickledTrunk",
     "Plan",
     "OnTap",
     "TapGradOf",

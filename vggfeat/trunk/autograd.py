@@ -63,7 +63,7 @@ class _Trunk(torch.autograd.Function):
         if any(grad is not None and is_batched(grad) for grad in grads):
             return (_ordinary_gradient(x, rest[sum(ctx.split) :], Plan.decode(ctx.code), present, grads), *nothing)
         # called plainly where that does: torch.compile of torch 2.13 gives `apply` in a backward one argument too many
-        back: Any = _Back.apply if torch.is_grad_enabled() else _Back.forward
+        back: Any = _TrunkBackward.apply if torch.is_grad_enabled() else _TrunkBackward.forward
         return (back(x, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest), *nothing)
 
 
@@ -78,7 +78,7 @@ def _ordinary_gradient(
     return found
 
 
-class _Back(torch.autograd.Function):
+class _TrunkBackward(torch.autograd.Function):
     """The backward as a function of its own, so that it can be differentiated in its turn."""
 
     generate_vmap_rule = True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat import gpu
+from vggfeat.devices import triton_kernels
 
 __all__ = ["bands", "bytes_of", "pack", "unpack"]
 
@@ -53,7 +53,7 @@ def pack(x: Tensor) -> Tensor:
     Values are bool or come out of a ReLU: none is below 0.
     """
     if x.device.type != "cpu":
-        kernels = gpu.kernels(x.device, x.dtype)
+        kernels = triton_kernels(x.device, x.dtype)
         return kernels.pack(x) if kernels else _pack(x)
     packed = x.new_empty((len(x), bytes_of(x.shape)), dtype=torch.uint8)
     for images, rows, where in bands(x.shape, x.device):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.processor import bfloat16_is_fast, emulates, has_onednn
+from vggfeat.devices import bfloat16_is_fast, emulates, has_onednn
 
 __all__ = ["convolve"]
 

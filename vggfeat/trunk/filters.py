@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from vggfeat import winograd
 from vggfeat.arch import Arch
-from vggfeat.modes import constant_when_traced, outside
+from vggfeat.modes import constant_when_traced, without_modes
 from vggfeat.trunk.plan import Plan
 
-__all__ = ["Filters", "Part", "Trunk", "by_stage"]
+__all__ = ["Filters", "PickledTrunk", "Trunk", "by_stage"]
 
 Key = tuple[str, bool, str]  # a convolution, whether with the batch normalisation folded in, and what of it is wanted
 
@@ -26,17 +26,17 @@ class Filters(NamedTuple):
     Attributes:
         weight: (K,C,h,w).
         bias: (K,).
-        back: what carries the gradient back: the kernel turned round, (C,K,h,w), or where that is faster the kernel at
-            the points of a tile, (36,C,K), which serves both ways (`winograd.py`).
+        weight_backward: of the convolution that the input's gradient is: flipped, with channels exchanged, (C,K,h,w);
+            or, where Winograd's is faster, the transformed weight (36,C,K), which serves both ways (`winograd.py`).
     """
 
     weight: Tensor
     bias: Tensor
-    back: Tensor
+    weight_backward: Tensor
 
 
 def by_stage(plan: Plan, filters: Sequence[Tensor]) -> list[tuple[Filters, Filters | None]]:
-    """Of `Trunk.filters`, each stage's: the stream's, and the unfolded of a convolution tapped beside it."""
+    """Of `Trunk.filters`, each stage's: with batch normalisation folded in, and without where that is tapped."""
     following = map(Filters, filters[::3], filters[1::3], filters[2::3])
     return [(next(following), next(following) if stage.unfolded else None) for stage in plan.stages]
 
@@ -60,7 +60,7 @@ class Trunk:
     def shared(arch: Arch, state: dict[str, Tensor], key: tuple[object, ...]) -> Trunk:
         """The live trunk of that network and key, given the layers that it lacks, or a new one."""
         trunk = Trunk._live.setdefault((arch, *key), Trunk(arch, {}, key))
-        with outside():
+        with without_modes():
             for name, value in state.items():
                 if name not in trunk.state:  # a copy: its owner may go on training it
                     trunk.state[name] = value.detach().clone()
@@ -75,9 +75,9 @@ class Trunk:
     def __reduce__(self) -> tuple[Callable[..., Trunk], tuple[Any, ...]]:
         return Trunk.shared, (self.arch, self.state, self.key)
 
-    def part(self, names: Sequence[str]) -> Part:
-        """What is pickled of it by who uses those keys of the state alone."""
-        return Part(self, tuple(names))
+    def pickled(self, names: Sequence[str]) -> PickledTrunk:
+        """What stands for it in the pickle of an owner that uses only these keys of the state."""
+        return PickledTrunk(self, tuple(names))
 
     def filters(
         self,
@@ -90,8 +90,8 @@ class Trunk:
         """The `Filters` of all stages in one list, as torch's operators take them; `by_stage` takes it apart.
 
         BN of a frozen network is a factor and a shift per channel, folded into the convolution. A tap on the
-        convolution itself then comes of a second, unfolded convolution, so that the stream below it does not depend on
-        what was asked for.
+        convolution itself then comes of a second, unfolded convolution, so that the layers below do not depend on what
+        was asked for.
 
         Args:
             plan: what will run.
@@ -108,7 +108,7 @@ class Trunk:
             shape = (layer.in_channels, layer.channels, height, width)
             tiled = layer.kernel == 3 and winograd.is_faster(device, dtype, *shape)
             for folded in ["bn" in stage.steps] + [False] * stage.unfolded:
-                keys += [(stage.conv, folded, "forward"), (stage.conv, folded, "tiles" if tiled else "back")]
+                keys += [(stage.conv, folded, "forward"), (stage.conv, folded, "tiles" if tiled else "backward")]
         found = self._get((*keys, *map(_linear, linear)), device, dtype)
         return [value for values in found[: len(keys)] for value in values]
 
@@ -126,7 +126,7 @@ class Trunk:
         ready = self._ready.setdefault((device, dtype), {})
         for key in keys:
             if key not in ready:
-                with outside():
+                with without_modes():
                     ready[key] = self._prepare(key, device, dtype)
 
     def _prepare(self, key: Key, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -137,10 +137,10 @@ class Trunk:
         if part == "tiles":
             # in bfloat16 they serve where products are made in float32 all the same
             return (winograd.transformed(weight).to(device, torch.float32),)
-        if part == "back":
-            # the gradient of a convolution is a convolution with the kernel turned round and channels exchanged
-            back = weight.flip(2, 3).transpose(0, 1)
-            return (back.to(device, dtype).contiguous(memory_format=torch.channels_last).clone(),)
+        if part == "backward":
+            # the gradient of a convolution is a convolution with the kernel flipped and channels exchanged
+            flipped = weight.flip(2, 3).transpose(0, 1)
+            return (flipped.to(device, dtype).contiguous(memory_format=torch.channels_last).clone(),)
         if dtype == torch.bfloat16 and self.arch.layer(name).index == 0:
             high = weight.to(dtype).to(weight.dtype)
             weight = torch.cat([high, high, weight - high], dim=1)  # meets `layers.split_bfloat16`
@@ -164,13 +164,13 @@ class Trunk:
         return weight, bias
 
 
-class Part:
-    """Stands for a trunk where that is pickled, so that no layers go along which others have brought; a copy is it."""
+class PickledTrunk:
+    """Pickles the layers that one owner uses, not those that others have brought; unpickles to the shared trunk."""
 
     def __init__(self, trunk: Trunk, names: tuple[str, ...]) -> None:
         self.trunk, self.names = trunk, names
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Part:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PickledTrunk:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Trunk], tuple[Any, ...]]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat import gpu, winograd
+from vggfeat import winograd
 from vggfeat.arch import LRN
+from vggfeat.devices import triton_kernels
 from vggfeat.trunk import direct
 from vggfeat.trunk.bits import bands, bytes_of, pack, unpack
 from vggfeat.trunk.filters import Filters
@@ -32,26 +33,26 @@ def all_finite(x: Tensor) -> bool:
 
 def conv(x: Tensor, filters: Filters, pad: int, *, relu: bool = False, overwrite: bool = False) -> Tensor:
     """Convolution with stride 1, with `relu` and the ReLU; it may overwrite `x`."""
-    if _by_tiles(filters.back):
-        return winograd.convolve(x, filters.back, filters.bias, pad, relu=relu, overwrite=overwrite)
+    if _by_tiles(filters.weight_backward):
+        return winograd.convolve(x, filters.weight_backward, filters.bias, pad, relu=relu, overwrite=overwrite)
     return direct.convolve(x, filters.weight, filters.bias, pad, relu=relu)
 
 
-def conv_back(
-    grad: Tensor, back: Tensor, pad: int, padding: str, height: int, width: int, *, overwrite: bool = False
+def conv_backward(
+    grad: Tensor, weight: Tensor, pad: int, padding: str, height: int, width: int, *, overwrite: bool = False
 ) -> Tensor:
     """Gradient with respect to a convolution's input (before its padding) of that height and width.
 
-    `back` is of its `Filters`; with `overwrite` the result may take the place of `grad`.
+    `weight` is the `weight_backward` of its `Filters`; with `overwrite` the result may take the place of `grad`.
     """
-    kernel = 3 if _by_tiles(back) else back.shape[-1]
+    kernel = 3 if _by_tiles(weight) else weight.shape[-1]
     folded = padding != "zeros" and pad > 0
     # of the input as it was padded, where its border was made of the input
     pads = kernel - 1 - (0 if folded else pad)
-    if _by_tiles(back):
-        full = winograd.convolve(grad, back, None, pads, transposed=True, overwrite=overwrite)
+    if _by_tiles(weight):
+        full = winograd.convolve(grad, weight, None, pads, transposed=True, overwrite=overwrite)
     else:
-        full = direct.convolve(grad, back, None, pads)
+        full = direct.convolve(grad, weight, None, pads)
     if not folded:
         return full
     like = full.new_empty(full.shape[0], full.shape[1], height, width)
@@ -61,8 +62,8 @@ def conv_back(
     return channels_last(fold(full, like, [pad] * 4))
 
 
-def _by_tiles(back: Tensor) -> bool:
-    return back.ndim == 3
+def _by_tiles(weight_backward: Tensor) -> bool:
+    return weight_backward.ndim == 3
 
 
 def split_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def padded(x: Tensor, pad: int, padding: str) -> Tensor:
 
 
 def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
-    """The pooled tensor and, of a max pool, the way back: who won in each window."""
+    """The pooled tensor and, unless `keep` is "none", a max pool's argmax: packed for "bits", else a map."""
     if pooling != "max":
         return plain_pool(x, pooling), None
     if keep == "none":
@@ -94,7 +95,7 @@ def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
     if keep == "values" and x.device.type == "cpu":
         found: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
         return found
-    if kernels := gpu.kernels(x.device, x.dtype):
+    if kernels := triton_kernels(x.device, x.dtype):
         if keep == "values":
             return kernels.max_pool(x)  # type: ignore[no-any-return]
         if x.shape[1] % 8 == 0:
@@ -104,21 +105,21 @@ def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
     if keep == "values":
         down, right = _winners(x, y)
         return y, down.to(torch.uint8).mul_(2).add_(right)
-    route = torch.empty((len(x), 3, bytes_of(small)), dtype=torch.uint8, device=x.device)
+    argmax = torch.empty((len(x), 3, bytes_of(small)), dtype=torch.uint8, device=x.device)
     for images, rows, where in bands(small, x.device):
         part = y[images, :, rows]
         down, right = _winners(x[images, :, 2 * rows.start : 2 * rows.stop], part)
         for plane, values in enumerate((down, right, part)):
-            route[images, plane, where] = pack(values)
-    return y, route
+            argmax[images, plane, where] = pack(values)
+    return y, argmax
 
 
 def _winners(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Max pooling of `x` into `y`, and who won each window: whether one below, whether one to the right."""
+    """Max pooling of `x` into `y`, and whether each window's maximum is in its lower row and in its right column."""
     a, b, c, d = _quarters(x, *y.shape[2:])
     top, bottom = torch.maximum(a, b), torch.maximum(c, d)
     torch.maximum(top, bottom, out=y)
-    # of equals the first wins, as in torch.nn.MaxPool2d
+    # of equals the first counts, as in torch.nn.MaxPool2d
     down = bottom > top
     return down, ((d > c) & down) | ((b > a) & ~down)
 
@@ -134,32 +135,32 @@ def plain_pool(x: Tensor, pooling: str) -> Tensor:
     return torch.where(alive, torch.where(alive, square, 1).sqrt(), 0)
 
 
-def max_pool_back(grad: Tensor, height: int, width: int, route: Tensor, pooled: Tensor | None) -> Tensor:
-    """Each gradient goes to the winner of its window, and nowhere where the winner was not positive."""
-    if pooled is not None and route.dtype == torch.int64:  # torch's own, on a CPU; on CUDA it adds in no fixed order
+def max_pool_backward(grad: Tensor, height: int, width: int, argmax: Tensor, pooled: Tensor | None) -> Tensor:
+    """Each gradient goes to the maximum of its window, and nowhere where that was not positive."""
+    if pooled is not None and argmax.dtype == torch.int64:  # torch's own, on a CPU; on CUDA it adds in no fixed order
         grad = torch.ops.aten.threshold_backward(grad, pooled, 0)
         size = (*grad.shape[:2], height, width)
         like = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
         back = torch.ops.aten.max_pool2d_with_indices_backward
-        return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, route)  # type: ignore[no-any-return]
-    if kernels := gpu.kernels(grad.device, grad.dtype):
+        return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, argmax)  # type: ignore[no-any-return]
+    if kernels := triton_kernels(grad.device, grad.dtype):
         if pooled is not None:
-            return kernels.max_pool_back(grad, route, height, width, pooled)  # type: ignore[no-any-return]
+            return kernels.max_pool_backward(grad, argmax, height, width, pooled)  # type: ignore[no-any-return]
         if grad.shape[1] % 8 == 0:
-            return kernels.max_pool_back_packed(grad, route, height, width)  # type: ignore[no-any-return]
+            return kernels.max_pool_backward_packed(grad, argmax, height, width)  # type: ignore[no-any-return]
     out = _unpooled(grad, height, width)
     if pooled is not None:
-        _to_winners(grad, (route >= 2).to(grad.dtype), (route & 1).to(grad.dtype), pooled, out)
+        _to_winners(grad, (argmax >= 2).to(grad.dtype), (argmax & 1).to(grad.dtype), pooled, out)
         return out
     for images, rows, where in bands(grad.shape, grad.device):
         part = grad[images, :, rows]
-        down, right, alive = (unpack(route[images, i, where], part.shape).to(grad.dtype) for i in range(3))
+        down, right, alive = (unpack(argmax[images, i, where], part.shape).to(grad.dtype) for i in range(3))
         _to_winners(part, down, right, alive, out[images, :, 2 * rows.start : 2 * rows.stop])
     return out
 
 
 def _to_winners(grad: Tensor, down: Tensor, right: Tensor, alive: Tensor, out: Tensor) -> None:
-    """The gradient of each window into the place in `out` that won it, where what won was above 0."""
+    """The gradient of each window to the place of its maximum in `out`, where that was above 0."""
     grad = torch.ops.aten.threshold_backward(grad, alive, 0)
     a, b, c, d = _quarters(out, *grad.shape[2:])
     bottom = torch.ops.aten.threshold_backward(grad, down, 0)
@@ -170,7 +171,7 @@ def _to_winners(grad: Tensor, down: Tensor, right: Tensor, alive: Tensor, out: T
     torch.sub(bottom, d, out=c)
 
 
-def pool_back(grad: Tensor, height: int, width: int, pooling: str, values: Tensor | None) -> Tensor:
+def pool_backward(grad: Tensor, height: int, width: int, pooling: str, values: Tensor | None) -> Tensor:
     """Through average pooling, or through l2 pooling of `values`."""
     out = _unpooled(grad, height, width)
     if pooling == "average":
@@ -208,7 +209,7 @@ def lrn(x: Tensor) -> Tensor:
     return F.local_response_norm(x.to(torch.promote_types(x.dtype, torch.float32)), *LRN).to(x.dtype)
 
 
-def lrn_back(grad: Tensor, x: Tensor) -> Tensor:
+def lrn_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Of y = x / d^β with d = k + α · mean of x² over the neighbouring channels."""
     size, alpha, beta, k = LRN
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""The walk forward and the walk back as two operators of torch's, with what compilers and vmap need to know of them."""
+"""The walk, forward and backward, as two operators of torch's, with what compilers and vmap need to know of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from vggfeat.trunk.bits import bytes_of
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import kept_of
-from vggfeat.trunk.walk import backward, forward, reread
+from vggfeat.trunk.walk import backward, forward, kept_by_stage
 
 __all__ = ["trunk_backward", "trunk_forward"]
 
@@ -19,8 +19,10 @@ __all__ = ["trunk_backward", "trunk_forward"]
 @torch.library.custom_op("vggfeat::trunk", mutates_args=())
 def trunk_forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor]:
     """The trunk: taps, shallow to deep, then what the backward needs as `keep` says: "none", "bits" or "values"."""
-    taps, kept = forward(x, filters, Plan.decode(code), keep)
-    return taps + kept
+    stages = forward(x, filters, Plan.decode(code), keep)
+    return [tap for taps, _ in stages for tap in taps.values()] + [
+        value for _, kept in stages for value in kept.values()
+    ]
 
 
 @torch.library.custom_op("vggfeat::trunk_backward", mutates_args=())
@@ -39,7 +41,7 @@ def trunk_backward(
     Args:
         grads: gradients of some of the taps, in their shapes.
         present: which taps, as positions shallow to deep.
-        taps: the taps at `reread(plan, keep, device)`.
+        taps: those at `walk.reread(plan, keep, device)`.
         kept: what `trunk_forward` returned behind the taps.
         filters: as there.
         shape: of the images.
@@ -47,9 +49,9 @@ def trunk_backward(
         keep: as there.
     """
     plan = Plan.decode(code)
-    incoming = dict(zip(present, grads, strict=True))
-    again = dict(zip(reread(plan, keep, filters[0].device), taps, strict=True))
-    found = backward(incoming.get, again, list(kept), filters, (shape[2], shape[3]), plan, keep)
+    incoming = {plan.by_depth[i]: grad for i, grad in zip(present, grads, strict=True)}
+    memory = kept_by_stage(plan, keep, filters[0].device, taps, kept)
+    found = backward(incoming.get, memory, filters, (shape[2], shape[3]), plan, keep)
     return grads[0].new_zeros(tuple(shape)) if found is None else found
 
 
@@ -78,9 +80,9 @@ def _(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor
             kept.append(like(c, h, w))
         if "sign" in wants:
             kept.append(_fake_pack((x.shape[0], c, h, w), x))
-        if "route" in wants and "pool" not in wants:
+        if "argmax" in wants and "pool" not in wants:
             kept.append(_fake_pack((x.shape[0], *small), x, (3,)))
-        elif "route" in wants:
+        elif "argmax" in wants:
             kept.append(like(*small, dtype=torch.int64 if x.device.type == "cpu" else torch.uint8))
         if "pool" in wants and "pool" not in stage.taps:
             kept.append(like(*small))

@@ -29,8 +29,8 @@ def plain(x: Tensor, filters: Sequence[Tensor], plan: Plan) -> list[Tensor]:
         pad_by_conv = pad if plan.padding == "zeros" else 0
         return F.conv2d(padded(x, pad, plan.padding), own.weight, own.bias, padding=pad_by_conv)
 
-    for stage, (stream, unfolded) in zip(plan.stages, by_stage(plan, filters), strict=True):
-        below, x = x, conv(x, stream, stage.pad)
+    for stage, (folded, unfolded) in zip(plan.stages, by_stage(plan, filters), strict=True):
+        below, x = x, conv(x, folded, stage.pad)
         if "conv" in stage.taps:
             taps.append(x if unfolded is None else conv(below, unfolded, stage.pad))
         for step in stage.steps:

@@ -29,7 +29,10 @@ class Stage:
 
     @property
     def unfolded(self) -> bool:
-        """Whether the convolution is tapped beside the stream, whose own has the batch normalisation folded in."""
+        """Whether the convolution is tapped in front of a batch normalisation, which is folded into the one that runs.
+
+        The tap is a second convolution then, so that the values that go on do not depend on what is tapped.
+        """
         return "bn" in self.steps and "conv" in self.taps
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vggfeat import gpu
+from vggfeat.devices import triton_kernels
 from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bands, pack, unpack
 from vggfeat.trunk.filters import Filters, by_stage
@@ -17,7 +17,7 @@ from vggfeat.trunk.plan import Plan, Stage
 __all__ = [
     "ByName",
     "ByRows",
-    "Flow",
+    "GradientAccumulator",
     "Keep",
     "OnTap",
     "ReadyStage",
@@ -70,17 +70,16 @@ TapGrad = Tensor | ByRows | None  # the gradient with respect to a tap; None whe
 def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[str, ...]:
     """What the backward of a stage needs besides the weights, in the order in which it is kept.
 
-    | name    | what                                 | as                                                           |
-    |---------|--------------------------------------|--------------------------------------------------------------|
-    | "relu"  | what came out of the ReLU            | (N,C,H,W)                                                    |
-    | "sign"  | whether that was positive            | bits, uint8 (N, bytes)                                       |
-    | "route" | who won in each window of a max pool | bits, uint8 (N, 3, bytes): whether one below, whether one to |
-    |         |                                      | the right, whether it was positive; or beside "pool",        |
-    |         |                                      | (N,C,h,w) of torch's indices, on a CPU, or of 2 · below +    |
-    |         |                                      | right in uint8                                               |
-    | "pool"  | what won                             | (N,C,h,w)                                                    |
+    | name     | what                                | as                                                           |
+    |----------|-------------------------------------|--------------------------------------------------------------|
+    | "relu"   | what came out of the ReLU           | (N,C,H,W)                                                    |
+    | "sign"   | whether that was positive           | bits, uint8 (N, bytes)                                       |
+    | "argmax" | of each window of a max pool        | bits, uint8 (N, 3, bytes): its row, its column, and whether  |
+    |          |                                     | the maximum was positive; or beside "pool", (N,C,h,w) of     |
+    |          |                                     | torch's indices, on a CPU, or of 2 · row + column in uint8   |
+    | "pool"   | the pooled map                      | (N,C,h,w)                                                    |
 
-    A ReLU right before a max pool needs no sign unless it was tapped: the winners' own say enough. What is tapped as
+    A ReLU right before a max pool needs no sign unless it was tapped: those of the maxima say enough. What is tapped as
     well is kept as the tap, or recomputed as that is.
 
     Args:
@@ -96,7 +95,7 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
         keep = "bits"  # a strip's values are in the cache when they are packed; as they are, they would go to memory
     pool = plan.pooling if "pool" in stage.steps else ""
     tapped = "relu" in stage.taps
-    winners = (("route", "pool") if keep == "values" else ("route",)) if pool == "max" else ()
+    winners = (("argmax", "pool") if keep == "values" else ("argmax",)) if pool == "max" else ()
     if "lrn" in stage.steps:
         return ("relu", *winners)
     if pool == "l2":
@@ -116,8 +115,8 @@ def ready(plan: Plan, filters: Sequence[Tensor], keep: Keep) -> list[ReadyStage]
     """
     device = filters[0].device
     return [
-        ReadyStage(plan, stage, stream, unfolded, kept_of(plan, number, keep, device))
-        for number, (stage, (stream, unfolded)) in enumerate(zip(plan.stages, by_stage(plan, filters), strict=True))
+        ReadyStage(plan, stage, folded, unfolded, kept_of(plan, number, keep, device))
+        for number, (stage, (folded, unfolded)) in enumerate(zip(plan.stages, by_stage(plan, filters), strict=True))
     ]
 
 
@@ -128,14 +127,14 @@ class ReadyStage:
     Attributes:
         plan: what it is of.
         stage: which.
-        stream: what the values that go on are convolved with, batch normalisation folded in.
-        unfolded: without it, where the convolution is tapped beside the stream.
+        folded: its filters, with a batch normalisation that follows folded in.
+        unfolded: without that, where the convolution is tapped.
         keeps: of `kept_of`.
     """
 
     plan: Plan
     stage: Stage
-    stream: Filters
+    folded: Filters
     unfolded: Filters | None
     keeps: tuple[str, ...]
 
@@ -165,7 +164,7 @@ class ReadyStage:
         below = layers.padded(x, stage.pad, padding)
         pad = stage.pad if padding == "zeros" else 0
         beside = self.unfolded
-        x = cut(layers.conv(below, self.stream, pad, relu=fused, overwrite=overwrite and beside is None), rows)
+        x = cut(layers.conv(below, self.folded, pad, relu=fused, overwrite=overwrite and beside is None), rows)
         if "conv" in stage.taps:
             taps["conv"] = cut(x if beside is None else cut(layers.conv(below, beside, pad), rows), own)
         del below
@@ -185,66 +184,74 @@ class ReadyStage:
             if "lrn" in stage.taps:
                 taps["lrn"] = cut(x, own)
         if "pool" in stage.steps:  # in strips: the last stage, where the rows that are left are the strip's own
-            how = "none" if "route" not in self.keeps else "values" if "pool" in self.keeps else "bits"
-            x, route = layers.pool(x, pooling, how)
-            if route is not None:
-                kept["route"] = route
+            how = "none" if "argmax" not in self.keeps else "values" if "pool" in self.keeps else "bits"
+            x, argmax = layers.pool(x, pooling, how)
+            if argmax is not None:
+                kept["argmax"] = argmax
             if "pool" in stage.taps:
                 taps["pool"] = x
             elif "pool" in self.keeps:
                 kept["pool"] = x
         return x, taps, kept
 
-    def back(self, flow: Flow, arriving: Callable[[str], TapGrad], memory: ByName, height: int, width: int) -> None:
-        """Takes the gradient back from what came out to what went in.
+    def backward(
+        self,
+        flow: GradientAccumulator,
+        tap_grad: Callable[[str], TapGrad],
+        kept: ByName,
+        height: int,
+        width: int,
+    ) -> None:
+        """The gradient with respect to what came out becomes that with respect to what went in.
 
         Args:
             flow: the gradient; is changed.
-            arriving: gives the gradient with respect to a tap by its kind, if there is one; asked for once each.
-            memory: what was kept, including taps that are read again, by the names of `kept_of`; is emptied.
+            tap_grad: gives the gradient with respect to a tap by its kind, if there is one; asked for once each.
+            kept: what the forward kept, including taps that are read again, by the names of `kept_of`; is emptied.
             height: of what went in.
             width: likewise.
         """
         stage, pooling = self.stage, self.plan.pooling
-        values, signs = memory.pop("relu", None), memory.pop("sign", None)
-        route, won = memory.pop("route", None), memory.pop("pool", None)
+        values, signs = kept.pop("relu", None), kept.pop("sign", None)
+        argmax, pooled = kept.pop("argmax", None), kept.pop("pool", None)
         if "pool" in stage.steps:
-            flow.add(arriving("pool"))
+            flow.add(tap_grad("pool"))
             if flow.grad is not None:
                 if pooling == "max":
-                    assert route is not None
-                    flow.own(layers.max_pool_back(flow.grad, height, width, route, won))
+                    assert argmax is not None
+                    flow.replace(layers.max_pool_backward(flow.grad, height, width, argmax, pooled))
                 else:
                     before = layers.lrn(values) if values is not None and "lrn" in stage.steps else values
-                    flow.own(layers.pool_back(flow.grad, height, width, pooling, before))
+                    flow.replace(layers.pool_backward(flow.grad, height, width, pooling, before))
                     del before
-            route = won = None
+            argmax = pooled = None
         if "lrn" in stage.steps:
-            flow.add(arriving("lrn"))
+            flow.add(tap_grad("lrn"))
             if flow.grad is not None:
                 assert values is not None
-                flow.own(layers.lrn_back(flow.grad, values))
-        flow.add(arriving("relu"))
+                flow.replace(layers.lrn_backward(flow.grad, values))
+        flow.add(tap_grad("relu"))
         if flow.grad is not None and (values is not None or signs is not None):
             flow.mask(values, signs)
         values = signs = None
-        flow.add(arriving("bn"))
+        flow.add(tap_grad("bn"))
 
-        def through(flow: Flow, filters: Filters) -> Tensor | None:
+        def through(flow: GradientAccumulator, filters: Filters) -> Tensor | None:
             if flow.grad is None:
                 return None
             grad = layers.channels_last(flow.grad)
             size = (height, width)
-            return layers.conv_back(grad, filters.back, stage.pad, self.plan.padding, *size, overwrite=flow.ours)
+            weight = filters.weight_backward
+            return layers.conv_backward(grad, weight, stage.pad, self.plan.padding, *size, overwrite=flow.owned)
 
         if self.unfolded is not None:
-            beside = Flow()
-            beside.add(arriving("conv"))
-            flow.own(through(flow, self.stream))
+            beside = GradientAccumulator()
+            beside.add(tap_grad("conv"))
+            flow.replace(through(flow, self.folded))
             flow.add(through(beside, self.unfolded))
         else:
-            flow.add(arriving("conv"))
-            flow.own(through(flow, self.stream))
+            flow.add(tap_grad("conv"))
+            flow.replace(through(flow, self.folded))
 
 
 def cut(x: Tensor, rows: Rows | None) -> Tensor:
@@ -257,21 +264,21 @@ def length(rows: Rows) -> int:
     return int(rows.stop - rows.start)
 
 
-class Flow:
-    """The gradient on its way up: added to in place once it is ours, copied while it is somebody's tap gradient.
+class GradientAccumulator:
+    """The gradient in the backward: accumulated in place once it is owned, copied first while it is a caller's own.
 
     Attributes:
         grad: (N,C,H,W), None as long as there is none.
-        ours: whether nobody else has it.
+        owned: whether nobody else has it.
     """
 
     def __init__(self) -> None:
         self.grad: Tensor | None = None
-        self.ours = False
+        self.owned = False
 
-    def own(self, grad: Tensor | None) -> None:
+    def replace(self, grad: Tensor | None) -> None:
         """Go on with another one, which nobody else has."""
-        self.grad, self.ours = grad, grad is not None
+        self.grad, self.owned = grad, grad is not None
 
     def add(self, other: TapGrad) -> None:
         """Add what arrives from a tap, if anything does."""
@@ -279,33 +286,33 @@ class Flow:
             return
         if isinstance(other, ByRows):
             if self.grad is None:
-                self.own(other.whole())
+                self.replace(other.whole())
                 return
-            if not self.ours:
-                self.own(self.grad.clone())
+            if not self.owned:
+                self.replace(self.grad.clone())
             for rows, part in other.bands():
                 self.grad[:, :, rows].add_(part)
         elif self.grad is None:
-            self.grad, self.ours = layers.channels_last(other), False
-        elif self.ours:
+            self.grad, self.owned = layers.channels_last(other), False
+        elif self.owned:
             self.grad.add_(other)
         else:
-            self.own(self.grad + other)
+            self.replace(self.grad + other)
 
     def mask(self, values: Tensor | None, packed: Tensor | None) -> None:
         """Let through only where the ReLU did."""
         assert self.grad is not None
         if values is not None:
-            if self.ours:
+            if self.owned:
                 torch.ops.aten.threshold_backward.grad_input(self.grad, values, 0, grad_input=self.grad)
             else:
-                self.own(torch.ops.aten.threshold_backward(self.grad, values, 0))
+                self.replace(torch.ops.aten.threshold_backward(self.grad, values, 0))
             return
         assert packed is not None
-        if not self.ours:
-            self.own(self.grad.clone())
-        if kernels := gpu.kernels(self.grad.device, self.grad.dtype):
-            self.own(layers.channels_last(self.grad))
+        if not self.owned:
+            self.replace(self.grad.clone())
+        if kernels := triton_kernels(self.grad.device, self.grad.dtype):
+            self.replace(layers.channels_last(self.grad))
             kernels.mask(self.grad, packed)
             return
         for images, rows, where in bands(self.grad.shape, self.grad.device):

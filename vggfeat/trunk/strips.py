@@ -1,4 +1,4 @@
-"""The first block strip by strip: some rows of the image up to the first pool, then the next, and back likewise.
+"""The first block strip by strip: some rows of the image up to the first pool, then the next; the backward likewise.
 
 About half of all values that a VGG makes it makes in its first block, in maps of the image's size. Where these are too
 large for a processor's caches, they are made a few rows at a time, which are not; they never exist as a whole then,
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from vggfeat.trunk.plan import Plan
-from vggfeat.trunk.stage import ByName, ByRows, Flow, OnTap, ReadyStage, Rows, TapGrad, cut, length
+from vggfeat.trunk.stage import ByName, ByRows, GradientAccumulator, OnTap, ReadyStage, Rows, TapGrad, cut, length
 
-__all__ = ["Held", "Recompute", "back_in_strips", "forward_in_strips"]
+__all__ = ["Held", "Recompute", "backward_in_strips", "forward_in_strips"]
 
 VALUES = 1 << 20  # of one map of a strip, for each thread
 ROWS = 32  # a strip has a multiple of it: each convolution computes up to two more on either side, to throw them away
-POOLED = ("pool", "route")  # of the size that the pool leaves
+POOLED = ("pool", "argmax")  # of the size that the pool leaves
 
 Held = tuple[ReadyStage, dict[str, TapGrad], ByName]  # a stage, its taps' gradients by kind, what it kept
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """What the taps of the first convolution are recomputed from on the way back: it is by far the cheapest.
+    """What the taps of the first convolution are recomputed from in the backward: it is by far the cheapest.
 
     Attributes:
         image: as the first convolution takes it.
@@ -72,7 +72,7 @@ def forward_in_strips(
     return (found[-1][0] | out)["pool"], found
 
 
-def back_in_strips(
+def backward_in_strips(
     grad: Tensor | None, held: Sequence[Held], size: tuple[int, int], recompute: Recompute | None = None
 ) -> Tensor | None:
     """The gradient with respect to what went into the first block; None where nothing has one.
@@ -93,14 +93,14 @@ def back_in_strips(
     reach = 2 if plan.padding == "reflect" else 1
     for strip in _strips(plan, images, height, width):
         *reads, here = strip.reads_back(len(held), reach)
-        flow = Flow()
+        flow = GradientAccumulator()
         flow.add(None if grad is None else strip.read("pool", grad, here))
-        for stage, tap_grads, memory in held:
+        for stage, tap_grads, memory in held:  # what was kept of the whole
             taps = strip.recomputed(stage, recompute, here) if recompute is not None and stage is held[-1][0] else {}
             arriving = {kind: strip.tap_grad(kind, each, taps.get(kind), here) for kind, each in tap_grads.items()}
             kept = {name: strip.read(name, value, here) for name, value in memory.items()}
             kept |= {kind: tap for kind, tap in taps.items() if kind in stage.keeps}
-            stage.back(flow, arriving.get, kept, length(here), width)
+            stage.backward(flow, arriving.get, kept, length(here), width)
             below = reads.pop()
             if flow.grad is not None:
                 flow.grad = cut(flow.grad, _relative(below, here))
@@ -114,7 +114,7 @@ def back_in_strips(
 class _Strip:
     """Some rows of one image, or all rows of some images.
 
-    Its maps are known by the kind of layer that they come of, packed bits as "sign" or "route" (`stage.kept_of`).
+    Its maps are known by the kind of layer that they come of, packed bits as "sign" or "argmax" (`stage.kept_of`).
 
     Attributes:
         images: which.

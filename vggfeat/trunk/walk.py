@@ -1,4 +1,4 @@
-"""The walk: forward through the stages, keeping what the way back needs, and back to the image."""
+"""The walk: forward through the stages, keeping what the backward needs, and backward to the image."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor
 from vggfeat.modes import no_autocast
 from vggfeat.trunk import layers
 from vggfeat.trunk.plan import Plan
-from vggfeat.trunk.stage import ByName, ByRows, Flow, Keep, OnTap, Rows, TapGrad, kept_of, ready
-from vggfeat.trunk.strips import Held, Recompute, back_in_strips, forward_in_strips
+from vggfeat.trunk.stage import ByName, ByRows, GradientAccumulator, Keep, OnTap, Rows, TapGrad, kept_of, ready
+from vggfeat.trunk.strips import Held, Recompute, backward_in_strips, forward_in_strips
 
-__all__ = ["TapGradOf", "TapGradOfRows", "backward", "forward", "reread", "vjp", "vjp_by_rows"]
+__all__ = ["TapGradOf", "TapGradOfRows", "backward", "forward", "kept_by_stage", "reread", "vjp", "vjp_by_rows"]
 
-TapGradAt = Callable[[int], TapGrad]  # the gradient with respect to a tap, by its position
-TapGradOf = Callable[[str, Tensor], Tensor]  # the same by the tap's name and value
+TapGradOf = Callable[[str, Tensor], Tensor]  # the gradient with respect to a tap, by the tap's name and value
 TapGradOfRows = Callable[[str, Tensor, Rows], Tensor]  # the same of some rows of one image's tap
 
 
@@ -27,10 +26,21 @@ def reread(plan: Plan, keep: Keep, device: torch.device) -> tuple[int, ...]:
     return tuple(i for i, (number, kind) in enumerate(kinds) if kind in kept_of(plan, number, keep, device))
 
 
+def kept_by_stage(
+    plan: Plan, keep: Keep, device: torch.device, taps: Sequence[Tensor], kept: Sequence[Tensor]
+) -> list[ByName]:
+    """What `backward` needs, from two lists: the taps at `reread`, and the rest of what `forward` kept, in order."""
+    again, rest = iter(taps), iter(kept)
+    return [
+        {name: next(again if name in stage.taps else rest) for name in kept_of(plan, number, keep, device)}
+        for number, stage in enumerate(plan.stages)
+    ]
+
+
 def forward(
     x: Tensor, filters: Sequence[Tensor], plan: Plan, keep: Keep, on_tap: OnTap | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The taps, shallow to deep, and what `backward` needs besides.
+) -> list[tuple[ByName, ByName]]:
+    """For each stage its taps by kind, and what else `backward` needs of it.
 
     Args:
         x: normalised images (N,3,H,W), float32 for bfloat16 filters, else in the filters' type.
@@ -50,7 +60,7 @@ def _prepared(x: Tensor, filters: Sequence[Tensor]) -> tuple[Tensor, bool]:
 
 def _forward(
     x: Tensor, finite: bool, filters: Sequence[Tensor], plan: Plan, keep: Keep, on_tap: OnTap | None
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[tuple[ByName, ByName]]:
     stages, in_strips = ready(plan, filters, keep), plan.in_strips(x.device.type)
     found: list[tuple[ByName, ByName]] = []
 
@@ -74,16 +84,12 @@ def _forward(
         for number, stage in enumerate(stages[in_strips:], start=in_strips):
             x, taps, kept = stage.forward(x, finite, overwrite=number > 0 and stages[number - 1].hands_over)
             found.append((given(number, taps), kept))
-    return (
-        [value for taps, _ in found for value in taps.values()],
-        [value for _, kept in found for value in kept.values()],
-    )
+    return found
 
 
 def backward(
-    tap_grad: TapGradAt,
-    again: dict[int, Tensor],
-    kept: list[Tensor],
+    tap_grad: Callable[[str], TapGrad],
+    kept: list[ByName],
     filters: Sequence[Tensor],
     size: tuple[int, int],
     plan: Plan,
@@ -93,10 +99,10 @@ def backward(
     """The gradient with respect to the normalised images, in the filters' type; None where no tap has one.
 
     Args:
-        tap_grad: gives the gradient with respect to a tap, asked for once each, deepest first: when the walk gets
-            there, or, of stages that go strip by strip, before the first strip.
-        again: the taps at `reread`, by position. This and `kept` are emptied on the way, so that memory is free early.
-        kept: of `forward`.
+        tap_grad: gives the gradient with respect to a tap by its name, asked for once each, deepest first: when the
+            walk gets there, or, of stages that go strip by strip, before the first strip.
+        kept: for each stage what the forward kept of it, by the names of `kept_of`; is emptied on the way, so that
+            memory is free early.
         filters: those that `forward` had.
         size: height and width of the images.
         plan: what was run.
@@ -106,14 +112,13 @@ def backward(
     device = filters[0].device
     stages, in_strips = ready(plan, filters, keep), plan.in_strips(device.type)
     sizes = plan.sizes(*size)
-    position = len(plan.names)
-    flow = Flow()
+    flow = GradientAccumulator()
     held: list[Held] = []
     finite: bool | None = None  # as the first gradient to come is, the deepest tap's
 
-    def arriving(at: dict[str, int], kind: str) -> TapGrad:
+    def of_kind(names: dict[str, str], kind: str) -> TapGrad:
         nonlocal finite
-        grad = tap_grad(at[kind]) if kind in at else None
+        grad = tap_grad(names[kind]) if kind in names else None
         if grad is not None and finite is None:
             grad = grad.whole() if isinstance(grad, ByRows) else grad
             finite = layers.all_finite(grad)
@@ -121,17 +126,13 @@ def backward(
 
     with no_autocast(device):
         for number, stage in reversed([*enumerate(stages)]):
-            taps = stage.stage.taps
-            position -= len(taps)
-            at = {kind: position + i for i, kind in enumerate(taps)}
-            keeps = [name for name in reversed(stage.keeps) if name not in at or at[name] in again]
-            memory = {name: again.pop(at[name]) if name in at else kept.pop() for name in keeps}
+            names = plan.tapped[number]  # by kind
             if number < in_strips:
-                held.append((stage, {kind: arriving(at, kind) for kind in reversed(taps)}, memory))
+                held.append((stage, {kind: of_kind(names, kind) for kind in reversed(names)}, kept.pop()))
             else:
-                stage.back(flow, functools.partial(arriving, at), memory, *sizes[number])
+                stage.backward(flow, functools.partial(of_kind, names), kept.pop(), *sizes[number])
         if held:
-            flow.own(back_in_strips(flow.grad, held, size, recompute))
+            flow.replace(backward_in_strips(flow.grad, held, size, recompute))
     # where values were NaN the signs say 0, and a bad step would pass for a good one; all of it ends in the deepest tap
     return flow.grad if flow.grad is None or finite else torch.full_like(flow.grad, torch.nan)
 
@@ -139,10 +140,10 @@ def backward(
 def vjp(
     x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: Keep
 ) -> tuple[dict[str, Tensor], Callable[[TapGradOf], Tensor]]:
-    """The taps by name, and the way back to the images, for a gradient that is wanted now.
+    """The taps by name, and the pullback to the images, bypassing autograd.
 
-    No graph holds on to what was kept: it is let go on the way, as each tap is once its gradient was asked for and the
-    walk is past it. The way back can be taken once.
+    No graph holds on to what was kept: it is freed on the way, as each tap is once its gradient was asked for and the
+    walk is past it. The pullback can be called once.
 
     Args:
         x: normalised images, as for `forward`.
@@ -154,13 +155,12 @@ def vjp(
         The taps, shallow to deep, and a function of `tap_grad(name, tap)`, which gives the gradient with respect to a
         tap; it returns the gradient with respect to `x`, in its type.
     """
-    taps, back = _vjp(x, filters, plan, keep)
+    taps, pullback = _vjp(x, filters, plan, keep)
 
-    def at(tap_grad: TapGradOf, position: int) -> Tensor:
-        name = plan.by_depth[position]
+    def of(tap_grad: TapGradOf, name: str) -> Tensor:
         return tap_grad(name, taps.pop(name))
 
-    return taps, lambda tap_grad: back(functools.partial(at, tap_grad))
+    return taps, lambda tap_grad: pullback(functools.partial(of, tap_grad))
 
 
 def vjp_by_rows(
@@ -169,8 +169,8 @@ def vjp_by_rows(
     """As `vjp` of one image, for what can be told of a tap, and its gradient, from some rows at a time.
 
     Where the first convolution goes strip by strip, its taps, the largest there are, are never whole: they are given as
-    they are made, and recomputed on the way back. Of a tap's gradient a few rows are there at a time, but for the
-    deepest tap's (and that of a convolution tapped beside its batch normalisation).
+    they are made, and recomputed in the backward. Of a tap's gradient a few rows are there at a time, but for the
+    deepest tap's (and that of a convolution tapped in front of its batch normalisation).
 
     Args:
         x: one normalised image, as for `forward`.
@@ -183,30 +183,31 @@ def vjp_by_rows(
         A function of `tap_grad(name, part, rows)`, which gives the gradient with respect to some rows of a tap; it
         returns the gradient with respect to `x`, in its type.
     """
-    taps, back = _vjp(x, filters, plan, keep, on_tap)
+    taps, pullback = _vjp(x, filters, plan, keep, on_tap)
 
-    def at(tap_grad: TapGradOfRows, position: int) -> ByRows:
-        name = plan.by_depth[position]
+    def of(tap_grad: TapGradOfRows, name: str) -> ByRows:
         return ByRows(functools.partial(tap_grad, name), taps.pop(name, None))
 
-    return lambda tap_grad: back(functools.partial(at, tap_grad))
+    return lambda tap_grad: pullback(functools.partial(of, tap_grad))
 
 
 def _vjp(
     x: Tensor, filters: Sequence[Tensor], plan: Plan, keep: Keep, on_tap: OnTap | None = None
-) -> tuple[dict[str, Tensor], Callable[[TapGradAt], Tensor]]:
-    """The taps by name but those that were given strip by strip, and the way back, which can be taken once."""
+) -> tuple[dict[str, Tensor], Callable[[Callable[[str], TapGrad]], Tensor]]:
+    """The taps by name but those that were given strip by strip, and the pullback, which can be called once."""
     prepared, finite = _prepared(x, filters)
-    found, kept = _forward(prepared, finite, filters, plan, keep, on_tap)
-    lacking = len(plan.by_depth) - len(found)  # the first so many were not returned
-    taps = dict(zip(plan.by_depth[lacking:], found, strict=True))
-    again = {i: found[i - lacking] for i in reread(plan, keep, x.device) if i >= lacking}
-    recompute = Recompute(prepared, finite) if lacking else None
+    taps: dict[str, Tensor] = {}
+    kept: list[ByName] = []
+    for number, (own, besides) in enumerate(_forward(prepared, finite, filters, plan, keep, on_tap)):
+        taps |= {plan.tapped[number][kind]: tap for kind, tap in own.items()}
+        again = kept_of(plan, number, keep, x.device)
+        kept.append(besides | {kind: tap for kind, tap in own.items() if kind in again})
+    recompute = Recompute(prepared, finite) if len(taps) < len(plan.names) else None
     size, dtype = (x.shape[2], x.shape[3]), x.dtype
 
-    def back(tap_grad: TapGradAt) -> Tensor:
-        grad = backward(tap_grad, again, kept, filters, size, plan, keep, recompute)
+    def pullback(tap_grad: Callable[[str], TapGrad]) -> Tensor:
+        grad = backward(tap_grad, kept, filters, size, plan, keep, recompute)
         assert grad is not None  # every tap has one
         return grad.to(dtype)
 
-    return taps, back
+    return taps, pullback

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.arch import Arch
+from vggfeat.devices import resolve
 from vggfeat.errors import InputError, WeightsError, nearest
 from vggfeat.features import VGGFeatures
-from vggfeat.functional import wide
+from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, to_pil, to_tensor
-from vggfeat.processor import resolve
+from vggfeat.modes import with_gradients
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.optimize import Adam
 from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize
@@ -86,6 +87,7 @@ class Dream:
         return self.sheet.save(path, overwrite=overwrite)
 
 
+@with_gradients()
 def dream(
     layer: str = "relu3_1",
     channels: Sequence[int] | None = None,
@@ -158,7 +160,7 @@ def dream(
     place = _place(unit, probe, layer)
 
     def activation(images: Tensor, leak: float = 0.0) -> Tensor:
-        tap = wide(features.taps(images)[below])[range(len(shown)), shown]  # (K,h,w) or (K,)
+        tap = upcast(features.taps(images)[below])[range(len(shown)), shown]  # (K,h,w) or (K,)
         tap = F.leaky_relu(tap, leak) if relu else tap
         return tap if tap.ndim == 1 else tap.mean((1, 2)) if place is None else tap[:, place[0], place[1]]
 

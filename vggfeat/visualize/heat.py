@@ -13,10 +13,11 @@ from torch import Tensor
 from vggfeat.arch import Arch
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures
-from vggfeat.functional import mse, unit_normalize, wide
+from vggfeat.functional import mse, unit_normalize, upcast
 from vggfeat.image import ImageLike, as_picture, to_pil
 from vggfeat.metrics import LPIPS
-from vggfeat.network import VGG, evaluating, of_weights
+from vggfeat.modes import with_gradients
+from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, overlay, spread
 from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, facts_of, load, resolved
@@ -204,7 +205,7 @@ def cam(
             )
         names = facts.get("classes") if names is None else names
         label, mean, std = loaded.label, IMAGENET.mean, IMAGENET.std
-        net = of_weights(loaded)
+        net = network_from_weights(loaded)
     last = net.arch.names[-1]
     layer = layer or [each.name for each in net.arch.layers if each.kind == "relu"][-1]
     net.arch.layer(layer)
@@ -212,13 +213,13 @@ def cam(
         raise InputError(f"{net.arch.name} has classes 0 to {net.arch.num_classes - 1} here, got {class_index}")
     device = next(net.parameters()).device
     shift, scale = (torch.tensor(tuple(v), dtype=torch.float32, device=device)[:, None, None] for v in (mean, std))
-    with evaluating(net), torch.enable_grad():
+    with eval_mode(net), with_gradients():
         taps = net.taps(((x.to(device) - shift) / scale).requires_grad_(), [layer, last])
-        logits = wide(taps[last][0])
+        logits = upcast(taps[last][0])
         chosen = int(logits.argmax()) if class_index is None else class_index
         (grad,) = torch.autograd.grad(logits[chosen], taps[layer])
     logits, alpha = logits.detach(), grad.mean((2, 3), keepdim=True)
-    raw = wide((alpha * taps[layer]).sum(1).relu()[0].detach()).cpu()
+    raw = upcast((alpha * taps[layer]).sum(1).relu()[0].detach()).cpu()
 
     def over(image: Tensor) -> Tensor:
         heat = spread(raw, (image.shape[2], image.shape[3]))

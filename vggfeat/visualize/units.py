@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vggfeat.arch import Arch, Layer
 from vggfeat.errors import InputError
 from vggfeat.features import VGGFeatures
-from vggfeat.functional import wide
+from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, to_pil
 from vggfeat.visualize.inputs import chosen, load_image
 from vggfeat.visualize.sheet import Sheet, colored, enlarged
@@ -163,7 +163,7 @@ def maps(
 def _tap(features: VGGFeatures, layer: str, image: Tensor) -> Tensor:
     """The layer's value (C,h,w) of an image (1,3,H,W)."""
     with torch.no_grad():
-        return wide(features(image)[layer])[0].contiguous()
+        return upcast(features(image)[layer])[0].contiguous()
 
 
 def _stretched(rows: Tensor) -> Tensor:

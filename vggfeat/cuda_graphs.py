@@ -1,0 +1,154 @@
+"""Steps captured as CUDA graphs, which spares launching them kernel by kernel, and scalars read without waiting.
+
+On other devices all of this does nothing: the step is the function itself, and its numbers are there when it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vggfeat.errors import first_line, warn
+
+__all__ = ["AsyncScalars", "capture", "captured", "captured_and_checked", "lookahead", "supports_capture"]
+
+Step = Callable[..., tuple[Tensor, ...]]
+MIN_STEPS = 20  # steps from which one is captured, for which it runs three times and is replayed once
+REPLAY_RTOL = 0.01  # relative difference of a replayed step: kernels that add in no fixed order differ by less
+_broken: list[torch.cuda.CUDAGraph] = []  # captures that failed: the allocator may refer to them, and takes no more
+
+
+def lookahead(device: torch.device) -> int:
+    """How many further steps to begin before the numbers of one are asked for."""
+    return 1 if device.type == "cuda" else 0
+
+
+class AsyncScalars:
+    """A few numbers, copied to the host asynchronously.
+
+    On CUDA, where work is only queued, they are best asked for after the next step was queued, so that the device does
+    not run dry.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        cuda = values.device.type == "cuda"
+        self.values = values.to("cpu", non_blocking=cuda)
+        self.arrived = torch.cuda.Event() if cuda else None
+        if self.arrived is not None:
+            self.arrived.record(torch.cuda.current_stream(values.device))
+
+    def get(self) -> list[float]:
+        """The numbers; waits for the copy."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        scalars: list[float] = self.values.tolist()
+        return scalars
+
+
+def captured_and_checked(step: Step, image: Tensor, times: int) -> Step:
+    """The step as a CUDA graph for images of this shape; the step itself on other devices and for few steps.
+
+    The graph is tried on another image first: where it cannot be captured, or does not give what the step gives, the
+    step itself serves, with a warning that says so.
+
+    Args:
+        step: of an image, without reading anything back; what it returns is new at each call.
+        image: (1,3,H,W), one of those to come.
+        times: how many steps there will be.
+    """
+    if times < MIN_STEPS or _broken or not supports_capture(image.device):
+        return step
+    other = image.flip(3)
+    wanted = warm_up(step, other)  # here the step's own errors are raised
+    if not all(bool(value.isfinite().all()) for value in wanted):
+        return step  # which is for the loop to judge
+
+    def agrees(replay: Step) -> bool:
+        pairs = zip(replay(other), wanted, strict=True)
+        return all(float((ours - theirs).norm()) <= REPLAY_RTOL * float(theirs.norm()) for ours, theirs in pairs)
+
+    return captured(step, image, agrees=agrees)
+
+
+def captured(step: Step, *inputs: Tensor, agrees: Callable[[Step], bool] = lambda replay: True) -> Step:
+    """The step as a CUDA graph; itself, with a warning, where none can be made or what it gives does not agree.
+
+    Args:
+        step: of tensors of these shapes, which was run before; it reads nothing back, and what it changes besides, such
+            as weights, stays where it is.
+        inputs: some to capture it with; it is not run on them.
+        agrees: judges the graph.
+    """
+    if _broken:
+        return step
+    try:
+        replay = capture(step, *inputs)
+        if agrees(replay):
+            return replay
+        why = "they give something else"
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C, under what ending a capture says to it
+            raise KeyboardInterrupt from error
+        why = first_line(error)
+    warn(f"steps are not replayed as a CUDA graph: {why}")
+    return step
+
+
+def supports_capture(device: torch.device) -> bool:
+    """Whether the device has CUDA graphs."""
+    return device.type == "cuda"
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all: libraries keep memory for each that they have seen."""
+    return torch.cuda.Stream(device)
+
+
+def warm_up(step: Step, image: Tensor) -> tuple[Tensor, ...]:
+    """What the step gives, where it will be captured: in first calls libraries choose and allocate."""
+    here, aside = torch.cuda.current_stream(image.device), _aside(image.device)
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        step(image)
+        outputs = step(image)
+    here.wait_stream(aside)
+    return outputs
+
+
+def capture(step: Step, *inputs: Tensor) -> Step:
+    """The step as a graph captured with these; what it reads besides is kept alive by it, and must not move."""
+    fixed, graph, device = [value.detach().clone() for value in inputs], torch.cuda.CUDAGraph(), inputs[0].device
+    here, aside = torch.cuda.current_stream(device), _aside(device)
+    aside.wait_stream(here)
+    try:
+        # the outer context brings the stream back where a capture fails, which torch's own does not
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(aside),
+            torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
+        ):
+            outputs = step(*fixed)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            graph.reset()  # the step itself needs the memory that the capture was given
+        with contextlib.suppress(Exception):  # before torch 2.13 it thinks that it is being captured still
+            generator = torch.cuda.default_generators[
+                torch.cuda.current_device() if device.index is None else device.index
+            ]
+            generator.graphsafe_set_state(generator.clone_state())
+        _broken.append(graph)
+        raise
+    here.wait_stream(aside)
+
+    def replay(*inputs: Tensor, reads: Step = step) -> tuple[Tensor, ...]:
+        for mine, value in zip(fixed, inputs, strict=True):
+            mine.copy_(value)
+        graph.replay()
+        return tuple(value.clone() for value in outputs)
+
+    return replay

@@ -1,0 +1,166 @@
+"""Which device is used, what it does fast and what it cannot do at all, and how much memory it has left."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vggfeat.errors import InputError, first_line
+from vggfeat.modes import constant_when_traced
+
+__all__ = [
+    "autocast_dtype",
+    "bfloat16_is_fast",
+    "emulates",
+    "free_memory",
+    "has_onednn",
+    "multiplies_bfloat16",
+    "resolve",
+    "total_memory",
+    "triton_kernels",
+]
+
+
+UNKNOWN = 4 << 30  # bytes of memory, where nothing tells
+NO_LIMIT = 1 << 62
+_known: dict[tuple[torch.device, torch.dtype], Any] = {}  # by device and type, the kernels that work there
+
+
+def resolve(device: str | torch.device) -> torch.device:
+    """A device that is there, by name; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        raise InputError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
+    if found.type == "meta":
+        raise InputError("device 'meta' holds no values: choose cpu or cuda")
+    return found
+
+
+def has_onednn() -> bool:
+    """Whether this torch can use oneDNN's kernels."""
+    return bool(torch.backends.mkldnn.is_available())
+
+
+@functools.cache
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware: AMX or AVX512-BF16 on a CPU, sm80 and up on CUDA."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return has_onednn() and any(getattr(torch.cpu, ask, bool)() for ask in asks)
+    return False
+
+
+@constant_when_traced
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN takes bfloat16 on this CPU at all; on x86 it wants AVX-512 or AVX-NE-CONVERT for that.
+
+    Where it does not, torch's own convolutions take eight times as long as in float32, matrix products a hundred times.
+    """
+    return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def emulates(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has no fast matrix product for that type: torch makes it in loops there."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that convolutions are computed in."""
+    if precision == "auto":
+        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def triton_kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module `kernels`, where a map of four pixels shows that it works; else None.
+
+    It wants Triton, which torch for CUDA brings on Linux, and a C compiler.
+
+    Raises:
+        OutOfMemoryError: the device has no room for four pixels.
+    """
+    if device.type != "cuda" or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if (device, dtype) not in _known:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # while somebody captures a graph nothing can be tried
+        _known[device, dtype] = _working(device, dtype)
+    return _known[device, dtype]
+
+
+def _working(device: torch.device, dtype: torch.dtype) -> Any:
+    try:
+        from vggfeat import kernels
+
+        y, argmax = kernels.max_pool(torch.arange(4.0, device=device, dtype=dtype).view(1, 1, 2, 2))
+        return kernels if (y.item(), argmax.item()) == (3, 3) else None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # no Triton, no compiler, a device that it does not know: each says so in its own way
+        return None
+
+
+# ── memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, on a CPU reclaimable page cache included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    limit, used = _group()
+    return min(_machine_free(), max(0, limit - used))
+
+
+def total_memory() -> int:
+    """Bytes that the machine has, or the container that this process is in: the same at every call."""
+    try:
+        pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        pages = 2 * UNKNOWN
+    return min(pages, _group()[0])
+
+
+def _machine_free() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration, IndexError):  # not Linux
+        return UNKNOWN
+
+
+def _group(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """A container's limit and what is used of it, of either version of control groups."""
+    for limit, used, statistics, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        try:
+            numbers = int((folder / limit).read_text()), int((folder / used).read_text())
+        except (OSError, ValueError):  # none, or "max"
+            continue
+        return numbers[0], numbers[1] - _line(folder / statistics, cached)  # files read once are given up for others
+    return NO_LIMIT, 0
+
+
+def _line(path: Path, name: str) -> int:
+    """A number of a file of names and numbers; 0 where it has none of that name."""
+    try:
+        return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name} "))
+    except (OSError, ValueError, StopIteration, IndexError):
+        return 0
