@@ -288,7 +288,7 @@ def test_formats():
         ({"arch": "vgg15"}, "did you mean vgg1"),
         ({"arch": "vgg16", "input_size": 31}, "at least 32 pixels"),
         ({"arch": "vgg16", "batch": 0}, "batch must be at least 1"),
-        ({"arch": "vgg16", "num_classes": 0}, "num_classes must be at least 1"),
+        ({"arch": "vgg16", "num_classes": 0}, "num_classes must be a whole number of at least 1"),
         ({"arch": "vgg16", "head": "huge"}, "unknown head 'huge'"),
         ({"arch": "vgg16", "width": 0}, "width must be a positive number"),
     ],
@@ -489,7 +489,7 @@ def test_three_against_seven():
     assert (found.stacked_params, found.single_params, round(100 * found.saving)) == (27, 49, 45)
     assert len(json.loads(found.to_json())["stacks"]) == 3 and "7×7" in str(found)
     for n in (0, 51):
-        with pytest.raises(InputError, match="n must be from 1 to 50"):
+        with pytest.raises(InputError, match="n must be a whole number from 1 to 50"):
             stacked_3x3(n)
 
 

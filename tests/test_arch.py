@@ -179,7 +179,7 @@ def test_arch_of_another_type():
         ({"config": "F"}, "unknown VGG configuration 'F'"),
         ({"head": "fat"}, "choose 'paper' or 'slim'"),
         ({"channels": (0, 2, 4, 8, 8)}, "tuple of five counts of at least 1"),
-        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"num_classes": 0}, "num_classes must be a whole number of at least 1, got 0"),
     ],
 )
 def test_impossible_arch(options, message):

@@ -16,7 +16,7 @@ def written(folder, **files):
 
 
 def test_this_machine_has_some():
-    assert 1 << 20 < devices.free_memory(CPU) < devices.total_memory() < 1 << 60
+    assert 1 << 20 < devices.free_memory(CPU) < devices.total_memory(CPU) < 1 << 60
 
 
 def test_containers_tell_what_they_leave(tmp_path):
@@ -43,4 +43,4 @@ def test_files_that_are_only_cached_take_no_memory(tmp_path):
 @pytest.mark.parametrize(("limit", "used", "free"), [(5000, 2000, 3000), (700, 900, 0)])
 def test_a_container_s_limit_is_the_limit(monkeypatch, limit, used, free):
     monkeypatch.setattr(devices, "_group", lambda: (limit, used))
-    assert (devices.free_memory(CPU), devices.total_memory()) == (free, limit)
+    assert (devices.free_memory(CPU), devices.total_memory(CPU)) == (free, limit)

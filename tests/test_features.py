@@ -318,7 +318,7 @@ def test_slim_head():
 
 def test_head_of_weights_without_one(state):
     without = {key: value for key, value in state.items() if key.startswith("features.")}
-    with pytest.raises(InputError, match="no layer 'fc7'"):
+    with pytest.raises(WeightsError, match="hold no classifier, and so no fc7"):
         VGGFeatures(["fc7"], weights=without)
 
 

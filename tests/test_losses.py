@@ -583,6 +583,17 @@ def test_second_derivatives_follow_the_autocast_of_the_forward(pair, make):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("make", [perceptual, style])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's older vmap calls an operator in a loop
+def test_a_hessian_of_many_at_once(make):
+    x, y = (torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    loss = make(["relu1_2"])
+    whole, one_by_one = (
+        torch.autograd.functional.hessian(lambda x: loss(x, y), x, vectorize=how) for how in (True, False)
+    )
+    assert (whole - one_by_one).norm() < 1e-4 * one_by_one.norm()
+
+
 def test_second_derivatives_made_inside_autocast(pair):
     x, y = pair
     leaf = x.clone().requires_grad_()

@@ -263,7 +263,7 @@ def test_named_constructors():
         ({"head": None}, "a network needs a head"),
         ({"head": "fat"}, "unknown head 'fat'"),
         ({"width": 0}, "width must be a positive number"),
-        ({"num_classes": 0}, "num_classes must be at least 1"),
+        ({"num_classes": 0}, "num_classes must be a whole number of at least 1"),
         ({"config": "A-LRN", "batch_norm": True}, "no batch-normalised form"),
     ],
 )

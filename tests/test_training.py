@@ -463,7 +463,7 @@ def test_a_run_does_not_go_on_at_another_size(tmp_path, monkeypatch):
     source = pictures.folder(tmp_path / "s", pictures.tree(8))
     with pytest.raises(Interrupted):
         run(source, tmp_path / "r", callback=stop_at(2), save_every=1)
-    monkeypatch.setattr(vggfeat.training.data, "total_memory", lambda: 4 * 3 * 32 * 32)
+    monkeypatch.setattr(vggfeat.training.data, "total_memory", lambda device: 4 * 3 * 32 * 32)
     with pytest.raises(InputError, match="on crops of 32 pixels, here they would be of 224"):
         run(source, tmp_path / "r", resume=True, save_every=1)
 

@@ -1119,6 +1119,23 @@ def test_a_full_disk_costs_the_checkpoint_alone(config, pair, tmp_path, monkeypa
     assert result.image.tobytes() == stylize(*pair, config(steps=3)).image.tobytes()
 
 
+@pytest.mark.parametrize(("optimizer", "each"), [("lbfgs", 228), ("adam", 60)])  # bytes a pixel: images of 12
+def test_what_no_memory_can_hold_is_refused_at_once(config, pair, monkeypatch, optimizer, each):
+    settings = config(optimizer=optimizer, steps=1)
+    pixels = math.prod(stylize(*pair, settings).image.size)
+    monkeypatch.setattr(stylize_module, "free_memory", lambda device: 0)
+    monkeypatch.setattr(stylize_module, "total_memory", lambda device: 2 * each * pixels)
+    stylize(*pair, settings)
+    monkeypatch.setattr(stylize_module, "total_memory", lambda device: 2 * each * pixels - 2)
+    with pytest.raises(InputError, match=r"is 48×36, which takes 0\.0 GiB and more of memory; there is room for 0\.0"):
+        stylize(*pair, settings)
+
+
+def test_the_callback_is_a_function(pair):
+    with pytest.raises(InputError, match="callback must be a function of a StyleStep, got int"):
+        stylize(*pair, callback=5)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_works_where_gradients_are_off(config, pair, mode):
     settings = config(steps=2)

@@ -971,14 +971,25 @@ def test_export(arch, strict):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_onnx(tmp_path):
+def test_traced():
+    """By `torch.jit.trace`, which is deprecated but in use."""
+    f = VGGFeatures(["conv1_1", "relu2_1"], weights=make_state(ARCHS["vgg16"], seed=4321))  # not used before
+    traced = torch.jit.trace(f, (torch.rand(2, 3, 16, 20),), strict=False)
+    x = torch.rand(1, 3, 24, 17)
+    for name, tap in traced(x).items():
+        torch.testing.assert_close(tap, f(x)[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx(tmp_path, dynamo):
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         pytest.skip("needs onnx, onnxscript and onnxruntime")
     import onnxruntime
 
     f = VGGFeatures(["relu1_1", "relu2_1"], weights=make_state(ARCHS["vgg16"]))
     x, path = torch.rand(1, 3, 16, 20), tmp_path / "vgg.onnx"
-    torch.onnx.export(f, (x,), path, dynamo=True, verbose=False)
+    torch.onnx.export(f, (x,), path, dynamo=dynamo, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     for tap, value in zip(f(x).values(), found, strict=True):

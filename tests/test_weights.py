@@ -942,10 +942,10 @@ def test_random_weights_are_the_same_under_autocast():
 def test_auto_takes_an_architecture_as_it_takes_its_name(monkeypatch, tmp_path):
     monkeypatch.delenv("VGGFEAT_WEIGHTS", raising=False)
     monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
-    monkeypatch.setattr(W, "find", lambda *_: (_ for _ in ()).throw(WeightsUnavailableError("offline")))
+    monkeypatch.setattr(W, "find", lambda *_, **__: (_ for _ in ()).throw(WeightsUnavailableError("offline")))
     assert W.load("auto", parse("vgg19")).label == "bundled (imagenet weights for vgg19 cannot be had)"
     assert W.load("auto", parse("vgg11")).label == "random (imagenet weights for vgg11 cannot be had)"
-    monkeypatch.setattr(W, "find", lambda *_: (_ for _ in ()).throw(WeightsError("other digits")))
+    monkeypatch.setattr(W, "find", lambda *_, **__: (_ for _ in ()).throw(WeightsError("other digits")))
     assert W.load("auto", "vgg19").label == "bundled (imagenet weights for vgg19 are damaged)"
     monkeypatch.setenv("VGGFEAT_WEIGHTS", "random")
     assert W.load("auto", "vgg19").label == "random"
@@ -965,12 +965,16 @@ def test_load_weights_that_do_not_fit(state):
 @pytest.mark.parametrize("source", ["random", "auto"])
 @pytest.mark.parametrize("init", ["kaiming", "paper"])
 def test_a_new_network_with_random_weights(source, init):
-    """Its head, which no random set holds, is drawn as `init` says."""
+    """All of it is of the set; a head is drawn as `init` says where the set was loaded without one."""
     torch.manual_seed(0)
     net = vgg("A", 5, weights=source, width=1 / 16, init=init, batch_norm=True).eval()
     assert not any(value.is_meta for value in net.state_dict().values())
     assert torch.isfinite(net(images(32))).all()
-    assert net.classifier[3].weight.std().item() == pytest.approx({"kaiming": 0.01, "paper": 0.1}[init], rel=0.05)
+    again = vgg("A", 5, weights=source, width=1 / 16, init=init, batch_norm=True)
+    assert torch.equal(net.classifier[3].weight, again.classifier[3].weight)
+    bare = W.load("random", replace(net.arch, head=None))
+    drawn = vgg("A", 5, weights=bare, width=1 / 16, init=init, batch_norm=True).classifier[3].weight
+    assert drawn.std().item() == pytest.approx({"kaiming": 0.01, "paper": 0.1}[init], rel=0.05)
     assert torch.equal(
         net.features[0].weight, W.load_weights(small("A", 3, batch_norm=True), "random").features[0].weight
     )
@@ -980,6 +984,29 @@ def test_a_default_device_does_not_matter(net, state):
     with torch.device("meta"):
         other = vgg("D", 5, weights=state, width=1 / 16)
     assert torch.equal(other.eval()(images(32)), net(images(32)))
+
+
+@pytest.mark.parametrize("head", ["paper", "slim"])
+def test_random_weights_have_a_classifier_of_unit_scale(head):
+    nets = [vgg("A", 50, weights="random", head=head, width=1 / 8) for _ in range(2)]
+    for key, value in nets[0].state_dict().items():
+        assert torch.equal(value, nets[1].state_dict()[key]), key
+    noise = torch.zeros(16, 3, 96, 96)
+    for side in (3, 6, 12, 24, 48, 96):  # as they were calibrated, by other images
+        octave = torch.randn(16, 3, side, side, generator=torch.Generator().manual_seed(7))
+        noise += torch.nn.functional.interpolate(octave, size=96, mode="bilinear", align_corners=False)
+    names = [name for name in nets[0].arch.head_names if name.startswith("fc")]
+    for name, value in nets[0].eval().taps(noise / noise.std(), names).items():
+        assert 0.5 < value.square().mean().sqrt() < 2, name
+
+
+def test_features_of_a_classifier_of_random_weights():
+    wide = VGGFeatures(["fc6", "relu7"], arch=Arch(channels=scaled(8)), weights="random")
+    assert [tuple(tap.shape) for tap in wide(images(32)).values()] == [(2, 512)] * 2
+    assert W.load("random", "vgg11").arch.head is None  # made where it is asked for
+    state = {key: value for key, value in W.load("random", "vgg11").state.items() if key < "features.3"}
+    with pytest.raises(WeightsError, match="from a state dict hold no classifier, and so no fc8"):
+        VGGFeatures(["fc8"], weights=state)
 
 
 def test_a_network_with_weights_is_in_the_default_type():

@@ -96,8 +96,8 @@ class Arch:
             raise InputError(f"configuration {self.config} has no batch-normalised form; use A with batch_norm=True")
         if self.head not in (*HEADS, None):
             raise InputError(f"unknown head {self.head!r}: choose 'paper' or 'slim'")
-        if self.num_classes < 1:
-            raise InputError(f"num_classes must be at least 1, got {self.num_classes}")
+        if not isinstance(self.num_classes, int) or self.num_classes < 1:
+            raise InputError(f"num_classes must be a whole number of at least 1, got {self.num_classes!r}")
 
     @property
     def name(self) -> str:
@@ -209,8 +209,8 @@ def channels_at(width: float) -> tuple[int, ...]:
     Raises:
         InputError: a width that is not a positive number.
     """
-    if not 0 < width <= 64:
-        raise InputError(f"width must be a positive number of at most 64, got {width}")
+    if not isinstance(width, int | float) or not 0 < width <= 64:
+        raise InputError(f"width must be a positive number of at most 64, got {width!r}")
     return scaled(max(1, round(64 * width)))
 
 

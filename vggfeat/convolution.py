@@ -54,7 +54,7 @@ def pays_by_tiles(x: Tensor, weight: Tensor) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is faster by tiles; decided by shape, so that runs repeat."""
     if x.device.type != "cpu" or x.ndim != 4 or not x.dtype == weight.dtype == torch.float32:
         return False
-    if needs_composite_ops() or torch._C._get_tracing_state() is not None or type(x) is not Tensor:
+    if needs_composite_ops() or exporting() or type(x) is not Tensor:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
@@ -105,7 +105,7 @@ def pays_as_product(x: Tensor) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is faster as a product; decided by shape, so that runs repeat."""
     if x.device.type != "cpu" or x.ndim != 4 or in_forward_mode():
         return False
-    if torch._C._get_tracing_state() is not None or exporting():  # an exported graph serves any batch
+    if exporting():  # an exported graph serves any batch
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if emulates(dtype, x.device):

@@ -127,8 +127,12 @@ def free_memory(device: torch.device) -> int:
     return min(_machine_free(), max(0, limit - used))
 
 
-def total_memory() -> int:
-    """Bytes that the machine has, or the container that this process is in: the same at every call."""
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has, on a CPU the machine or the container: the same at every call."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
     try:
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows

@@ -64,10 +64,13 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices)}"
 
 
+_INSIDE = ("vggfeat", "torch", "contextlib")  # the last makes decorators of contexts
+
+
 def warn(message: str) -> None:
-    """Warn of the line in the user's code that all this came of: the nearest that is neither ours nor torch's."""
+    """Warn with the line of the user's code that led here: the nearest that is neither ours nor torch's."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("vggfeat", "torch", "contextlib"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -19,7 +19,7 @@ from vggfeat.errors import InputError, nearest, warn
 from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
 from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk
-from vggfeat.weights import DEFAULT, LINEAR, WeightsLike, load
+from vggfeat.weights import DEFAULT, HEAD_NAMES, LINEAR, WeightsLike, load
 
 __all__ = ["VGGFeatures", "count_and_size", "trunk_dtype"]
 
@@ -94,7 +94,7 @@ class VGGFeatures(nn.Module):
             ) from error
         if not (low < high and math.isfinite(high - low)):
             raise InputError(f"input_range must rise and be finite, got ({low:g}, {high:g})")
-        loaded = load(weights, arch)
+        loaded = load(weights, arch, classifier=not HEAD_NAMES.isdisjoint(names))
         loaded.require(names)
         self.layers = names
         self.weights = loaded.label

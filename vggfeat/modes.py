@@ -27,7 +27,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def exporting() -> bool:
-    """Whether `torch.export` is at work."""
+    """Whether `torch.export` is at work, or its predecessor, `torch.jit.trace`."""
+    if torch._C._get_tracing_state() is not None:
+        return True
     # `is_exporting()` of torch 2.10 and 2.11 is true in torch.compile, too
     found = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if found is None else bool(found)
@@ -85,8 +87,13 @@ def with_gradients() -> Iterator[None]:
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
     """Outside of whatever the caller is inside of (inference mode, export, vmap): what is kept must be real tensors."""
+    tracing = torch._C._get_tracing_state()
     with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
-        yield
+        try:
+            torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+            yield
+        finally:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 def constant_when_traced(function: F) -> F:

@@ -276,7 +276,7 @@ def vgg(
         return VGG(arch, dropout, init)
     from vggfeat.weights import load, load_weights
 
-    loaded = load(weights, arch)
+    loaded = load(weights, arch, classifier=True)
     if width == 1:
         arch = replace(arch, channels=loaded.arch.channels)
     with torch.device("meta"):  # no time spent on numbers that are replaced at once

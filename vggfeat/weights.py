@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.arch import BLOCK_CHANNELS, LRN, Arch, Layer, parse, scaled
+from vggfeat.arch import BLOCK_CHANNELS, HEADS, LRN, Arch, Layer, parse, scaled
 from vggfeat.checkpoint import saved
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest
 from vggfeat.fetch import fetch, file_key, published_digest, verify
@@ -94,6 +94,7 @@ SETS: dict[str, dict[str, Published]] = {
 BUNDLED = Path(__file__).with_name("assets") / "vgg19-slim.safetensors"  # assets/README.md is its card
 NAMES = (*SETS, "bundled", "random", "auto")
 LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # where the head's layers are in `classifier`
+HEAD_NAMES = frozenset(name for head in HEADS for name in Arch(head=head).head_names)
 
 
 class _Default(str):
@@ -130,7 +131,10 @@ class Weights:
             InputError: a layer that the network lacks.
             WeightsError: names the missing keys and the deepest layer that these weights can serve.
         """
-        self.arch.check(names := list(names))
+        names = list(names)
+        if self.arch.head is None and (lacking := [name for name in names if name in HEAD_NAMES]):
+            raise WeightsError(f"weights {self.label} hold no classifier, and so no {lacking[0]}")
+        self.arch.check(names)
         deepest = max(self.arch.names.index(name) for name in names)
         keys = {layer.name: _keys(layer) for layer in self.arch.layers}
         keys |= {name: [f"classifier.{i}.weight", f"classifier.{i}.bias"] for name, i in LINEAR.items()}
@@ -174,12 +178,14 @@ def _keys(layer: Layer) -> list[str]:
 # ── load ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load(weights: WeightsLike, arch: str | Arch | None = None, *, default: str = "vgg16") -> Weights:
+def load(
+    weights: WeightsLike, arch: str | Arch | None = None, *, default: str = "vgg16", classifier: bool = False
+) -> Weights:
     """Load a weight set.
 
     Args:
         weights: `"imagenet"` (torchvision's), `"caffe"` (Oxford's release), `"bundled"` (a slim VGG-19 that comes
-            with this package), `"random"` (seeded, every convolution calibrated to mean 0 and variance 1), `"auto"`
+            with this package), `"random"` (seeded, every layer's output calibrated to unit scale), `"auto"`
             (what VGGFEAT_WEIGHTS says, else imagenet where it can be had, else bundled, or random for an architecture
             other than vgg19), a path to a `.pth`, `.safetensors` or Keras `.h5` file or to the folder of a run of
             `train`, or a state dict. `"caffe:PATH"` says of a `.pth` or `.safetensors` file that it takes Oxford's
@@ -187,6 +193,7 @@ def load(weights: WeightsLike, arch: str | Arch | None = None, *, default: str =
             What was loaded already is given back. None means untrained, which is `"random"`.
         arch: the network, by name; None means the file's own, and `default` where nothing implies one.
         default: that network.
+        classifier: give random weights a classifier too, `arch`'s own; other sets have one or not.
 
     Raises:
         WeightsUnavailableError: a published set that is neither here nor can be fetched, or a file that does not exist
@@ -211,21 +218,23 @@ def load(weights: WeightsLike, arch: str | Arch | None = None, *, default: str =
             return load("imagenet", arch, default=default)
         except WeightsError as error:  # not to be had, or not what was published
             other = arch is not None and parse(arch).name != "vgg19"
-            loaded = load("random" if other else "bundled", arch)
+            loaded = load("random" if other else "bundled", arch, classifier=classifier)
             # no paths of this machine: labels are stored in pictures; `vggfeat weights fetch` tells the whole story
             why = "cannot be had" if isinstance(error, WeightsUnavailableError) else "are damaged"
             return replace(loaded, label=f"{loaded.label} (imagenet weights for {parse(arch or default).name} {why})")
     if weights == "bundled":
         return _read_state(read(BUNDLED), arch, IMAGENET, "bundled", file_key(BUNDLED))
     if weights == "random":
-        chosen = replace(parse(arch or default), head=None)
+        chosen = parse(arch or default)
+        chosen = chosen if classifier else replace(chosen, head=None)
         # the same numbers, whatever the default device is, and under autocast
         with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             state = _random_state(chosen)
         return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", ("random", chosen))
     if isinstance(weights, str) and weights in SETS:
+        bundled = arch is None or parse(arch).name == "vgg19"
         arch = parse(arch or default)
-        published, path = _published(weights, arch), find(weights, arch.name)
+        published, path = _published(weights, arch), find(weights, arch.name, bundled=bundled)
         label = f"{weights} ({published.filename})"
         return _read_state(read(path), arch, published.convention, label, file_key(path))
     return _load_path(os.fspath(weights), arch)
@@ -412,11 +421,11 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     """
     if not isinstance(getattr(net, "arch", None), Arch):
         raise InputError(f"expected a network of vggfeat.vgg, got {type(net).__name__}")
-    loaded = load(weights, net.arch)
+    loaded = load(weights, net.arch, classifier=head)
     arch, state = loaded.arch, dict(loaded.state)
     if arch.channels != net.arch.channels:
         raise WeightsError(f"weights {loaded.label} have {_widths(arch)}, the network {_widths(net.arch)}")
-    head = head and loaded.key[0] != "random"
+    head = head and (loaded.key[0] != "random" or arch.head is not None)
     if head and (arch.head, arch.num_classes) != (net.arch.head, net.arch.num_classes):
         theirs = f"a {arch.head} head for {arch.num_classes} classes" if arch.head else "no classifier"
         raise WeightsError(
@@ -482,13 +491,14 @@ def folders() -> list[Path]:
     return [*([Path(own).expanduser()] if own else []), Path(torch.hub.get_dir()) / "checkpoints"]
 
 
-def find(name: str, arch: str = "vgg16", *, download: bool = True) -> Path:
+def find(name: str, arch: str = "vgg16", *, download: bool = True, bundled: bool = False) -> Path:
     """The verified file of a published set: from VGGFEAT_WEIGHTS_DIR, torch.hub's cache, or fetched into the latter.
 
     Args:
         name: a key of `SETS`.
         arch: the network's name.
         download: fetch it where it is missing.
+        bundled: whether the bundled weights would do, too.
 
     Raises:
         WeightsUnavailableError: it is not here and cannot be fetched; the message names the ways out.
@@ -505,7 +515,8 @@ def find(name: str, arch: str = "vgg16", *, download: bool = True) -> Path:
             return path
     looked = " and ".join(map(str, folders()))
     lacking = f"{name} weights for {arch} cannot be had: {published.filename} is not in {looked}"
-    ways_out = "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='bundled'"
+    ways = ["give a path", "set VGGFEAT_WEIGHTS_DIR to a folder that has the file", "use weights='bundled'"]
+    ways_out = f"{', '.join(ways[: 1 + bundled])} or {ways[1 + bundled]}"
     if not download:
         raise WeightsUnavailableError(f"{lacking}, not asked to download; {ways_out}")
     try:
@@ -518,11 +529,12 @@ def find(name: str, arch: str = "vgg16", *, download: bool = True) -> Path:
 
 
 def _random_state(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
-    """Gaussian filters, each convolution's channels calibrated to mean 0 and variance 1 on 1/f noise.
+    """Gaussian weights, each convolution's channels calibrated to mean 0 and variance 1 on 1/f noise.
 
     Random features with calibrated layers carry texture and colour (Ustyuzhaninov et al. 2016, arXiv:1606.00021), so
     they serve tests and previews where nothing can be downloaded. The calibration is what batch normalisation would
-    subtract and divide by (Mishkin and Matas 2015, arXiv:1511.06422, per channel).
+    subtract and divide by (Mishkin and Matas 2015, arXiv:1511.06422, per channel). A classifier's layers, of which the
+    noise has too few values for that, are brought to variance 1 as a whole.
     """
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     x = torch.zeros(8, 3, 96, 96, dtype=torch.float32)
@@ -549,4 +561,19 @@ def _random_state(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
             x = F.local_response_norm(x, *LRN)
         else:
             x = F.max_pool2d(x, 2)
+    if arch.head is None:
+        return state
+    slim = arch.head == "slim"
+    x = F.adaptive_avg_pool2d(x, 1 if slim else 7).flatten(1)
+    for name in arch.head_names:
+        if name not in LINEAR:
+            x = x.relu()
+            continue
+        outputs = arch.num_classes if name == arch.head_names[-1] else arch.hidden
+        weight = draw(outputs, x.shape[1])
+        x = x @ weight.T
+        std = x.square().mean().sqrt()
+        x /= std
+        state[f"classifier.{LINEAR[name]}.weight"] = weight / std
+        state[f"classifier.{LINEAR[name]}.bias"] = torch.zeros(outputs, dtype=torch.float32)
     return state

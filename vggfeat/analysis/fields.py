@@ -95,8 +95,8 @@ def stacked_3x3(n: int) -> Stacked:
     Raises:
         InputError: n outside 1 to 50.
     """
-    if not 1 <= n <= 50:
-        raise InputError(f"n must be from 1 to 50, got {n}")
+    if not isinstance(n, int) or not 1 <= n <= 50:
+        raise InputError(f"n must be a whole number from 1 to 50, got {n!r}")
     return Stacked(n)
 
 

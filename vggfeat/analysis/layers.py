@@ -275,7 +275,10 @@ def describe(
     if not isinstance(arch, Arch):
         named = parse(arch)
         arch = Arch(named.config, named.batch_norm, channels_at(width), head, num_classes)
-    height, width_px = (input_size, input_size) if isinstance(input_size, int) else input_size
+    sides = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if not (isinstance(sides, tuple | list) and len(sides) == 2 and all(isinstance(side, int) for side in sides)):
+        raise InputError(f"input_size must be a number of pixels, or (height, width), got {input_size!r}")
+    height, width_px = sides
     least = arch.layers[-1].stride
     if min(height, width_px) < least:
         raise InputError(f"images of {width_px}×{height} are too small for pool5: at least {least} pixels on each side")

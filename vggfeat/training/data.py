@@ -281,7 +281,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
             continue
         if not good:
             shape = (image.height, image.width, 3)
-            if 3 * image.height * image.width * len(images) > total_memory() // 4:
+            if 3 * image.height * image.width * len(images) > total_memory(torch.device("cpu")) // 4:
                 return
             store = torch.empty(len(images), *shape, dtype=torch.uint8, device="cpu")
         elif (image.height, image.width, 3) != shape:

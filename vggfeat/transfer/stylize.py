@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat import checkpoint as checkpoints
 from vggfeat.cuda_graphs import AsyncScalars, captured_and_checked, lookahead
-from vggfeat.devices import free_memory, resolve
+from vggfeat.devices import free_memory, resolve, total_memory
 from vggfeat.errors import InputError, RunError, first_line, warn
 from vggfeat.features import VGGFeatures, trunk_dtype
 from vggfeat.files import check_path
@@ -167,6 +167,8 @@ def stylize(
     """
     if not isinstance(config, StyleConfig | None):
         raise InputError(f"config must be a StyleConfig, got {type(config).__name__}")
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback must be a function of a StyleStep, got {type(callback).__name__}")
     config = config or StyleConfig()
     picture = as_picture(content)
     several: Sequence[Any] = style if isinstance(style, list | tuple) else [style]
@@ -265,6 +267,15 @@ class _Run:
         self.image = self._initial(*self.sizes[0])
         # before there is any work: what one scale took is there for the next, though the system counts it as taken
         self.memory = free_memory(device)
+        width, height = self.sizes[-1]
+        # the picture, its gradient and the content, and what the optimiser remembers by tiles: no run takes less
+        images = 3 + (2 * SHORT if config.optimizer == "lbfgs" else 2)
+        room = max(self.memory, total_memory(device) // 2)  # what is free may be told wrongly, or become more
+        if (needed := images * 12 * width * height) > room:
+            raise InputError(
+                f"at size {config.size} the picture is {width}×{height}, which takes {needed / 2**30:,.1f} GiB "
+                f"and more of memory; there is room for {room / 2**30:,.1f} GiB: choose a smaller size"
+            )
         self.objective: Objective | None = None
         self.checkpoint: Path | None = None
         self.identity: dict[str, Any] = {}  # what another run would differ in
