@@ -37,13 +37,13 @@ def resolve(device: str | torch.device) -> torch.device:
         InputError: it is not.
     """
     try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(1, device=found)
+        resolved = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
         raise InputError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
-    if found.type == "meta":
+    if resolved.type == "meta":
         raise InputError("device 'meta' holds no values: choose cpu or cuda")
-    return found
+    return resolved
 
 
 def has_onednn() -> bool:

@@ -213,8 +213,8 @@ def unit_normalize(features: Tensor) -> Tensor:
     """
     if in_forward_mode():
         return upcast(features) * _to_unit(upcast(features))
-    found: Tensor = _UnitNormalize.apply(features)
-    return found
+    normalized: Tensor = _UnitNormalize.apply(features)
+    return normalized
 
 
 def _to_unit(features: Tensor) -> Tensor:

@@ -340,11 +340,11 @@ def batch_norm_relu_backward(grad: Tensor, x: Tensor, stats: Tensor) -> tuple[Te
         stats: that it gave.
     """
     grad, x = _laid_out(grad), _laid_out(x)
-    out, found = torch.empty_like(x), stats.new_empty(2, x.shape[1])
+    out, totals = torch.empty_like(x), stats.new_empty(2, x.shape[1])
     sums = _sums(_moments_backward, x, grad, x, stats)
-    _over_sums(_totals, sums, sums, found)
-    _over_map(_normalise_backward, x, grad, x, stats, found, out, x.shape[1] / x.numel())
-    return out, found[1], found[0]
+    _over_sums(_totals, sums, sums, totals)
+    _over_map(_normalise_backward, x, grad, x, stats, totals, out, x.shape[1] / x.numel())
+    return out, totals[1], totals[0]
 
 
 def _sums(kernel: Any, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -440,10 +440,10 @@ def _both(sums, channel, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
-def _totals(sums, found, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _totals(sums, totals, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first, second = _both(sums, channel, parts, channels, ROWS, COLUMNS)
-    _put(found, channel, channels, first, second)
+    _put(totals, channel, channels, first, second)
 
 
 @triton.jit
@@ -506,12 +506,12 @@ def _normalise(x, stats, y, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _normalise_backward(grad, x, stats, found, out, share, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _normalise_backward(grad, x, stats, totals, out, share, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     factor, summand, mean, inverse = _stats(stats, channel, channels)
-    total = tl.load(found + channel, channel < channels, 0.0)[None, :] * share
-    product = tl.load(found + channels + channel, channel < channels, 0.0)[None, :] * share
+    total = tl.load(totals + channel, channel < channels, 0.0)[None, :] * share
+    product = tl.load(totals + channels + channel, channel < channels, 0.0)[None, :] * share
     there = (row < rows) & (channel[None, :] < channels)
     at = row.to(tl.int64) * channels + channel[None, :]
     value, through = _through(grad, x, at, there, factor, summand)

@@ -344,14 +344,14 @@ class _LossWithGradient(torch.autograd.Function):
                 target = replace(ctx.encoded, values=dict(zip(ctx.names, theirs, strict=True)))
             with torch.autocast(input.device.type, **ctx.autocast):
                 losses = ctx.loss._compare_parts(input, target, mask)
-            (found,) = torch.autograd.grad(losses, input, grad, create_graph=True)
+            (gradient,) = torch.autograd.grad(losses, input, grad, create_graph=True)
         else:
             if ctx.gradient is None:
                 raise RuntimeError("the loss's gradient was asked for a second time: the first time, use retain_graph")
-            found = (ctx.gradient * grad[:, None, None, None]).to(ctx.dtype)
+            gradient = (ctx.gradient * grad[:, None, None, None]).to(ctx.dtype)
             if not _keeps_graph():
                 ctx.gradient = None
-        return found, None, None, None
+        return gradient, None, None, None
 
 
 def _keeps_graph() -> bool:

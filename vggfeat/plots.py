@@ -63,8 +63,8 @@ def _figure_class() -> type[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DependencyError("plots need matplotlib: pip install 'vggfeat[plot]'") from error
-    found: type[Figure] = Figure
-    return found
+    figure_class: type[Figure] = Figure
+    return figure_class
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -333,11 +333,11 @@ def plot_receptive_fields(
     colors = [YELLOW, SKY, ORANGE, GREEN, PINK, RED, BLUE]
     if not 1 <= len(layers) <= len(colors):
         raise InputError(f"name one to {len(colors)} layers to draw, got {len(layers)}")
-    found = sorted({arch.layer(name) for name in layers}, key=lambda layer: layer.index)
+    drawn = sorted({arch.layer(name) for name in layers}, key=lambda layer: layer.index)
     fields = []
     if loaded is not None:
-        fields = [effective_field(layer.name, arch, weights=loaded, samples=samples) for layer in found]
-    reach = max(layer.receptive_field for layer in found)
+        fields = [effective_field(layer.name, arch, weights=loaded, samples=samples) for layer in drawn]
+    reach = max(layer.receptive_field for layer in drawn)
     # a field larger than the picture shows as such, and a picture much higher than wide makes no endless figure
     across, down = (max(side, reach) for side in picture.size)
     columns = 2 if len(fields) <= 4 else 3
@@ -347,12 +347,12 @@ def plot_receptive_fields(
     title = f"Receptive fields of {arch.name} on a {picture.width}×{picture.height} image"
     if not fields:
         figure = _figure(size, height)
-        _draw_squares(figure, title, picture, found, fields, (across, down), colors)
+        _draw_squares(figure, title, picture, drawn, fields, (across, down), colors)
         return _save(figure, path, overwrite)
     figure = _figure(size + columns * panel, height)
     sides: Any = figure.subfigures(1, 2, width_ratios=(size, columns * panel))
     left, right = sides
-    _draw_squares(left, f"{title}\ndotted: the effective field", picture, found, fields, (across, down), colors)
+    _draw_squares(left, f"{title}\ndotted: the effective field", picture, drawn, fields, (across, down), colors)
     label = short(loaded.label.split(" (")[0], 40) if loaded is not None else ""
     _draw_gradients(
         right, f"Effective receptive fields: mean |gradient|\nweights {label}", fields, (rows, columns), colors

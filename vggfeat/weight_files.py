@@ -91,10 +91,10 @@ def _read_keras(path: Path) -> dict[str, Tensor]:
     config = "E" if "block3_conv4" in arrays else "D"
     state = {}
     for layer in Arch(config).convs:
-        found = arrays.get(f"block{layer.name[4]}_conv{layer.name[6]}", {})
-        if 4 in found and 1 in found:
-            state[f"features.{layer.index}.weight"] = found[4].permute(3, 2, 0, 1).contiguous()
-            state[f"features.{layer.index}.bias"] = found[1]
+        kernels = arrays.get(f"block{layer.name[4]}_conv{layer.name[6]}", {})
+        if 4 in kernels and 1 in kernels:
+            state[f"features.{layer.index}.weight"] = kernels[4].permute(3, 2, 0, 1).contiguous()
+            state[f"features.{layer.index}.bias"] = kernels[1]
     for name, index in (("fc1", 0), ("fc2", 3), ("predictions", 6)):
         if {1, 2} <= arrays.get(name, {}).keys():
             weight = arrays[name][2]  # (in, out)

@@ -113,12 +113,12 @@ _kept = threading.local()
 
 def _workspace(count: int, size: int) -> Tensor:
     """`count` rooms for `size` values, kept for the next call: new memory comes page by page, slowly."""
-    found: Tensor | None = getattr(_kept, "workspace", None)
-    if found is None or found.numel() < count * size:
+    workspace: Tensor | None = getattr(_kept, "workspace", None)
+    if workspace is None or workspace.numel() < count * size:
         with torch.inference_mode(False):  # what is made inside it can be written to there alone
-            found = torch.zeros(count * size, dtype=torch.float32, device="cpu")
-        _kept.workspace = found
-    return found[: count * size].view(count, size)
+            workspace = torch.zeros(count * size, dtype=torch.float32, device="cpu")
+        _kept.workspace = workspace
+    return workspace[: count * size].view(count, size)
 
 
 def _room(memory: Tensor, *shape: int) -> Tensor:
@@ -182,7 +182,7 @@ class _Inputs:
         self.windows = self.band.as_strided((6, 6, *size), (line, pixel, *steps))
         self.inputs, self.halfway = (_room(where, 6, 6, padded * c) for where in (one, two))
         self.gathered = self.inputs.view(6, 6, padded, c)[:, :, : bands.count].view(6, 6, *size)
-        self.found = self.inputs.view(36, padded, c)
+        self.points = self.inputs.view(36, padded, c)
 
     def read(self, which: slice, top: int) -> Tensor:
         """The band's (36,tiles,C), in the first of both rooms; the bands of an image from above."""
@@ -200,7 +200,7 @@ class _Inputs:
         band[:, above + last - first :].zero_()
         self.gathered.copy_(self.windows)
         _along_both_axes(self.to_points, self.inputs, self.halfway, self.inputs)
-        return self.found
+        return self.points
 
 
 def convolve(
@@ -239,8 +239,8 @@ def convolve(
     products, halfway = _room(two, 36, bands.padded, k), _room(one, 6, 4, bands.padded * k)
     outputs = _room(two, 4, 4, bands.padded * k)
     size = (bands.several, bands.rows, bands.across, k)
-    found = outputs.view(4, 4, bands.padded, k)[:, :, : bands.count].view(4, 4, *size)
-    found = found.permute(2, 3, 0, 4, 1, 5)  # (images,rows,4,across,4,K), as they lie in `out`
+    values = outputs.view(4, 4, bands.padded, k)[:, :, : bands.count].view(4, 4, *size)
+    values = values.permute(2, 3, 0, 4, 1, 5)  # (images,rows,4,across,4,K), as they lie in `out`
     fitting = overwrite and images.shape == (n, height, width, k) and images.is_contiguous()
     out = images if fitting else x.new_empty(n, height, width, k)
     beyond = x.new_empty(bands.several, TILE * bands.rows, TILE * bands.across, k)
@@ -251,9 +251,9 @@ def convolve(
         target = here if here.shape == beyond.shape else beyond  # where tiles hang over the border, it is cut off
         by_tile = target.view(bands.several, bands.rows, 4, bands.across, 4, k)
         if bias is None:
-            by_tile.copy_(found)
+            by_tile.copy_(values)
         else:
-            torch.add(found, bias, out=by_tile)
+            torch.add(values, bias, out=by_tile)
         if target is beyond:
             here.copy_(beyond[: here.shape[0], : here.shape[1], :width])
         if relu:
@@ -300,5 +300,5 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
         total.baddbmm_(theirs[:, : bands.count].transpose(1, 2), points[:, : bands.count])
     with no_autocast(total.device):
         taps = _kernel_basis(torch.float32).T @ total.view(36, -1)
-    found = taps.view(3, 3, k, c).permute(2, 3, 0, 1)
-    return found.contiguous(memory_format=torch.channels_last)  # as the weights are laid out in training
+    gradient = taps.view(3, 3, k, c).permute(2, 3, 0, 1)
+    return gradient.contiguous(memory_format=torch.channels_last)  # as the weights are laid out in training

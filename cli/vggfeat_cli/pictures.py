@@ -24,15 +24,15 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gen
     name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        found: list[int] = []
+        numbers: list[int] = []
         for part in str(value).split(","):
             if not (match := re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)):
                 self.fail(f"expected numbers such as 3,8,16-31, got {value!r}", param, ctx)
             first, last = int(match[1]), int(match[2] or match[1])
             if not 0 <= last - first < 10000:
                 self.fail(f"expected a rising range of at most 10000, got {part!r}", param, ctx)
-            found += range(first, last + 1)
-        return found
+            numbers += range(first, last + 1)
+        return numbers
 
 
 def _channels(command: Command) -> Command:

@@ -165,8 +165,8 @@ class Batches:
         order = torch.randperm(len(self.images), generator=seeded(self.config.seed, epoch), device="cpu")
         chosen = order[: self.steps * self.config.batch_size].view(self.steps, -1)[:, self.own]  # (steps,n)
         steps = range(first, self.steps)
-        found = self._read(chosen, epoch, steps) if self.pixels is None else self._gathered(chosen, epoch, steps)
-        for step, (numbers, images) in zip(steps, found, strict=True):
+        batches = self._read(chosen, epoch, steps) if self.pixels is None else self._gathered(chosen, epoch, steps)
+        for step, (numbers, images) in zip(steps, batches, strict=True):
             images = self._augmented(numbers, images, epoch, step).contiguous(memory_format=torch.channels_last)
             labels = self.labels[numbers.to(self.device, non_blocking=True)]
             yield [Batch(*part) for part in zip(images.split(self.part), labels.split(self.part), strict=True)]

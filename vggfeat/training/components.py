@@ -126,5 +126,5 @@ def mixing(config: TrainConfig, num_classes: int) -> Callable[[Tensor, Tensor], 
     v2 = transforms()
     made = [v2.MixUp(alpha=config.mixup, num_classes=num_classes)] if config.mixup else []
     made += [v2.CutMix(alpha=config.cutmix, num_classes=num_classes)] if config.cutmix else []
-    found: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = v2.RandomChoice(made) if len(made) > 1 else made[0]
-    return found
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = v2.RandomChoice(made) if len(made) > 1 else made[0]
+    return mix

@@ -138,11 +138,11 @@ def _load(
     path = Path(data)
     if not path.exists():
         raise InputError(f"no images at {path}: give a folder of class folders, a zip of one, or CIFAR's folder")
-    found = _cifar(path) or [_class_folders(path, part) for part in _parts(path)]
-    found = found[-1:] if last else found
-    for each in found:
+    sets = _cifar(path) or [_class_folders(path, part) for part in _parts(path)]
+    sets = sets[-1:] if last else sets
+    for each in sets:
         _keep(each, resize, bad_images)
-    return found[0], found[1] if len(found) > 1 else None
+    return sets[0], sets[1] if len(sets) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -427,8 +427,10 @@ def _batch(batch: Any, labels_key: bytes) -> _Part:
 def _cifar_set(label: str, pixels: Tensor, labels: list[int], names: list[str] | None) -> ImageSet:
     classes = names or [str(i) for i in range(max(labels) + 1)]
     if len(pixels) != len(labels) or not all(0 <= each < len(classes) for each in labels):
-        found = f"{len(pixels)} images, {len(labels)} labels up to {max(labels, default=0)}, {len(classes)} class names"
-        raise InputError(f"{label} is not CIFAR as published: {found}")
+        content = (
+            f"{len(pixels)} images, {len(labels)} labels up to {max(labels, default=0)}, {len(classes)} class names"
+        )
+        raise InputError(f"{label} is not CIFAR as published: {content}")
     images = pixels.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()  # (N,H,W,3)
 
     names = [f"image {i}" for i in range(len(labels))]

@@ -61,19 +61,19 @@ def process_group(device: str) -> Iterator[World]:
         local = int(os.environ.get("LOCAL_RANK", 0))
         seen = local < torch.cuda.device_count()  # some starters show each process its own GPU alone
         device = f"cuda:{torch.cuda.current_device() or (local if seen else 0)}"
-    found = resolve(device)
-    if found.type == "cuda":
-        torch.cuda.set_device(found)  # before anything is put on the first GPU
+    resolved = resolve(device)
+    if resolved.type == "cuda":
+        torch.cuda.set_device(resolved)  # before anything is put on the first GPU
     if own:
-        if found.type == "cuda":
-            dist.init_process_group("nccl", device_id=found)
+        if resolved.type == "cuda":
+            dist.init_process_group("nccl", device_id=resolved)
         else:
             dist.init_process_group("gloo")
     try:
-        yield World(found, dist.get_rank(), dist.get_world_size())
+        yield World(resolved, dist.get_rank(), dist.get_world_size())
         dist.barrier()  # one that leaves while another still works would break the connection
     except BaseException:
-        own = own and found.type != "cuda"  # to leave NCCL's group waits for others, who may wait for this process
+        own = own and resolved.type != "cuda"  # to leave NCCL's group waits for others, who may wait for this process
         raise
     finally:
         if own:
@@ -91,9 +91,9 @@ def all_gather_union(values: set[str], world: World) -> set[str]:
     """What any process has."""
     if world.size == 1:
         return values
-    found: list[set[str]] = [set() for _ in range(world.size)]
-    dist.all_gather_object(found, values)
-    return set().union(*found)
+    gathered: list[set[str]] = [set() for _ in range(world.size)]
+    dist.all_gather_object(gathered, values)
+    return set().union(*gathered)
 
 
 def run_on_main(decide: Callable[[], Result], world: World) -> Result:
@@ -107,10 +107,10 @@ def run_on_main(decide: Callable[[], Result], world: World) -> Result:
         except Exception as error:  # passed on, so that no process waits for one that has gone
             told = [(None, error)]
     dist.broadcast_object_list(told)
-    found, trouble = told[0]
+    result, trouble = told[0]
     if trouble is not None:
         raise trouble
-    return found  # type: ignore[no-any-return]
+    return result  # type: ignore[no-any-return]
 
 
 class _SyncBatchNorm(nn.BatchNorm2d):

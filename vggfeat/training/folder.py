@@ -140,8 +140,8 @@ def begin(
 def _config_of(path: Path) -> dict[str, Any]:
     """What a run wrote of its settings; empty where there is nothing, or it was somebody else."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found if {"classes", "data", "optimizer", "seed"} <= found.keys() else {}
+        config: dict[str, Any] = json.loads(path.read_text())
+        return config if {"classes", "data", "optimizer", "seed"} <= config.keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}
 

@@ -229,9 +229,9 @@ class _Run:
     @property
     def tested_net(self) -> VGG:
         """What is tested and saved."""
-        found = self.net if self.ema is None or not self.ema.n_averaged else self.ema.module
-        assert isinstance(found, VGG)
-        return found
+        net = self.net if self.ema is None or not self.ema.n_averaged else self.ema.module
+        assert isinstance(net, VGG)
+        return net
 
     def summary(self, damaged: list[str]) -> Iterator[str]:
         """What people are told before it begins."""

@@ -117,12 +117,12 @@ class Objective:
     ) -> None:
         """Add what some rows come to: in a Gram matrix for the style, in the squared error for the content."""
         own, tile = self._counting(tile, name, part, rows)
-        found: Sums = {}
+        own_sums: Sums = {}
         if "style" in terms and name in self.style_shares and own.numel():
-            found["style", name] = gram(own) * self._share(name, own, image)
+            own_sums["style", name] = gram(own) * self._share(name, own, image)
         if "content" in terms and name in self.content_shares:
-            found["content", name] = self._error(name, own, tile).square().sum()
-        for key, value in found.items():
+            own_sums["content", name] = self._error(name, own, tile).square().sum()
+        for key, value in own_sums.items():
             sums[key] = sums[key] + value if key in sums else value
 
     def _share(self, name: str, own: Tensor, image: Tensor) -> float:

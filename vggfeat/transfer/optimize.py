@@ -72,20 +72,20 @@ class Spectrum:
     def factors(self) -> Tensor:
         """Of each band, brightness first, (2·bands,); their mean over the last changes' energy is 1."""
         steps, changes = (torch.stack(energies).sum(0).clamp_min(1e-30) for energies in zip(*self.seen, strict=True))
-        found = (steps / changes).sqrt()
-        return found * (changes.sum() / found.dot(changes))
+        factors = (steps / changes).sqrt()
+        return factors * (changes.sum() / factors.dot(changes))
 
     def apply(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """H₀ v and yᵀ H₀ y, for the last change y."""
         factors = self.factors()
         spectrum = self._spectrum(value) * factors[self.band]
-        found = torch.fft.irfftn(spectrum, s=self.shape[1:], dim=(-3, -2, -1), norm="ortho")
-        return found.reshape(value.shape), factors.dot(self.seen[-1][1])
+        product = torch.fft.irfftn(spectrum, s=self.shape[1:], dim=(-3, -2, -1), norm="ortho")
+        return product.reshape(value.shape), factors.dot(self.seen[-1][1])
 
     def _spectrum(self, value: Tensor) -> Tensor:
         # the last dimension named is the one that is halved
-        found: Tensor = torch.fft.rfftn(value.view(self.shape), dim=(-3, -2, -1), norm="ortho")
-        return found
+        spectrum: Tensor = torch.fft.rfftn(value.view(self.shape), dim=(-3, -2, -1), norm="ortho")
+        return spectrum
 
     def _energies(self, value: Tensor) -> Tensor:
         spectrum = self._spectrum(value)

@@ -99,10 +99,10 @@ def tiles(arch: Arch, layers: Sequence[str], height: int, width: int, side: int)
     """
     if not side:
         return [Tile(Span(0, height, 0, None), Span(0, width, 0, None))]
-    found = [arch.layer(name) for name in layers]
-    stride = max(layer.stride for layer in found)
+    summed = [arch.layer(name) for name in layers]
+    stride = max(layer.stride for layer in summed)
     # a position at stride s sees its own s pixels and as many more on each side
-    reach = max((layer.receptive_field - layer.stride) // 2 for layer in found)
+    reach = max((layer.receptive_field - layer.stride) // 2 for layer in summed)
     around = math.ceil(reach / stride) * stride  # so that every layer's positions lie where they lie in the picture
     spans = [_spans(length, side, stride, around) for length in (height, width)]
     return [Tile(*pair) for pair in itertools.product(*spans)]

@@ -109,8 +109,8 @@ class Trunk:
             tiled = layer.kernel == 3 and winograd.is_faster(device, dtype, *shape)
             for folded in ["bn" in stage.steps] + [False] * stage.unfolded:
                 keys += [(stage.conv, folded, "forward"), (stage.conv, folded, "tiles" if tiled else "backward")]
-        found = self._get((*keys, *map(_linear, linear)), device, dtype)
-        return [value for values in found[: len(keys)] for value in values]
+        tensors = self._get((*keys, *map(_linear, linear)), device, dtype)
+        return [value for values in tensors[: len(keys)] for value in values]
 
     def linear(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Weight and bias of `classifier.{index}`."""

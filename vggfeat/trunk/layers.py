@@ -93,8 +93,8 @@ def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
     if keep == "none":
         return F.max_pool2d(x, 2), None
     if keep == "values" and x.device.type == "cpu":
-        found: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
-        return found
+        pooled: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
+        return pooled
     if kernels := triton_kernels(x.device, x.dtype):
         if keep == "values":
             return kernels.max_pool(x)  # type: ignore[no-any-return]

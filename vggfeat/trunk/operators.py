@@ -51,8 +51,8 @@ def trunk_backward(
     plan = Plan.decode(code)
     incoming = {plan.by_depth[i]: grad for i, grad in zip(present, grads, strict=True)}
     memory = kept_by_stage(plan, keep, filters[0].device, taps, kept)
-    found = backward(incoming.get, memory, filters, (shape[2], shape[3]), plan, keep)
-    return grads[0].new_zeros(tuple(shape)) if found is None else found
+    image_grad = backward(incoming.get, memory, filters, (shape[2], shape[3]), plan, keep)
+    return grads[0].new_zeros(tuple(shape)) if image_grad is None else image_grad
 
 
 # ── what compilers and vmap need to know of the operators ─────────────────────────────────────────────────────────────
@@ -112,8 +112,8 @@ def _joined(size: int, value: Tensor, dim: int | None) -> Tensor:
 @trunk_forward.register_vmap
 def _(info: Any, dims: Any, x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> tuple[list[Tensor], Any]:
     size = info.batch_size
-    found = trunk_forward(_joined(size, x, dims[0]), filters, code, keep)
-    return [value.unflatten(0, (size, -1)) for value in found], [0] * len(found)
+    values = trunk_forward(_joined(size, x, dims[0]), filters, code, keep)
+    return [value.unflatten(0, (size, -1)) for value in values], [0] * len(values)
 
 
 @trunk_backward.register_vmap
@@ -136,7 +136,7 @@ def _(
         return [_joined(size, value, dim) for value, dim in zip(values, where, strict=True)]
 
     whole = [size * shape[0], *shape[1:]]
-    found = trunk_backward(
+    grad = trunk_backward(
         join(grads, dims[0]), present, join(taps, dims[2]), join(kept, dims[3]), filters, whole, code, keep
     )
-    return found.unflatten(0, (size, -1)), 0
+    return grad.unflatten(0, (size, -1)), 0

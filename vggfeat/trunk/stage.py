@@ -58,10 +58,10 @@ class ByRows:
     def whole(self) -> Tensor:
         """All of it."""
         assert self.tap is not None
-        found = torch.empty_like(self.tap)
+        grad = torch.empty_like(self.tap)
         for rows, part in self.bands():
-            found[:, :, rows] = part
-        return found
+            grad[:, :, rows] = part
+        return grad
 
 
 TapGrad = Tensor | ByRows | None  # the gradient with respect to a tap; None where it is 0

@@ -52,13 +52,13 @@ def forward_in_strips(
         stages: of the block.
         on_tap: is given the first stage's taps, by their kind; they are not handed out then.
     """
-    found: list[tuple[ByName, ByName]] = [({}, {}) for _ in stages]
+    by_stage: list[tuple[ByName, ByName]] = [({}, {}) for _ in stages]
     out: ByName = {}
     images, _, height, width = x.shape
     for strip in _strips(stages[0].plan, images, height, width):
         reads = strip.reads(len(stages))
         y = cut(x[strip.images], reads[0])
-        for stage, below, here, whole in zip(stages, reads[:-1], reads[1:], found, strict=True):
+        for stage, below, here, whole in zip(stages, reads[:-1], reads[1:], by_stage, strict=True):
             y, taps, kept = stage.forward(y, finite, _relative(here, below), _relative(strip.rows, here))
             if on_tap is not None and stage is stages[0]:
                 for kind, part in taps.items():
@@ -69,7 +69,7 @@ def forward_in_strips(
                     strip.write(named, name, part)
         if "pool" not in taps:
             strip.write(out, "pool", y)
-    return (found[-1][0] | out)["pool"], found
+    return (by_stage[-1][0] | out)["pool"], by_stage
 
 
 def backward_in_strips(
@@ -88,7 +88,7 @@ def backward_in_strips(
     if images is None:
         return None
     height, width = size
-    plan, found = held[0][0].plan, ByName()
+    plan, grads = held[0][0].plan, ByName()
     # where a border was made by reflection, its gradient goes to the row after the first
     reach = 2 if plan.padding == "reflect" else 1
     for strip in _strips(plan, images, height, width):
@@ -106,8 +106,8 @@ def backward_in_strips(
                 flow.grad = cut(flow.grad, _relative(below, here))
             here = below
         assert flow.grad is not None
-        strip.write(found, "image", flow.grad)
-    return found["image"]
+        strip.write(grads, "image", flow.grad)
+    return grads["image"]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _forward(
     x: Tensor, finite: bool, filters: Sequence[Tensor], plan: Plan, keep: Keep, on_tap: OnTap | None
 ) -> list[tuple[ByName, ByName]]:
     stages, in_strips = ready(plan, filters, keep), plan.in_strips(x.device.type)
-    found: list[tuple[ByName, ByName]] = []
+    by_stage: list[tuple[ByName, ByName]] = []
 
     def give(number: int, kind: str, part: Tensor, rows: Rows) -> None:
         assert on_tap is not None
@@ -79,12 +79,12 @@ def _forward(
     with no_autocast(x.device):
         if in_strips:
             first = None if on_tap is None else functools.partial(give, 0)
-            x, found = forward_in_strips(x, finite, stages[:in_strips], first)
-            found = [(given(number, taps), kept) for number, (taps, kept) in enumerate(found)]
+            x, by_stage = forward_in_strips(x, finite, stages[:in_strips], first)
+            by_stage = [(given(number, taps), kept) for number, (taps, kept) in enumerate(by_stage)]
         for number, stage in enumerate(stages[in_strips:], start=in_strips):
             x, taps, kept = stage.forward(x, finite, overwrite=number > 0 and stages[number - 1].hands_over)
-            found.append((given(number, taps), kept))
-    return found
+            by_stage.append((given(number, taps), kept))
+    return by_stage
 
 
 def backward(

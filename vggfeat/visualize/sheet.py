@@ -126,8 +126,8 @@ class Sheet:
 @functools.lru_cache
 def _font(height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """DejaVu Sans, of matplotlib or of the system; Pillow's own font has no letters but ASCII's."""
-    found = importlib.util.find_spec("matplotlib")  # which is not imported for that
-    folders = found.submodule_search_locations or [] if found else []
+    spec = importlib.util.find_spec("matplotlib")  # which is not imported for that
+    folders = spec.submodule_search_locations or [] if spec else []
     for place in (*(Path(folder, "mpl-data", "fonts", "ttf", FONT) for folder in folders), FONT):
         with contextlib.suppress(OSError):
             return ImageFont.truetype(str(place), height)
@@ -173,8 +173,8 @@ def _figure_class() -> type[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DependencyError("PDF and SVG need matplotlib: pip install 'vggfeat[plot]', or write a .png") from error
-    found: type[Figure] = Figure
-    return found
+    figure_class: type[Figure] = Figure
+    return figure_class
 
 
 # ── colours ───────────────────────────────────────────────────────────────────────────────────────────────────────────

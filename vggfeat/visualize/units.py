@@ -66,14 +66,14 @@ def filters(
     """
     several = [images] if isinstance(images, str | os.PathLike | Image.Image | Tensor) else list(images)
     loaded = load(weights, arch)
-    found = loaded.arch.layer(layer)
+    spec = loaded.arch.layer(layer)
     loaded.require([layer])
     what = f"{layer} of {loaded.arch.name}"
     settings = {"picture": "filters", "layer": layer, "arch": loaded.arch.name, "weights": loaded.label}
     if not several:
         if layer != "conv1_1":
             raise InputError(
-                f"{layer} takes {found.in_channels} channels, which have no colour: give images, and its filters are "
+                f"{layer} takes {spec.in_channels} channels, which have no colour: give images, and its filters are "
                 "shown by the patches that drive them (or see `dream`); conv1_1 needs none"
             )
         kernels = loaded.state["features.0.weight"]
@@ -87,18 +87,18 @@ def filters(
             raise InputError(f"patches must be at least 1, got {patches}")
         features = VGGFeatures([layer], weights=loaded)
         tensors = [load_image(image, size) for image in several]
-        best = [_peaks(_tap(features, layer, tensor), found, patches) for tensor in tensors]
+        best = [_peaks(_tap(features, layer, tensor), spec, patches) for tensor in tensors]
         values = torch.cat([value for value, _ in best], dim=1)  # (C, images·patches)
         peaks = torch.cat([F.pad(where, (1, 0), value=i) for i, (_, where) in enumerate(best)], dim=1)
-        shown = chosen(channels, count, found.channels, values.amax(1), order, what)
+        shown = chosen(channels, count, spec.channels, values.amax(1), order, what)
         top = values.topk(min(patches, values.shape[1])).indices
-        field = found.receptive_field
+        field = spec.receptive_field
         side = tile or min(96, max(36, field))
         width = enlarged(Image.new("RGB", (field, field)), side).width  # of a patch on the sheet
         tiles = []
         for channel in shown:
             places = peaks[channel, top[channel]][values[channel, top[channel]] > -math.inf]
-            crops = [_crop(tensors[int(i)], found, int(y), int(x)) for i, y, x in places]
+            crops = [_crop(tensors[int(i)], spec, int(y), int(x)) for i, y, x in places]
             tiles.append(_mosaic([enlarged(to_pil(crop), side) for crop in crops], patches, width))
         title = f"Maximally activating patches of {layer}, {loaded.arch.name}: {field} x {field} pixels"
     return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
