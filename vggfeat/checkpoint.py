@@ -26,7 +26,7 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     try:
         with new_file(path, overwrite=True) as file:
             torch.save(state, file)
-    except RuntimeError as error:  # what torch reports that its writer ran into
+    except RuntimeError as error:  # torch's wrapper of its writer's error
         cause = error.__context__
         known = (cause.errno, cause.strerror) if isinstance(cause, OSError) else (0, first_line(error))
         raise OSError(*known) from error
@@ -38,7 +38,7 @@ def read(path: Path, needed: Collection[str]) -> dict[str, Any]:
     Raises:
         OSError: with an `errno`: it cannot be read now.
         MemoryError: there is not enough memory now.
-        Exception: of any kind, which is how flipped bits come out of the readers of zips and pickles.
+        Exception: of any kind: flipped bits can make zip and pickle readers raise anything.
     """
     with zipfile.ZipFile(path) as archive:
         if part := archive.testzip():
@@ -71,7 +71,7 @@ def save(folder: Path, steps: int, state: Mapping[str, Any]) -> Path:
 def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest state of a folder that is whole, None where there is none, and what was wrong with newer ones.
 
-    What a kill left half written is removed; what is damaged is given another name, once there is something better.
+    Files half written by a killed run are removed; damaged ones are renamed, once an intact one is found.
 
     Raises:
         RunError: one cannot be read, for a reason that may pass.

@@ -19,7 +19,7 @@ __all__ = ["AsyncScalars", "capture", "captured", "captured_and_checked", "looka
 Step = Callable[..., tuple[Tensor, ...]]
 MIN_STEPS = 20  # steps from which one is captured, for which it runs three times and is replayed once
 REPLAY_RTOL = 0.01  # relative difference of a replayed step: kernels that add in no fixed order differ by less
-_broken: list[torch.cuda.CUDAGraph] = []  # captures that failed: the allocator may refer to them, and takes no more
+_broken: list[torch.cuda.CUDAGraph] = []  # failed captures: the allocator may refer to them, and accepts no more
 
 
 def lookahead(device: torch.device) -> int:
@@ -52,8 +52,8 @@ class AsyncScalars:
 def captured_and_checked(step: Step, image: Tensor, times: int) -> Step:
     """The step as a CUDA graph for images of this shape; the step itself on other devices and for few steps.
 
-    The graph is tried on another image first: where it cannot be captured, or does not give what the step gives, the
-    step itself serves, with a warning that says so.
+    The graph is tried on another image first: where it cannot be captured, or its results differ from the step's, the
+    step itself is returned, with a warning.
 
     Args:
         step: of an image, without reading anything back; what it returns is new at each call.
@@ -75,12 +75,12 @@ def captured_and_checked(step: Step, image: Tensor, times: int) -> Step:
 
 
 def captured(step: Step, *inputs: Tensor, agrees: Callable[[Step], bool] = lambda replay: True) -> Step:
-    """The step as a CUDA graph; itself, with a warning, where none can be made or what it gives does not agree.
+    """The step as a CUDA graph; itself, with a warning, if capture fails or results do not agree.
 
     Args:
-        step: of tensors of these shapes, which was run before; it reads nothing back, and what it changes besides, such
-            as weights, stays where it is.
-        inputs: some to capture it with; it is not run on them.
+        step: takes tensors of these shapes, and was run before; it reads nothing back, and other tensors that it
+            updates, such as weights, keep their memory.
+        inputs: examples to capture it with, not run.
         agrees: judges the graph.
     """
     if _broken:
@@ -91,7 +91,7 @@ def captured(step: Step, *inputs: Tensor, agrees: Callable[[Step], bool] = lambd
             return replay
         why = "they give something else"
     except RuntimeError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C, under what ending a capture says to it
+        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C, masked by the error of ending a capture
             raise KeyboardInterrupt from error
         why = first_line(error)
     warn(f"steps are not replayed as a CUDA graph: {why}")
@@ -121,7 +121,7 @@ def warm_up(step: Step, image: Tensor) -> tuple[Tensor, ...]:
 
 
 def capture(step: Step, *inputs: Tensor) -> Step:
-    """The step as a graph captured with these; what it reads besides is kept alive by it, and must not move."""
+    """The step as a graph captured with these; it keeps alive what else it reads, which must not move."""
     fixed, graph, device = [value.detach().clone() for value in inputs], torch.cuda.CUDAGraph(), inputs[0].device
     here, aside = torch.cuda.current_stream(device), _aside(device)
     aside.wait_stream(here)

@@ -85,9 +85,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def triton_kernels(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module `kernels`, where a map of four pixels shows that it works; else None.
+    """The module `kernels` if a trial on a map of four pixels succeeds, else None.
 
-    It wants Triton, which torch for CUDA brings on Linux, and a C compiler.
+    It needs Triton, which comes with torch for CUDA on Linux, and a C compiler.
 
     Raises:
         OutOfMemoryError: the device has no room for four pixels.
@@ -163,7 +163,7 @@ def _group(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
 
 
 def _line(path: Path, name: str) -> int:
-    """A number of a file of names and numbers; 0 where it has none of that name."""
+    """The number after that name in a file of such pairs; 0 if there is none."""
     try:
         return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name} "))
     except (OSError, ValueError, StopIteration, IndexError):

@@ -1,4 +1,4 @@
-"""Files that get their name whole or not at all, and the look beforehand whether one can be written. No torch."""
+"""Files that appear whole or not at all, and the check beforehand whether one can be written. No torch."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bo
 
 
 def _is_in(path: Path, folder: str | os.PathLike[str]) -> bool:
-    """Whether a file that is there is in a folder, or in one of its."""
+    """Whether an existing file is anywhere in a folder."""
     return os.path.isdir(folder) and os.path.exists(path) and path.resolve().is_relative_to(Path(folder).resolve())
 
 
@@ -108,9 +108,9 @@ def taken(path: Path) -> str:
 
 @contextmanager
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write to, which is synced and takes its name when the block ends well, and is gone when it does not.
+    """A file to write to, which is synced and takes its name if the block succeeds, and is removed if it fails.
 
-    A file that is replaced hands on its permissions, a link stays and what it leads to is replaced.
+    A replaced file's permissions are kept; a link stays, and what it leads to is replaced.
 
     Raises:
         FileExistsError: the name is taken by now and must not be.
@@ -166,7 +166,7 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for it out of a folder, as far as the system can; a process that dies lets go.
+    """An advisory lock on a folder, as far as the system has locks; a process that dies releases it.
 
     Raises:
         InputError: another one has it.

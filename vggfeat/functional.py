@@ -108,7 +108,7 @@ class _Products(torch.autograd.Function):
                 # without a float32 copy: products of bfloat16 are exact in float32, in which matrix units add them up
                 return torch.bmm(places.mT, places, out_dtype=torch.float32)
         out = features.new_zeros(n, c, c, dtype=upcast(features[:0]).dtype)
-        # which is faster was found by trying, and may be found otherwise by another process
+        # which is faster is measured, and another process may measure otherwise
         tried = not torch.are_deterministic_algorithms_enabled() and _convolution_is_faster()
         add = _add_by_convolution if tried else _add_by_matmul
         rows = max(1, _Products.CHUNK // (c * w))
@@ -278,7 +278,7 @@ def _charbonnier_and_derivative(difference: Tensor, eps: float = 1e-3) -> tuple[
     return square.div_(root + eps), difference.div_(root)
 
 
-# of a criterion that looks at differences: its values, and its derivatives in place of them
+# for criteria of the difference: their values, and their derivatives, which overwrite it
 DERIVATIVES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "mse": _mse_and_derivative,
     "l1": _l1_and_derivative,
@@ -297,8 +297,8 @@ def distance_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """`masked_mean` of a criterion of two features, and its gradient with respect to the first, by hand.
 
-    A quarter of the passes over memory that autograd makes of it, and no float32 copy of whole features: on a CPU it
-    goes down them in bands of rows.
+    A quarter of autograd's passes over memory, and no float32 copy of whole features: on a CPU it works in bands of
+    rows.
 
     Args:
         ours: (N,C,h,w).

@@ -1,4 +1,4 @@
-"""Files ↔ tensors: where pictures are opened, and all that hold an image alone are written.
+"""Files ↔ tensors: opens pictures, and writes all files that hold just an image.
 
 Between modules an image is RGB float32 (N, 3, H, W) in [0, 1]. What else a file may hold (other colour modes, profiles,
 alpha, 16 bits, a camera's orientation) ends here, in `_to_rgb`.

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA: what torch's operations need many passes over memory for, in as few as it takes.
+"""Triton kernels for CUDA that do in few passes over memory what torch's operations need many for.
 
 Max pooling, forward and backward in one pass each (a dozen with torch's), and the same with the argmax as bits
 (`trunk/bits.py`); training-mode batch normalisation with its ReLU, three passes forward and five backward (torch: five
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 CHANNELS, VALUES = 128, 2048  # of a block: channels side by side, and values in all
-# sums over a map are made of so many parts, enough to occupy a GPU, and of a part so many values are read at once
+# sums over a map are split into at most PARTS, enough to fill a GPU, each of which reads SUMMED values at a time
 PARTS, SUMMED = 512, 4096
 
 
@@ -49,7 +49,7 @@ def _laid_out(x: Tensor) -> Tensor:
 
 
 def _run(kernel: Any, on: Tensor, grid: tuple[int, int], *arguments: object, warps: int = 4) -> None:
-    if all(grid):  # none of no images
+    if all(grid):  # skip empty maps
         with torch.cuda.device_of(on):
             kernel[grid](*arguments, num_warps=warps)
 
@@ -250,7 +250,7 @@ def _mask(grad, bits, each, count, blocks, BYTES: tl.constexpr):
 
 @triton.jit
 def _packed_windows(places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """As `_windows`, eight channels in a dimension of their own; and where their bits are in the first plane."""
+    """As `_windows`, with eight channels as a last dimension, and the offsets of their bits in the first plane."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     byte = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
     corner = _corner(place, h, w, height, width)
@@ -311,11 +311,11 @@ def batch_norm_relu(
 
     Args:
         x: (N,C,H,W), more than one value of each channel.
-        weight: (C,) float32, as all that follow.
-        bias: likewise.
-        running_mean: is moved.
-        running_var: likewise, by the unbiased variance.
-        conv_bias: of the convolution before, where `x` is without it: it makes no difference but to the running mean.
+        weight: (C,) float32, as are the next four.
+        bias: (C,).
+        running_mean: updated in place.
+        running_var: updated in place, with the unbiased variance.
+        conv_bias: of the preceding convolution, where `x` lacks it: it affects only the running mean.
         momentum: of the running statistics.
         eps: added to the variance.
 
@@ -381,7 +381,7 @@ def _put(out, channel, channels, first, second):
 
 @triton.jit
 def _through(grad, x, at, there, factor, summand):
-    """What went into the batch normalisation, and what comes back through the ReLU behind it."""
+    """The batch normalisation's input, and the gradient that passes the ReLU after it."""
     value = tl.load(x + at, there, 0.0).to(tl.float32)
     arriving = tl.load(grad + at, there, 0.0).to(tl.float32)
     return value, tl.where(value * factor + summand <= 0, 0.0, arriving)
@@ -389,7 +389,7 @@ def _through(grad, x, at, there, factor, summand):
 
 @triton.jit
 def _moments(x, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of the distance to the first row and of its square, over `each` rows: about 0, they would cancel out."""
+    """Sums over `each` rows of x minus its first row, and of the square: without that shift, they would cancel."""
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     pivot = tl.load(x + channel, channel < channels, 0.0).to(tl.float32)[None, :]
     first = tl.program_id(0) * each

@@ -75,7 +75,7 @@ torch.serialization.add_safe_globals([EncodedTarget])
 
 
 class _FeatureLoss(nn.Module):
-    """A weighted sum over layers of a distance between what two batches of images look like to a VGG."""
+    """A weighted sum over layers of a distance between a VGG's features of two batches of images."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class _FeatureLoss(nn.Module):
         return {"mean": Tensor.mean, "sum": Tensor.sum}[self.reduction](total)
 
     def _check_match(self, input: Tensor, count: int, size: tuple[int, int], masked: bool = False) -> None:
-        """Make sure that so many targets of a size are as many as there are images, or one, and of a size that fits."""
+        """Check that `count` targets of that size fit the input: as many as images, or one, of a valid size."""
         images, own_size = count_and_size(input)
         if count not in (1, images):
             raise InputError(f"{images} images against {count} targets: expected as many, or one for all")
@@ -169,7 +169,7 @@ class _FeatureLoss(nn.Module):
             raise InputError(f"a mask fits no layer of the classifier, which has no positions: leave out {heads[0]}")
 
     def _gradient_in_forward(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
-        """Whether the gradient can be had with the value: where it is wanted of `input` alone, image by image."""
+        """Whether the gradient is computed with the value: if only `input` needs one, image by image."""
         others = [*target.values.values()] if isinstance(target, EncodedTarget) else [target]
         others += [] if mask is None else [mask]
         return (
@@ -182,11 +182,11 @@ class _FeatureLoss(nn.Module):
         )
 
     def _images_at_a_time(self, input: Tensor) -> int:
-        """How many images to run together: on a CPU so few that what passes between layers stays in its caches.
+        """How many images to run together: on a CPU few enough that activations stay in its caches.
 
-        Memory of more than 32 MB is also fetched from the system and given back at every use, which takes as long as
-        computing on it. Inside a compiled graph, and for a criterion of the user's that may look at the whole batch,
-        the batch stays whole.
+        Blocks of more than 32 MB are also fetched from the system and returned at every use, which takes as long as
+        computing on them. In a compiled graph, and for a user's criterion, which may look at the whole batch, the
+        batch stays whole.
         """
         images = max(1, input.shape[0])
         if input.device.type != "cpu" or not isinstance(self.criterion, str):
@@ -298,10 +298,10 @@ class _FeatureLoss(nn.Module):
 
 
 class _LossWithGradient(torch.autograd.Function):
-    """Losses (N,) whose input gradient is computed in the forward, and is all that is held until the backward.
+    """Losses (N,) whose input gradient is computed in the forward, and is all that is kept for the backward.
 
-    A loss of something that requires a gradient is asked for it sooner or later. Computed one chunk of the batch at a
-    time, it needs no memory for the others, and what one image's layers need may be kept as it comes.
+    If the input requires a gradient, it will be asked for sooner or later. Computed one chunk of the batch at a time,
+    it needs memory for one chunk only, for which the activations may be kept unpacked.
     """
 
     @staticmethod
@@ -327,7 +327,7 @@ class _LossWithGradient(torch.autograd.Function):
         gradient = torch.cat(gradients)
         ctx.gradient = gradient.contiguous() if input.is_contiguous() else gradient
         ctx.dtype = input.dtype
-        # for a second derivative alone: to have changed the images meanwhile is an error there, and nothing to a first
+        # only for a second derivative, where images modified in the meantime are an error; a first one does not care
         if isinstance(target, Tensor):
             ctx.encoded, theirs = None, [target]
         else:
@@ -393,8 +393,8 @@ class PerceptualLoss(_FeatureLoss):
         layers: names such as `conv3_3` (before the ReLU) and `relu3_3` (after it).
         layer_weights: one for each layer, in order or by name; 1 by default.
         criterion: `"mse"`, `"l1"`, `"charbonnier"` (ε = 1e-3), `"cosine"` (1 - cos of the channel vectors at each
-            position), or a function of two feature tensors (N,C,h,w) that gives values (N,…), value by value; of one
-            that gives a scalar, that is the loss, whatever the reduction.
+            position), or a function of two feature tensors (N,C,h,w) that gives values (N,…), elementwise; if it
+            gives a scalar, that is the loss, whatever the reduction.
         arch: the network; None means the weights' own, and vgg16 where nothing implies one.
         weights: see `vggfeat.weights.load`.
         normalize_features: bring the channel vector at each position to unit length first, as LPIPS does.

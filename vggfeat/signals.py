@@ -12,7 +12,7 @@ __all__ = ["ignore_endings", "on_ending"]
 
 
 def _asking() -> list[signal.Signals]:
-    """Those signals, but for any that whoever started the program wants ignored, as `nohup` does."""
+    """Those signals, except any that the program was started to ignore, as by `nohup`."""
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
     return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
@@ -20,7 +20,7 @@ def _asking() -> list[signal.Signals]:
 
 @contextmanager
 def on_ending(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle these signals so, and afterwards as before; other threads than the main one get none."""
+    """Handle these signals with `handle` inside the block; threads other than the main one get none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -33,7 +33,7 @@ def on_ending(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 def ignore_endings() -> None:
-    """Ignore them from here on, but inside of `on_ending` no longer than that."""
+    """Ignore these signals from here on; inside `on_ending`, until it ends."""
     if threading.current_thread() is threading.main_thread():
         for number in _asking():
             signal.signal(number, signal.SIG_IGN)

@@ -49,7 +49,7 @@ def read(path: Path) -> Mapping[str, Any]:
                 "save the state dict alone: torch.save(net.state_dict(), path)"
             ) from error
         raise WeightsError(f"{path} is damaged or no torch file: it starts with {magic!r}") from error
-    except Exception as error:  # flipped bits come out of the readers of zips and pickles as errors of any kind
+    except Exception as error:  # flipped bits make zip and pickle readers raise errors of any kind
         why = f"its reader failed with {type(error).__name__}" if isinstance(error, LookupError) else first_line(error)
         raise WeightsError(f"{path} is damaged or no torch file: {why}") from error
     if not isinstance(raw, Mapping):

@@ -2,9 +2,9 @@
 
 A tile of 4×4 outputs sees 6×6 inputs. To convolve them is to multiply polynomials, which takes one multiplication for
 each point that these are evaluated at (Toom and Cook): 36 for a tile and a pair of channels instead of 144 (Winograd
-1980; Lavin and Gray 2016, arXiv:1509.09308). Everything here, the changes to points and back included, is a product of
-matrices, which a CPU's BLAS does at its full rate, a band of tiles at a time, so that it stays in the caches. The same
-multiplications, with what comes back in place of what goes in, make the weight's gradient.
+1980; Lavin and Gray 2016, arXiv:1509.09308). Everything here, the transforms to points and back included, is a product
+of matrices, which a CPU's BLAS does at its full rate, a band of tiles at a time, so that it stays in the caches. The
+same multiplications, with the output's gradient for the kernel, give the weight's gradient.
 
 The points are 0, ±⅔, ±3/2 and ∞, with which a convolution's error is 1.1 to 2.2 times oneDNN's (with ±½ and ±2 it is
 1.6 to 2.9 times). They are their own reciprocals, and flipping a kernel takes each point to its reciprocal, which is
@@ -32,8 +32,8 @@ TILE = 4
 POINT = 2 / 3
 FLIPPED = [5, 3, 4, 1, 2, 0]  # where each of the points 0, p, -p, 1/p, -1/p, ∞ goes when a kernel is flipped
 WORKSPACE = 1 << 18  # values for each thread in each room of the workspace, 1 MB: as many tiles at a time as fit,
-LEAST = 96  # but no fewer for each thread, since for every band all weights come past once
-SUMMED = 256  # tiles at a time of which a weight's gradient is a sum, since for every band all of it comes past once
+LEAST = 96  # but no fewer per thread, since every band reads all weights once
+SUMMED = 256  # tiles of a band for a weight's gradient, since every band reads and writes all of it once
 
 
 def _matrices() -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +41,7 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
 
     With m(x) = x (x² - p²) (x² - q²) of the finite points and q = 1/p, row by row: Bᵀ has m(x) / (x - a), G the powers
     of a over that polynomial's value at a, Aᵀ the powers of a; for ∞ they have m(x) and the highest powers alone.
-    Each row of G is scaled, and that of Bᵀ by the inverse, such that a turned kernel's row is another one's as it is.
+    Each row of G is scaled, and that of Bᵀ by the inverse, so that flipping a kernel just permutes the rows.
     """
     p, q = POINT, 1 / POINT
     both = p * p + q * q
@@ -102,7 +102,7 @@ def is_supported(device: torch.device, dtype: torch.dtype, channels: int, output
 
 @constant_when_traced
 def _products_serve() -> bool:
-    """Whether products of float32 matrices are fast, and not of factors rounded by the user's wish: too coarse."""
+    """Whether float32 matrix products are fast, and exact: users may allow rounded factors, which are too coarse."""
     backends: Any = torch.backends
     exact = backends.mkldnn.matmul.fp32_precision in ("ieee", "none")
     return exact and torch.backends.mkl.is_available()  # elsewhere products of many matrices may be slow
@@ -112,10 +112,10 @@ _kept = threading.local()
 
 
 def _workspace(count: int, size: int) -> Tensor:
-    """`count` rooms for `size` values, kept for the next call: new memory comes page by page, slowly."""
+    """`count` buffers of `size` values, kept for the next call: new memory is slow to page in."""
     workspace: Tensor | None = getattr(_kept, "workspace", None)
     if workspace is None or workspace.numel() < count * size:
-        with torch.inference_mode(False):  # what is made inside it can be written to there alone
+        with torch.inference_mode(False):  # inference tensors are read-only outside that mode
             workspace = torch.zeros(count * size, dtype=torch.float32, device="cpu")
         _kept.workspace = workspace
     return workspace[: count * size].view(count, size)
@@ -185,7 +185,7 @@ class _Inputs:
         self.points = self.inputs.view(36, padded, c)
 
     def read(self, which: slice, top: int) -> Tensor:
-        """The band's (36,tiles,C), in the first of both rooms; the bands of an image from above."""
+        """The band's (36,tiles,C), in the first buffer; read an image's bands top to bottom."""
         group, lines = self.images[which], self.band.shape[1]
         height, width = group.shape[1:3]
         band = self.band[: len(group)]
@@ -235,7 +235,7 @@ def convolve(
     bands = _Bands.of(n, height, width, fits)
     one, two = _workspace(2, 36 * bands.padded * max(c, k))
     inputs = _Inputs(images, pad, bands, to_points, one, two)
-    # each in a room whose last tenant has been read: (36,tiles,K) to (6,4,tiles·K) to (4,4,tiles·K)
+    # each in a buffer that has been read by then: (36,tiles,K) to (6,4,tiles·K) to (4,4,tiles·K)
     products, halfway = _room(two, 36, bands.padded, k), _room(one, 6, 4, bands.padded * k)
     outputs = _room(two, 4, 4, bands.padded * k)
     size = (bands.several, bands.rows, bands.across, k)

@@ -3,9 +3,9 @@
 A set that is in memory is kept on the device as one uint8 tensor, and a batch of crops is one gather from it: no worker
 processes. Other sets are read image by image, by workers, in every epoch.
 
-Everything that is drawn depends on the seed, the epoch and the step alone. So a run that goes on after a stop sees what
-the unbroken one would have seen, and of several processes each draws for the whole batch and keeps its own part. It is
-drawn on the CPU and copied to the device without waiting for what that is at.
+All random draws depend on the seed, the epoch and the step alone. So a resumed run sees what the unbroken one would
+have seen, and each of several processes draws for the whole batch and keeps its own part. They are drawn on the CPU and
+copied to the device without synchronising with it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Batches:
     Attributes:
         steps: batches of an epoch; images that fill none are left out, others in every epoch.
         skipped: images that could not be read during training, and why.
-        extra: 1 where each part begins with the image before this process' own, which is to be mixed and then left.
+        extra: 1 where each part begins with the image before this process' own, which is mixed in, then dropped.
 
     Raises:
         InputError: fewer images than a batch, a batch size that does not divide, or images smaller than the crops.
@@ -134,7 +134,7 @@ class Batches:
                 f"{images.label} has {len(images)} images, fewer than batch_size {config.batch_size}: lower that"
             )
         self.images, self.config, self.device, self.size = images, config, world.device, size
-        # of each part every process has a piece, so that parts are the same however many processes there are
+        # every process takes a piece of each part, so that parts do not depend on the number of processes
         places = torch.arange(config.batch_size, device="cpu").view(config.accumulate, -1)
         own = torch.arange(places.shape[1], device="cpu").view(world.size, -1)[world.rank]
         self.extra = int(world.size > 1 and bool(config.mixup or config.cutmix))

@@ -81,7 +81,7 @@ def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.optimizer == "muon":
         dtype = autocast_dtype(config.precision, device)
-        if dtype == torch.float16 or emulates(dtype, device):  # whose range is too short; which is slow
+        if dtype == torch.float16 or emulates(dtype, device):  # its range is too small; or it is slow
             dtype = torch.float32
         return Muon(parameters, momentum=config.momentum, dtype=dtype)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW

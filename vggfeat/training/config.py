@@ -229,10 +229,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def _plain_lr(convs: int) -> float:
-    """What `fast` steps by without batch normalisation: what a step too long does to one layer, all others pass on.
+    """The rate of `fast` without batch normalisation, where one layer's too long step harms all others.
 
-    0.02 serves VGG-11's 8 convolutions (0.05 learned nothing, 0.008 less), 0.008 VGG-16's 13 (0.02 learned nothing) and
-    0.005 VGG-19's 16: steps that go with the inverse square of the depth. Measured in tests/bench/RESULTS.md.
+    0.02 suits VGG-11's 8 convolutions (0.05 learned nothing, 0.008 less), 0.008 VGG-16's 13 (0.02 learned nothing) and
+    0.005 VGG-19's 16: inversely proportional to the squared depth. Measured in tests/bench/RESULTS.md.
     """
     return round(0.02 * (8 / convs) ** 2, 4)
 

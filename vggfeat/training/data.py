@@ -315,7 +315,7 @@ def scaled(image: Image.Image, shorter: int | None) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Some:
-    """Reads image number i of those chosen; a class, since worker processes may get it pickled, as the next."""
+    """Reads image number i of those chosen; a class, so that it can be pickled for workers, like the next."""
 
     read: Callable[[int], Image.Image]
     numbers: list[int]

@@ -73,7 +73,7 @@ def process_group(device: str) -> Iterator[World]:
         yield World(resolved, dist.get_rank(), dist.get_world_size())
         dist.barrier()  # one that leaves while another still works would break the connection
     except BaseException:
-        own = own and resolved.type != "cuda"  # to leave NCCL's group waits for others, who may wait for this process
+        own = own and resolved.type != "cuda"  # leaving NCCL's group waits for others, which may wait for us
         raise
     finally:
         if own:
@@ -97,7 +97,7 @@ def all_gather_union(values: set[str], world: World) -> set[str]:
 
 
 def run_on_main(decide: Callable[[], Result], world: World) -> Result:
-    """What the first process decides, in all of them; what it raises, too."""
+    """The first process' result or exception, in all of them."""
     if world.size == 1:
         return decide()
     told: list[Any] = [None]

@@ -206,7 +206,7 @@ def evaluate(
 
 
 def place_of(label: str) -> str:
-    """What tells the place of a set, however its path is typed and from wherever, without saying where it is."""
+    """A hash of a set's location, however its path is written, which does not reveal that location."""
     return hashlib.sha256(os.path.realpath(label).encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: who may train in it, what is gone on from there, and what is written to it.
+"""A run's folder: its lock, what a run resumes from, and what is written to it.
 
 It holds `config.json`, `log.csv` (a row an epoch), `checkpoints/`, `tensorboard/` where that is installed, and at the
 end `weights.safetensors`.
@@ -59,11 +59,11 @@ class Epoch:
 
 
 def check(folder: Path, config: TrainConfig, resume: bool, sources: Sequence[Any] = ()) -> None:
-    """Make sure that nothing in the folder will be lost: a run is gone on with, and only what is empty is filled.
+    """Make sure that nothing in the folder will be lost: it is empty, or its run is to be resumed.
 
     Raises:
-        InputError: something is there and nothing to go on with was asked for, or it is no run, or one with other
-            settings; or it is in one of the folders that the images come from, of which it would be a class.
+        InputError: it is not empty and `resume` is False, or holds no run, or one with other settings; or it is inside
+            one of the folders that the images come from, and would be a class there.
     """
     if any(isinstance(source, str | os.PathLike) and would_hold(Path(source), folder) for source in sources):
         raise InputError(f"{folder} is inside of the images' folder, and would be a class of it: choose another")
@@ -89,7 +89,7 @@ def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
 def begin(
     folder: Path, config: TrainConfig, images: ImageSet, resume: bool, alone: ExitStack
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Make the run's folder, or find where the run in it is.
+    """Make the run's folder, or find how far its run has got.
 
     Args:
         folder: of the run.
@@ -138,7 +138,7 @@ def begin(
 
 
 def _config_of(path: Path) -> dict[str, Any]:
-    """What a run wrote of its settings; empty where there is nothing, or it was somebody else."""
+    """The settings that a run wrote; empty if there are none, or not a run's."""
     try:
         config: dict[str, Any] = json.loads(path.read_text())
         return config if {"classes", "data", "optimizer", "seed"} <= config.keys() else {}

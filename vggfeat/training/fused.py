@@ -16,7 +16,7 @@ __all__ = ["Fused"]
 
 
 class Fused(nn.Module):
-    """Gives what `net` gives, to rounding, its parameters their gradients, and moves its running statistics.
+    """Computes what `net` does, to rounding, gradients and running statistics included.
 
     Before a batch normalisation by the statistics of the batch, a convolution's bias is left out: it makes no
     difference but to the running mean. Images are (N,3,H,W), channels_last, on CUDA, as are the filters.

@@ -128,7 +128,7 @@ class Learner:
         self.scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
-        """Let go of what it holds, and leave the network as others have it."""
+        """Free what it holds, and undo its changes to the network."""
         self.whole_step = self._whole_step  # a graph holds on to the memory of a whole step
         self.model = self.net
         desynchronise(self.net)

@@ -147,7 +147,7 @@ def _silent(text: str) -> None:
 
 @contextmanager
 def _repeatable(config: TrainConfig, world: World) -> Iterator[None]:
-    """Seed torch's global generators for what draws from them, and leave them and its settings as they were."""
+    """Seed torch's global generators for the block, then restore them and torch's settings."""
     before, chosen = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     warns, workspace = torch.is_deterministic_algorithms_warn_only_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
@@ -355,7 +355,7 @@ class _Run:
             self.step += 1
             last = self.step == steps
             saves = (last and self._epoch_saves()) or (config.save_every > 0 and self.done % config.save_every == 0)
-            # for the device to have got here; a GPU is left alone for a while
+            # wait for the device; on a GPU only now and then
             waits = self.world.device.type == "cpu" or last or saves or self.step == 1 or self.done % 50 == 0
             if waits:
                 self.loss = value.item()
@@ -430,7 +430,7 @@ class _Run:
 
     @torch.no_grad()
     def _average(self, ema: AveragedModel) -> None:
-        """`ema.update_parameters`, which at every step waits until the device has got a count that goes unused."""
+        """`ema.update_parameters` without its wait, at every step, for copying an unused count to the device."""
         if ema.n_averaged == 0:
             ema.update_parameters(self.net)  # copies all
             return

@@ -1,7 +1,7 @@
 """Muon, for filters: momentum whose step moves every direction of a filter bank alike (Jordan et al. 2024).
 
-A gradient of a convolution's filters is ruled by a few directions, and so is what plain momentum moves. Muon replaces
-the step by its polar_factor factor, the nearest matrix all of whose singular values are equal (Jordan 2024,
+A gradient of a convolution's filters is dominated by a few directions, and so is plain momentum's step. Muon replaces
+the step by its polar factor, the nearest matrix all of whose singular values are equal (Jordan 2024,
 https://kellerjordan.github.io/posts/muon/), by a few products of matrices. Filters keep the norm that they began with
 (as in the code that goes with Jordan 2024, arXiv:2404.00498), so that `lr` is what it seems to be, the length of a step
 as a share of the filters' own. Where batch normalisation follows, the norm means nothing, and weight decay would only
@@ -27,8 +27,8 @@ ITERATIONS = 3
 def polar_factor(matrix: Tensor) -> Tensor:
     """About U Vᵀ of matrices U S Vᵀ (…,K,L), in their own type, by Newton and Schulz's iteration; 0 for 0.
 
-    The coefficients are Jordan's, which do not converge but get near soonest: directions that a step has little of
-    come out shorter than the rest, and none much longer.
+    The coefficients are Jordan's, which do not converge but come close fastest: directions of small singular values
+    come out shorter than the others, and none much longer.
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
@@ -48,8 +48,8 @@ def _newton_schulz(x: Tensor) -> Tensor:
 def _newton_schulz_on_gram(x: Tensor) -> Tensor:
     """The same with two products of x instead of six: an iteration multiplies by a polynomial in x xᵀ, which is small.
 
-    Filters have up to nine times as many columns as rows. Bfloat16 has too few bits for it, the result is twice as far
-    off: what is short in x is shorter still in x xᵀ, beside what is long.
+    Filters have up to nine times as many columns as rows. Bfloat16 is too coarse for it, with twice the error:
+    small singular values are smaller still in x xᵀ, beside large ones.
     """
     (a, b, c), product = COEFFICIENTS, _product_of(x)
     square = x @ x.mT
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         lr: of filters, the length of a step as a share of their norm; of the rest, as in SGD.
         momentum: decay of the sum of gradients.
         weight_decay: of what is not a filter, whose norm is kept.
-        dtype: that polar_factor factors are computed in; bfloat16 is enough where the network runs in it.
+        dtype: that polar factors are computed in; bfloat16 is enough where the network runs in it.
     """
 
     def __init__(

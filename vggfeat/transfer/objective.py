@@ -87,7 +87,7 @@ class Objective:
         return height, width
 
     def _each_part(self, image: Tensor, on_part: Callable[[Tile, str, Tensor, slice], None]) -> None:
-        """Call for every layer of an image: of which tile, the layer, some rows of it, and which."""
+        """Call for every layer of an image with a tile, the layer, some rows, and which these are."""
         for tile in self._tiles(image):
             self.features.taps_by_rows(tile.read(image), functools.partial(on_part, tile))
 
@@ -115,7 +115,7 @@ class Objective:
     def _add(
         self, sums: Sums, terms: Collection[str], image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice
     ) -> None:
-        """Add what some rows come to: in a Gram matrix for the style, in the squared error for the content."""
+        """Add the share of some rows: in the Gram matrix for the style, the squared error for the content."""
         own, tile = self._counting(tile, name, part, rows)
         own_sums: Sums = {}
         if "style" in terms and name in self.style_shares and own.numel():
@@ -141,7 +141,7 @@ class Objective:
             grads.append(gram_backward(own, sum_grads["style", name] * self._share(name, own, image)))
         if name in self.content_shares:
             grads.append(self._error(name, own, tile).mul_(2 * sum_grads["content", name]).to(own.dtype))
-        if not grads:  # tapped for somebody else, or all of it around the tile
+        if not grads:  # a layer in no term, or all of it around the tile
             return torch.zeros_like(part)
         grad = functools.reduce(torch.add, grads)
         if own.shape == part.shape:
@@ -193,7 +193,7 @@ class Objective:
         sum_grads = dict(zip(leaves, of_sums, strict=True))
         with torch.no_grad():
             for tile in self.tiles:
-                if not single:  # once more, now that it is known what each sum is worth
+                if not single:  # again, now that each sum's gradient is known
                     back = self.features.vjp_by_rows(tile.read(image), _ignore)
                 tile.read(grad).add_(back(functools.partial(self._tap_grad, sum_grads, image, tile)))
                 del back  # and what it holds on to, before the next tile

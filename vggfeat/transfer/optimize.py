@@ -1,4 +1,4 @@
-"""Optimisers of one image: L-BFGS and Adam, as plain objects that are told value and gradient and move the image.
+"""Optimisers of one image: L-BFGS and Adam, as plain objects that take its gradient and return the next image.
 
 Neither reads a number back from the device, so that a step on a GPU never waits for the step before it.
 """
@@ -33,10 +33,10 @@ class Optimizer(Protocol):
 class Spectrum:
     """How far to go in each band of spatial frequencies: L-BFGS's first guess of the inverse Hessian, H₀.
 
-    At 512 pixels a style lets broad patterns go up to fifty times as far as fine ones, which the usual multiple of the
-    identity knows nothing of. Here H₀ is diagonal in the Fourier domain, with a factor for each band, brightness and
-    colour apart: √(Σ|S|² / Σ|Y|²) over the spectra of the last steps s and gradient changes y. What these leave open,
-    one factor for all, is the optimiser's.
+    At 512 pixels a style allows broad patterns steps up to fifty times as long as fine ones, which the usual multiple
+    of the identity ignores. Here H₀ is diagonal in the Fourier domain, with a factor for each band, separately for
+    brightness and colour: √(Σ|S|² / Σ|Y|²) over the spectra of the last steps s and gradient changes y. The overall
+    scale is left to the optimiser.
 
     Args:
         image: (N,C,H,W); only its shape and device matter.
@@ -55,7 +55,7 @@ class Spectrum:
         # a Fourier transform over the channels has their mean, the brightness, first and differences behind it
         apart = torch.arange(channels, device="cpu")[:, None, None].clamp_(max=1)
         self.band = (band + bands * apart).to(image.device)
-        # half of the spectrum says all: what is left out is the mirror image of what lies between the outer columns
+        # half of the spectrum suffices: the other half mirrors the columns between the outer ones
         outer = (across == 0) | (across == 0.5)
         self.count = torch.where(outer, 1.0, 2.0).float().to(image.device)
         self.forget()
@@ -142,7 +142,7 @@ class LBFGS:
         if self.last is not None:
             s, y = x - self.last[0], g - self.last[1]
             sy = s.dot(y)
-            # a pair without positive curvature is kept as zeros, which change nothing: to drop it would take a look
+            # a pair without positive curvature is kept as zeros, which change nothing: dropping it would need a sync
             good = sy > 1e-10 * y.dot(y).sqrt() * s.dot(s).sqrt()
             self.steps.append(torch.where(good, s, 0))
             self.changes.append(torch.where(good, y, 0))

@@ -20,9 +20,9 @@ from vggfeat.features import CUSTOM_BACKWARD_DEVICES
 
 __all__ = ["Span", "Tile", "side_for", "tiles"]
 
-# what a step takes at its peak, in outputs of the first convolution, and somewhat more: measured on a CPU were 3 (max
-# pooling) to 5.5 (l2, padded by replication) in float32, 5 to 7.5 in bfloat16, and 10 to 15 by autograd, where it
-# counts twice; a GPU has no strips, and with the walk run as there it was 4 to 6.5
+# a step's peak memory in outputs of the first convolution, with some margin: measured on a CPU were 3 (max pooling) to
+# 5.5 (l2, padded by replication) in float32, 5 to 7.5 in bfloat16, and 10 to 15 by autograd, for which it is doubled; a
+# GPU has no strips, and the walk without them took 4 to 6.5
 MAPS, IN_STRIPS = 8, 6
 IMAGES = 30  # float32, of the whole picture: what the optimiser and the steps around it take
 SHARE = 0.7  # of the free memory that a step may take
@@ -110,7 +110,7 @@ def tiles(arch: Arch, layers: Sequence[str], height: int, width: int, side: int)
 
 def _spans(length: int, side: int, stride: int, around: int) -> list[Span]:
     step = math.ceil(length / math.ceil(length / side) / stride) * stride
-    # what would not make a position of its own belongs to the one before
+    # a remainder below one position belongs to the tile before
     cuts = [*range(0, max(1, length - stride + 1), step), length]
     return [
         Span(max(0, first - around), min(length, last + around), first, None if last == length else last)

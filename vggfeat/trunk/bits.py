@@ -24,9 +24,9 @@ BAND = 1 << 20  # values at a time on a CPU, so that what is made on the way sta
 
 
 def bands(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
-    """Images, rows and the bytes that hold their bits, part by part of values (N,C,H,W); all at once but on a CPU.
+    """Slices of images, of rows and of their bits' bytes, part by part of (N,C,H,W); just one except on a CPU.
 
-    A part is some rows of an image, or as many images as make no more than that.
+    A part is some rows of an image, or as many whole images as fit in `BAND`.
     """
     n, c, h, w = shape
     together = max(1, n) if device.type != "cpu" else BAND // max(1, c * h * w)
@@ -62,12 +62,12 @@ def pack(x: Tensor) -> Tensor:
 
 
 def _pack(x: Tensor) -> Tensor:
-    if x.dtype == torch.bfloat16:  # only the sign of 0 can be set: without it, what is not 0 is positive
+    if x.dtype == torch.bfloat16:  # only -0 has a sign: with it shifted out, nonzero means positive
         x = x.view(torch.int16).bitwise_left_shift(1).to(torch.bool)  # faster than a comparison
     flat = (x if x.dtype == torch.bool else x > 0).permute(0, 2, 3, 1).flatten(1)
     if flat.shape[1] % 8:
         flat = F.pad(flat, (0, 8 - flat.shape[1] % 8))
-    if flat.storage_offset() % 8:  # of bools in the middle of others, which cannot be seen eight at a time
+    if flat.storage_offset() % 8:  # bools off an 8-byte boundary cannot be viewed as int64
         flat = flat.clone()
     return flat.view(torch.int64).mul(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
 

@@ -59,7 +59,7 @@ def _cudnn_takes(x: Tensor, weight: Tensor) -> bool:
         and torch.version.hip is None
         and torch.backends.cudnn.enabled
         and torch.backends.cudnn.is_available()
-        and not (torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled())  # it does not ask
+        and not (torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled())  # it ignores both
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bfloat16_is_fast(x.device)))
         and 0 < values < LARGEST
     )

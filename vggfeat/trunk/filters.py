@@ -26,8 +26,8 @@ class Filters(NamedTuple):
     Attributes:
         weight: (K,C,h,w).
         bias: (K,).
-        weight_backward: of the convolution that the input's gradient is: flipped, with channels exchanged, (C,K,h,w);
-            or, where Winograd's is faster, the transformed weight (36,C,K), which serves both ways (`winograd.py`).
+        weight_backward: of the convolution that gives the input's gradient: flipped, channels exchanged, (C,K,h,w);
+            or, where Winograd is faster, the transformed weight (36,C,K), used both ways (`winograd.py`).
     """
 
     weight: Tensor
@@ -90,16 +90,16 @@ class Trunk:
         """The `Filters` of all stages in one list, as torch's operators take them; `by_stage` takes it apart.
 
         BN of a frozen network is a factor and a shift per channel, folded into the convolution. A tap on the
-        convolution itself then comes of a second, unfolded convolution, so that the layers below do not depend on what
-        was asked for.
+        convolution itself then takes a second, unfolded convolution, so that deeper layers do not depend on what is
+        tapped.
 
         Args:
             plan: what will run.
             device: where.
             dtype: in which precision.
-            linear: the classifier's layers that will be asked for next: a compiler that has looked at what is ready
-                does not see what comes later.
-            size: height and width of the images, which say what is faster; None where they are not known.
+            linear: the classifier's layers that will be needed next: a compiler that has seen what is ready does not
+                notice what is added later.
+            size: height and width of the images, which decide what is faster; None if unknown.
         """
         keys: list[Key] = []
         sizes = plan.sizes(*size) if size else [(0, 0)] * len(plan.stages)
@@ -135,7 +135,7 @@ class Trunk:
             return tuple(self.state[f"{name}.{each}"].to(device, dtype) for each in ("weight", "bias"))
         weight, bias = self._kernel(name, folded)
         if part == "tiles":
-            # in bfloat16 they serve where products are made in float32 all the same
+            # in bfloat16 too: they are used where products are in float32 anyway
             return (winograd.transformed(weight).to(device, torch.float32),)
         if part == "backward":
             # the gradient of a convolution is a convolution with the kernel flipped and channels exchanged

@@ -16,7 +16,7 @@ from vggfeat.trunk import direct
 from vggfeat.trunk.bits import bands, bytes_of, pack, unpack
 from vggfeat.trunk.filters import Filters
 
-LARGEST = 1e30  # of a normalised image: no VGG makes more of it than float32 holds
+LARGEST = 1e30  # of a normalised image: below it, no VGG overflows float32
 
 
 def all_finite(x: Tensor) -> bool:
@@ -47,7 +47,7 @@ def conv_backward(
     """
     kernel = 3 if _by_tiles(weight) else weight.shape[-1]
     folded = padding != "zeros" and pad > 0
-    # of the input as it was padded, where its border was made of the input
+    # of the padded input, where the padding copies the input
     pads = kernel - 1 - (0 if folded else pad)
     if _by_tiles(weight):
         full = winograd.convolve(grad, weight, None, pads, transposed=True, overwrite=overwrite)
@@ -136,7 +136,7 @@ def plain_pool(x: Tensor, pooling: str) -> Tensor:
 
 
 def max_pool_backward(grad: Tensor, height: int, width: int, argmax: Tensor, pooled: Tensor | None) -> Tensor:
-    """Each gradient goes to the maximum of its window, and nowhere where that was not positive."""
+    """Each gradient goes to its window's maximum, and is dropped if that was not positive."""
     if pooled is not None and argmax.dtype == torch.int64:  # torch's own, on a CPU; on CUDA it adds in no fixed order
         grad = torch.ops.aten.threshold_backward(grad, pooled, 0)
         size = (*grad.shape[:2], height, width)

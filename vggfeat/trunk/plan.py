@@ -1,4 +1,4 @@
-"""What to run: names of taps to stages of a network, as plain data that survives as a string in compiled graphs."""
+"""What to run: the stages of a network for the taps named, as plain data that compiled graphs hold as a string."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class Plan:
     def _first_block(self) -> int:
         """How many stages make the first block; 0 where the plan ends in it, or its maps do not suit strips.
 
-        Of maps with a multiple of 8 channels, the bits of a row fill bytes. Wider ones than the published are convolved
-        by tiles (`winograd.py`), which would lie elsewhere in a strip than in the whole, to other roundings.
+        With a multiple of 8 channels, the bits of a row fill whole bytes. With more than the published, maps are
+        convolved by tiles (`winograd.py`), whose grid would differ in a strip from the whole map's, and so rounding.
         """
         count = next((i for i, stage in enumerate(self.stages, start=1) if "pool" in stage.steps), 0)
         widths = [self.arch.layer(stage.conv).channels for stage in self.stages[:count]]
@@ -133,7 +133,7 @@ class Plan:
 
     @functools.cached_property
     def min_size(self) -> int:
-        """The shortest image side that the deepest tap can be computed of."""
+        """The shortest image side for which the deepest tap exists."""
         layers = self.arch.until(self.names)
         if self.padding != "reflect":
             return layers[-1].stride

@@ -31,8 +31,8 @@ __all__ = [
 
 ByName = dict[str, Tensor]  # taps of a stage by their kind, or what is kept of it by the names of `kept_of`
 Rows = slice  # some rows of a map: where they start and where they stop
-# what the forward keeps for the backward: "none"; "values", what came out of the ReLUs; "bits", their signs instead; or
-# "taps", bits but for ReLUs that are taps, for callers that hold those anyway. In strips "values" are bits, too
+# what the forward keeps for the backward: "none"; "values", the ReLUs' outputs; "bits", their signs; or "taps", bits
+# except for ReLUs that are taps, for callers that hold those anyway. In strips "values" means bits, too
 Keep = str
 OnTap = Callable[[str, Tensor, Rows], object]  # is given some rows of one image's tap, and which these are
 
@@ -79,8 +79,8 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
     |          |                                     | torch's indices, on a CPU, or of 2 · row + column in uint8   |
     | "pool"   | the pooled map                      | (N,C,h,w)                                                    |
 
-    A ReLU right before a max pool needs no sign unless it was tapped: those of the maxima say enough. What is tapped as
-    well is kept as the tap, or recomputed as that is.
+    A ReLU right before a max pool needs no sign unless it was tapped: those of the maxima suffice. What is also a tap
+    is kept as that tap, or recomputed like it.
 
     Args:
         plan: what is run.
@@ -140,7 +140,7 @@ class ReadyStage:
 
     @property
     def hands_over(self) -> bool:
-        """Whether what comes out is the next stage's alone: not kept, and no tap, which its receiver may hold."""
+        """Whether only the next stage uses the output: it is not kept, and no tap, which a caller may hold."""
         last = (self.stage.steps or ("conv",))[-1]
         return last not in (*self.stage.taps, *self.keeps)
 
@@ -152,7 +152,7 @@ class ReadyStage:
         Args:
             x: what goes in, all rows of it or some.
             finite: whether the images are, by `layers.all_finite`.
-            rows: of the convolution's output, those to go on with, as they are not affected by where the map was cut.
+            rows: of the convolution's output, those to use further: the ones not affected by where the map was cut.
             own: of these, the strip's own, to hand out and to keep.
             overwrite: what comes out may take the place of `x`.
         """
@@ -202,7 +202,7 @@ class ReadyStage:
         height: int,
         width: int,
     ) -> None:
-        """The gradient with respect to what came out becomes that with respect to what went in.
+        """Turn the gradient with respect to the output into that with respect to the input.
 
         Args:
             flow: the gradient; is changed.

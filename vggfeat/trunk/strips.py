@@ -1,9 +1,9 @@
 """The first block strip by strip: some rows of the image up to the first pool, then the next; the backward likewise.
 
-About half of all values that a VGG makes it makes in its first block, in maps of the image's size. Where these are too
-large for a processor's caches, they are made a few rows at a time, which are not; they never exist as a whole then,
-unless they are tapped (and those of the first convolution not even then, where some rows at a time will do). Small
-images go whole, several together.
+About half of a VGG's activations are in its first block, in maps of the image's size. Where these are too large for a
+processor's caches, they are computed a few rows at a time, which fit; they then never exist as a whole, unless they are
+tapped (and those of the first convolution not even then, where some rows at a time suffice). Small images are computed
+whole, several together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vggfeat.trunk.stage import ByName, ByRows, GradientAccumulator, OnTap, Read
 __all__ = ["Held", "Recompute", "backward_in_strips", "forward_in_strips"]
 
 VALUES = 1 << 20  # of one map of a strip, for each thread
-ROWS = 32  # a strip has a multiple of it: each convolution computes up to two more on either side, to throw them away
+ROWS = 32  # a strip has a multiple of it; each convolution computes up to two more on either side and discards them
 POOLED = ("pool", "argmax")  # of the size that the pool leaves
 
 Held = tuple[ReadyStage, dict[str, TapGrad], ByName]  # a stage, its taps' gradients by kind, what it kept
@@ -44,7 +44,7 @@ class Recompute:
 def forward_in_strips(
     x: Tensor, finite: bool, stages: Sequence[ReadyStage], on_tap: OnTap | None = None
 ) -> tuple[Tensor, list[tuple[ByName, ByName]]]:
-    """What comes out of the first block, and for each stage the taps and what is kept besides.
+    """The first block's output, and for each stage the taps and what else is kept.
 
     Args:
         x: as the first convolution takes it, (N,C,H,W).
@@ -134,7 +134,7 @@ class _Strip:
         return slice(max(0, rows.start - by), min(self.height, rows.stop + by))
 
     def reads(self, convolutions: int) -> list[Rows]:
-        """The rows that its own are made of, in each map: of the image, then of what each convolution makes."""
+        """The rows that its own depend on, in each map: of the image, then after each convolution."""
         return [self._grown(left) for left in reversed(range(convolutions + 1))]
 
     def reads_back(self, convolutions: int, reach: int) -> list[Rows]:
@@ -155,7 +155,7 @@ class _Strip:
         return replace(first, keeps=()).forward(image, recompute.finite, _relative(rows, below))[1]
 
     def tap_grad(self, kind: str, grad: TapGrad, tap: Tensor | None, rows: Rows) -> Tensor | None:
-        """The gradient with respect to some rows of a tap, which are at hand or are read."""
+        """The gradient with respect to some rows of a tap, given as `tap` or read."""
         if not isinstance(grad, ByRows):
             return None if grad is None else self.read(kind, grad, rows)
         if tap is None:
@@ -185,7 +185,7 @@ class _Strip:
         self.read(name, wholes[name], self.rows).copy_(part)
 
     def of(self, name: str, rows: Rows) -> tuple[Rows, int]:
-        """Which rows these are in what has that name, and how many it has in all."""
+        """These rows in the map of that name, and how many it has in all."""
         if name in POOLED:
             return slice(rows.start // 2, rows.stop // 2), self.height // 2
         return rows, self.height
@@ -204,5 +204,5 @@ def _strips(plan: Plan, count: int, height: int, width: int) -> Iterator[_Strip]
 
 
 def _relative(rows: Rows, to: Rows) -> Rows:
-    """Rows as counted from the first of others that they are among."""
+    """Rows relative to the first of `to`, which contains them."""
     return slice(rows.start - to.start, rows.stop - to.start)

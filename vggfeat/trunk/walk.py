@@ -47,8 +47,8 @@ def forward(
         filters: of `Trunk.filters` for the plan.
         plan: what to run.
         keep: see `Keep`.
-        on_tap: is given every tap, shallow to deep, as it is made; `x` is one image then. Where the first convolution
-            goes strip by strip, its taps are given so and not returned; with "none", none is.
+        on_tap: gets every tap, shallow to deep, as it is computed; `x` is then one image. Where the first convolution
+            runs in strips, its taps are passed strip by strip and not returned; with "none", none is.
     """
     return _forward(*_prepared(x, filters), filters, plan, keep, on_tap)
 
@@ -99,8 +99,8 @@ def backward(
     """The gradient with respect to the normalised images, in the filters' type; None where no tap has one.
 
     Args:
-        tap_grad: gives the gradient with respect to a tap by its name, asked for once each, deepest first: when the
-            walk gets there, or, of stages that go strip by strip, before the first strip.
+        tap_grad: gives the gradient with respect to a tap by its name, called once for each, deepest first: when
+            the walk gets there, or, for stages in strips, before the first strip.
         kept: for each stage what the forward kept of it, by the names of `kept_of`; is emptied on the way, so that
             memory is free early.
         filters: those that `forward` had.
@@ -114,7 +114,7 @@ def backward(
     sizes = plan.sizes(*size)
     flow = GradientAccumulator()
     held: list[Held] = []
-    finite: bool | None = None  # as the first gradient to come is, the deepest tap's
+    finite: bool | None = None  # of the first gradient, which is the deepest tap's
 
     def of_kind(names: dict[str, str], kind: str) -> TapGrad:
         nonlocal finite
@@ -133,7 +133,7 @@ def backward(
                 stage.backward(flow, functools.partial(of_kind, names), kept.pop(), *sizes[number])
         if held:
             flow.replace(backward_in_strips(flow.grad, held, size, recompute))
-    # where values were NaN the signs say 0, and a bad step would pass for a good one; all of it ends in the deepest tap
+    # NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest tap
     return flow.grad if flow.grad is None or finite else torch.full_like(flow.grad, torch.nan)
 
 
@@ -142,7 +142,7 @@ def vjp(
 ) -> tuple[dict[str, Tensor], Callable[[TapGradOf], Tensor]]:
     """The taps by name, and the pullback to the images, bypassing autograd.
 
-    No graph holds on to what was kept: it is freed on the way, as each tap is once its gradient was asked for and the
+    No graph holds on to what was kept: it is freed on the way, and so is each tap, once its gradient is known and the
     walk is past it. The pullback can be called once.
 
     Args:
@@ -166,11 +166,11 @@ def vjp(
 def vjp_by_rows(
     x: Tensor, filters: Sequence[Tensor], plan: Plan, on_tap: OnTap, *, keep: Keep
 ) -> Callable[[TapGradOfRows], Tensor]:
-    """As `vjp` of one image, for what can be told of a tap, and its gradient, from some rows at a time.
+    """As `vjp` of one image, for functions of a tap that, like their gradient, can be computed by rows.
 
-    Where the first convolution goes strip by strip, its taps, the largest there are, are never whole: they are given as
-    they are made, and recomputed in the backward. Of a tap's gradient a few rows are there at a time, but for the
-    deepest tap's (and that of a convolution tapped in front of its batch normalisation).
+    Where the first convolution runs in strips, its taps, the largest of all, never exist whole: they are passed as they
+    are computed, and recomputed in the backward. Only a few rows of a tap's gradient exist at a time, except for the
+    deepest tap's (and that of a convolution tapped before its batch normalisation).
 
     Args:
         x: one normalised image, as for `forward`.
