@@ -94,7 +94,7 @@ def test_what_is_no_filter_moves_as_with_torchs_sgd(weight_decay):
 
 
 def test_momentum_is_nesterovs():
-    """Against the sums written out, on filters of one output, whose polar_factor factor is the vector's direction."""
+    """Against the sums written out, on filters of one output, whose polar factor is the vector's direction."""
     weight = filters(1, 4, 3, 3)
     x, total = weight.detach().clone().double(), torch.zeros(1, 4, 3, 3, dtype=torch.float64)
     norm = x.norm()

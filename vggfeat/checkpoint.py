@@ -14,7 +14,7 @@ from vggfeat.files import TEMPORARY, new_file
 
 __all__ = ["newest", "read", "save", "saved", "write"]
 
-KEPT = 2  # the one before the newest is for the case that the newest is damaged
+KEPT = 2  # the older one in case the newest is damaged
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None
     for path in saved(folder):
         try:
             state = read(path, needed)
-        except (OSError, MemoryError) as error:  # damage comes as anything else, or without the system's number
+        except (OSError, MemoryError) as error:  # damage raises anything else, or has no errno
             if isinstance(error, OSError) and error.errno is None:
                 wrong[path] = f"{path} is damaged ({first_line(error)})"
                 continue

@@ -1,6 +1,6 @@
-"""Steps captured as CUDA graphs, which spares launching them kernel by kernel, and scalars read without waiting.
+"""Steps captured as CUDA graphs, which saves launching kernel by kernel, and scalars read asynchronously.
 
-On other devices all of this does nothing: the step is the function itself, and its numbers are there when it returns.
+On other devices all of this is a no-op: the step is the function itself, and its numbers are ready when it returns.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from vggfeat.errors import first_line, warn
 __all__ = ["AsyncScalars", "capture", "captured", "captured_and_checked", "lookahead", "supports_capture"]
 
 Step = Callable[..., tuple[Tensor, ...]]
-MIN_STEPS = 20  # steps from which one is captured, for which it runs three times and is replayed once
-REPLAY_RTOL = 0.01  # relative difference of a replayed step: kernels that add in no fixed order differ by less
+MIN_STEPS = 20  # fewest steps worth a capture, which takes three runs and a replay
+REPLAY_RTOL = 0.01  # relative difference allowed to a replay: kernels that add in no fixed order differ by less
 _broken: list[torch.cuda.CUDAGraph] = []  # failed captures: the allocator may refer to them, and accepts no more
 
 
 def lookahead(device: torch.device) -> int:
-    """How many further steps to begin before the numbers of one are asked for."""
+    """How many further steps to queue before reading the numbers of one."""
     return 1 if device.type == "cuda" else 0
 
 
 class AsyncScalars:
     """A few numbers, copied to the host asynchronously.
 
-    On CUDA, where work is only queued, they are best asked for after the next step was queued, so that the device does
-    not run dry.
+    On CUDA, where work is only queued, they are best read after queuing the next step, so that the device is never
+    idle.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -56,8 +56,8 @@ def captured_and_checked(step: Step, image: Tensor, times: int) -> Step:
     step itself is returned, with a warning.
 
     Args:
-        step: of an image, without reading anything back; what it returns is new at each call.
-        image: (1,3,H,W), one of those to come.
+        step: takes an image, reads nothing back, and returns new tensors at each call.
+        image: (1,3,H,W), as the step will get.
         times: how many steps there will be.
     """
     if times < MIN_STEPS or _broken or not supports_capture(image.device):
@@ -105,12 +105,12 @@ def supports_capture(device: torch.device) -> bool:
 
 @functools.cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all: libraries keep memory for each that they have seen."""
+    """One stream for all: libraries keep memory for each one they see."""
     return torch.cuda.Stream(device)
 
 
 def warm_up(step: Step, image: Tensor) -> tuple[Tensor, ...]:
-    """What the step gives, where it will be captured: in first calls libraries choose and allocate."""
+    """The step's result, on the capture stream: in first calls libraries tune and allocate."""
     here, aside = torch.cuda.current_stream(image.device), _aside(image.device)
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
@@ -126,7 +126,7 @@ def capture(step: Step, *inputs: Tensor) -> Step:
     here, aside = torch.cuda.current_stream(device), _aside(device)
     aside.wait_stream(here)
     try:
-        # the outer context brings the stream back where a capture fails, which torch's own does not
+        # the outer context restores the stream where a capture fails, which torch's own does not
         with (
             torch.cuda.device(device),
             torch.cuda.stream(aside),
@@ -136,7 +136,7 @@ def capture(step: Step, *inputs: Tensor) -> Step:
     except BaseException:
         with contextlib.suppress(RuntimeError):
             graph.reset()  # the step itself needs the memory that the capture was given
-        with contextlib.suppress(Exception):  # before torch 2.13 it thinks that it is being captured still
+        with contextlib.suppress(Exception):  # before torch 2.13 it still counts as being captured
             generator = torch.cuda.default_generators[
                 torch.cuda.current_device() if device.index is None else device.index
             ]

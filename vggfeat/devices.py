@@ -31,10 +31,10 @@ _known: dict[tuple[torch.device, torch.dtype], Any] = {}  # by device and type, 
 
 
 def resolve(device: str | torch.device) -> torch.device:
-    """A device that is there, by name; `auto` is CUDA where there is one, else the CPU.
+    """The device of that name; `auto` is CUDA where available, else the CPU.
 
     Raises:
-        InputError: it is not.
+        InputError: it cannot be used.
     """
     try:
         resolved = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -65,7 +65,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
 @constant_when_traced
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether oneDNN takes bfloat16 on this CPU at all; on x86 it wants AVX-512 or AVX-NE-CONVERT for that.
+    """Whether oneDNN takes bfloat16 on this CPU at all; on x86 that takes AVX-512 or AVX-NE-CONVERT.
 
     Where it does not, torch's own convolutions take eight times as long as in float32, matrix products a hundred times.
     """
@@ -73,7 +73,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def emulates(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device has no fast matrix product for that type: torch makes it in loops there."""
+    """Whether the device has no fast matrix product for that type, so that torch uses loops."""
     return dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()
 
 
@@ -96,7 +96,7 @@ def triton_kernels(device: torch.device, dtype: torch.dtype) -> Any:
         return None
     if (device, dtype) not in _known:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return None  # while somebody captures a graph nothing can be tried
+            return None  # nothing can be tried during a graph capture
         _known[device, dtype] = _working(device, dtype)
     return _known[device, dtype]
 
@@ -109,7 +109,7 @@ def _working(device: torch.device, dtype: torch.dtype) -> Any:
         return kernels if (y.item(), argmax.item()) == (3, 3) else None
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # no Triton, no compiler, a device that it does not know: each says so in its own way
+    except Exception:  # no Triton, no compiler, an unknown device: each fails in its own way
         return None
 
 
@@ -149,7 +149,7 @@ def _machine_free() -> int:
 
 
 def _group(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """A container's limit and what is used of it, of either version of control groups."""
+    """A container's memory limit and use, by either version of control groups."""
     for limit, used, statistics, cached in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
@@ -158,7 +158,7 @@ def _group(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
             numbers = int((folder / limit).read_text()), int((folder / used).read_text())
         except (OSError, ValueError):  # none, or "max"
             continue
-        return numbers[0], numbers[1] - _line(folder / statistics, cached)  # files read once are given up for others
+        return numbers[0], numbers[1] - _line(folder / statistics, cached)  # cached files are evicted on demand
     return NO_LIMIT, 0
 
 

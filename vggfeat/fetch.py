@@ -89,7 +89,7 @@ def _recorded(note: Path) -> str | None:
 
 
 def file_key(path: Path) -> tuple[str, int, int]:
-    """What tells one state of a file from another: resolved path, size, time of change."""
+    """Identifies one state of a file: resolved path, size, modification time."""
     stat = path.stat()
     return (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
@@ -169,7 +169,7 @@ def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
                     f"{url} gave a file whose sha256 starts with {sha.hexdigest()[:8]}, expected {digest}"
                 )
     except urllib.error.HTTPError as error:
-        error.close()  # it is the answer as well, and holds the connection
+        error.close()  # it is also the response, holding the connection
         raise WeightsUnavailableError(f"{url} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error

@@ -33,13 +33,13 @@ def check_path(
     inputs: Iterable[str | os.PathLike[str]] = (),
     error: type[InputError] = InputError,
 ) -> Path:
-    """`path`, once it is clear that a file can be written there: to be called before any long work.
+    """`path`, after checking that a file can be written there: call it before any long work.
 
     Args:
         path: where to.
-        suffixes: those that will do; none means any.
-        overwrite: replace a file that is already there; of a link, the file that it leads to.
-        inputs: files that are read, which are not replaced even so; of a folder, all that are in it.
+        suffixes: those allowed; none means any.
+        overwrite: replace an existing file; for a link, the file that it leads to.
+        inputs: files that are read, which are never replaced; for a folder, all that are in it.
         error: what to raise.
 
     Raises:
@@ -82,7 +82,7 @@ def free_name(path: str | os.PathLike[str]) -> Path:
 
 
 def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether two names are of one file, be it there or not."""
+    """Whether two names mean one file, existing or not."""
     try:
         return os.path.samefile(path, other)
     except (OSError, ValueError):  # one of them is not there, or no name at all

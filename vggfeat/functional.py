@@ -1,6 +1,6 @@
 """The mathematics on tensors: Gram matrices, distances, total variation. No weights, no files, no state.
 
-Features are (N,C,h,w) in any floating type; sums are taken in float32, or float64 where that came in.
+Features are (N,C,h,w) in any floating type; sums are taken in float32, or float64 for float64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 EPS = 1e-10
-TINY = 1e-36  # added to what a root is taken of where its gradient at 0 would be infinite
+TINY = 1e-36  # added under a root whose gradient at 0 would be infinite
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _add_by_convolution(total: Tensor, part: Tensor) -> None:
 
 @functools.cache
 def _convolution_is_faster() -> bool:
-    """Which of the two is the faster one here, by trying: processors differ by several times, either way."""
+    """Whether the convolution is faster here, by trying: processors differ several-fold, either way."""
     total, part = torch.zeros(64, 64, device="cpu"), torch.ones(1, 64, 32, 128, device="cpu")
     part = part.contiguous(memory_format=torch.channels_last)
     times: dict[Any, list[float]] = {_add_by_convolution: [], _add_by_matmul: []}
@@ -181,7 +181,7 @@ def charbonnier(a: Tensor, b: Tensor, eps: float = 1e-3) -> Tensor:
     Charbonnier et al. 1994; ε as in Lai et al. 2017 (arXiv:1704.03915), who leave the constant -ε out.
     """
     square = (upcast(a) - upcast(b)).square()
-    return square / ((square + eps * eps).sqrt() + eps)  # the same without the difference of two near numbers
+    return square / ((square + eps * eps).sqrt() + eps)  # the same without cancellation
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -223,9 +223,9 @@ def _to_unit(features: Tensor) -> Tensor:
 
 
 class _UnitNormalize(torch.autograd.Function):
-    """y = F r with r = 1/√(‖F‖² + ε), and back r (g - y ⟨y, g⟩).
+    """y = F r with r = 1/√(‖F‖² + ε); backward r (g - y ⟨y, g⟩).
 
-    A few passes over the features where autograd takes a dozen, and nothing kept but the features as they came.
+    A few passes over the features where autograd takes a dozen, and only the unconverted features are saved.
     """
 
     generate_vmap_rule = True

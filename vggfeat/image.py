@@ -73,7 +73,7 @@ def open_image(path: str | os.PathLike[str], file: IO[bytes] | None = None) -> I
 
     Args:
         path: where it is.
-        file: its content where that is no file of its own, as in an archive; `path` is then what messages call it.
+        file: its content where it is not a file of its own, as in an archive; `path` then only names it in messages.
 
     Raises:
         ImageError: the file is missing, unreadable, empty, no image, damaged, or above Pillow's limit of pixels.
@@ -166,13 +166,13 @@ def check_output(
     inputs: Iterable[str | os.PathLike[str]] = (),
     formats: Collection[str] = tuple(FORMATS),
 ) -> Path:
-    """`path`, once it is clear that a file can be written there: to be called before any long work.
+    """`path`, after checking that a file can be written there: call it before any long work.
 
     Args:
         path: where to.
         overwrite: replace a file that is already there.
-        inputs: files that are read, which are not replaced even so.
-        formats: suffixes that will do; those of `save_image` unless said otherwise.
+        inputs: files that are read, which are never replaced.
+        formats: allowed suffixes; by default those of `save_image`.
 
     Raises:
         ImageError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
@@ -210,7 +210,7 @@ def save_image(
 
 @contextmanager
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write to, which gets its name whole or not at all; `check_output` has seen the name.
+    """A file to write to, which appears whole or not at all; `check_output` has checked the name.
 
     Raises:
         ImageError: it cannot be written, or the name is taken by now and must not be.
@@ -295,7 +295,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged metadata, which fails in as many ways, must not cost the picture
+    except Exception:  # damaged metadata fails in many ways, and must not cost the picture
         return 1
 
 

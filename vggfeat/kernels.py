@@ -4,7 +4,7 @@ Max pooling, forward and backward in one pass each (a dozen with torch's), and t
 (`trunk/bits.py`); training-mode batch normalisation with its ReLU, three passes forward and five backward (torch: five
 and eight). `devices.triton_kernels` says where they work.
 
-Maps are (N,C,H,W), float32 or bfloat16, and laid out channels_last; what comes otherwise is copied. Sums and statistics
+Maps are (N,C,H,W), float32 or bfloat16, and laid out channels_last; other layouts are copied. Sums and statistics
 are float32, in a fixed order.
 """
 
@@ -31,7 +31,7 @@ __all__ = [
     "pack",
 ]
 
-CHANNELS, VALUES = 128, 2048  # of a block: channels side by side, and values in all
+CHANNELS, VALUES = 128, 2048  # per block: adjacent channels, and values in total
 # sums over a map are split into at most PARTS, enough to fill a GPU, each of which reads SUMMED values at a time
 PARTS, SUMMED = 512, 4096
 
@@ -89,13 +89,13 @@ def max_pool_backward(grad: Tensor, argmax: Tensor, height: int, width: int, poo
 
 
 def _half(x: Tensor) -> Tensor:
-    """Room for what is pooled of a map."""
+    """Memory for the pooled map."""
     n, channels, height, width = x.shape
     return _empty((n, channels, height // 2, width // 2), x)
 
 
 def _double(grad: Tensor, height: int, width: int) -> Tensor:
-    """Room for the gradient of what was pooled, 0 where a kernel does not write: in an odd last row or column."""
+    """Memory for the gradient of a pool's input, 0 where kernels do not write: in an odd last row or column."""
     n, channels, h, w = grad.shape
     out = _empty((n, channels, height, width), grad)
     return out if (height, width) == (2 * h, 2 * w) else out.zero_()
@@ -111,14 +111,14 @@ def _run_pool(kernel: Any, large: Tensor, small: Tensor, *arguments: object) -> 
 
 @triton.jit
 def _corner(place, h, w, height, width):
-    """Which pixel of the map the window at a place of the pooled one begins with."""
+    """The pixel of the map where the window of a pooled position begins."""
     row = place // w
     return (row // h * height + row % h * 2) * width + place % w * 2
 
 
 @triton.jit
 def _windows(places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of a block's windows: where they are in the pooled map, which of them exist, and where each begins in the map."""
+    """A block's windows: their offsets in the pooled map, which of them exist, and where each begins in the map."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     corner = _corner(place, h, w, height, width)
@@ -128,13 +128,13 @@ def _windows(places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS:
 
 @triton.jit
 def _winners(x, a, there, width, channels):
-    """Of the windows that begin at `a`: the maximum, and whether it is in the lower row and in the right column."""
+    """The maxima of the windows that begin at `a`, and whether each is in the lower row and in the right column."""
     c = a + width * channels
     upper_left, upper_right = tl.load(x + a, there, 0.0), tl.load(x + a + channels, there, 0.0)
     lower_left, lower_right = tl.load(x + c, there, 0.0), tl.load(x + c + channels, there, 0.0)
     top = tl.maximum(upper_left, upper_right, tl.PropagateNan.ALL)
     bottom = tl.maximum(lower_left, lower_right, tl.PropagateNan.ALL)
-    # of equals the first wins, as in torch.nn.MaxPool2d
+    # ties go to the first, as in torch.nn.MaxPool2d
     down = bottom > top
     right = tl.where(down, lower_right > lower_left, upper_right > upper_left)
     return tl.maximum(top, bottom, tl.PropagateNan.ALL), down, right
@@ -142,7 +142,7 @@ def _winners(x, a, there, width, channels):
 
 @triton.jit
 def _to_winners(value, winner, out, a, there, width, channels):
-    """Each value to its window's maximum, and 0 to the other places."""
+    """Write each value at its window's maximum, 0 elsewhere."""
     c = a + width * channels
     tl.store(out + a, tl.where(winner == 0, value, 0.0), there)
     tl.store(out + a + channels, tl.where(winner == 1, value, 0.0), there)
@@ -208,8 +208,8 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `max_pool` of a multiple of 8 channels, with the argmax as bits.
 
     Returns:
-        The pooled map (N,C,H//2,W//2), and uint8 (N,3,bytes), of `pack` each: whether the maximum is one below, whether
-        one to the right, and whether it is positive.
+        The pooled map (N,C,H//2,W//2), and uint8 (N,3,bytes), each as by `pack`: whether the maximum is in the lower
+        row, whether in the right column, and whether it is positive.
     """
     x = _laid_out(x)
     y = _half(x)
@@ -307,7 +307,7 @@ def batch_norm_relu(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """ReLU of the batch normalised, as `F.batch_norm(..., training=True)` has it (Ioffe and Szegedy 2015, algorithm 1).
+    """ReLU of `F.batch_norm(..., training=True)` (Ioffe and Szegedy 2015, algorithm 1).
 
     Args:
         x: (N,C,H,W), more than one value of each channel.
@@ -408,7 +408,7 @@ def _moments(x, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.const
 
 @triton.jit
 def _moments_backward(grad, x, stats, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of what comes through the ReLU and of its product with the normalised value, over `each` rows."""
+    """Sums over `each` rows of the gradient that passes the ReLU, and of its product with the normalised x."""
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     factor, summand, mean, inverse = _stats(stats, channel, channels)
     first = tl.program_id(0) * each

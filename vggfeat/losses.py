@@ -42,9 +42,9 @@ class EncodedTarget:
     Attributes:
         values: by layer, features (N,C,h,w) or Gram matrices (N,C,C), detached.
         size: height and width of the images.
-        made_by: the loss, its network and a checksum of its weights, in words; only its like can read it.
+        made_by: the loss, its network and a checksum of its weights, in words; only an equal loss can use it.
 
-    `torch.save` writes it; `torch.load` reads it once `vggfeat.EncodedTarget` was named, which tells torch of it.
+    `torch.save` writes it; `torch.load` reads it once `vggfeat.EncodedTarget` was accessed: that registers it.
     """
 
     values: Mapping[str, Tensor]
@@ -202,7 +202,7 @@ class _FeatureLoss(nn.Module):
             yield input, target, mask
             return
         step, images = self._images_at_a_time(input), len(input)
-        if step < images and len(target) == 1 and isinstance(target, Tensor):  # looked at once, not for every part
+        if step < images and len(target) == 1 and isinstance(target, Tensor):  # encoded once, not for every part
             target = EncodedTarget(self._represent(target, mask), count_and_size(target)[1], self._signature)
         for i in range(0, max(1, images), step):
             yield (
@@ -245,7 +245,7 @@ class _FeatureLoss(nn.Module):
         return functools.reduce(torch.add, (values[name] for name in self.layer_weights)), gradient
 
     def _mask_of(self, name: str, mask: Tensor | None) -> Tensor | None:
-        """The mask's mean over the pixels of each position of a layer: squares of its stride, as the pools cut them."""
+        """The mask's mean over the pixels of each position of a layer: squares of its stride, as the pools see them."""
         if mask is None:
             return None
         stride = self.features.arch.layer(name).stride
@@ -262,7 +262,7 @@ class _FeatureLoss(nn.Module):
         )
 
     def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """By layer, what two images are compared by."""
+        """By layer, what images are compared by."""
         taps = self.features(images)
         return {name: self._representation(tap, self._mask_of(name, mask)) for name, tap in taps.items()}
 
@@ -271,7 +271,7 @@ class _FeatureLoss(nn.Module):
         raise NotImplementedError
 
     def _distance(self, name: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
-        """Of two representations of a layer: (N,), or a scalar where the user's criterion gives one."""
+        """Distance of two representations: (N,), or a scalar if the user's criterion gives one."""
         raise NotImplementedError
 
     def _distance_and_gradient(
@@ -365,7 +365,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _for_graphs(tensor: Tensor) -> Tensor:
-    """A copy of what was made in inference mode: autograd takes no such tensor."""
+    """The tensor, or a copy of an inference tensor: autograd takes none."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
@@ -378,7 +378,7 @@ class PerceptualLoss(_FeatureLoss):
     mode, computed wherever the images are. Gradients flow to `input`, and to `target` where it requires them.
 
     The gradient with respect to `input` is computed together with the value, image by image, and is all that is held
-    until `backward`, beside the images themselves: ask for a value that is only to be looked at under
+    until `backward`, beside the images themselves: compute values for monitoring under
     `torch.no_grad()`. Where the target or mask requires a gradient too, for a criterion of your own, under
     `torch.compile` and `torch.func`, it is computed in the backward.
 
@@ -404,7 +404,7 @@ class PerceptualLoss(_FeatureLoss):
         pooling: `"max"`, `"average"` or `"l2"`.
         padding: `"zeros"`, `"reflect"` or `"replicate"`.
         repeat_grey: accept one channel and repeat it.
-        keep: `"bits"` or `"values"`, see `VGGFeatures`: kept of the images at hand until their gradient is known.
+        keep: `"bits"` or `"values"`, see `VGGFeatures`: kept for the current images until their gradient is known.
 
     Raises:
         InputError: an unknown layer or choice.
@@ -426,11 +426,11 @@ class PerceptualLoss(_FeatureLoss):
         return tap
 
     def _channel_weights(self, name: str, like: Tensor) -> Tensor | None:
-        """What each channel's values are multiplied by, (C,1,1); None where all count the same."""
+        """Factors for the channels' values, (C,1,1); None where all count the same."""
         return None
 
     def _values(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
-        """What the criterion gives of a layer's features, which the distance is the mean of."""
+        """The criterion's values on a layer's features; the distance is their mean."""
         if self.normalize_features:
             ours, theirs = unit_normalize(ours), unit_normalize(theirs)
         values = self._criterion(ours, theirs)
@@ -461,12 +461,12 @@ class StyleLoss(_FeatureLoss):
     """Distance of two images in the Gram matrices of a VGG's features (Gatys et al. 2016; Johnson et al. 2016, eq. 4).
 
     Σ over layers of weight · mean of criterion(G(input), G(target)), per image, with G of `vggfeat.functional.gram`.
-    The images may differ in size. A mask weighs the positions that make the Gram matrices of the input and of a target
-    of the same size; a target of its own size or mask is given through `encode(target, mask)`.
+    The images may differ in size. A mask weights positions in the Gram matrices of the input and of a target of the
+    same size; give a target with its own size or mask through `encode(target, mask)`.
 
     Args:
-        As of `PerceptualLoss`, but that a criterion of your own gets Gram matrices (N,C,C), and that
-        `normalize_features` brings channel vectors to unit length before they are made.
+        As for `PerceptualLoss`, but a criterion of your own gets Gram matrices (N,C,C), and `normalize_features`
+        brings channel vectors to unit length before these are computed.
 
     Raises:
         InputError: an unknown layer or choice.

@@ -26,7 +26,7 @@ def option(default: Any, help: str) -> Any:
 
 
 class StateDict(Mapping[str, Any]):
-    """A state dict among settings: the same as itself alone, as tensors are not compared, and shown in few words."""
+    """A state dict among settings: equal only to itself, as tensors are not compared, and shown in few words."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.state = state
@@ -67,7 +67,7 @@ class Kind:
     state: bool
 
     def value(self, name: str, given: Any) -> Any:
-        """What was given for the field of that name in its type: a path becomes text, a whole number a float."""
+        """A value for the field of that name in its type: a path becomes text, a whole number a float."""
         if given is None and self.optional:
             return None
         if self.state and isinstance(given, Mapping):
@@ -124,6 +124,6 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
-    """In words, which settings differ from those that a run was begun with, but for `free` ones; empty if none does."""
+    """In words, which settings other than `free` differ from those a run began with; empty if none does."""
     odd = [name for name, value in now.items() if name not in free and before.get(name) != value]
     return ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in odd)

@@ -1,4 +1,4 @@
-"""The signals that ask a program to end: Ctrl-C, a polite request, a terminal that goes. No torch."""
+"""The signals that ask a program to end: Ctrl-C, SIGTERM, a terminal that closes. No torch."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ __all__ = ["is_keras", "read"]
 
 
 def read(path: Path) -> Mapping[str, Any]:
-    """The tensors of a `.pth`, `.safetensors` or Keras `.h5` file, by the keys that it uses itself.
+    """The tensors of a `.pth`, `.safetensors` or Keras `.h5` file, by its own keys.
 
     Raises:
         WeightsError: a file that is truncated, of another kind, or a pickle that would run code.
@@ -66,7 +66,7 @@ def _magic(path: Path) -> bytes:
 
 
 def is_keras(path: Path) -> bool:
-    """Whether a file is one of Keras', which is to say HDF5, by its name or by how it begins."""
+    """Whether a file is one of Keras', which means HDF5, by its suffix or first bytes."""
     return path.suffix.lower() in (".h5", ".hdf5") or _magic(path) == b"\x89HDF\r\n\x1a\n"
 
 

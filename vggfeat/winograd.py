@@ -8,7 +8,7 @@ same multiplications, with the output's gradient for the kernel, give the weight
 
 The points are 0, ±⅔, ±3/2 and ∞, with which a convolution's error is 1.1 to 2.2 times oneDNN's (with ±½ and ±2 it is
 1.6 to 2.9 times). They are their own reciprocals, and flipping a kernel takes each point to its reciprocal, which is
-why one set of transformed weights serves forward and backward.
+why one set of transformed weights works forward and backward.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["convolve", "is_faster", "is_supported", "transformed", "weight_gradi
 TILE = 4
 POINT = 2 / 3
 FLIPPED = [5, 3, 4, 1, 2, 0]  # where each of the points 0, p, -p, 1/p, -1/p, ∞ goes when a kernel is flipped
-WORKSPACE = 1 << 18  # values for each thread in each room of the workspace, 1 MB: as many tiles at a time as fit,
+WORKSPACE = 1 << 18  # values per thread in each buffer of the workspace, 1 MB: a band has as many tiles as fit,
 LEAST = 96  # but no fewer per thread, since every band reads all weights once
 SUMMED = 256  # tiles of a band for a weight's gradient, since every band reads and writes all of it once
 
@@ -62,7 +62,7 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
 
 @functools.cache
 def _bases(transposed: bool) -> tuple[Tensor, Tensor]:
-    """Bᵀ and Aᵀ in float32, for flipped kernels with the points where the weights have them."""
+    """Bᵀ and Aᵀ in float32, for flipped kernels with the points in the weights' order."""
     to_points, _, back = _matrices()
     if transposed:
         to_points, back = to_points[FLIPPED], back[:, FLIPPED]
@@ -86,12 +86,12 @@ def transformed(weight: Tensor) -> Tensor:
 
 def is_faster(device: torch.device, dtype: torch.dtype, channels: int, outputs: int, height: int, width: int) -> bool:
     """Whether `convolve` is faster than a direct convolution, for frozen weights and an image's map of that size."""
-    # below, the changes cost what the products save
+    # below, transforms cost what products save
     return max(channels, outputs) > 64 and min(height, width) >= 16 and is_supported(device, dtype, channels, outputs)
 
 
 def is_supported(device: torch.device, dtype: torch.dtype, channels: int, outputs: int) -> bool:
-    """Whether `convolve` can be used, and is faster where there are tiles enough."""
+    """Whether `convolve` can be used, and is faster with enough tiles."""
     return (
         device.type == "cpu"
         and (dtype == torch.float32 or emulates(dtype, device))
@@ -149,7 +149,7 @@ class _Bands:
 
     @property
     def padded(self) -> int:
-        """One more where their number is even: matrices a power of two apart take each other's place in the cache."""
+        """One more where their number is even: matrices a power of two apart evict each other from the cache."""
         return self.count | 1
 
     def __iter__(self) -> Iterator[tuple[slice, int]]:
@@ -162,7 +162,7 @@ class _Bands:
 def _along_both_axes(matrix: Tensor, values: Tensor, halfway: Tensor, out: Tensor) -> None:
     """A matrix (m,k) along the rows and along the columns of tiles (k,k,n), to (m,m,n) by way of (k,m,n).
 
-    Both as batches of products with long rows: as a single one, of rows that lie further apart, the first of the two
+    Both as batches of products with long rows: as a single product of rows further apart, the first of the two
     takes half as long again.
     """
     m, k = matrix.shape
@@ -171,7 +171,7 @@ def _along_both_axes(matrix: Tensor, values: Tensor, halfway: Tensor, out: Tenso
 
 
 class _Inputs:
-    """Reads images a band at a time, as windows of 6×6 around each tile at its points, Bᵀ d B."""
+    """Reads images a band at a time, as 6×6 windows around the tiles, at their points: Bᵀ d B."""
 
     def __init__(self, images: Tensor, pad: int, bands: _Bands, to_points: Tensor, one: Tensor, two: Tensor) -> None:
         self.images, self.pad, self.to_points = images, pad, to_points
@@ -189,7 +189,7 @@ class _Inputs:
         group, lines = self.images[which], self.band.shape[1]
         height, width = group.shape[1:3]
         band = self.band[: len(group)]
-        if top:  # two lines were seen before, and may have been overwritten
+        if top:  # two lines were read before; `out` may overwrite them
             band[:, :2] = band[:, -2:]
         else:
             band[:, : self.pad].zero_()
@@ -221,8 +221,8 @@ def convolve(
         bias: (K,) or None.
         pad: zeros on each side.
         relu: apply it.
-        transposed: with the kernel flipped and its channels exchanged, as the input's gradient wants it.
-        overwrite: `x` is wanted no more: what comes out may take its place, where it fits.
+        transposed: with the kernel flipped and its channels exchanged, as the input's gradient needs it.
+        overwrite: `x` is no longer needed: the output may take its place, where it fits.
     """
     to_points, back = _bases(transposed)
     if transposed:
@@ -268,7 +268,7 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
 
     Args:
         x: what was convolved, (N,C,H,W), float32.
-        grad: gradient of what came out, (N,K,H+2·pad-2,W+2·pad-2), float32.
+        grad: gradient of the output, (N,K,H+2·pad-2,W+2·pad-2), float32.
         pad: zeros on each side of x.
     """
     to_points, back = _bases(False)

@@ -53,7 +53,7 @@ def split_holdout(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, 
     """A stratified split into training and held-out images.
 
     Raises:
-        InputError: a share that is no image of any class.
+        InputError: a share below one image of every class.
     """
     order = torch.randperm(len(images), generator=seeded(seed, -2), device="cpu")
     out = []
@@ -73,7 +73,7 @@ def split_holdout(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, 
 def normalised(pixels: Tensor) -> Tensor:
     """uint8 (N,H,W,3) to float32 (N,3,H,W), channels_last, by ImageNet's mean and standard deviation.
 
-    All of vggfeat's networks see images so, whatever they were trained on: saved weights then serve anywhere.
+    All of vggfeat's networks see images so, whatever they were trained on: saved weights then work anywhere.
     """
     mean, std = _convention(pixels.device)
     return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
@@ -116,7 +116,7 @@ class Batches:
         world: the processes, each of which gets an equal part of every batch, on its device.
 
     Attributes:
-        steps: batches of an epoch; images that fill none are left out, others in every epoch.
+        steps: batches of an epoch; the images left over are skipped, different ones in each.
         skipped: images that could not be read during training, and why.
         extra: 1 where each part begins with the image before this process' own, which is mixed in, then dropped.
 
@@ -210,12 +210,12 @@ class Batches:
             if not len(numbers):
                 raise RunError(f"no image of a whole batch can be read, such as {bad[0]}")
             self.skipped.update(bad)
-            # in the place of one that cannot be read comes another of the batch, so that batches keep their size
+            # one that cannot be read is replaced by another of the batch, so that batches keep their size
             places = torch.arange(len(numbers) + len(bad), device="cpu") % len(numbers)
             yield numbers[places], normalised(crops[places].to(self.device, non_blocking=True))
 
     def _augmented(self, numbers: Tensor, images: Tensor, epoch: int, step: int) -> Tensor:
-        """Mirror and blank: what needs no more than the crops themselves."""
+        """Mirror and cut out: what needs only the crops themselves."""
         config = self.config
         generator = seeded(config.seed, epoch, step, 1)
         flips = (torch.rand(config.batch_size, generator=generator, device="cpu") < 0.5)[self.own]
@@ -247,7 +247,7 @@ def _inside(lines: Tensor, side: int) -> Tensor:
 
 
 def _reflected(lines: Tensor, side: int) -> Tensor:
-    """Numbers of rows or columns, those beyond the border mirrored in it; up to one side's length beyond."""
+    """Row or column numbers, mirrored at the border if beyond it, by up to one side's length."""
     return (side - 1 - (side - 1 - lines.abs()).abs()).clamp(0, side - 1)
 
 

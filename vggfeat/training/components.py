@@ -1,4 +1,4 @@
-"""What a run is made of by its settings: the network, the optimizer, the learning rate's course, how images mix."""
+"""A run's components from its settings: the network, the optimizer, the learning rate schedule, mixing."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
-    """The learning rate's course, by steps."""
+    """The learning rate schedule, by steps."""
     total, warmup = config.epochs * steps, round(config.warmup * steps)
     if config.schedule == "onecycle":
         return lr_scheduler.OneCycleLR(

@@ -82,8 +82,8 @@ class TrainConfig:
             depends on the seed; they are also what `evaluate` tests, given the run's weights and the same images.
         bad_images: `fail` at an image that cannot be read, or `skip` it; skipped ones are named and counted.
         workers: processes that read images which do not fit into memory; they make no difference to the result.
-        save_every: steps between checkpoints. There is one at the end of each epoch, too; on a GPU, where those may be
-            short, if the last is ten seconds old.
+        save_every: steps between checkpoints. There is one at the end of each epoch, too; on a GPU, where epochs may
+            be short, only if the last is ten seconds old.
         seed: of everything that is drawn.
         device: `auto` (CUDA, else the CPU), or a torch device.
 
@@ -265,7 +265,7 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
             raise InputError(f"unknown setting {key!r}: {nearest(key, fields)}")
     settings = dict(RECIPES[name])
     if name == "fast":
-        # what was trained wants no long steps
+        # trained weights need short steps
         begun = changes.get("weights") not in (None, "random")
         arch = parse("vgg19" if begun else changes.get("arch") or "vgg16_bn")
         if not arch.batch_norm:

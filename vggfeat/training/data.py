@@ -62,12 +62,12 @@ class ImageSet:
 
     @property
     def side(self) -> int:
-        """Side of square crops where none is asked for: the images' own where they are in memory, else 224."""
+        """Default side of square crops: the images' own where they are in memory, else 224."""
         return 224 if self.pixels is None else min(self.pixels.shape[1:3])
 
     @property
     def digest(self) -> str:
-        """Of names and labels: what tells one set from another."""
+        """A hash of names and labels, to tell sets apart."""
         rows = (f"{name}\0{label}\n" for name, label in zip(self.names, self.labels.tolist(), strict=True))
         return hashlib.sha256("".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -190,7 +190,7 @@ def _parts(path: Path) -> list[_Tree]:
 
 
 def would_hold(source: Path, folder: Path) -> bool:
-    """Whether a folder is one of those that are looked at for images in `source`."""
+    """Whether `folder` is one of those searched for images in `source`."""
     source, folder = source.resolve(), folder.resolve()
     if not source.is_dir() or not folder.is_relative_to(source) or _cifar_files(source):
         return False
@@ -269,7 +269,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
         return
     images.pixels = None
     if resize is not None and len(resize) > 1:
-        return  # each epoch wants it in another size
+        return  # each epoch needs another size
     good: list[int] = []
     bad: list[tuple[int, str]] = []
     store = torch.empty(0, device="cpu")
@@ -370,7 +370,7 @@ def _cifar(path: Path) -> list[ImageSet]:
 
 
 def _cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
-    """What reads each of the files, by their bare names."""
+    """A reader for each file, by its bare name."""
     if path.is_dir():
         for folder in (path, *(below for below in sorted(path.glob("cifar-10*")) if below.is_dir())):
             found = {file.name: file.read_bytes for file in folder.iterdir() if file.is_file()}

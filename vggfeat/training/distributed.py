@@ -45,9 +45,8 @@ class World:
 def process_group(device: str) -> Iterator[World]:
     """The processes that `torchrun` started, or this one alone where it did not.
 
-    With `cuda` or `auto` each takes the GPU of its local number, unless another than the first was chosen by
-    `torch.cuda.set_device` or it sees fewer, and they talk over NCCL, else over gloo. A process group that exists
-    already is used and left.
+    With `cuda` or `auto` each takes the GPU of its local rank, unless `torch.cuda.set_device` chose one other than the
+    first or it sees fewer, and they communicate over NCCL, else over gloo. An existing process group is used and kept.
 
     Raises:
         InputError: a device that is not there.
@@ -59,7 +58,7 @@ def process_group(device: str) -> Iterator[World]:
     own = not dist.is_initialized()
     if device in ("auto", "cuda") and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
-        seen = local < torch.cuda.device_count()  # some starters show each process its own GPU alone
+        seen = local < torch.cuda.device_count()  # some launchers show each process only its own
         device = f"cuda:{torch.cuda.current_device() or (local if seen else 0)}"
     resolved = resolve(device)
     if resolved.type == "cuda":
@@ -88,7 +87,7 @@ def all_reduce_sum(values: Tensor, world: World) -> Tensor:
 
 
 def all_gather_union(values: set[str], world: World) -> set[str]:
-    """What any process has."""
+    """The union over processes."""
     if world.size == 1:
         return values
     gathered: list[set[str]] = [set() for _ in range(world.size)]

@@ -66,7 +66,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Evaluation(Report):
-    """What came of a test.
+    """Results of a test.
 
     Attributes:
         images: how many were tested.
@@ -143,7 +143,7 @@ def evaluate(
     Args:
         weights: a network, or what `vggfeat.weights.load` knows with a classifier in it, such as a run's folder.
         data: what `vggfeat.training.data.load` knows, its test set where it has one, else all of it; or one set that it
-            gave. Of the very set that a run was trained on but for a share held out, that share.
+            gave. Of the set that a run was trained on with a share held out, only that share.
         views: what is seen of each image; one centre crop by default, of the size and scale that a run of `train` was
             tested at.
         arch: the network, where the weights do not say.

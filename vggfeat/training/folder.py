@@ -31,7 +31,7 @@ NEEDED = ("config", "classes", "images", "net")  # what makes a checkpoint ours
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch came to; a row of `log.csv`. Accuracies are shares from 0 to 1.
+    """Results of an epoch; a row of `log.csv`. Accuracies are shares from 0 to 1.
 
     Attributes:
         epoch: its number, from 1.
@@ -102,8 +102,8 @@ def begin(
         The state of the newest good checkpoint, None for a run that begins, and what is wrong with damaged ones.
 
     Raises:
-        InputError: a folder that cannot be written or that another process is at work in, another run, or no
-            checkpoint that is whole.
+        InputError: a folder that cannot be written or is in use by another process, another run, or no intact
+            checkpoint.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ class Board:
             self.writer = SummaryWriter(str(folder))
         except ImportError:
             pass
-        except Exception as error:  # it is a log beside the log: no reason to stop
+        except Exception as error:  # just an additional log: no reason to stop
             announce(f"no log for TensorBoard, which does not work here: {first_line(error)}")
 
     def write(self, epoch: Epoch) -> None:

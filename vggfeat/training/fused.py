@@ -18,8 +18,8 @@ __all__ = ["Fused"]
 class Fused(nn.Module):
     """Computes what `net` does, to rounding, gradients and running statistics included.
 
-    Before a batch normalisation by the statistics of the batch, a convolution's bias is left out: it makes no
-    difference but to the running mean. Images are (N,3,H,W), channels_last, on CUDA, as are the filters.
+    Before a batch normalisation in training mode, a convolution's bias is left out: it affects only the running
+    mean. Images are (N,3,H,W), channels_last, on CUDA, as are the filters.
     """
 
     def __init__(self, net: VGG) -> None:

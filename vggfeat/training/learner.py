@@ -19,7 +19,7 @@ from vggfeat.training.distributed import World, desynchronise, synchronise
 
 __all__ = ["Learner"]
 
-WARMING = 3  # steps before one is captured: in first ones libraries choose, and optimizers make their state
+WARMING = 3  # steps before one is captured: in the first, libraries tune and optimizers create state
 
 
 class Learner:
@@ -32,7 +32,7 @@ class Learner:
         dtype: that convolutions are computed in.
 
     Attributes:
-        model: the network as it is called: compiled, by kernels, in several processes.
+        model: the network as called: compiled, with fused kernels, distributed.
         optimizer: of its parameters.
         scaler: of losses in float16.
     """
@@ -47,7 +47,7 @@ class Learner:
         if config.compile:
             self.model = torch.compile(self.model)  # type: ignore[assignment]
         elif world.size == 1 and not config.checkpointing and triton_kernels(world.device, dtype):
-            from vggfeat.training.fused import Fused  # which wants Triton
+            from vggfeat.training.fused import Fused  # needs Triton
 
             self.model = Fused(net)
         if world.size > 1:
@@ -58,7 +58,7 @@ class Learner:
         # kernel by kernel, a step on a GPU takes longer to launch than to run: after a few it is captured, and replayed
         whole = world.size == config.accumulate == 1 and not config.checkpointing and not self.scaler.is_enabled()
         self.warming = WARMING if whole and supports_capture(world.device) else -1
-        # where a captured optimizer looks its learning rates up
+        # where a captured optimizer reads its learning rates
         self.rates = [torch.zeros((), device=world.device) for _ in self.optimizer.param_groups if self.warming > 0]
 
     def step(self, images: Tensor, labels: Tensor, targets: Tensor, last: bool) -> tuple[Tensor, ...]:
@@ -112,11 +112,11 @@ class Learner:
         return loss.detach(), (scores.argmax(1) == labels).sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` goes on from, but for the network's own."""
+        """The state for `load_state_dict`, without the network's own."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Restore the state.
 
         Raises:
             ValueError: it is of other parameters.

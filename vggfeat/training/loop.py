@@ -48,7 +48,7 @@ class TrainStep:
         epochs: how many there are.
         step: number of the step in the epoch, from 1.
         steps: how many an epoch has.
-        loss: of this step; on a GPU read back only every so often, and the last one known.
+        loss: of this step; on a GPU, which is read only every so often, the last known.
         lr: the learning rate of this step.
         finished: the epoch, where this step was its last.
     """
@@ -64,7 +64,7 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """Results of a run.
 
     Attributes:
         net: the network, in evaluation mode; with `ema`, the averaged one.
@@ -98,7 +98,7 @@ def train(
 
     Under `torchrun` every process calls this, and the result is that of one process with the same batch, to rounding,
     but for dropout, which each process draws for its own part. A script that trains or evaluates more than once makes
-    the process group itself, `torch.distributed.init_process_group()`: torch is not sure to make a second one.
+    the process group itself, `torch.distributed.init_process_group()`: torch may fail to make a second one.
 
     Ctrl-C and SIGTERM end a run after the step that is being made (of several processes on GPUs, within 50 steps) and
     save a checkpoint. After a SIGKILL at any time, of one process or of several, `resume=True` goes on from the newest
@@ -340,7 +340,7 @@ class _Run:
         if board is not None:
             board.close()
         if self.world.size > 1:
-            gc.collect()  # what held on to the process group goes now: at the interpreter's end, its threads abort
+            gc.collect()  # free references to the process group: at the interpreter's end, its threads abort
         return TrainResult(self.tested_net.eval(), self.history, evaluation, self.folder, not complete, damaged)
 
     def _epoch(self, board: Board | None) -> Evaluation | None:
@@ -387,7 +387,7 @@ class _Run:
         return evaluation
 
     def _epoch_saves(self) -> bool:
-        """Whether a checkpoint is due at this epoch's end: on a GPU one may take less time than writing that."""
+        """Whether a checkpoint is due at this epoch's end: on a GPU, epochs may be shorter than writing one."""
         final, alone = self.epoch + 1 == self.config.epochs, self.world.size == 1
         short = alone and self.world.device.type == "cuda" and time.perf_counter() - self.saved < SAVE_AFTER
         return final or not short
@@ -402,7 +402,7 @@ class _Run:
         self.asked = True
 
     def _agree(self) -> None:
-        """Stop, all processes after the same step, where any was asked to."""
+        """Stop all processes after the same step, if any was asked to."""
         self.stop = self.asked
         if self.world.size > 1:
             self.stop = all_reduce_sum(torch.tensor(float(self.asked), device=self.world.device), self.world).item() > 0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["Muon", "polar_factor"]
 
-# three iterations of x ← (a + b x² + c x⁴) x bring what is between 0.02 and 1 to between 0.68 and 1.21
+# three iterations of x ← (a + b x² + c x⁴) x bring values between 0.02 and 1 to between 0.68 and 1.21
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 3
 
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         params: parameters or groups of them.
         lr: of filters, the length of a step as a share of their norm; of the rest, as in SGD.
         momentum: decay of the sum of gradients.
-        weight_decay: of what is not a filter, whose norm is kept.
+        weight_decay: of all but filters, whose norm is kept.
         dtype: that polar factors are computed in; bfloat16 is enough where the network runs in it.
     """
 
@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
                 grads[i] = grads[i].add(value, alpha=weight_decay)
             if not self.state[value]:
                 self.state[value] = {"sum": torch.zeros_like(value), "norm": value.norm()}
-        # of all at once: on a GPU the time goes into beginning, not into adding
+        # all at once: on a GPU the time goes into launching, not adding
         sums = [self.state[value]["sum"] for value in values]
         torch._foreach_mul_(sums, momentum)
         torch._foreach_add_(sums, grads)

@@ -92,13 +92,13 @@ class Objective:
             self.features.taps_by_rows(tile.read(image), functools.partial(on_part, tile))
 
     def _counting(self, tile: Tile, name: str, part: Tensor, rows: slice) -> tuple[Tensor, Tile]:
-        """Of some rows of a layer on a tile, the values that count, and where they belong."""
+        """The values that count in some rows of a layer on a tile, and where they belong."""
         stride = self._stride(name)
         tile = tile.part(rows, stride) if part.ndim == 4 else tile
         return tile.own(part, stride), tile
 
     def _hold(self, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> None:
-        """Hold on to the features that carry the content."""
+        """Store the content features."""
         if name not in self.content_shares:
             return
         own, tile = self._counting(tile, name, part, rows)

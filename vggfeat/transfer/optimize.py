@@ -15,19 +15,19 @@ __all__ = ["LBFGS", "Adam", "Optimizer", "Spectrum"]
 
 
 class Optimizer(Protocol):
-    """Moves an image by what it has seen."""
+    """Moves an image by its gradients."""
 
     def step(self, image: Tensor, grad: Tensor) -> Tensor:
         """The next image, from the gradient at this one."""
 
     def restart(self) -> None:
-        """Forget what was seen and be more careful from here on."""
+        """Forget the history and take smaller steps from here on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has seen, tensors and plain values, which later steps leave alone."""
+        """Its state, in tensors and plain values that later steps do not modify."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state."""
 
 
 class Spectrum:
@@ -52,7 +52,7 @@ class Spectrum:
         lowest = 1 / min(height, width)
         position = (frequency.clamp_min(lowest) / lowest).log() / max(math.log(math.sqrt(0.5) / lowest), 1e-6)
         band = (position * bands).long().clamp_(max=bands - 1)
-        # a Fourier transform over the channels has their mean, the brightness, first and differences behind it
+        # a Fourier transform over the channels puts their mean, the brightness, first and differences after it
         apart = torch.arange(channels, device="cpu")[:, None, None].clamp_(max=1)
         self.band = (band + bands * apart).to(image.device)
         # half of the spectrum suffices: the other half mirrors the columns between the outer ones
@@ -70,7 +70,7 @@ class Spectrum:
         del self.seen[: -self.pairs]
 
     def factors(self) -> Tensor:
-        """Of each band, brightness first, (2·bands,); their mean over the last changes' energy is 1."""
+        """For each band, brightness first, (2·bands,); their mean over the last changes' energy is 1."""
         steps, changes = (torch.stack(energies).sum(0).clamp_min(1e-30) for energies in zip(*self.seen, strict=True))
         factors = (steps / changes).sqrt()
         return factors * (changes.sum() / factors.dot(changes))
@@ -124,7 +124,7 @@ class LBFGS:
         self.scale /= 2
 
     def state_dict(self) -> dict[str, Any]:
-        """The pairs, the last image and gradient, and how careful it is."""
+        """The pairs, the last image and gradient, and the step's scale."""
         lists = {name: list(getattr(self, name)) for name in ("steps", "changes", "curvatures")}
         seen = [] if self.spectrum is None else list(self.spectrum.seen)
         return lists | {"last": self.last, "scale": self.scale, "seen": seen}
@@ -165,7 +165,7 @@ class LBFGS:
                 length = y.dot(y)
             else:
                 direction, length = self.spectrum.apply(direction)
-            # γ = sᵀy / yᵀH₀y scales the unknown rest of the Hessian; without a good pair the first step's rule serves
+            # γ = sᵀy / yᵀH₀y scales the unknown rest of the Hessian; without a good pair the first step's rule holds
             gamma = 1 / (self.curvatures[-1] * length)
             direction = direction * torch.where(self.curvatures[-1] > 0, gamma, careful)
         for s, y, rho, alpha in zip(self.steps, self.changes, self.curvatures, alphas[::-1], strict=True):

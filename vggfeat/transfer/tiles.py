@@ -1,7 +1,7 @@
 """Large pictures in tiles, so that memory depends on the tile and not on the picture.
 
-What a style transfer minimises is made of sums over positions. A tile is read with as much around it as its positions
-see, and counts for its own positions alone: summed over the tiles, values and gradients are those of the whole.
+What a style transfer minimises is made of sums over positions. A tile is read with a margin as wide as its positions
+see, and only its own positions count: summed over the tiles, values and gradients are those of the whole.
 """
 
 from __future__ import annotations

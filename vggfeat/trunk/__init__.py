@@ -1,7 +1,7 @@
 """The frozen trunk: VGG's convolutions forward, and backward to the image alone, written by hand.
 
-A loss network is frozen, which autograd does not know: it keeps every convolution's input, every ReLU's output, every
-pool's input and 64-bit indices. All that the gradient with respect to the image needs is the weights, the sign of each
+A loss network is frozen, which autograd does not exploit: it keeps every convolution's input, every ReLU's output, all
+pool inputs and 64-bit indices. All that the gradient with respect to the image needs is the weights, the sign of each
 ReLU's output and the argmax of each pooling window. The forward keeps just that, as single bits (`keep="bits"`), or
 the ReLU outputs themselves where memory does not matter and time does (`keep="values"`); the backward walks back.
 

@@ -20,7 +20,7 @@ _SELECT = struct.unpack("<q", bytes(1 << i for i in range(8)))[0]  # byte i has 
 _SPREAD = 0x0101010101010101
 
 
-BAND = 1 << 20  # values at a time on a CPU, so that what is made on the way stays in its caches
+BAND = 1 << 20  # values at a time on a CPU, so that intermediates stay in its caches
 
 
 def bands(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, slice, slice]]:

@@ -10,7 +10,7 @@ from vggfeat.devices import bfloat16_is_fast, emulates, has_onednn
 
 __all__ = ["convolve"]
 
-LARGEST = 1 << 31  # values that cuDNN counts in a map; torch parts larger ones where the ReLU is not fused
+LARGEST = 1 << 31  # values cuDNN can count in a map; torch splits larger ones if the ReLU is not fused
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: bool = False) -> Tensor:
@@ -32,7 +32,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: 
         ones, pads = [1, 1], [pad, pad]
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pads, ones, ones, 1, attr, [], "")  # type: ignore[no-any-return]
     if relu and _cudnn_takes(x, weight):
-        # by themselves, bias and ReLU go over the map twice each
+        # unfused, bias and ReLU pass over the map twice each
         try:
             return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, [1, 1], [pad, pad], [1, 1], 1)  # type: ignore[no-any-return]
         except torch.OutOfMemoryError:

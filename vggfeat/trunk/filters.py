@@ -17,7 +17,7 @@ from vggfeat.trunk.plan import Plan
 
 __all__ = ["Filters", "PickledTrunk", "Trunk", "by_stage"]
 
-Key = tuple[str, bool, str]  # a convolution, whether with the batch normalisation folded in, and what of it is wanted
+Key = tuple[str, bool, str]  # a convolution, whether batch normalisation is folded in, and which of its parts
 
 
 class Filters(NamedTuple):
@@ -36,7 +36,7 @@ class Filters(NamedTuple):
 
 
 def by_stage(plan: Plan, filters: Sequence[Tensor]) -> list[tuple[Filters, Filters | None]]:
-    """Of `Trunk.filters`, each stage's: with batch normalisation folded in, and without where that is tapped."""
+    """`Trunk.filters` by stage: with batch normalisation folded in, and without, if the convolution is tapped."""
     following = map(Filters, filters[::3], filters[1::3], filters[2::3])
     return [(next(following), next(following) if stage.unfolded else None) for stage in plan.stages]
 

@@ -23,7 +23,7 @@ def all_finite(x: Tensor) -> bool:
     """Whether no value of images, or of a gradient, is NaN or infinite, or could become so inside the network.
 
     oneDNN's fused ReLU turns NaN into 0, so that a network that diverged would seem to have a good loss. On other
-    devices the ReLU is torch's own, or cuDNN's, which do not, and looking would stall them: the answer there is yes.
+    devices the ReLU is torch's or cuDNN's, which keep NaN, and checking would stall them: the answer there is True.
     """
     if x.device.type != "cpu" or not x.numel():
         return True
@@ -82,7 +82,7 @@ def split_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def padded(x: Tensor, pad: int, padding: str) -> Tensor:
-    """Padded on each side where the convolution does not do it itself, with zeros."""
+    """`x` padded on each side, unless with zeros, which the convolution adds."""
     return x if padding == "zeros" or not pad else F.pad(x, (pad,) * 4, mode=padding)
 
 
@@ -119,7 +119,7 @@ def _winners(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     a, b, c, d = _quarters(x, *y.shape[2:])
     top, bottom = torch.maximum(a, b), torch.maximum(c, d)
     torch.maximum(top, bottom, out=y)
-    # of equals the first counts, as in torch.nn.MaxPool2d
+    # ties go to the first, as in torch.nn.MaxPool2d
     down = bottom > top
     return down, ((d > c) & down) | ((b > a) & ~down)
 
@@ -188,7 +188,7 @@ def pool_backward(grad: Tensor, height: int, width: int, pooling: str, values: T
 
 
 def _unpooled(grad: Tensor, height: int, width: int) -> Tensor:
-    """Room for the gradient of a pool's input; an odd last row or column was never pooled and gets none."""
+    """Memory for the gradient of a pool's input; an odd last row or column was never pooled and gets none."""
     n, c, h, w = grad.shape
     size = (n, c, height, width)
     out = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
@@ -205,7 +205,7 @@ def _quarters(x: Tensor, h: int, w: int) -> list[Tensor]:
 
 
 def lrn(x: Tensor) -> Tensor:
-    """Local response normalisation, in float32 or better: a CPU lacks the pool that it is made of in bfloat16."""
+    """Local response normalisation, in float32 or better: a CPU has no bfloat16 version of its pool."""
     return F.local_response_norm(x.to(torch.promote_types(x.dtype, torch.float32)), *LRN).to(x.dtype)
 
 
@@ -225,5 +225,5 @@ def lrn_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same values laid out so; the tensor itself where it is."""
+    """The tensor in this layout; itself where it already is."""
     return x.contiguous(memory_format=torch.channels_last)

@@ -31,7 +31,7 @@ class Stage:
     def unfolded(self) -> bool:
         """Whether the convolution is tapped in front of a batch normalisation, which is folded into the one that runs.
 
-        The tap is a second convolution then, so that the values that go on do not depend on what is tapped.
+        The tap is then a second convolution, so that later values do not depend on what is tapped.
         """
         return "bn" in self.steps and "conv" in self.taps
 

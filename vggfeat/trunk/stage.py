@@ -34,16 +34,16 @@ Rows = slice  # some rows of a map: where they start and where they stop
 # what the forward keeps for the backward: "none"; "values", the ReLUs' outputs; "bits", their signs; or "taps", bits
 # except for ReLUs that are taps, for callers that hold those anyway. In strips "values" means bits, too
 Keep = str
-OnTap = Callable[[str, Tensor, Rows], object]  # is given some rows of one image's tap, and which these are
+OnTap = Callable[[str, Tensor, Rows], object]  # gets some rows of one image's tap, and which they are
 
 
 @dataclass(frozen=True, eq=False)
 class ByRows:
-    """The gradient with respect to a tap of one image, made some rows at a time where it is wanted.
+    """The gradient with respect to a tap of one image, computed on demand, some rows at a time.
 
     Attributes:
         of: gives it for some rows of the tap, and which these are.
-        tap: the tap; None where its rows are made again, too.
+        tap: the tap; None where its rows are recomputed.
     """
 
     of: Callable[[Tensor, Rows], Tensor]
@@ -72,7 +72,7 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
 
     | name     | what                                | as                                                           |
     |----------|-------------------------------------|--------------------------------------------------------------|
-    | "relu"   | what came out of the ReLU           | (N,C,H,W)                                                    |
+    | "relu"   | the output of the ReLU              | (N,C,H,W)                                                    |
     | "sign"   | whether that was positive           | bits, uint8 (N, bytes)                                       |
     | "argmax" | of each window of a max pool        | bits, uint8 (N, 3, bytes): its row, its column, and whether  |
     |          |                                     | the maximum was positive; or beside "pool", (N,C,h,w) of     |
@@ -92,7 +92,7 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
     if keep == "none" or "relu" not in stage.steps:
         return ()
     if number < plan.in_strips(device.type):
-        keep = "bits"  # a strip's values are in the cache when they are packed; as they are, they would go to memory
+        keep = "bits"  # a strip's values are packed while in the cache; unpacked, they would go to memory
     pool = plan.pooling if "pool" in stage.steps else ""
     tapped = "relu" in stage.taps
     winners = (("argmax", "pool") if keep == "values" else ("argmax",)) if pool == "max" else ()
@@ -147,14 +147,14 @@ class ReadyStage:
     def forward(
         self, x: Tensor, finite: bool, rows: Rows | None = None, own: Rows | None = None, *, overwrite: bool = False
     ) -> tuple[Tensor, ByName, ByName]:
-        """What comes out, the taps, and what is kept besides them.
+        """The output, the taps, and what else is kept.
 
         Args:
-            x: what goes in, all rows of it or some.
+            x: the input, all rows of it or some.
             finite: whether the images are, by `layers.all_finite`.
             rows: of the convolution's output, those to use further: the ones not affected by where the map was cut.
             own: of these, the strip's own, to hand out and to keep.
-            overwrite: what comes out may take the place of `x`.
+            overwrite: the output may take the place of `x`.
         """
         stage, pooling, padding = self.stage, self.plan.pooling, self.plan.padding
         taps: ByName = {}
@@ -208,8 +208,8 @@ class ReadyStage:
             flow: the gradient; is changed.
             tap_grad: gives the gradient with respect to a tap by its kind, if there is one; asked for once each.
             kept: what the forward kept, including taps that are read again, by the names of `kept_of`; is emptied.
-            height: of what went in.
-            width: likewise.
+            height: of the input.
+            width: of the input.
         """
         stage, pooling = self.stage, self.plan.pooling
         values, signs = kept.pop("relu", None), kept.pop("sign", None)
@@ -255,7 +255,7 @@ class ReadyStage:
 
 
 def cut(x: Tensor, rows: Rows | None) -> Tensor:
-    """Some rows of a map; the map itself where that is all of them, as None is."""
+    """Some rows of a map; the map itself for None or all of its rows."""
     return x if rows is None or length(rows) == x.shape[2] else x[:, :, rows]
 
 
@@ -265,11 +265,11 @@ def length(rows: Rows) -> int:
 
 
 class GradientAccumulator:
-    """The gradient in the backward: accumulated in place once it is owned, copied first while it is a caller's own.
+    """The gradient in the backward: accumulated in place once it is owned, copied first while a caller holds it.
 
     Attributes:
         grad: (N,C,H,W), None as long as there is none.
-        owned: whether nobody else has it.
+        owned: whether nothing else refers to it.
     """
 
     def __init__(self) -> None:
@@ -277,7 +277,7 @@ class GradientAccumulator:
         self.owned = False
 
     def replace(self, grad: Tensor | None) -> None:
-        """Go on with another one, which nobody else has."""
+        """Put an owned gradient in its place."""
         self.grad, self.owned = grad, grad is not None
 
     def add(self, other: TapGrad) -> None:

@@ -1,4 +1,4 @@
-"""The first block strip by strip: some rows of the image up to the first pool, then the next; the backward likewise.
+"""The first block strip by strip: some rows of the image up to the first pool, then the next; backward, too.
 
 About half of a VGG's activations are in its first block, in maps of the image's size. Where these are too large for a
 processor's caches, they are computed a few rows at a time, which fit; they then never exist as a whole, unless they are
@@ -23,7 +23,7 @@ __all__ = ["Held", "Recompute", "backward_in_strips", "forward_in_strips"]
 
 VALUES = 1 << 20  # of one map of a strip, for each thread
 ROWS = 32  # a strip has a multiple of it; each convolution computes up to two more on either side and discards them
-POOLED = ("pool", "argmax")  # of the size that the pool leaves
+POOLED = ("pool", "argmax")  # of the size of the pool's output
 
 Held = tuple[ReadyStage, dict[str, TapGrad], ByName]  # a stage, its taps' gradients by kind, what it kept
 
@@ -50,7 +50,7 @@ def forward_in_strips(
         x: as the first convolution takes it, (N,C,H,W).
         finite: whether the images are, by `layers.all_finite`.
         stages: of the block.
-        on_tap: is given the first stage's taps, by their kind; they are not handed out then.
+        on_tap: gets the first stage's taps, by their kind; they are then not returned.
     """
     by_stage: list[tuple[ByName, ByName]] = [({}, {}) for _ in stages]
     out: ByName = {}
@@ -75,13 +75,13 @@ def forward_in_strips(
 def backward_in_strips(
     grad: Tensor | None, held: Sequence[Held], size: tuple[int, int], recompute: Recompute | None = None
 ) -> Tensor | None:
-    """The gradient with respect to what went into the first block; None where nothing has one.
+    """The gradient with respect to the first block's input; None where there is none.
 
     Args:
-        grad: with respect to what came out of it.
+        grad: with respect to its output.
         held: of each stage, deepest first.
         size: height and width of the images.
-        recompute: what the first stage's taps are recomputed from, where they were not handed out.
+        recompute: what the first stage's taps are recomputed from, where they were not returned.
     """
     given = [grad, *(tap_grad for _, tap_grads, _ in held for tap_grad in tap_grads.values())]
     images = next((1 if isinstance(each, ByRows) else len(each) for each in given if each is not None), None)
@@ -114,7 +114,7 @@ def backward_in_strips(
 class _Strip:
     """Some rows of one image, or all rows of some images.
 
-    Its maps are known by the kind of layer that they come of, packed bits as "sign" or "argmax" (`stage.kept_of`).
+    Its maps are named by the kind of layer that they come from, packed bits as "sign" or "argmax" (`stage.kept_of`).
 
     Attributes:
         images: which.
@@ -129,7 +129,7 @@ class _Strip:
     height: int
 
     def _grown(self, by: int, rows: Rows | None = None) -> Rows:
-        """Its own rows or others with so many more on each side, as far as the map goes."""
+        """Its own rows, or others, extended by so many on each side within the map."""
         rows = rows or self.rows
         return slice(max(0, rows.start - by), min(self.height, rows.stop + by))
 
@@ -138,7 +138,7 @@ class _Strip:
         return [self._grown(left) for left in reversed(range(convolutions + 1))]
 
     def reads_back(self, convolutions: int, reach: int) -> list[Rows]:
-        """The rows that its own rows' gradients are made of, in each map: of the image, then after each convolution.
+        """The rows that its own rows' gradients depend on, in each map: of the image, then after each convolution.
 
         Args:
             convolutions: how many there are.
@@ -149,7 +149,7 @@ class _Strip:
         return [*rows, slice(last.start // 2 * 2, min(self.height, math.ceil(last.stop / 2) * 2))]
 
     def recomputed(self, first: ReadyStage, recompute: Recompute, rows: Rows) -> ByName:
-        """The first stage's taps in some rows, once more."""
+        """The first stage's taps in some rows, recomputed."""
         below = self._grown(1, rows)
         image = cut(recompute.image[self.images], below)
         return replace(first, keeps=()).forward(image, recompute.finite, _relative(rows, below))[1]

@@ -21,7 +21,7 @@ TapGradOfRows = Callable[[str, Tensor, Rows], Tensor]  # the same of some rows o
 
 
 def reread(plan: Plan, keep: Keep, device: torch.device) -> tuple[int, ...]:
-    """Positions, shallow to deep, of the taps that the backward reads again, because keeping them twice is waste."""
+    """Positions, shallow to deep, of the taps that the backward reads again, rather than keep them twice."""
     kinds = [(number, kind) for number, stage in enumerate(plan.stages) for kind in stage.taps]
     return tuple(i for i, (number, kind) in enumerate(kinds) if kind in kept_of(plan, number, keep, device))
 
@@ -69,7 +69,7 @@ def _forward(
         on_tap(plan.tapped[number][kind], part, rows)
 
     def given(number: int, taps: ByName) -> ByName:
-        """What is left of a stage's taps once they were given to `on_tap`, if there is one."""
+        """The stage's taps that are still returned, after passing all to `on_tap`, if any."""
         if on_tap is None:
             return taps
         for kind, tap in taps.items():
@@ -101,13 +101,13 @@ def backward(
     Args:
         tap_grad: gives the gradient with respect to a tap by its name, called once for each, deepest first: when
             the walk gets there, or, for stages in strips, before the first strip.
-        kept: for each stage what the forward kept of it, by the names of `kept_of`; is emptied on the way, so that
-            memory is free early.
-        filters: those that `forward` had.
+        kept: for each stage what the forward kept of it, by the names of `kept_of`; is emptied on the way, to
+            free memory early.
+        filters: as for `forward`.
         size: height and width of the images.
         plan: what was run.
-        keep: what `forward` was told.
-        recompute: what the first stage's taps are recomputed from, where they were given strip by strip.
+        keep: as for `forward`.
+        recompute: what the first stage's taps are recomputed from, where they were passed in strips.
     """
     device = filters[0].device
     stages, in_strips = ready(plan, filters, keep), plan.in_strips(device.type)
@@ -176,7 +176,7 @@ def vjp_by_rows(
         x: one normalised image, as for `forward`.
         filters: of `Trunk.filters` for the plan.
         plan: what to run.
-        on_tap: is given every tap, as by `forward`.
+        on_tap: gets every tap, as by `forward`.
         keep: "taps" or "values".
 
     Returns:
@@ -194,7 +194,7 @@ def vjp_by_rows(
 def _vjp(
     x: Tensor, filters: Sequence[Tensor], plan: Plan, keep: Keep, on_tap: OnTap | None = None
 ) -> tuple[dict[str, Tensor], Callable[[Callable[[str], TapGrad]], Tensor]]:
-    """The taps by name but those that were given strip by strip, and the pullback, which can be called once."""
+    """The taps by name, except those passed in strips, and the pullback, which can be called once."""
     prepared, finite = _prepared(x, filters)
     taps: dict[str, Tensor] = {}
     kept: list[ByName] = []
