@@ -131,22 +131,22 @@ class Weights:
             InputError: a layer that the network lacks.
             WeightsError: names the missing keys and the deepest layer that these weights can serve.
         """
-        names = list(names)
-        if self.arch.head is None and (lacking := [name for name in names if name in HEAD_NAMES]):
-            raise WeightsError(f"weights {self.label} hold no classifier, and so no {lacking[0]}")
-        self.arch.check(names)
-        deepest = max(self.arch.names.index(name) for name in names)
+        names, arch = list(names), self.arch
+        if arch.head is None and (lacking := HEAD_NAMES.intersection(names)):
+            arch = replace(arch, head="slim" if lacking == {"fc"} else "paper")
+        arch.check(names)
+        deepest = max(arch.names.index(name) for name in names)
         keys = {layer.name: _keys(layer) for layer in self.arch.layers}
         keys |= {name: [f"classifier.{i}.weight", f"classifier.{i}.bias"] for name, i in LINEAR.items()}
         missing: list[str] = []
         served = "none"
-        for name in self.arch.names[: deepest + 1]:
+        for name in arch.names[: deepest + 1]:
             missing += [key for key in keys.get(name, ()) if key not in self.state]
             if not missing:
                 served = name
         if missing:
             raise WeightsError(
-                f"weights {self.label} do not reach {self.arch.names[deepest]}: "
+                f"weights {self.label} do not reach {arch.names[deepest]}: "
                 f"missing {', '.join(missing[:4])}{' …' * (len(missing) > 4)}; the deepest layer they serve is {served}"
             )
 
