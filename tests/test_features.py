@@ -318,7 +318,10 @@ def test_slim_head():
 
 def test_head_of_weights_without_one(state):
     without = {key: value for key, value in state.items() if key.startswith("features.")}
-    with pytest.raises(WeightsError, match=r"do not reach fc7: missing classifier\.0\.weight, .*; the deepest layer they serve is pool5"):
+    with pytest.raises(
+        WeightsError,
+        match=r"do not reach fc7: missing classifier\.0\.weight, .*; the deepest layer they serve is pool5",
+    ):
         VGGFeatures(["fc7"], weights=without)
 
 

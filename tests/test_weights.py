@@ -1005,7 +1005,9 @@ def test_features_of_a_classifier_of_random_weights():
     assert [tuple(tap.shape) for tap in wide(images(32)).values()] == [(2, 512)] * 2
     assert W.load("random", "vgg11").arch.head is None  # made where it is asked for
     state = {key: value for key, value in W.load("random", "vgg11").state.items() if key < "features.3"}
-    with pytest.raises(WeightsError, match=r"do not reach fc8: missing features\.3.*; the deepest layer they serve is pool1"):
+    with pytest.raises(
+        WeightsError, match=r"do not reach fc8: missing features\.3.*; the deepest layer they serve is pool1"
+    ):
         VGGFeatures(["fc8"], weights=state)
 
 

@@ -28,6 +28,8 @@ from vggfeat.weights import IMAGENET
 __all__ = ["LEAVE_OUT", "Batch", "Batches", "normalised", "split_holdout", "scale_for", "seeded", "transforms"]
 
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
+TRIES = 100  # images in a row, in the place of one that cannot be read
+_Crop = tuple[int, Tensor | None, list[str]]  # number, pixels, what could not be read before it
 _FILL = tuple(round(255 * value) for value in IMAGENET.mean)  # what is nearest to 0 once it is normalised
 
 
@@ -205,14 +207,12 @@ class Batches:
             collate_fn=_stacked,
             worker_init_fn=ignore_signals,
         ):
-            if bad and config.bad_images == "fail":
-                raise RunError(f"{bad[0]}; {LEAVE_OUT}")
-            if not len(numbers):
-                raise RunError(f"no image of a whole batch can be read, such as {bad[0]}")
+            if crops is None:
+                if config.bad_images == "fail":
+                    raise RunError(f"{bad[0]}; {LEAVE_OUT}")
+                raise RunError(f"of {TRIES} images in a row none can be read, such as {bad[0]}")
             self.skipped.update(bad)
-            # one that cannot be read is replaced by another of the batch, so that batches keep their size
-            places = torch.arange(len(numbers) + len(bad), device="cpu") % len(numbers)
-            yield numbers[places], normalised(crops[places].to(self.device, non_blocking=True))
+            yield numbers, normalised(crops.to(self.device, non_blocking=True))
 
     def _augmented(self, numbers: Tensor, images: Tensor, epoch: int, step: int) -> Tensor:
         """Mirror and cut out: what needs only the crops themselves."""
@@ -251,24 +251,27 @@ def _reflected(lines: Tensor, side: int) -> Tensor:
     return (side - 1 - (side - 1 - lines.abs()).abs()).clamp(0, side - 1)
 
 
-def _stacked(read: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor, list[str]]:
-    """Numbers and pixels of the images that could be read, each as one tensor, and what was wrong with the others."""
-    good = [(number, pixels) for number, pixels in read if isinstance(pixels, Tensor)]
-    crops = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0, device="cpu")
+def _stacked(read: list[_Crop]) -> tuple[Tensor, Tensor | None, list[str]]:
+    """Numbers and crops as one tensor each, None if a crop is missing, and what could not be read."""
+    crops = [crop for _, crop, _ in read if crop is not None]
     return (
-        torch.tensor([number for number, _ in good], device="cpu"),
-        crops,
-        [pixels for _, pixels in read if isinstance(pixels, str)],
+        torch.tensor([number for number, _, _ in read], device="cpu"),
+        torch.stack(crops) if len(crops) == len(read) else None,
+        [message for _, _, bad in read for message in bad],
     )
 
 
 class _Crops(Dataset[Any]):
-    """Images read one by one, scaled and cropped at random; a message in place of one that cannot be read."""
+    """Images read one by one, scaled and cropped at random.
+
+    In place of one that cannot be read comes the next of the set that can, mostly of the same class, whichever process
+    reads it, so that batches keep their size and do not depend on the number of processes.
+    """
 
     def __init__(self, images: ImageSet, config: TrainConfig, resize: tuple[int, ...], size: int) -> None:
         v2 = transforms()
         mode = {"zeros": "constant", "reflect": "reflect"}[config.pad_mode]
-        self.images = images
+        self.images, self.tries = images, 1 if config.bad_images == "fail" else TRIES
         self.transform = v2.Compose(
             [
                 v2.RandomShortestSize(list(range(resize[0], resize[-1] + 1))),
@@ -277,12 +280,16 @@ class _Crops(Dataset[Any]):
             ]
         )
 
-    def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> tuple[int, Tensor | str]:
-        number, seeds = item
-        try:
-            image = self.images.read(number)
-        except ImageError as error:
-            return number, str(error)
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(seeded(*seeds).get_state())  # torchvision draws from the global generator
-            return number, self.transform(image).permute(1, 2, 0)  # (size,size,3)
+    def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> _Crop:
+        (first, seeds), bad = item, []
+        for number in range(first, first + self.tries):
+            number %= len(self.images)
+            try:
+                image = self.images.read(number)
+            except ImageError as error:
+                bad.append(str(error))
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(seeded(*seeds).get_state())  # torchvision draws from the global generator
+                return number, self.transform(image).permute(1, 2, 0), bad  # (size,size,3)
+        return first, None, bad
