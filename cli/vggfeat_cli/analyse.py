@@ -42,7 +42,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
 @click.option("--classes", type=int, help="Outputs.  [default: 1000]")
 @click.option("--head", type=click.Choice(["paper", "slim", "none"]), default="paper", show_default=True)
 @click.option("--width", type=float, default=1.0, show_default=True, help="Factor on every channel count.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Images at a time, for the memory.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Images at a time, for the memory figures.")
 @format_option
 @output_option
 @overwrite_option
@@ -59,8 +59,8 @@ def describe(
 ) -> None:
     """Show ARCH layer by layer.
 
-    Shapes, parameters, MACs, memory, receptive fields. ARCH is vgg11, vgg13, vgg16, vgg19, with _bn behind or not, or
-    a column of the paper's table: A, A-LRN, B, C, D, E.
+    Shapes, parameters, MACs, memory, receptive fields. ARCH is vgg11, vgg13, vgg16 or vgg19, with or without _bn, or a
+    column of the paper's table: A, A-LRN, B, C, D, E.
     """
     if classes is not None and head == "none":
         raise vggfeat.InputError("--classes needs a head: leave out --head none")
@@ -72,11 +72,11 @@ def describe(
 
 @click.command()
 @click.argument("networks", nargs=-1)
-@click.option("--size", type=int, help="Side of the image.  [default: what the published weights were tested at]")
+@click.option("--size", type=int, help="Side of the image.  [default: as the published weights were tested]")
 @click.option("--classes", type=int, default=1000, show_default=True, help="Outputs.")
 @click.option("--measure", is_flag=True, help="Run them: latency, throughput and peak memory on this machine.")
-@click.option("--batch", type=int, help="Images at a time where measured.  [default: 8]")
-@click.option("--device", help="Where to measure.  [default: cuda where there is one]")
+@click.option("--batch", type=int, help="Images at a time when measuring.  [default: 8]")
+@click.option("--device", help="Where to measure.  [default: cuda if available]")
 @plot_option
 @format_option
 @output_option
@@ -95,7 +95,7 @@ def compare(
 ) -> None:
     """Show NETWORKS side by side.
 
-    VGGs, and any classifier of torchvision. Without a name: vgg16, resnet50, efficientnet_b0.
+    VGGs, and any torchvision classifier. Without a name: vgg16, resnet50, efficientnet_b0.
     """
     for name, value in (("batch", batch), ("device", device)):
         if value is not None and not measure:
@@ -144,7 +144,7 @@ def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: 
 @click.option(
     "--layers",
     type=Values(str),
-    help="Between commas.  [default: the last convolution of blocks 1 to 4, and pool5, as far as the weights reach]",
+    help="Comma-separated.  [default: the last convolution of blocks 1 to 4, and pool5, as far as the weights reach]",
 )
 @click.option("--weights", help="What to measure the effective fields with.  [default: auto]")
 @click.option(
@@ -152,7 +152,7 @@ def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: 
     type=click.IntRange(min=0),
     default=4,
     show_default=True,
-    help="Noise images to average over, for small fields up to 16 times as many; 0 for none.",
+    help="Noise images to average over (up to 16 times as many for small fields); 0 for none.",
 )
 @overwrite_option
 def fields(
@@ -166,7 +166,7 @@ def fields(
 ) -> None:
     """Draw over IMAGE what a unit of each layer sees.
 
-    Its receptive field, and the effective one: what it really depends on.
+    Its receptive field, and the effective one: what it actually depends on.
     """
     from vggfeat.image import open_image
     from vggfeat.plots import check_plot, plot_receptive_fields
@@ -174,7 +174,7 @@ def fields(
     if weights is not None and not samples:
         raise vggfeat.InputError("--weights says what to measure with: leave --samples above 0")
     check_plot(output, overwrite=overwrite, inputs=[image])
-    picture = open_image(image)  # before weights, which may have to be fetched
+    picture = open_image(image)  # before the weights, which may need fetching
     options: dict[str, Any] = {"measure": False}
     if samples:
         from vggfeat.weights import load

@@ -1,4 +1,4 @@
-"""`vggfeat train` and `vggfeat evaluate`: every field of TrainConfig is a flag, a recipe says what the others are."""
+"""`vggfeat train` and `vggfeat evaluate`: every field of TrainConfig is a flag; a recipe sets those not given."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 @click.command(context_settings={"max_content_width": 100})
 @click.argument("data", type=click.Path())
-@click.option("--test", type=click.Path(), help="The test set, where DATA holds none.")
+@click.option("--test", type=click.Path(), help="The test set, if DATA holds none.")
 @click.option(
     "--recipe",
     "name",
     type=click.Choice([*RECIPES]),
     default="fast",
     show_default=True,
-    help="Sets every flag that is not given.",
+    help="Sets every flag not given.",
 )
 @click.option("-o", "--output", type=click.Path(), help="Folder of the run.  [default: ARCH-RECIPE, or WEIGHTS-RECIPE]")
-@click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
+@click.option("--resume", is_flag=True, help="Resume the run in the --output folder.")
 @click.option("--plot", type=click.Path(), help="Draw loss and accuracy: PNG, PDF or SVG.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing plot.")
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
@@ -62,23 +62,25 @@ def train(
 
     DATA is CIFAR's folder or .tar.gz, a folder of class folders, or a zip of one.
 
-    Ctrl-C saves a checkpoint; the same command with the run's folder as --output and --resume goes on. In several
-    processes:
+    Ctrl-C saves a checkpoint; the same command with the run's folder as --output and --resume continues.
+
+    \b
+    In several processes:
     torchrun --nproc-per-node 2 -m vggfeat.training DATA …
     """
     keep_memory()
     config = recipe(name, **{key: value for key, value in values.items() if value is not None})
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that speaks
+    first = os.environ.get("RANK", "0") == "0"  # the one of torchrun's processes that prints
     from vggfeat.files import free_name
 
     if resume and output is None:
         raise vggfeat.InputError("--resume needs the run's folder: name it with --output")
     if first:
-        check_outputs(None, plot, overwrite=overwrite or resume)  # of a run that goes on, the plot may be there
+        check_outputs(None, plot, overwrite=overwrite or resume)  # a resumed run may have its plot already
     begun = config.arch or Path(str(config.weights or "vgg16_bn")).stem
     folder = Path(output) if output else free_name(Path(f"{begun}-{name}"))
     said = "  ".join(f"{key}={value}" for key, value in config.to_dict().items() if value is not None)
-    lines = [f"recipe {name}: {said}"]  # told with the first line of the run, once it is clear that there will be one
+    lines = [f"recipe {name}: {said}"]  # printed with the run's first line, once there is sure to be one
 
     def announce(text: str) -> None:
         while lines:
@@ -97,7 +99,7 @@ def train(
     if plot is not None and result.history:
         from vggfeat.plots import plot_training
 
-        target = Path(plot) if overwrite else free_name(Path(plot))  # what has come to be there meanwhile stays
+        target = Path(plot) if overwrite else free_name(Path(plot))  # a file that appeared meanwhile stays
         plot_training({result.net.arch.name: result.history}, target, overwrite=overwrite)
         if target != Path(plot):
             click.echo(f"{plot} was there already: the plot is {target}", err=True)
@@ -121,13 +123,13 @@ def train(
 
 
 class _Progress:
-    """A bar for the epoch, and a line for each that is finished."""
+    """A progress bar, and a line for each finished epoch."""
 
     def __init__(self, epochs: int, disable: bool) -> None:
         from tqdm import tqdm
 
         shape = "{desc} {percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}{postfix}"
-        self.disabled, hidden = disable, disable or not sys.stderr.isatty()  # in a log, a line an epoch will do
+        self.disabled, hidden = disable, disable or not sys.stderr.isatty()  # in a log, a line per epoch suffices
         self.bar = tqdm(total=float(epochs), bar_format=shape, disable=hidden, desc="", leave=False)
 
     def __enter__(self) -> _Progress:
@@ -153,16 +155,18 @@ class _Progress:
 @click.command(context_settings={"max_content_width": 100})
 @click.argument("weights", type=click.Path())
 @click.argument("data", type=click.Path())
-@click.option("--arch", help="Network, where the weights do not say.")
-@click.option("--size", type=int, help="Side of the crops.  [default: of a run, its own; else the images', or 224]")
+@click.option("--arch", help="Network, if the weights do not say.")
+@click.option("--size", type=int, help="Side of the crops.  [default: a run's own; else the images', or 224]")
 @click.option(
     "--scales",
     type=Values(int),
-    help="Shorter sides that each image is brought to, such as 256,384,512.  [default: of a run, its own]",
+    help="Shorter sides to resize each image to, such as 256,384,512.  [default: a run's own]",
 )
-@click.option("--grid", type=int, default=1, show_default=True, help="Crops by crops; 1 is the centre, 5 the paper's.")
-@click.option("--flip", is_flag=True, help="See each view mirrored, too.")
-@click.option("--dense", is_flag=True, help="The paper's dense evaluation, in place of crops.")
+@click.option(
+    "--grid", type=int, default=1, show_default=True, help="Grid of N×N crops; 1 is the centre, 5 the paper's."
+)
+@click.option("--flip", is_flag=True, help="Also test each view mirrored.")
+@click.option("--dense", is_flag=True, help="The paper's dense evaluation, instead of crops.")
 @click.option("--batch-size", type=int, default=256, show_default=True, help="Images at a time.")
 @click.option(
     "--precision",
@@ -202,8 +206,8 @@ def evaluate(
 
     Overall and per-class accuracy; --plot draws the confusion matrix. WEIGHTS are a run's folder, a file, or imagenet.
 
-    DATA is CIFAR's folder or .tar.gz, a folder of class folders or a zip of one; its test set, where it has one; of a
-    run with --holdout and its own images, those that were held out.
+    DATA is CIFAR's folder or .tar.gz, a folder of class folders or a zip of one; its test set, if it has one; for a
+    run with --holdout and its own images, the held-out ones.
     """
     file = Path(weights.removeprefix("caffe:"))
     check_outputs(output, plot, overwrite, inputs=(str(file / "weights.safetensors" if file.is_dir() else file), data))

@@ -16,7 +16,7 @@ from vggfeat_cli.run import FAILED, finish
 )
 @click.version_option(vggfeat.__version__)
 def command() -> None:
-    """See what VGG is, train it, and look after its weights."""
+    """Study VGG, train it, and manage its weights."""
 
 
 for module in (analyse, pictures, learn):
@@ -33,7 +33,7 @@ def weights() -> None:
 def list_sets() -> None:
     """Show every published file.
 
-    With its licence, and where it is on this machine.
+    With its licence, and its path on this machine.
     """
     from vggfeat.weights import BUNDLED, SETS, folders
 
@@ -51,8 +51,8 @@ def list_sets() -> None:
 def fetch(name: str, arch: str) -> None:
     """Fetch a set for an architecture and verify it.
 
-    NAME is imagenet or caffe; ARCH is vgg16 where it is not given, and vggstyle and vggfeat invert want vgg19. What is
-    here already is not fetched again.
+    NAME is imagenet or caffe; ARCH is vgg16 by default, while vggstyle and vggfeat invert use vgg19. Files already here
+    are not fetched again.
     """
     from vggfeat.weights import find
 

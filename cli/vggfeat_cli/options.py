@@ -1,4 +1,4 @@
-"""Flags made from a dataclass of settings, and the kinds of value that they take."""
+"""Flags made from a settings dataclass, and the kinds of value they take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vggfeat.settings import kinds
 
 
 class Values(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic in newer releases of click
-    """Values between commas."""
+    """Comma-separated values."""
 
     def __init__(self, item: type) -> None:
         self.item = item
@@ -30,7 +30,7 @@ class Values(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gener
 def settings(
     config: type, choices: Mapping[str, Sequence[str]], *, defaults: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A flag for every field of a dataclass; without `defaults`, only those that are given have a value."""
+    """A flag for every field of a dataclass; without `defaults`, those not given are None."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed(dataclasses.fields(config)):

@@ -19,7 +19,7 @@ Command = Callable[..., Any]
 
 
 class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic in newer releases of click
-    """Whole numbers and ranges between commas: `3,8,16-31`."""
+    """Comma-separated whole numbers and ranges: `3,8,16-31`."""
 
     name = "numbers"
 
@@ -36,11 +36,11 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gen
 
 
 def _channels(command: Command) -> Command:
-    return click.option("--channel", "channels", type=_Numbers(), help="Which, such as 3,8,16-31.")(command)
+    return click.option("--channel", "channels", type=_Numbers(), help="Which channels, such as 3,8,16-31.")(command)
 
 
 def _count(default: int) -> Callable[[Command], Command]:
-    return click.option("--count", default=default, show_default=True, help="How many, where no channel is named.")
+    return click.option("--count", default=default, show_default=True, help="How many, if none are named.")
 
 
 def _layer(default: str) -> Callable[[Command], Command]:
@@ -52,7 +52,7 @@ def _size(default: int | None, what: str = "Long side of the image in pixels.") 
 
 
 def _colors(default: str) -> Callable[[Command], Command]:
-    return click.option("--colors", default=default, show_default=True, help="grey, or a colour map's name.")
+    return click.option("--colors", default=default, show_default=True, help="grey, or the name of a colour map.")
 
 
 def _order(default: str) -> Callable[[Command], Command]:
@@ -72,7 +72,7 @@ def _common(command: Command) -> Command:
             "-o",
             "--output",
             type=click.Path(),
-            help="PNG, JPEG, WebP, TIFF, PDF or SVG file.  [default: a name that says what it shows; distance: none]",
+            help="PNG, JPEG, WebP, TIFF, PDF or SVG file.  [default: named after what it shows; distance: none]",
         ),
         click.option("--arch", help="Network: vgg16, vgg19, ….  [default: the weights', else vgg16; invert: vgg19]"),
         click.option(
@@ -105,7 +105,7 @@ def filters(
 ) -> int:
     """The first layer's filters, or what drives a layer most.
 
-    The filters are in colour; with IMAGES, the patches of these that drive any layer's channels most.
+    The filters are in colour; with IMAGES, the patches in them that drive any layer's channels most.
     """
     given = {name: value for name, value in (("patches", patches), ("size", size)) if value is not None}
     if given and not images:
@@ -128,7 +128,7 @@ def filters(
     type=click.Choice(["each", "shared"]),
     default="each",
     show_default=True,
-    help="Whether each map has its own range of colours.",
+    help="Colour range: for each map, or shared by all.",
 )
 @_colors("viridis")
 @click.option("--tile", default=128, show_default=True, help="Long side of a map on the sheet.")
@@ -148,17 +148,17 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> int
 @_channels
 @click.option("--class", "classes", type=_Numbers(), help="Classes instead: numbers such as 281; needs a classifier.")
 @_count(9)
-@click.option("--unit", is_flag=True, help="The unit in the middle instead of the whole channel.")
+@click.option("--unit", is_flag=True, help="The middle unit instead of the whole channel.")
 @click.option(
     "--parametrization",
     type=click.Choice(["fourier", "pixels"]),
     default="fourier",
     show_default=True,
-    help="How the image is held: frequencies, or blurred pixels.",
+    help="How the image is represented: by frequencies, or as blurred pixels.",
 )
 @_size(128, "Side of the pictures in pixels.")
 @click.option("--steps", default=200, show_default=True, help="Steps of the optimiser.")
-@click.option("--jitter", default=8, show_default=True, help="Largest random shift in pixels, to size / 8.")
+@click.option("--jitter", default=8, show_default=True, help="Largest random shift in pixels, at most size / 8.")
 @_seed
 @_quiet
 @_common
@@ -193,13 +193,13 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
     "--layer",
     "layers",
     multiple=True,
-    help="Which layer, or several between commas; given again, one more picture.  [default: relu3_1; with --gram "
+    help="Which layer, or several, comma-separated; repeat it for more pictures.  [default: relu3_1; with --gram "
     "relu1_1 to relu5_1, as far as the weights reach]",
 )
-@click.option("--gram", is_flag=True, help="From the Gram matrices: texture synthesis.")
-@click.option("--compare", is_flag=True, help="The original beside it.")
+@click.option("--gram", is_flag=True, help="From Gram matrices: texture synthesis.")
+@click.option("--compare", is_flag=True, help="Show the original beside it.")
 @_size(256, "Long side of the picture in pixels.")
-@click.option("--steps", default=200, show_default=True, help="Steps at the finest scale, half as many at others.")
+@click.option("--steps", default=200, show_default=True, help="Steps at the finest scale; half as many at others.")
 @click.option("--tv-weight", type=float, help="Weight of the total variation.  [default: 1; with --gram 0]")
 @_seed
 @_quiet
@@ -213,9 +213,9 @@ def invert(
     quiet: bool,
     **options: Any,
 ) -> int:
-    """IMAGE back from noise, or its texture.
+    """IMAGE recovered from noise, or its texture.
 
-    By a layer's features, or by Gram matrices.
+    From a layer's features, or from Gram matrices.
 
     Ctrl-C stops early and saves what there is.
     """
@@ -257,10 +257,10 @@ def invert(
     "--layer",
     "layers",
     multiple=True,
-    help="Which layer; give it again for more.  [default: the last ReLU of each block, as far as the weights reach]",
+    help="Which layer; repeat it for more.  [default: the last ReLU of each block, as far as the weights reach]",
 )
-@click.option("--lpips", is_flag=True, help="LPIPS, with its learned weights, in VGG-16 and layers of its own.")
-@_size(None, "Long side that both images are brought to, in pixels.")
+@click.option("--lpips", is_flag=True, help="LPIPS, with its learned weights, on VGG-16 and its own layers.")
+@_size(None, "Long side to resize both images to, in pixels.")
 @_colors("turbo")
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @_common
@@ -290,15 +290,15 @@ def distance(
 
 @click.command("cam")
 @click.argument("image", type=click.Path())
-@click.option("--class", "class_index", type=int, help="Which class.  [default: the one ranked first]")
+@click.option("--class", "class_index", type=int, help="Which class.  [default: the top one]")
 @click.option("--layer", help="Which layer.  [default: the last ReLU before the classifier]")
-@_size(None, "Long side of the image in pixels.  [default: 224; of a run, such that the shorter is as trained]")
+@_size(None, "Long side of the image in pixels.  [default: 224; for a run, such that the shorter is as trained]")
 @_colors("turbo")
 @_common
 def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> int:
     """Where the classifier sees a class in IMAGE (Grad-CAM).
 
-    It takes weights with a classifier: imagenet, or a run's folder.
+    It needs weights with a classifier: imagenet, or a run's folder.
     """
     target = _target(output, f"{Path(image).stem}-cam.png", overwrite, [image])
     from vggfeat.visualize import cam
@@ -311,7 +311,7 @@ def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> int:
 
 
 def _target(output: str | None, name: str, overwrite: bool, inputs: Sequence[str] = ()) -> Target:
-    """Where to write, known to be free and writable before any work."""
+    """Where to write, checked to be free and writable before any work."""
     from vggfeat.visualize import check_sheet
 
     target = Target(output, name, overwrite)
@@ -320,7 +320,7 @@ def _target(output: str | None, name: str, overwrite: bool, inputs: Sequence[str
 
 
 def _saved(picture: Any, target: Target, weights: str, interrupted: bool = False) -> int:
-    """Save the picture, say where it is, and how the command ended."""
+    """Save the picture, print where it is, and return the exit status."""
     written, trouble = target.save(picture)
     click.echo(f"weights: {weights}", err=True)
     click.echo(str(written))

@@ -1,4 +1,4 @@
-"""How a command shows a report: as text, Markdown, JSON or CSV, on the terminal or in a file, with a plot beside it."""
+"""How a command shows a report: as text, Markdown, JSON or CSV, on the terminal or in a file, and as a plot."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 FORMATS = {"text": "__str__", "markdown": "to_markdown", "json": "to_json", "csv": "to_csv"}
 
-output_option = click.option("-o", "--output", type=click.Path(), help="Write there instead of to the terminal.")
+output_option = click.option("-o", "--output", type=click.Path(), help="Write to this file, not to the terminal.")
 format_option = click.option(
     "--format",
     "form",
     type=click.Choice([*FORMATS]),
     default="text",
     show_default=True,
-    help="Of the report; CSV has its first table alone.",
+    help="Of the report; CSV has only its first table.",
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
-plot_option = click.option("--plot", type=click.Path(), help="Draw it: PNG, PDF or SVG.")
+plot_option = click.option("--plot", type=click.Path(), help="Also draw it: PNG, PDF or SVG.")
 
 
 def finish_report(report: Report, form: str, output: str | None, overwrite: bool) -> None:
@@ -40,7 +40,7 @@ def finish_report(report: Report, form: str, output: str | None, overwrite: bool
 
 
 def check_outputs(output: str | None, plot: str | None, overwrite: bool, inputs: Sequence[str] = ()) -> None:
-    """Stop before any work if what is to be written cannot be, or would replace what is read."""
+    """Stop before any work if an output cannot be written, or would replace an input."""
     from vggfeat.files import check_path, same_file
 
     if output is not None and plot is not None and same_file(output, plot):

@@ -1,4 +1,4 @@
-"""What both commands share: how they begin and end, and that nothing is lost in between."""
+"""What both commands share: starting, ending, and losing nothing in between."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def finish(command: click.Command) -> None:
     """Run a command and exit: 0, or one line on stderr and 2 for bad input, 1 for a failure, 130 after Ctrl-C."""
     name = command.name or "vggfeat"
     for closed in ("stdout", "stderr"):
-        if getattr(sys, closed) is None:  # closed by whoever started the command: nobody reads it
+        if getattr(sys, closed) is None:  # closed by the caller: nobody reads it
             setattr(sys, closed, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
@@ -51,7 +51,7 @@ def finish(command: click.Command) -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """To be told to end is to be interrupted: once, since what is then saved must not be lost to a second Ctrl-C."""
+    """Treat a request to end as Ctrl-C, once: what is saved then must not be lost to a second one."""
     ignore_endings()
     raise KeyboardInterrupt
 
@@ -66,8 +66,8 @@ class Target:
 
     Attributes:
         output: where the user wants it; None leaves it to the command.
-        name: the command's own choice, or with another number where that is taken.
-        overwrite: replace a file that is there.
+        name: the command's own choice, numbered where that is taken.
+        overwrite: replace an existing file.
     """
 
     output: str | None
@@ -75,7 +75,7 @@ class Target:
     overwrite: bool
 
     def path(self) -> Path:
-        """As things are now: of two commands at once, the second to end takes the next number."""
+        """As of now: of two commands at once, the second to end takes the next number."""
         from vggfeat.files import free_name
 
         if self.output is not None:
@@ -83,10 +83,10 @@ class Target:
         return Path(self.name) if self.overwrite else free_name(self.name)
 
     def save(self, picture: _Picture) -> tuple[Path, str]:
-        """Write the picture there, or, rather than lose it, somewhere else; where it is, and the trouble."""
+        """Write the picture there, or elsewhere rather than lose it; returns where, and what went wrong."""
         from vggfeat.files import free_name
 
-        ignore_endings()  # from here on what was made is saved, which takes a moment
+        ignore_endings()  # saving takes a moment and must not be interrupted
         path = self.path()
         try:
             return picture.save(path, overwrite=self.overwrite), ""
@@ -98,15 +98,15 @@ class Target:
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is freed: large tensors otherwise come from the system anew, page by page, at every step."""
+    """Have glibc keep freed memory: large tensors otherwise come from the system page by page at every step."""
     trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or none to be found
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or none
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
 
 
 def fail(name: str, message: str, code: int) -> None:
-    """One line on stderr, and the exit status."""
+    """Print one line on stderr and exit with this status."""
     click.echo(f"{name}: {' '.join(message.split())}", err=True)
     sys.exit(code)

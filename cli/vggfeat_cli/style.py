@@ -1,4 +1,4 @@
-"""`vggstyle CONTENT STYLE...`: every field of StyleConfig is a flag, and that is where the defaults come from."""
+"""`vggstyle CONTENT STYLE...`: every field of StyleConfig is a flag, with its default."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--checkpoint",
     type=click.Path(),
-    help="Keep the run in this file, once a minute; the same command goes on. Removed when the picture is done.",
+    help="Save the run in this file once a minute; the same command resumes it. Removed when the picture is done.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -43,7 +43,7 @@ def command(
     quiet: bool,
     **values: Any,
 ) -> int:
-    """Paint CONTENT in the manner of STYLE (one image, or several to blend).
+    """Paint CONTENT in the style of STYLE (one image, or several to blend).
 
     Ctrl-C stops early and saves the best picture so far.
     """
@@ -53,7 +53,7 @@ def command(
 
     target = Target(output, "-".join(Path(path).stem for path in (content, *style)) + ".png", overwrite)
     if output is not None and checkpoint is not None and Path(checkpoint).exists():
-        # of a run that goes on, the picture so far may be there: the next one takes another name rather than its place
+        # a resumed run's picture so far may be there: the next one takes another name rather than replace it
         target = Target(None, output, overwrite)
     check_output(target.path(), overwrite=overwrite, inputs=(content, *style, config.init))
     if checkpoint is not None and same_file(checkpoint, target.path()):
@@ -93,7 +93,7 @@ class _Bar:
         from tqdm import tqdm
 
         shape = "{desc} {percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}{postfix}"
-        self.quiet, hidden = disable, disable or not sys.stderr.isatty()  # in a log, a line a scale will do
+        self.quiet, hidden = disable, disable or not sys.stderr.isatty()  # in a log, a line per scale suffices
         self.begun = False
         self.bar = tqdm(total=1.0, bar_format=shape, disable=hidden, desc="loading", leave=False)
 
@@ -105,7 +105,7 @@ class _Bar:
             self.bar.close()
 
     def __call__(self, step: StyleStep) -> None:
-        with contextlib.suppress(OSError, ValueError):  # who reads it has gone: no reason to lose the picture
+        with contextlib.suppress(OSError, ValueError):  # the reader has gone: no reason to lose the picture
             self._show(step)
 
     def _show(self, step: StyleStep) -> None:

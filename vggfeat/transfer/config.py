@@ -28,8 +28,8 @@ class StyleConfig:
 
     Attributes:
         size: long side of the result in pixels.
-        weights: what `vggfeat.weights.load` knows; `auto` takes what the environment variable VGGFEAT_WEIGHTS says,
-            else ImageNet's where they can be had, else the bundled ones, or random ones for another network than vgg19.
+        weights: what `vggfeat.weights.load` takes; `auto` is what the environment variable VGGFEAT_WEIGHTS says, else
+            ImageNet's where available, else the bundled ones, or random ones for networks other than vgg19.
         arch: the network; None means the weights' own, and vgg19 where they imply none.
         style_layers: layers whose Gram matrices are matched.
         content_layers: layers whose features are matched.
@@ -47,25 +47,25 @@ class StyleConfig:
         optimizer: `lbfgs` or `adam`.
         learning_rate: Adam's step, in units of the full range of a pixel.
         steps: steps at the finest scale; each coarser one gets half as many. A step looks at a picture and makes the
-            next, so that N steps choose among N pictures, the first of which is the one that the scale begins with.
+            next, so N steps choose among N pictures, the first of which is the scale's start.
         start_size: long side of the coarsest scale; at least `size` means a single scale.
         seed: of the noise.
         device: `auto` (CUDA, else the CPU), or a torch device.
         precision: of the network: `auto`, `float32` or `bfloat16`.
         keep_color: keep the content's colours and take only lightness from the style.
-        tile: side in pixels of the tiles that pictures are computed in, which takes less memory and about twice the
-            time; values and gradients are the same to rounding, but L-BFGS remembers 8 steps instead of 20. 0 computes
-            pictures whole, None decides by the memory that is free.
+        tile: side in pixels of the tiles that pictures are computed in, with less memory and in about twice the time;
+            values and gradients are the same to rounding, but L-BFGS remembers 8 steps instead of 20. 0 computes
+            pictures whole, None decides by the free memory.
 
     Raises:
-        InputError: a value that is out of range or not among the choices.
+        InputError: a value out of range or not among the choices.
     """
 
     size: int = option(512, "Long side of the result in pixels.")
     weights: str | Mapping[str, Any] = option(
         "auto", "imagenet, caffe, bundled, random, auto, a .pth, .safetensors or .h5 file, or a run's folder."
     )
-    arch: str | None = option(None, "Network: vgg19 (default), vgg16, …; a file's own where it holds one.")
+    arch: str | None = option(None, "Network: vgg19 (default), vgg16, …; a file's own if it has one.")
     style_layers: tuple[str, ...] = option(
         ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "Layers that carry the style."
     )
@@ -76,7 +76,7 @@ class StyleConfig:
     content_weight: float | None = option(None, "Weight of the content; 0.05, or 1 with --normalization gatys.")
     tv_weight: float = option(0.0, "Weight of the total variation: higher is smoother.")
     style_blend: tuple[float, ...] | None = option(None, "One number for each style image.")
-    style_scale: float = option(1.0, "Size of the style images relative to the result: larger is coarser strokes.")
+    style_scale: float = option(1.0, "Size of the style images relative to the result: larger gives coarser strokes.")
     normalization: str = option("scale-free", "How errors are scaled.")
     pooling: str = option("max", "How the network pools.")
     padding: str = option("zeros", "How the network sees beyond the border.")
@@ -89,9 +89,7 @@ class StyleConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
     precision: str = option("auto", "Precision of the network.")
     keep_color: bool = option(False, "Keep the content's colours.")
-    tile: int | None = option(
-        None, "Side of the tiles that a large picture is computed in; 0 for none.  [default: by memory]"
-    )
+    tile: int | None = option(None, "Side of the tiles for a large picture; 0 for none.  [default: by free memory]")
 
     def __post_init__(self) -> None:
         to_types(self)
@@ -133,7 +131,7 @@ class StyleConfig:
 
     @property
     def term_weights(self) -> tuple[float, float]:
-        """The weights of style and content, with what None means filled in."""
+        """The weights of style and content, None resolved."""
         style, content = (1.0, 0.05) if self.normalization == "scale-free" else (1000.0, 1.0)
         return (
             style if self.style_weight is None else self.style_weight,
