@@ -1,6 +1,6 @@
-"""One VGG: a perceptual loss, Gatys' style transfer, features by layer name, and the weights under them.
+"""One VGG: a perceptual loss, Gatys' style transfer, features by layer name, and the weights for them.
 
-Names are imported when they are first used, so that `import vggfeat` and `vggstyle --help` do not wait for torch.
+Names are imported on first use, so that `import vggfeat` and `vggstyle --help` do not wait for torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The VGG configurations as plain data: layers by name, channels, strides, receptive fields. No torch here.
 
 Source: Simonyan & Zisserman 2015 (arXiv:1409.1556), Table 1. A layer name means one thing everywhere in vggfeat:
-`convB_I` is the convolution's own output, `bnB_I` what batch normalisation makes of it, `reluB_I` the value after
-the ReLU, `poolB` the value after the pool; `fc6 relu6 fc7 relu7 fc8` are the paper's classifier and `fc` the slim one.
+`convB_I` is the convolution's own output, `bnB_I` the value after batch normalisation, `reluB_I` after the ReLU,
+`poolB` after the pool; `fc6 relu6 fc7 relu7 fc8` are the paper's classifier and `fc` the slim one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["ARCHS", "BLOCKS", "HEADS", "INITS", "NORMALISED", "PADDINGS", "POOLI
 POOLINGS = ("max", "average", "l2")
 PADDINGS = ("zeros", "reflect", "replicate")
 HEADS = ("paper", "slim")  # three linear layers; one after global pooling
-INITS = ("kaiming", "paper")  # how weights are drawn that are to be trained
+INITS = ("kaiming", "paper")  # how weights to be trained are drawn
 
 # convolutions in each of the five blocks, and the kernel of those that are not 3×3
 BLOCKS: dict[str, tuple[int, int, int, int, int]] = {
@@ -37,7 +37,7 @@ LRN = (5, 5e-4, 0.75, 2.0)
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
 HIDDEN = 4096
 
-# the names people use; the letter of the paper's table works as well, and so does "_bn" behind either
+# common names; the letter of the paper's table works too, and "_bn" after either
 ARCHS = {"vgg11": "A", "vgg11-lrn": "A-LRN", "vgg13": "B", "vgg16-c": "C", "vgg16": "D", "vgg19": "E"}
 
 
@@ -49,8 +49,8 @@ class Layer:
         name: `conv3_1`, `bn3_1`, `relu3_1`, `lrn1_1` or `pool3`.
         kind: `conv`, `bn`, `relu`, `lrn` or `pool`.
         index: position in the network's `features`, so that `features.{index}.weight` is its state-dict key.
-        in_channels: channels that come in.
-        channels: channels that go out.
+        in_channels: channels in.
+        channels: channels out.
         kernel: side of the kernel in pixels of the layer's own input.
         stride: distance of neighbouring outputs, in image pixels.
         receptive_field: side of the square of image pixels that one output sees.
@@ -78,7 +78,7 @@ class Arch:
         num_classes: outputs of the head.
 
     Raises:
-        InputError: a configuration, head or number that does not exist.
+        InputError: an unknown configuration or head, or an impossible number.
     """
 
     config: str = "D"
@@ -107,7 +107,7 @@ class Arch:
 
     @property
     def width(self) -> float | None:
-        """Channels of every block relative to the paper's; None where they are in other proportions."""
+        """Channels of every block relative to the paper's; None if in other proportions."""
         return self.channels[0] / 64 if self.channels == scaled(self.channels[0]) else None
 
     @property
@@ -174,7 +174,7 @@ class Arch:
         raise InputError(f"{name} is one of the head's layers, not of the convolutional part's")
 
     def check(self, names: Iterable[str]) -> None:
-        """Make sure that the network has these layers.
+        """Check that the network has these layers.
 
         Raises:
             InputError: a name that no VGG has, or one that this VGG lacks.
@@ -187,13 +187,13 @@ class Arch:
             raise InputError(f"unknown layer {name!r}: {nearest(str(name), self.names)}")
 
     def until(self, names: Iterable[str]) -> tuple[Layer, ...]:
-        """The convolutional layers that the deepest of `names` needs, itself included; all of them for the head's."""
+        """The convolutional layers that the deepest of `names` needs, itself included; all of them for a head layer."""
         last = max(self.names.index(name) for name in names)
         return self.layers[: last + 1]
 
 
 def scaled(first: int) -> tuple[int, ...]:
-    """Channels of the five blocks in the paper's proportions, by those of the first: 1 2 4 8 8 times as many."""
+    """Channels of the five blocks in the paper's proportions, 1 2 4 8 8, given the first."""
     return tuple(count // 64 * first for count in BLOCK_CHANNELS)
 
 
@@ -204,7 +204,7 @@ def _every_name() -> frozenset[str]:
 
 
 def channels_at(width: float) -> tuple[int, ...]:
-    """Channels of the five blocks at a relative width, such that the first has whole ones and at least 1.
+    """Channels of the five blocks at a relative width; the first is rounded, and at least 1.
 
     Raises:
         InputError: a width that is not a positive number.

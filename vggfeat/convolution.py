@@ -1,11 +1,10 @@
-"""The convolution that is trained, faster on a CPU: by tiles in float32, as a matrix product on the smallest maps.
+"""The trainable convolution, faster on a CPU: by tiles in float32, as a matrix product on the smallest maps.
 
 A VGG on 32×32 images spends most of its time at maps of 16×16 to 2×2, where oneDNN's convolutions are slow and their
 weight gradients slower (`python -m tests.bench.training`): they block over space, of which there is little. A matrix
-product has the whole batch as its rows instead. In float32 that is done by tiles of 4×4 outputs (`winograd.py`), with a
-quarter of the multiplications, on maps of any size that has tiles enough; elsewhere, as in bfloat16, which is too
-coarse for the way to a tile's points and back, on the windows of maps of at most 4×4 laid out side by side. A map of
-2×2 is one row, whole.
+product has the whole batch as its rows instead. In float32 it works on tiles of 4×4 outputs (`winograd.py`), with a
+quarter of the multiplications, on maps of any size with enough tiles; elsewhere, as in bfloat16, which is too coarse
+for a tile's transforms, on the windows of maps of at most 4×4 laid out side by side. A map of 2×2 is a single row.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from vggfeat.modes import exporting, in_forward_mode, in_functorch, is_batched, 
 
 __all__ = ["Conv2d", "convolve", "pays_as_product", "pays_by_tiles"]
 
-SMALLEST, SMALL = 2, 4  # sides: up to 2 one matrix takes a whole map to a whole map, up to 4 the windows are laid out
-ROWS = 128  # fewer and the work around the product is more than it saves
-TILES = 256  # fewer and the change of the weights to the points of a tile is more than it saves
+SMALLEST, SMALL = 2, 4  # sides: up to 2 one matrix maps a whole map to a whole map, up to 4 the windows are laid out
+ROWS = 128  # with fewer, the work around the product costs more than it saves
+TILES = 256  # with fewer, transforming the weights costs more than it saves
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d`; a 3×3 convolution with stride and padding 1 goes by `convolve`."""
+    """`torch.nn.Conv2d`; a 3×3 convolution with stride and padding 1 uses `convolve`."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         fits = self.kernel_size == (3, 3) and self.padding == (1, 1) and self.stride == (1, 1) == self.dilation
@@ -51,7 +50,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def pays_by_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Whether a 3×3 convolution of (N,C,H,W) is faster by tiles; decided by shape, so that runs repeat."""
+    """Whether a 3×3 convolution of (N,C,H,W) is faster by tiles; decided by shape, for reproducible runs."""
     if x.device.type != "cpu" or x.ndim != 4 or not x.dtype == weight.dtype == torch.float32:
         return False
     if needs_composite_ops() or exporting() or type(x) is not Tensor:
@@ -60,7 +59,7 @@ def pays_by_tiles(x: Tensor, weight: Tensor) -> bool:
         return False
     n, c, height, width = x.shape
     tiles = n * -(-height // winograd.TILE) * -(-width // winograd.TILE)
-    filled = n * height * width / (winograd.TILE**2 * max(tiles, 1))  # where tiles hang over the border, work is lost
+    filled = n * height * width / (winograd.TILE**2 * max(tiles, 1))  # tiles hanging over the border waste work
     return tiles >= TILES and filled > 0.5 and winograd.is_supported(x.device, x.dtype, c, weight.shape[0])
 
 
@@ -92,17 +91,17 @@ class _Tiles(torch.autograd.Function):
 
 
 def _torchs_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-    """Those that can be differentiated in their turn: torch knows the derivatives of its own convolutions."""
+    """Gradients that can themselves be differentiated: torch knows the derivatives of its own convolutions."""
     sides = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # stride, padding, dilation, whether transposed, …, groups
     wanted = (*ctx.needs_input_grad, False)[:3]
-    found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+    grads: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
         grad, x, weight, [weight.shape[0]], *sides, wanted
     )
-    return found[: len(ctx.needs_input_grad)]
+    return grads[: len(ctx.needs_input_grad)]
 
 
 def pays_as_product(x: Tensor) -> bool:
-    """Whether a 3×3 convolution of (N,C,H,W) is faster as a product; decided by shape, so that runs repeat."""
+    """Whether a 3×3 convolution of (N,C,H,W) is faster as a product; decided by shape, for reproducible runs."""
     if x.device.type != "cpu" or x.ndim != 4 or in_forward_mode():
         return False
     if exporting():  # an exported graph serves any batch
@@ -138,7 +137,7 @@ def conv_as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _whole_map(weight: Tensor, h: int, w: int) -> Tensor:
     """The (HWK,HWC) matrix of a 3×3 convolution with padding 1 on maps of at most 2×2, where each output sees all."""
-    taps = weight.permute(0, 2, 3, 1)  # (K,3,3,C), where channels lie side by side
+    taps = weight.permute(0, 2, 3, 1)  # (K,3,3,C), with adjacent channels
     # output (i,j) sees input (y,x) through tap (y-i+1, x-j+1)
     return torch.cat([taps[:, 1 - i : 1 - i + h, 1 - j : 1 - j + w].flatten(1) for i in range(h) for j in range(w)])
 
@@ -148,7 +147,7 @@ def _windows(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (N,H+2,W+2,C), contiguous
     image, row, pixel, _ = padded.stride()
-    # three neighbours of a row lie side by side: each window is three runs of 3C numbers
+    # three neighbours in a row are adjacent: each window is three runs of 3C numbers
     return padded.as_strided((n, h, w, 3, 3 * c), (image, row, pixel, row, 1)).reshape(n * h * w, 9 * c)
 
 
@@ -159,9 +158,9 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 class _Windows(torch.autograd.Function):
-    """A 3×3 convolution with padding 1 as a product of windows and weights, and so both gradients."""
+    """A 3×3 convolution with padding 1 as a product of windows and weights, like both gradients."""
 
-    generate_vmap_rule = True  # and no jvp: with one, torch.compile could not trace it
+    generate_vmap_rule = True  # but no jvp: with one, torch.compile could not trace it
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -177,9 +176,9 @@ class _Windows(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad):  # a second derivative is wanted, or many first ones at once
             return _torchs_gradients(ctx, grad, x, weight)
         to_x = to_weight = None
-        with no_autocast(x.device):  # a backward may run inside of it, though its forward did not
+        with no_autocast(x.device):  # a backward may run inside it though its forward did not
             if ctx.needs_input_grad[0]:
-                # taps the other way round; one below the other, since so each is copied row by row
+                # taps flipped, and stacked vertically so that each is copied row by row
                 to_x = _product(grad, torch.cat([weight[:, :, 2 - i, 2 - j] for i in range(3) for j in range(3)]))
             if ctx.needs_input_grad[1]:
                 columns = grad.permute(1, 0, 2, 3).flatten(1)  # (K,NHW)

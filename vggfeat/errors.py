@@ -6,7 +6,7 @@
     ├── WeightsError                         weights that are damaged, foreign or too shallow
     │   └── WeightsUnavailableError          weights that are not here and cannot be fetched
     ├── DependencyError       (ImportError)  an optional or broken package
-    └── RunError              (RuntimeError) a run that had good input and failed
+    └── RunError              (RuntimeError) a run that failed on good input
 
 Each message says what was expected, what came, and what to try. The commands turn all of them into one line on stderr.
 """
@@ -54,21 +54,21 @@ class DependencyError(VGGFeatError, ImportError):
 
 
 class RunError(VGGFeatError, RuntimeError):
-    """A run that started from good input and failed."""
+    """A run that failed on good input."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The end of an error message: the nearest of `choices`, or all of them where none is near."""
+    """The end of an error message: the nearest of `choices`, or all of them if none is near."""
     choices = list(choices)
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices)}"
 
 
-_INSIDE = ("vggfeat", "torch", "contextlib")  # the last makes decorators of contexts
+_INSIDE = ("vggfeat", "torch", "contextlib")  # the last turns contexts into decorators
 
 
 def warn(message: str) -> None:
-    """Warn with the line of the user's code that led here: the nearest that is neither ours nor torch's."""
+    """Warn at the line of the user's code that led here: the nearest frame that is neither ours nor torch's."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
         frame, level = frame.f_back, level + 1
@@ -76,5 +76,5 @@ def warn(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What a foreign error says, short enough to be part of a message."""
+    """What a foreign error says, short enough for a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

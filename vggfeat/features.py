@@ -1,4 +1,4 @@
-"""Images to taps: the one place that looks at what comes in and normalises it, and the module around the trunk."""
+"""Images to taps: the one place that checks and normalises input, and the module around the trunk."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PullbackByRows = Callable[[TapGradOfRows], Tensor]
 class VGGFeatures(nn.Module):
     """The values of named VGG layers for images.
 
-    The weights are frozen for good: the module has no parameters and no buffers, gradients flow to the images alone,
+    The weights are permanently frozen: the module has no parameters and no buffers, gradients flow to the images only,
     and nothing is run past the deepest layer asked for. It computes wherever the images are, so `.to()` has nothing to
     move. Modules with the same weights share one copy of them, deep copies and pickles included. (For a network with
     trainable weights use `vggfeat.vgg16().taps(x, names)`.)
@@ -49,14 +49,14 @@ class VGGFeatures(nn.Module):
         padding: `"zeros"` (the network's own), `"reflect"` or `"replicate"`.
         precision: `"float32"` (bfloat16 inside autocast, float64 for float64 images), `"bfloat16"`, or `"auto"`:
             bfloat16 where the device multiplies such matrices in hardware, else float32. A CPU that cannot multiply
-            bfloat16 at all computes it in float32: it saves memory there, no time.
+            bfloat16 at all computes it in float32, which saves memory but no time.
         input_range: the lowest and the highest value of an image.
         repeat_grey: accept (N,1,H,W) and repeat the channel three times.
-        keep: what is remembered for the backward: `"bits"` takes least memory, `"values"` least time.
+        keep: what is saved for the backward: `"bits"` takes least memory, `"values"` least time.
 
     Raises:
         InputError: an unknown layer, a layer that the network lacks, or an unknown choice.
-        WeightsError: weights that cannot be had, or that do not reach the deepest layer.
+        WeightsError: weights that are unavailable, or do not reach the deepest layer.
     """
 
     def __init__(
@@ -147,13 +147,13 @@ class VGGFeatures(nn.Module):
 
         Raises:
             InputError: another shape or channel count, integers, images too small for the deepest layer, or NaN or
-                infinite values (off the CPU looked for in the first batch alone, and not under `torch.compile` and
+                infinite values (off the CPU checked in the first batch only, and not under `torch.compile` and
                 `torch.func`: there they make the taps NaN).
         """
         return self.taps(self.checked(images))
 
     def taps(self, images: Tensor) -> dict[str, Tensor]:
-        """As a call of the module, for images (N,3,H,W) known to be good: nothing is looked at."""
+        """Like a call of the module, for images (N,3,H,W) known to be good: nothing is checked."""
         filters = self._filters(images)
         with no_autocast(images.device):  # autocast's choice is already in the filters' type
             return self._run(self._normalised(images), filters)
@@ -168,8 +168,8 @@ class VGGFeatures(nn.Module):
             The taps by name, and the pullback: given a function `tap_grad(name, tap)` of the gradient with respect to a
             tap of that value, it returns the gradient with respect to the images, in their type. `tap_grad` is called
             once for each tap, deepest first, when the backward gets there, and the tap is then freed, so that there is
-            never more than one such gradient (but on a CPU within the first block, with a classifier's layers, and on
-            devices that leave the walk to autograd). The pullback can be called once and empties the taps.
+            never more than one such gradient (except on a CPU within the first block, with a classifier's layers, and
+            on devices that leave the walk to autograd). The pullback can be called once and empties the taps.
         """
         if not self._walks(images):
             return self._vjp_by_autograd(images.detach())
@@ -182,8 +182,8 @@ class VGGFeatures(nn.Module):
     def vjp_by_rows(self, image: Tensor, on_tap: OnTap) -> PullbackByRows:
         """As `vjp` of one image (1,3,H,W), for what can be computed from a tap, and its gradient, some rows at a time.
 
-        On a CPU the first convolution's taps, the largest there are, are never whole, and of the gradients of taps the
-        deepest one's alone. Values (1,C) of a classifier, and all on devices that leave the walk to autograd, come
+        On a CPU the first convolution's taps, the largest of all, are never whole, and of the taps' gradients only the
+        deepest one is. Values (1,C) of a classifier, and all values on devices that leave the walk to autograd, come
         whole.
 
         Args:
@@ -192,7 +192,7 @@ class VGGFeatures(nn.Module):
 
         Returns:
             The pullback: given a function `tap_grad(name, part, rows)` of the gradient with respect to these rows of a
-            tap, called as often as it takes, it returns the gradient with respect to the image, in its type.
+            tap, called as often as needed, it returns the gradient with respect to the image, in its type.
         """
         if not self._walks(image):
             taps, whole = self._vjp_by_autograd(image.detach())
@@ -217,7 +217,7 @@ class VGGFeatures(nn.Module):
                 _trunk.forward(self._normalised(image), filters, self.plan, "none", on_tap)
 
     def _walks(self, images: Tensor) -> bool:
-        """Whether the trunk's own walk runs, and not autograd."""
+        """Whether the trunk's own walk runs instead of autograd."""
         return not self._head and images.device.type in CUSTOM_BACKWARD_DEVICES
 
     @property
@@ -234,7 +234,7 @@ class VGGFeatures(nn.Module):
     def _vjp_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Pullback]:
         leaf = images.requires_grad_()
         with torch.enable_grad():
-            taps = self.taps(leaf.view_as(leaf))  # hooks of counters and trackers cannot take a leaf
+            taps = self.taps(leaf.view_as(leaf))  # hooks of counters and trackers cannot handle a leaf
         known = {name: tap.detach() for name, tap in taps.items()}
 
         def pullback(tap_grad: TapGradOf) -> Tensor:
@@ -246,22 +246,22 @@ class VGGFeatures(nn.Module):
         return known, pullback
 
     def checksum(self) -> str:
-        """Eight hex digits (CRC-32) of all that the taps depend on but the options: weights and their normalisation."""
+        """Eight hex digits (CRC-32) of all that the taps depend on, options aside: weights and their normalisation."""
         if torch._C._len_torch_dispatch_stack():  # fake tensors have no values
             return "unknown"
-        found = zlib.crc32(repr((self._mean, self._std)).encode())
+        crc = zlib.crc32(repr((self._mean, self._std)).encode())
         for key in self._held:
             values: Any = self.trunk.state[key].flatten().view(torch.uint8).numpy()
-            found = zlib.crc32(values, zlib.crc32(key.encode(), found))
-        return f"{found:08x}"
+            crc = zlib.crc32(values, zlib.crc32(key.encode(), crc))
+        return f"{crc:08x}"
 
     def _run(self, x: Tensor, filters: list[Tensor]) -> dict[str, Tensor]:
         if exporting() or x.device.type not in CUSTOM_BACKWARD_DEVICES:
             deep = _trunk.plain(x, filters, self.plan)
-            found = [deep[i] for i in self.plan.order]
+            values = [deep[i] for i in self.plan.order]
         else:
-            found = _trunk.run(x, filters, self.plan, keep=self.keep)
-        taps = dict(zip(self.plan.names, found, strict=True))
+            values = _trunk.run(x, filters, self.plan, keep=self.keep)
+        taps = dict(zip(self.plan.names, values, strict=True))
         if self._head:
             taps |= self._run_head(taps["pool5"])
         return {name: taps[name] for name in self.layers}
@@ -269,7 +269,7 @@ class VGGFeatures(nn.Module):
     def _normalised(self, images: Tensor) -> Tensor:
         work = torch.float64 if images.dtype == torch.float64 else torch.float32
         images = images.to(work)
-        if not in_functorch():  # which maps over tensors of another rank
+        if not in_functorch():  # where tensors have another rank
             images = images.contiguous(memory_format=torch.channels_last)
         scale, shift = self._factors(images)
         return images * scale + shift
@@ -295,7 +295,7 @@ class VGGFeatures(nn.Module):
         return taps
 
     def checked(self, images: Tensor) -> Tensor:
-        """The images (N,3,H,W) as they are, or why not: see `forward` for what is refused; grey ones repeated."""
+        """The images (N,3,H,W) unchanged, grey ones repeated; see `forward` for what is refused."""
         count_and_size(images)
         shape = tuple(images.shape)
         if not images.is_floating_point():
@@ -319,7 +319,7 @@ class VGGFeatures(nn.Module):
 
     def _check_values(self, images: Tensor) -> None:
         if images.device.type == "meta" or (images.device.type != "cpu" and self._looked):
-            return  # reading two numbers back at every step would stall the device: the first batch speaks for the rest
+            return  # reading two numbers back at every step would stall the device: only the first batch is checked
         self._looked = True
         if not images.numel():
             return
@@ -345,8 +345,8 @@ def _every_row(tap: Tensor) -> slice:
 
 
 def per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    """One value a channel, (C,1,1), in the type of a tensor and where it is."""
-    # a compiler makes constants of them; elsewhere they are kept, since a GPU waits for what is copied to it
+    """One value per channel, (C,1,1), in the type and on the device of `like`."""
+    # a compiler makes them constants; elsewhere they are cached, since a GPU waits for what is copied to it
     ready = _channels if torch.compiler.is_compiling() else _kept_channels
     return ready(values, like.dtype, like.device)
 
@@ -378,7 +378,7 @@ def count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
 def trunk_dtype(precision: str, images: Tensor) -> torch.dtype:
     """What the trunk computes in, for a policy of `PRECISIONS` and the images at hand.
 
-    float16 is never used: it ends at 65504, and Gram matrices of Oxford's weights go beyond.
+    float16 is never used: it ends at 65504, which Gram matrices of Oxford's weights exceed.
     """
     kind = images.device.type
     if precision == "bfloat16":

@@ -1,4 +1,4 @@
-"""Distances that agree with people."""
+"""Distances that agree with human judgement."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ CALIBRATION = Path(__file__).with_name("assets") / "lpips-vgg16.safetensors"  # 
 
 
 class LPIPS(PerceptualLoss):
-    """How differently two images look to people (Zhang et al. 2018, arXiv:1801.03924, eq. 1): 0 where they are equal.
+    """How different two images look to people (Zhang et al. 2018, arXiv:1801.03924, eq. 1): 0 if they are equal.
 
     Σ over relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of VGG-16 of the mean over positions of Σ over channels of
     w · (difference of the features at unit length)², per image, with the weights w of the paper's authors (version 0.1,
     `lin`), which were fitted to half a million judgements and come with this package.
 
-    It is a `PerceptualLoss` in all that is not said here, and as good a loss: finite gradients everywhere, nothing to
-    train, targets that are encoded once, masks. Values agree with the package `lpips` to rounding, for the network
-    "vgg" and `weights="imagenet"`, with which alone they are those of the literature.
+    Otherwise it is a `PerceptualLoss`, and as good a loss: finite gradients everywhere, nothing to train, targets that
+    are encoded once, masks. Values agree with the package `lpips` to rounding, for the network "vgg" and
+    `weights="imagenet"`; only then are they those of the literature.
 
         >>> import torch, vggfeat
-        >>> metric = vggfeat.LPIPS(weights="random")  # for the example alone; it is made for "imagenet"
+        >>> metric = vggfeat.LPIPS(weights="random")  # only for this example; it is made for "imagenet"
         >>> image = torch.rand(2, 3, 64, 64)
         >>> metric(image, image)
         tensor([0., 0.])
@@ -37,14 +37,14 @@ class LPIPS(PerceptualLoss):
     Args:
         weights: of VGG-16, see `vggfeat.weights.load`.
         input_range: lowest and highest value of both images; `lpips` itself takes (-1, 1).
-        reduction: `"none"` gives a value for each image, (N,); `"mean"` and `"sum"` of them.
+        reduction: `"none"` gives a value for each image, (N,); `"mean"` and `"sum"` reduce those.
         precision: see `VGGFeatures`.
         repeat_grey: accept one channel and repeat it.
         keep: see `PerceptualLoss`.
 
     Raises:
         InputError: an unknown choice, or weights of a narrower VGG-16.
-        WeightsError: weights that cannot be had, are of another network than VGG-16, or do not reach relu5_3.
+        WeightsError: weights that are unavailable, of a network other than VGG-16, or do not reach relu5_3.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LPIPS(PerceptualLoss):
             repeat_grey=repeat_grey,
             keep=keep,
         )
-        # by layer, of each channel, such that the mean over channels is the sum that the paper has
+        # by layer and channel, scaled so that the mean over channels is the paper's sum
         self._by_layer = {name: tuple(len(values) * value for value in values) for name, values in calibration.items()}
         arch = self.features.arch
         if any(arch.layer(name).channels != len(values) for name, values in calibration.items()):

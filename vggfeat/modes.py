@@ -1,4 +1,4 @@
-"""What a call may be inside of: a compiler, `torch.func`, forward-mode derivatives, autocast, inference mode."""
+"""What may surround a call: a compiler, `torch.func`, forward-mode derivatives, autocast, inference mode."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def exporting() -> bool:
-    """Whether `torch.export` is at work, or its predecessor, `torch.jit.trace`."""
+    """Whether `torch.export` or its predecessor, `torch.jit.trace`, is at work."""
     if torch._C._get_tracing_state() is not None:
         return True
     # `is_exporting()` of torch 2.10 and 2.11 is true in torch.compile, too
-    found = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if found is None else bool(found)
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else bool(flag)
 
 
 def in_functorch() -> bool:
     """Whether vmap, grad or another transform of torch.func is at work.
 
-    This depends on the active transform, not on the tensors: under one, `Function.apply` wants `setup_context` and a
+    This depends on the active transform, not on the tensors: under one, `Function.apply` needs `setup_context` and a
     vmap rule even for tensors that nothing maps over.
     """
     if torch.compiler.is_compiling():
@@ -50,7 +50,7 @@ def in_functorch() -> bool:
 def is_batched(grad: torch.Tensor) -> bool:
     """Whether a gradient is many at once (`is_grads_batched=True`, `jacobian(..., vectorize=True)`).
 
-    Those are made by an older vmap, which `in_functorch` does not tell of.
+    Those come from an older vmap, which `in_functorch` does not detect.
     """
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
@@ -61,7 +61,7 @@ def in_forward_mode() -> bool:
 
 
 def values_are_hidden() -> bool:
-    """Whether numbers cannot be looked at: what runs is traced, or mapped over."""
+    """Whether numbers cannot be read: the code is being traced, or mapped over."""
     return torch.compiler.is_compiling() or in_functorch()
 
 
@@ -71,7 +71,7 @@ def needs_composite_ops() -> bool:
 
 
 def no_autocast(device: torch.device) -> Any:
-    """A context without autocast, for what has answered it by the choice of its precision."""
+    """A context without autocast, for code that has already chosen its precision by it."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -79,14 +79,14 @@ def no_autocast(device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def with_gradients() -> Iterator[None]:
-    """Gradients for what takes some of its own, also inside a caller's `no_grad` or `inference_mode`."""
+    """Gradients for code that needs its own, even inside a caller's `no_grad` or `inference_mode`."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
-    """Outside of whatever the caller is inside of (inference mode, export, vmap): what is kept must be real tensors."""
+    """Outside the caller's modes (inference mode, export, vmap): what is cached must be real tensors."""
     tracing = torch._C._get_tracing_state()
     with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
         try:
@@ -97,6 +97,6 @@ def without_modes() -> Iterator[None]:
 
 
 def constant_when_traced(function: F) -> F:
-    """Run while a graph is traced, not traced: `torch.compiler.assume_constant_result`, which imports the compiler."""
+    """Run, not traced, during tracing: `torch.compiler.assume_constant_result`, without importing the compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -1,7 +1,7 @@
 """The network: every VGG of the paper as ordinary modules, with torchvision's state-dict keys.
 
-This is the net to train and to take apart. What only looks at images through frozen weights (features, losses, style
-transfer) goes through `features.py` and its faster trunk instead.
+This is the network to train and take apart. What only sees images through frozen weights (features, losses, style
+transfer) uses `features.py` and its faster trunk instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is one, and no BatchNorm2d
+from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is one, but not a BatchNorm2d
 from torch.utils.checkpoint import checkpoint
 
 from vggfeat.arch import INITS, LRN, Arch, Layer, channels_at, parse
@@ -33,8 +33,8 @@ def _module(layer: Layer) -> nn.Module:
     if layer.kind == "bn":
         return nn.BatchNorm2d(layer.channels)
     if layer.kind == "relu":
-        # not in place: hooks on the layer before see the value they were promised, and nothing more is saved for
-        # backward, since the next convolution saves this same output
+        # not in place: hooks on the layer before see its true output, and nothing more is saved for the backward,
+        # since the next convolution saves this same output
         return nn.ReLU()
     if layer.kind == "lrn":
         return nn.LocalResponseNorm(*LRN)
@@ -43,7 +43,7 @@ def _module(layer: Layer) -> nn.Module:
 
 @contextmanager
 def _still(block: nn.Module) -> Iterator[None]:
-    """Batch normalisation normalises as in training, but its running statistics and counters stay as they are."""
+    """Batch normalisation as in training, but with running statistics and counters unchanged."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     layers = [bn for bn in norms if bn.num_batches_tracked is not None]
     before = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in layers]  # type: ignore[union-attr]
@@ -63,7 +63,7 @@ def _around(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractCon
 
 
 class _AvgPool(nn.AdaptiveAvgPool2d):
-    """Where runs must repeat, as two products of matrices: the backward of CUDA's pool adds in no fixed order."""
+    """Two matrix products where runs must be reproducible: the backward of CUDA's pool adds in no fixed order."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
@@ -89,8 +89,8 @@ class _AvgPool(nn.AdaptiveAvgPool2d):
 class VGG(nn.Module):
     """VGG (Simonyan & Zisserman 2015, Table 1): `features`, `avgpool`, `classifier`, keys as in torchvision.
 
-    `forward` takes (N,3,H,W), H and W at least 32, and gives logits (N,num_classes). Where weights were loaded, of
-    whatever set, images are to be normalised by ImageNet's mean and standard deviation.
+    `forward` takes (N,3,H,W), H and W at least 32, and returns logits (N,num_classes). With loaded weights, of whatever
+    set, images must be normalised by ImageNet's mean and standard deviation.
 
     Args:
         arch: which VGG.
@@ -99,8 +99,8 @@ class VGG(nn.Module):
             everywhere, the paper's section 3.1: "10⁻² variance").
 
     Attributes:
-        checkpointing: keep each block's input alone for the backward and compute the rest again there (Chen et al.
-            2016, arXiv:1604.06174). Batch statistics move once a step all the same.
+        checkpointing: keep only each block's input for the backward and recompute the rest there (Chen et al. 2016,
+            arXiv:1604.06174). Batch statistics are still updated once per step.
 
     Raises:
         InputError: a dropout outside [0,1) or an unknown init.
@@ -164,14 +164,14 @@ class VGG(nn.Module):
         return x
 
     def dense(self, x: Tensor) -> Tensor:
-        """Class scores at every place: the fully connected layers as convolutions (paper, section 3.2).
+        """Class scores at every position: the fully connected layers as convolutions (paper, section 3.2).
 
         Args:
             x: normalised images (N,3,H,W); with the paper's head H and W are at least 224.
 
         Returns:
-            Logits (N,num_classes,h,w), h and w being H/32 and W/32, with the paper's head 6 less. For its 224×224 it is
-            what `forward` gives, at larger images not: there the pool before the classifier averages.
+            Logits (N,num_classes,h,w), h and w being H/32 and W/32, less 6 with the paper's head. At its 224×224 they
+            equal `forward`'s, but not for larger images: there the pool before the classifier averages.
 
         Raises:
             InputError: images that are too small.
@@ -226,20 +226,20 @@ class VGG(nn.Module):
         if not names:
             raise InputError("no layer asked for: name at least one")
         self.arch.check(names)
-        found = {}
+        outputs = {}
         for layer, module in zip(self.arch.until(names), self.features, strict=False):
-            found[layer.name] = x = module(x)
+            outputs[layer.name] = x = module(x)
         if wanted := set(names) & set(self.arch.head_names):
             x = self.avgpool(x).flatten(1)
             head_names = iter(self.arch.head_names)
             for module in self.classifier:
                 x = module(x)
                 if not isinstance(module, nn.Dropout):
-                    found[name := next(head_names)] = x
+                    outputs[name := next(head_names)] = x
                     wanted.discard(name)
                 if not wanted:
                     break
-        return {name: found[name] for name in names}
+        return {name: outputs[name] for name in names}
 
 
 def vgg(
@@ -258,15 +258,15 @@ def vgg(
         config: `A`, `A-LRN`, `B`, `C`, `D`, `E`, or a name such as `vgg16_bn`.
         num_classes: outputs.
         batch_norm: batch normalisation after each convolution.
-        weights: anything `vggfeat.weights` knows (`"imagenet"`, a path, a state dict, …), or None for a fresh draw.
+        weights: anything `vggfeat.weights.load` takes (`"imagenet"`, a path, a state dict, …), or None for fresh ones.
         head: `paper` (fc6, fc7, fc8) or `slim` (global average pool and one linear layer).
         width: factor on every channel count, rounded so that the first block has whole channels; left at 1, the
-            weights' own channel counts where some are given.
+            weights' own channel counts if given.
         dropout: dropout probability in the head.
         init: `kaiming` or `paper`, see `VGG`.
 
     Raises:
-        InputError: an argument that does not exist or does not fit.
+        InputError: an argument that is unknown or does not fit.
         WeightsError: weights of another network, or without this head (`load_weights(..., head=False)` loads the
             convolutions only).
     """
@@ -279,9 +279,9 @@ def vgg(
     loaded = load(weights, arch, classifier=True)
     if width == 1:
         arch = replace(arch, channels=loaded.arch.channels)
-    with torch.device("meta"):  # no time spent on numbers that are replaced at once
+    with torch.device("meta"):  # no time spent on numbers that are replaced immediately
         net = VGG(arch, dropout, init)
-    # as a fresh draw is; "meta" would lose the weights
+    # as for fresh weights; "meta" would lose the loaded ones
     device = torch.get_default_device()
     load_weights(net, loaded)
     return net.to(device="cpu" if device.type == "meta" else device, dtype=torch.get_default_dtype())
@@ -289,7 +289,7 @@ def vgg(
 
 @contextmanager
 def eval_mode(net: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode, and afterwards each of its modules in the mode that it was in."""
+    """The network in evaluation mode; afterwards each of its modules is back in its own mode."""
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
@@ -300,7 +300,7 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
 
 
 def network_from_weights(weights: Weights) -> VGG:
-    """The very network that weights are of, their classifier included, which they must hold."""
+    """The network that the weights belong to, with its classifier, which they must hold."""
     from vggfeat.weights import load_weights
 
     with torch.device("meta"):

@@ -18,13 +18,13 @@ def mega(value: float, digits: int = 2) -> str:
 
 
 def short(name: str, most: int = 20) -> str:
-    """A file's or folder's name as a label: whatever it was called, what a font has, and so much that there is room."""
+    """A file's or folder's name as a label: printable, on one line, and cut to `most` characters."""
     name = " ".join(name.encode(errors="replace").decode().split())
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def apart(names: Sequence[str], most: int = 20) -> list[str]:
-    """Names as labels, of which no two are the same: those that would be keep their ends, or get their numbers."""
+    """Names as distinct labels: those that would coincide keep their ends, or get numbers."""
     labels = [short(name, most) for name in names]
     ends = ["…" + short(name, len(name))[1 - most :] for name in names]
     for made in (ends, [f"{i}: {short(name, most - 4)}" for i, name in enumerate(names)]):
@@ -34,7 +34,7 @@ def apart(names: Sequence[str], most: int = 20) -> list[str]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the key that CSV has, the title that people read, and how a value is shown."""
+    """A column: its key in CSV, its title for readers, and how a value is shown."""
 
     key: str
     title: str
@@ -95,7 +95,7 @@ class Table:
 
 
 class Report:
-    """Something that prints as tables; the first of them is what CSV holds."""
+    """Something that prints as tables; CSV holds the first."""
 
     def tables(self) -> list[Table]:
         """The tables, the main one first."""

@@ -1,8 +1,8 @@
 """Weight sets: where they come from, how they are found, and how their keys are mapped.
 
-Whatever the source, what leaves this module has torchvision's keys, float32 values and a first convolution that takes
-RGB, together with the mean and standard deviation to normalise images in [0,1] by. Nothing here is ever unpickled that
-could run code.
+Whatever the source, weights leave this module with torchvision's keys, float32 values, a first convolution that takes
+RGB, and the mean and standard deviation for normalising images in [0,1]. Nothing that could run code is ever
+unpickled here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WeightsLike = Union[str, os.PathLike[str], Mapping[str, Tensor], "Weights", None
 
 @dataclass(frozen=True)
 class Convention:
-    """What a network wants to see, for images in [0,1]: (x - mean) / std, RGB order, then BGR if `bgr`."""
+    """What input a network expects, for images in [0,1]: (x - mean) / std, RGB order, then BGR if `bgr`."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -50,7 +50,7 @@ CAFFE = Convention((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255, 1 / 2
 
 @dataclass(frozen=True)
 class Published:
-    """A weight file that somebody publishes. Its name ends in the first eight hex digits of its sha256."""
+    """A published weight file. Its name ends in the first eight hex digits of its sha256."""
 
     url: str
     convention: Convention
@@ -98,7 +98,7 @@ HEAD_NAMES = frozenset(name for head in HEADS for name in Arch(head=head).head_n
 
 
 class _Default(str):
-    """The default of every `weights=`: what VGGFEAT_WEIGHTS says when it is used, else "imagenet"."""
+    """The default of every `weights=`: what VGGFEAT_WEIGHTS says at the time of use, else "imagenet"."""
 
 
 DEFAULT = _Default("imagenet")
@@ -113,8 +113,8 @@ class Weights:
         state: torchvision's keys, float32, the first convolution in RGB order.
         mean: per channel R, G, B, of images in [0,1], to subtract.
         std: per channel, to divide by.
-        label: what a person is told that was used.
-        key: equal for two loads of the same numbers, in one process: networks with equal keys share one copy of them.
+        label: what users are told was used.
+        key: equal for two loads of the same numbers in one process; networks with equal keys share one copy of them.
     """
 
     arch: Arch
@@ -125,11 +125,11 @@ class Weights:
     key: tuple[object, ...]
 
     def require(self, names: Iterable[str]) -> None:
-        """Make sure that everything up to the deepest of `names` is there.
+        """Check that everything up to the deepest of `names` is there.
 
         Raises:
             InputError: a layer that the network lacks.
-            WeightsError: names the missing keys and the deepest layer that these weights can serve.
+            WeightsError: keys are missing; it names them and the deepest layer that these weights can serve.
         """
         names, arch = list(names), self.arch
         if arch.head is None and (lacking := HEAD_NAMES.intersection(names)):
@@ -157,16 +157,16 @@ class Weights:
             InputError: a layer that the network lacks.
             WeightsError: they do not reach the first.
         """
-        found: list[str] = []
+        reached: list[str] = []
         for name in names:
             try:
                 self.require([name])
             except WeightsError:
-                if not found:
+                if not reached:
                     raise
                 break
-            found.append(name)
-        return found
+            reached.append(name)
+        return reached
 
 
 def _keys(layer: Layer) -> list[str]:
@@ -189,11 +189,11 @@ def load(
             (what VGGFEAT_WEIGHTS says, else imagenet where it can be had, else bundled, or random for an architecture
             other than vgg19), a path to a `.pth`, `.safetensors` or Keras `.h5` file or to the folder of a run of
             `train`, or a state dict. `"caffe:PATH"` says of a `.pth` or `.safetensors` file that it takes Oxford's
-            input convention (BGR, 0..255); files published under a known name and Keras files are known to.
-            What was loaded already is given back. None means untrained, which is `"random"`.
+            input convention (BGR, 0..255); files published under a known name and Keras files need no prefix.
+            `Weights` are returned as they are. None means untrained, which is `"random"`.
         arch: the network, by name; None means the file's own, and `default` where nothing implies one.
         default: that network.
-        classifier: give random weights a classifier too, `arch`'s own; other sets have one or not.
+        classifier: give random weights `arch`'s classifier too; other sets have one or not.
 
     Raises:
         WeightsUnavailableError: a published set that is neither here nor can be fetched, or a file that does not exist
@@ -216,10 +216,10 @@ def load(
     if weights == "auto":
         try:
             return load("imagenet", arch, default=default)
-        except WeightsError as error:  # not to be had, or not what was published
+        except WeightsError as error:  # unavailable, or not what was published
             other = arch is not None and parse(arch).name != "vgg19"
             loaded = load("random" if other else "bundled", arch, classifier=classifier)
-            # no paths of this machine: labels are stored in pictures; `vggfeat weights fetch` tells the whole story
+            # no paths of this machine, as pictures store labels; `vggfeat weights fetch` gives the details
             why = "cannot be had" if isinstance(error, WeightsUnavailableError) else "are damaged"
             return replace(loaded, label=f"{loaded.label} (imagenet weights for {parse(arch or default).name} {why})")
     if weights == "bundled":
@@ -227,7 +227,7 @@ def load(
     if weights == "random":
         chosen = parse(arch or default)
         chosen = chosen if classifier else replace(chosen, head=None)
-        # the same numbers, whatever the default device is, and under autocast
+        # the same numbers on any default device and under autocast
         with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             state = _random_state(chosen)
         return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", ("random", chosen))
@@ -241,7 +241,7 @@ def load(
 
 
 def resolved(weights: WeightsLike) -> Any:
-    """What the default and `"auto"` mean: what VGGFEAT_WEIGHTS says, where it says something; others as they are."""
+    """What the default and `"auto"` mean: what VGGFEAT_WEIGHTS says, if it is set; other weights as they are."""
     default = isinstance(weights, _Default)
     if not default and not (isinstance(weights, str) and weights == "auto"):
         return weights
@@ -282,7 +282,7 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
 
 
 def _of_run(path: Path) -> Path:
-    """The weights in a run's folder; any other path as it is."""
+    """The weights in a run's folder; any other path unchanged."""
     return inside if (inside := path / "weights.safetensors").is_file() else path
 
 
@@ -297,18 +297,18 @@ def _read_state(
     if key is None:  # the caller's own tensors, which may go on training
         state = {name: value.to("cpu", copy=True) for name, value in state.items()}
         key = ("state", _digest(state))
-    found = infer_arch(state, label)
+    inferred = infer_arch(state, label)
     if arch is not None:
         wanted = parse(arch)
-        if (wanted.config, wanted.batch_norm) != (found.config, found.batch_norm):
-            # a shallow file fits several networks: it is good for any of them whose keys and shapes it has
-            wanted = _fitted(replace(wanted, head=found.head, num_classes=found.num_classes), state)
+        if (wanted.config, wanted.batch_norm) != (inferred.config, inferred.batch_norm):
+            # a shallow file fits several networks: it serves any of them whose keys and shapes it has
+            wanted = _fitted(replace(wanted, head=inferred.head, num_classes=inferred.num_classes), state)
             if _misfits(wanted, state):
-                raise WeightsError(f"weights {label} belong to {found.name}, not to {wanted.name}")
-            found = wanted
+                raise WeightsError(f"weights {label} belong to {inferred.name}, not to {wanted.name}")
+            inferred = wanted
     shift = {"features.0.weight": state["features.0.weight"].flip(1)} if convention.bgr else {}
-    # a first convolution that took 0..255 keeps doing so: its own std of 1/255 travels along
-    return Weights(found, state | shift, convention.mean, convention.std, label, key)
+    # a first convolution that took 0..255 still does: its std of 1/255 travels along
+    return Weights(inferred, state | shift, convention.mean, convention.std, label, key)
 
 
 def _map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
@@ -326,7 +326,9 @@ def _map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
         for key, value in raw.items()
         if isinstance(key, str) and key.startswith(prefix) and isinstance(value, Tensor)
     }
-    if "classifier.4.weight" in state and "classifier.0.weight" not in state:  # Oxford's conversion counts otherwise
+    if (
+        "classifier.4.weight" in state and "classifier.0.weight" not in state
+    ):  # Oxford's conversion numbers them differently
         moved = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
         state = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
     if "features.0.weight" not in state:
@@ -344,7 +346,7 @@ def _map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
 
 
 def _misfits(arch: Arch, state: Mapping[str, Tensor]) -> list[str]:
-    """Keys of the convolutional part that `arch` does not have, or has in another shape."""
+    """Keys of the convolutional part that `arch` lacks, or has in another shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in arch.layers:
         if layer.kind == "conv":
@@ -357,7 +359,7 @@ def _misfits(arch: Arch, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _fitted(arch: Arch, state: Mapping[str, Tensor]) -> Arch:
-    """The architecture with the channels that the state's convolutions have; in proportion where it has none."""
+    """The architecture with the channels of the state's convolutions; in proportion where those are missing."""
     channels = list(scaled(state["features.0.weight"].shape[0]))
     for layer in arch.convs:
         value = state.get(f"features.{layer.index}.weight")
@@ -371,10 +373,10 @@ def _widths(arch: Arch) -> str:
 
 
 def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:
-    """The network that a state dict belongs to, read off its keys and shapes.
+    """The network that a state dict belongs to, inferred from its keys and shapes.
 
-    A file that holds only the first layers may fit several networks: one that it fills completely is taken first, then
-    vgg16, vgg19 and the others.
+    A file with only the first layers may fit several networks: one that it fills completely is preferred, then vgg16,
+    vgg19 and the others.
 
     Raises:
         WeightsError: no VGG has these keys and shapes.
@@ -405,13 +407,13 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     """Load a weight set into a network, in place.
 
     The network then takes images normalised by ImageNet's mean and standard deviation, whatever the set's own
-    convention: another one is folded into conv1_1. (With zero padding that is exact but for the outermost ring of
+    convention: another one is folded into conv1_1. (With zero padding that is exact except for the outermost ring of
     conv1_1, where black padding stands for a colour half a grey level away.)
 
     Args:
         net: any network of `vggfeat.vgg`.
         weights: see `load`.
-        head: load the classifier too; False leaves the network's own, for a new set of classes.
+        head: load the classifier too; False keeps the network's own, for a new set of classes.
 
     Returns:
         `net`.
@@ -447,7 +449,7 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
         net.classifier.to_empty(device="cpu")
         net.reset_parameters()
     own = net.state_dict()
-    if meta:  # what is assigned is the network's from here on: it may be trained, and saved over the file it came from
+    if meta:  # assigned tensors are now the network's: it may be trained, and saved over the file they came from
         state = {key: value.clone() for key, value in state.items() if key in own}
     for key in own:
         if not head and key.startswith("classifier."):
@@ -459,7 +461,7 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
 
 
 def facts_of(weights: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `vggfeat.train` says of the weights that it wrote (classes, size, scales); empty for any others."""
+    """What `vggfeat.train` recorded in weights it wrote (classes, size, scales); empty for any others."""
     weights = resolved(weights)
     path = _of_run(Path(weights).expanduser())
     if path.suffix.lower() != ".safetensors" or not path.is_file():
@@ -468,10 +470,10 @@ def facts_of(weights: str | os.PathLike[str]) -> dict[str, Any]:
 
     try:
         with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {}).get("vggfeat", "{}"))
+            facts = json.loads((file.metadata() or {}).get("vggfeat", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is damaged or no safetensors file: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return facts if isinstance(facts, dict) else {}
 
 
 # ── find ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -498,10 +500,10 @@ def find(name: str, arch: str = "vgg16", *, download: bool = True, bundled: bool
         name: a key of `SETS`.
         arch: the network's name.
         download: fetch it where it is missing.
-        bundled: whether the bundled weights would do, too.
+        bundled: whether to suggest the bundled weights instead.
 
     Raises:
-        WeightsUnavailableError: it is not here and cannot be fetched; the message names the ways out.
+        WeightsUnavailableError: it is not here and cannot be fetched; the message lists the alternatives.
         WeightsError: it is here but damaged, or there is no such set.
     """
     if name in ("bundled", "random"):
@@ -533,8 +535,8 @@ def _random_state(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
 
     Random features with calibrated layers carry texture and colour (Ustyuzhaninov et al. 2016, arXiv:1606.00021), so
     they serve tests and previews where nothing can be downloaded. The calibration is what batch normalisation would
-    subtract and divide by (Mishkin and Matas 2015, arXiv:1511.06422, per channel). A classifier's layers, of which the
-    noise has too few values for that, are brought to variance 1 as a whole.
+    subtract and divide by (Mishkin and Matas 2015, arXiv:1511.06422, per channel). A classifier's layers, for which the
+    noise gives too few values, are brought to variance 1 as a whole.
     """
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     x = torch.zeros(8, 3, 96, 96, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The trunk as autograd sees it: gradients to the images alone, and derivatives of those by ordinary operations."""
+"""The trunk as autograd sees it: gradients to the images only, and their derivatives by ordinary operations."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["run"]
 
 
 def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits") -> list[Tensor]:
-    """The taps in the order of `plan.names`; gradients flow to `x` alone.
+    """The taps in the order of `plan.names`; gradients flow to `x` only.
 
     Args:
         x: normalised images (N,3,H,W), float32 for bfloat16 filters, else in the filters' type.
-        filters: of `Trunk.filters` for the same plan.
+        filters: from `Trunk.filters` for the same plan.
         plan: what to run.
-        keep: what to remember for the backward: "bits" (a tenth of autograd's memory and less) or "values" (faster).
+        keep: what to save for the backward: "bits" (a tenth of autograd's memory or less) or "values" (faster).
     """
-    if in_forward_mode():  # forward-mode derivatives want ordinary operations
-        found: Sequence[Tensor] = plain(x, filters, plan)
+    if in_forward_mode():  # forward-mode derivatives need ordinary operations
+        taps: Sequence[Tensor] = plain(x, filters, plan)
     elif torch.is_grad_enabled() and x.requires_grad:
-        found = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep, x.device), *filters)
+        taps = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep, x.device), *filters)
     else:
-        found = trunk_forward(x, filters, plan.code, "none")
-    return [found[i] for i in plan.order]
+        taps = trunk_forward(x, filters, plan.code, "none")
+    return [taps[i] for i in plan.order]
 
 
 class _Trunk(torch.autograd.Function):
@@ -62,7 +62,7 @@ class _Trunk(torch.autograd.Function):
             return (None, *nothing)
         if any(grad is not None and is_batched(grad) for grad in grads):
             return (_ordinary_gradient(x, rest[sum(ctx.split) :], Plan.decode(ctx.code), present, grads), *nothing)
-        # called plainly where that does: torch.compile of torch 2.13 gives `apply` in a backward one argument too many
+        # called directly where possible: torch.compile of torch 2.13 gives `apply` in a backward one argument too many
         back: Any = _TrunkBackward.apply if torch.is_grad_enabled() else _TrunkBackward.forward
         return (back(x, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest), *nothing)
 
@@ -70,16 +70,16 @@ class _Trunk(torch.autograd.Function):
 def _ordinary_gradient(
     x: Tensor, filters: Sequence[Tensor], plan: Plan, present: list[int], grads: Sequence[Tensor | None]
 ) -> Tensor:
-    """That of the images by autograd, for gradients of the taps that the operators cannot take."""
+    """The images' gradient by autograd, for tap gradients that the operators cannot take."""
     with torch.enable_grad(), no_autocast(x.device):
         leaf = x.detach().requires_grad_()
         taps = plain(leaf, filters, plan)
-        found: Tensor = torch.autograd.grad([taps[i] for i in present], leaf, [grads[i] for i in present])[0]
-    return found
+        to_x: Tensor = torch.autograd.grad([taps[i] for i in present], leaf, [grads[i] for i in present])[0]
+    return to_x
 
 
 class _TrunkBackward(torch.autograd.Function):
-    """The backward as a function of its own, so that it can be differentiated in its turn."""
+    """The backward as a function of its own, so that it can be differentiated in turn."""
 
     generate_vmap_rule = True
 
@@ -88,8 +88,8 @@ class _TrunkBackward(torch.autograd.Function):
         n, (again, kept) = len(present), split
         grads, rest = rest[:n], rest[n:]
         taps, rest = rest[:again], rest[again:]
-        found: Tensor = trunk_backward(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), code, keep)
-        return found.to(x.dtype)
+        to_x: Tensor = trunk_backward(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), code, keep)
+        return to_x.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -100,18 +100,18 @@ class _TrunkBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        # second derivatives are rare: recompute with ordinary operations, which can be differentiated without end
+        # second derivatives are rare: recompute with ordinary operations, which can be differentiated repeatedly
         n = len(ctx.present)
         x, *rest = ctx.saved_tensors
         plan = Plan.decode(ctx.code)
 
         def taps(x: Tensor) -> list[Tensor]:
-            found = plain(x, rest[n:], plan)
-            return [found[i] for i in ctx.present]
+            values = plain(x, rest[n:], plan)
+            return [values[i] for i in ctx.present]
 
         def first(x: Tensor, grads: list[Tensor]) -> Tensor:
-            found: Tensor = torch.func.vjp(taps, x)[1](grads)[0]
-            return found
+            to_x: Tensor = torch.func.vjp(taps, x)[1](grads)[0]
+            return to_x
 
         with no_autocast(x.device):
             of_x, of_grads = torch.func.vjp(first, x, rest[:n])[1](grad)
