@@ -1,6 +1,6 @@
-"""Pictures of what `vggfeat.analysis` finds, as PNG, PDF or SVG by the ending; needs matplotlib (`vggfeat[plot]`).
+"""Plots of what `vggfeat.analysis` finds, as PNG, PDF or SVG by suffix; needs matplotlib (`vggfeat[plot]`).
 
-Figures are matplotlib objects of their own: no display, no pyplot, no global setting is touched.
+Figures are separate matplotlib objects: no display, no pyplot, no global setting is touched.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 SUFFIXES = (".png", ".pdf", ".svg")
-# colours that colour-blind people tell apart (Okabe and Ito 2008)
+# colours that colour-blind people can tell apart (Okabe and Ito 2008)
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
 SKY, YELLOW, RED, GREY = "#56b4e9", "#f0e442", "#d55e00", "#777777"
 
@@ -47,10 +47,10 @@ PathLike = str | os.PathLike[str]
 
 
 def check_plot(path: PathLike, *, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Path:
-    """`path`, once it is clear that a figure can be written there: to be called before any long work.
+    """`path`, after checking that a figure can be written there: call it before any long work.
 
     Raises:
-        InputError: not one of `SUFFIXES`, no writable folder, or a file that must stay.
+        InputError: not one of `SUFFIXES`, no writable folder, or a file that must not be replaced.
         DependencyError: matplotlib is missing.
     """
     path = check_path(path, SUFFIXES, overwrite=overwrite, inputs=inputs)
@@ -85,7 +85,7 @@ def _plain(axes: Axes) -> None:
 
 
 def plot_comparison(comparison: Comparison, path: PathLike, *, overwrite: bool = False) -> Path:
-    """Accuracy against cost: MACs and, where it was measured, latency; the area of a disc is the parameters.
+    """Accuracy against cost: MACs and, if measured, latency; a disc's area is the parameters.
 
     A ring above a disc is the same network trained by a newer recipe.
 
@@ -119,14 +119,14 @@ def plot_comparison(comparison: Comparison, path: PathLike, *, overwrite: bool =
         _plain(axes)
     panels[0].set_ylabel("ImageNet top-1, one crop, %")
     figure.suptitle("Accuracy against cost (area: parameters; ring: newer training recipe)", fontsize=11)
-    figure.draw_without_rendering()  # so that places in points are known
+    figure.draw_without_rendering()  # so that positions in points are known
     for axes, (_, values) in zip(panels, costs, strict=True):
         _name(axes, nets, values, figure.dpi / 72)
     return _save(figure, path, overwrite)
 
 
 def published(comparison: Comparison) -> list[Net]:
-    """The networks with a published accuracy, which are those that are drawn.
+    """The networks with a published accuracy, which are the ones drawn.
 
     Raises:
         InputError: fewer than two.
@@ -147,10 +147,10 @@ def _area(net: Net) -> float:
 
 
 def _name(axes: Axes, nets: Sequence[Net], costs: Sequence[float], dots: float) -> None:
-    """Write each name beside its disc, where it covers the least of the other names and centres."""
+    """Write each name beside its disc, where it least covers other names and centres."""
     data = [(cost, next(iter(net.published.values()))[0]) for net, cost in zip(nets, costs, strict=True)]
     points = [tuple(float(v) / dots for v in axes.transData.transform(xy)) for xy in data]
-    inner = [max(4, 0.7 * (_area(net) / math.pi) ** 0.5) for net in nets]  # about what a square in the disc covers
+    inner = [max(4, 0.7 * (_area(net) / math.pi) ** 0.5) for net in nets]  # about a square inside the disc
     taken = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(points, inner, strict=True)]
     left, _, right, _ = (float(edge) / dots for edge in axes.bbox.extents)
     for net, xy, (x, y) in sorted(zip(nets, data, points, strict=True), key=lambda each: -each[2][1]):
@@ -218,14 +218,14 @@ def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, over
 
 
 def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -> Path:
-    """A section through n stacked 3×3 convolutions, and what n of them cost against a single one.
+    """A section through n stacked 3×3 convolutions, and the cost of n of them against a single one.
 
     Raises:
         InputError: a path that cannot be written.
         DependencyError: matplotlib is missing.
     """
     path = check_plot(path, overwrite=overwrite)
-    n = min(stacked.n, 6)  # more layers than that cannot be told apart in a section
+    n = min(stacked.n, 6)  # more layers cannot be told apart in a section
     figure = _figure(10.5, 4.6)
     section, costs = figure.subplots(1, 2, width_ratios=(1.25, 1))
     colors = [SKY, GREEN, ORANGE, PINK, YELLOW, RED]
@@ -297,14 +297,14 @@ def plot_receptive_fields(
 ) -> Path:
     """What a unit in the middle of each layer sees, drawn over an image at the image's own size.
 
-    The squares that the architecture gives are drawn in full; with `measure`, what the unit really depends on
-    (`vggfeat.analysis.effective_field`) is drawn dotted, and one panel for each layer has the gradient itself.
+    The architecture's squares are drawn solid; with `measure`, what the unit actually depends on
+    (`vggfeat.analysis.effective_field`) is drawn dotted, and a panel for each layer shows the gradient itself.
 
     Args:
         image: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
-        arch: the network; None means what the weights imply, and vgg16 where nothing is measured.
-        layers: names of the convolutional part, at most seven; None means the last convolution of each block but the
-            fifth's, and pool5, as far as the weights reach.
+        arch: the network; None means what the weights imply, and vgg16 if nothing is measured.
+        layers: names of the convolutional part, at most seven; None means the last convolution of blocks 1 to 4, and
+            pool5, as far as the weights reach.
         path: where to; `.png`, `.pdf` or `.svg`.
         measure: add the measured fields.
         weights: what to measure with.
@@ -314,13 +314,13 @@ def plot_receptive_fields(
     Raises:
         InputError: no layer or too many, a layer that the network lacks, or a path that cannot be written.
         ImageError: an image that cannot be read.
-        WeightsError: weights that cannot be had or do not reach a layer.
+        WeightsError: weights that are unavailable or do not reach a layer.
         DependencyError: matplotlib is missing.
     """
     from vggfeat.image import as_picture
 
     path = check_plot(path, overwrite=overwrite)
-    picture = as_picture(image)  # before weights, which may have to be fetched
+    picture = as_picture(image)  # before the weights, which may need fetching
     loaded = None
     if measure:
         from vggfeat.weights import load
@@ -338,7 +338,7 @@ def plot_receptive_fields(
     if loaded is not None:
         fields = [effective_field(layer.name, arch, weights=loaded, samples=samples) for layer in drawn]
     reach = max(layer.receptive_field for layer in drawn)
-    # a field larger than the picture shows as such, and a picture much higher than wide makes no endless figure
+    # a field larger than the picture shows as such, and a very tall picture does not make an endless figure
     across, down = (max(side, reach) for side in picture.size)
     columns = 2 if len(fields) <= 4 else 3
     rows = -(-len(fields) // columns)
@@ -369,7 +369,7 @@ def _draw_squares(
     frame: tuple[int, int],
     colors: Sequence[str],
 ) -> None:
-    """The receptive fields over the middle of a picture, in a frame of so many pixels across and down."""
+    """The receptive fields over the middle of a picture; `frame` is the area shown, in pixels across and down."""
     (wide, high), (across, down) = picture.size, frame
     axes = figure.subplots()
     axes.imshow(picture)
@@ -380,7 +380,7 @@ def _draw_squares(
             label = f"{layer.name}: {side} px" if side == full else None
             if style == "-":
                 axes.add_patch(_box(corner, side, side, "none", "black", linewidth=3.2, clip_on=False))
-            if side and (style == "-" or full > 30):  # of a small one, the dots would hide it
+            if side and (style == "-" or full > 30):  # dots would hide a small one
                 options: dict[str, Any] = {"linewidth": 1.8, "linestyle": style, "label": label, "clip_on": False}
                 axes.add_patch(_box(corner, side, side, "none", color, **options))
     axes.set_xlim((wide - across) / 2 - 0.5, (wide + across) / 2 - 0.5)
@@ -394,13 +394,13 @@ def _draw_squares(
 def _draw_gradients(
     figure: Any, title: str, fields: Sequence[EffectiveField], grid: tuple[int, int], colors: Sequence[str]
 ) -> None:
-    """What each unit depends on, a panel for each, in its square."""
+    """What each unit depends on within its square, one panel per unit."""
     figure.suptitle(title, fontsize=11)
     panels: Any = figure.subplots(*grid, squeeze=False).flat
     for axes, field, color in itertools.zip_longest(panels, fields, colors[: len(fields)]):
         axes.set_axis_off()
         if field is not None:
-            bright = float(field.gradient.flatten().quantile(0.995))  # single pixels stand out of the noise
+            bright = float(field.gradient.flatten().quantile(0.995))  # single pixels stick out of the noise
             axes.imshow(field.gradient.numpy(), cmap="magma", vmin=0, vmax=bright, interpolation="nearest")
             full = field.theoretical
             axes.add_patch(_box((-0.5, -0.5), full, full, "none", color, linewidth=3, clip_on=False))
@@ -411,12 +411,12 @@ def _draw_gradients(
 
 
 def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwrite: bool = False) -> Path:
-    """Loss and accuracy by epoch, of one or several runs: the test set's as a line, the training's as dots.
+    """Loss and accuracy by epoch, of one or several runs: on the test set as a line, in training dotted.
 
     Args:
-        runs: the epochs of each run, by name, as `vggfeat.train` gives them.
+        runs: the epochs of each run, by name, as `vggfeat.train` returns them.
         path: where to.
-        overwrite: replace a file that is already there.
+        overwrite: replace an existing file.
 
     Raises:
         InputError: no epoch to draw, more runs than there are colours, or a path that cannot be written.
@@ -434,7 +434,7 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
             for part, style in (("train", ":"), ("test", "-")):
                 points = [(each.epoch, getattr(each, f"{part}_{key}")) for each in history]
                 points = [(epoch, factor * value) for epoch, value in points if value is not None]
-                if points:  # many marks would run into one line, and dots and line be one
+                if points:  # many markers would merge, and dots look like a line
                     marker = ("x" if part == "train" else "o") if len(points) <= 30 else None
                     axes.plot(
                         *zip(*points, strict=True), style, color=color, marker=marker, ms=4, label=f"{name}, {part}"
@@ -451,9 +451,9 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
 
 
 def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = False) -> Path:
-    """The confusion matrix: of each true class (row), the share predicted as each class (column).
+    """The confusion matrix: for each true class (row), the share predicted as each class (column).
 
-    Up to 25 classes the shares are written in, in per cent, and the classes are named.
+    With up to 25 classes the shares are written in, in per cent, and the classes are named.
 
     Raises:
         InputError: a path that cannot be written.

@@ -1,4 +1,4 @@
-"""Networks side by side: ours by arithmetic, torchvision's by counting while they run on no device."""
+"""Networks side by side: ours by arithmetic, torchvision's by counting during a run on the meta device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["ACCURACY", "Comparison", "Net", "compare"]
 COUNTED = Path(__file__).parents[1] / "assets" / "torchvision.json"  # written by `python -m tests.counted`
 
 # top-1 and top-5 in per cent on ImageNet's validation set, one 224 px crop, of torchvision's IMAGENET1K_V1 weights;
-# repeated here (and compared in the tests) because VGGs are compared without torchvision, too
+# repeated here (and checked in the tests) so that VGGs can be compared without torchvision
 ACCURACY: dict[str, tuple[float, float]] = {
     "vgg11": (69.020, 88.628),
     "vgg11_bn": (70.370, 89.810),
@@ -36,7 +36,7 @@ ACCURACY: dict[str, tuple[float, float]] = {
     "vgg19_bn": (74.218, 91.842),
 }
 
-# when each family was published, by how the names begin: the year of its paper's first version
+# when each family was published, by name prefix: the year of its paper's first version
 YEARS = {
     "alexnet": 2012,  # Krizhevsky et al., NIPS; torchvision's is that of arXiv:1404.5997
     "convnext": 2022,  # arXiv:2201.03545
@@ -69,14 +69,14 @@ class Net:
     Attributes:
         name: as asked for.
         input_size: side of the image in pixels.
-        params: trainable parameters, those of auxiliary heads left out.
+        params: trainable parameters, without auxiliary heads.
         macs: MACs of one image's forward.
         activation_bytes: of one image: itself and the outputs of convolutions, pools, linear layers and attention.
         saved_bytes: what autograd keeps of one image for the backward of a training step; None where the network cannot
             be trained on a single image.
         published: top-1 and top-5 accuracy on ImageNet in per cent by weight set, oldest recipe first; empty where none
             is known for this size and number of classes.
-        measured: what it took here, where that was asked for.
+        measured: what it took here, if measured.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Net:
 
     @property
     def year(self) -> int | None:
-        """When its family was published; None where that is not known."""
+        """When its family was published; None if unknown."""
         return next((year for begins, year in YEARS.items() if self.name.startswith(begins)), None)
 
 
@@ -100,8 +100,8 @@ class Comparison(Report):
 
     Attributes:
         nets: in the order asked for.
-        batch: images at a time where it was measured.
-        machine: what it was measured on; empty where it was not.
+        batch: images at a time when measured.
+        machine: what it was measured on; empty if it was not.
     """
 
     nets: tuple[Net, ...]
@@ -166,8 +166,8 @@ def compare(
     """VGGs and any classifiers of torchvision side by side: size, cost, published accuracy, and what they take here.
 
     VGGs are computed as `describe` does; other networks are built without memory (torch's meta device) and counted
-    while they run there (`torch.utils.flop_counter`). What that gives at the usual size and for 1000 classes is kept
-    in `assets/torchvision.json`, so that it need not be counted again.
+    while they run there (`torch.utils.flop_counter`). The counts at the usual size and for 1000 classes are kept in
+    `assets/torchvision.json`, so that they need not be repeated.
 
     Args:
         names: a VGG's name (or `Arch`), or a name that `torchvision.models.list_models` has, such as `resnet50`.
@@ -175,9 +175,9 @@ def compare(
         input_size: side of the image in pixels; None means what each network's published weights were tested at.
         measure: run each network, randomly initialised, for latency, throughput and peak memory.
         batch: images at a time when measured.
-        device: where to measure; None means a CUDA device where there is one.
+        device: where to measure; None means a CUDA device if there is one.
         seconds: how long to repeat each of the three timings, at least three times.
-        callback: told each network's name before it is looked at.
+        callback: called with each network's name before work on it begins.
 
     Raises:
         InputError: no name, an unknown one, or a size or batch that the network cannot take.
@@ -191,7 +191,7 @@ def compare(
     for what, value in (("batch", batch), ("num_classes", num_classes)):
         if value < 1:
             raise InputError(f"{what} must be at least 1, got {value}")
-    builders = [_builder(name, num_classes, input_size) for name in names]  # all names are good before work begins
+    builders = [_builder(name, num_classes, input_size) for name in names]  # checks all names before work begins
     place = None
     if measure:
         from vggfeat.devices import resolve
@@ -221,7 +221,7 @@ _Builder = tuple[str, Callable[[], Net], Callable[[], "nn.Module"]]
 
 
 def _builder(name: str | Arch, num_classes: int, input_size: int | None) -> _Builder:
-    """What to call the network, what tells its costs, and what builds it."""
+    """The network's label, a function for its costs, and one that builds it."""
     try:
         arch = name if isinstance(name, Arch) else replace(parse(name), num_classes=num_classes)
     except InputError:
@@ -236,7 +236,7 @@ def _builder(name: str | Arch, num_classes: int, input_size: int | None) -> _Bui
 
         return VGG(arch)
 
-    paper = arch == parse(arch.name) and size == 224  # what the published accuracies are of
+    paper = arch == parse(arch.name) and size == 224  # as for the published accuracies
     published = {"IMAGENET1K_V1": ACCURACY[arch.name]} if paper and arch.name in ACCURACY else {}
     costs = (report.params, report.macs, report.activation_bytes, report.saved_bytes)
     return report.label, lambda: Net(report.label, size, *costs, published), build
@@ -278,11 +278,11 @@ def _uncounted(name: str, num_classes: int, input_size: int | None) -> _Builder:
 
 def _torchvision_net(name: str, num_classes: int) -> nn.Module:
     models = _torchvision_models(name)
-    with warnings.catch_warnings():  # GoogLeNet and Inception speak of a default that will change
+    with warnings.catch_warnings():  # GoogLeNet and Inception warn of a default that will change
         warnings.simplefilter("ignore", FutureWarning)
         net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
     for child, _ in list(net.named_children()):
-        if child.lower().startswith("aux"):  # heads that help training and are not in the published counts
+        if child.lower().startswith("aux"):  # heads that help training and are absent from published counts
             setattr(net, child, None)
             net.aux_logits = False  # type: ignore[assignment]
     return net
@@ -305,7 +305,7 @@ def _count(name: str, build: Callable[[], nn.Module], size: int, published: dict
     from torch.utils.flop_counter import FlopCounterMode
 
     class Outputs(TorchDispatchMode):
-        """Adds up the bytes that layers with arithmetic or pooling give."""
+        """Adds up the output bytes of layers with arithmetic or pooling."""
 
         total = 0
 
@@ -325,7 +325,7 @@ def _count(name: str, build: Callable[[], nn.Module], size: int, published: dict
     image = torch.empty(1, 3, size, size, device="meta")
     counter, outputs = FlopCounterMode(display=False), Outputs()  # type: ignore[no-untyped-call]
     try:
-        with counter, outputs:  # with gradient: without, attention takes a way that the counter does not know
+        with counter, outputs:  # with gradients: without, attention takes a path that the counter does not know
             net(image)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]

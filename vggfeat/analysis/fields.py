@@ -30,12 +30,12 @@ class Stacked(Report):
 
     @property
     def receptive_field(self) -> int:
-        """Side of what one output sees, of the stack and of the one convolution alike: each 3×3 adds two pixels."""
+        """Side of what one output sees, the same for the stack and the single convolution: each 3×3 adds two pixels."""
         return 2 * self.n + 1
 
     @property
     def stacked_params(self) -> int:
-        """Weights of the stack in units of C², C channels in and out; as many MACs per pixel."""
+        """Weights of the stack in units of C², for C channels in and out; as many MACs per pixel."""
         return self.n * 3**2
 
     @property
@@ -45,7 +45,7 @@ class Stacked(Report):
 
     @property
     def saving(self) -> float:
-        """The share of the large convolution's weights that the stack does without."""
+        """The share of the large convolution's weights that the stack saves."""
         return 1 - self.stacked_params / self.single_params
 
     @property
@@ -131,16 +131,16 @@ def effective_field(
     """Measure a layer's receptive field: the gradient of a unit in the middle, averaged over random images.
 
     Luo et al. 2016, "Understanding the effective receptive field" (arXiv:1701.04128): the gradient of all channels
-    together at one place, its magnitude averaged over noise images and colours. A max pool lets one pixel of each
+    together at one position, its magnitude averaged over noise images and colours. A max pool lets one pixel of each
     window through, so a single image shows less than the whole square.
 
     Args:
         layer: a name of the convolutional part, such as `conv3_3`.
         arch: the network; None means what the weights imply.
-        weights: as in `VGGFeatures`; `"auto"` is ImageNet's where they can be had, else others, see
+        weights: as in `VGGFeatures`; `"auto"` is ImageNet's where available, else others, see
             `vggfeat.weights.load`.
-        samples: images of uniform noise to average over; a layer that sees fewer than 128 pixels, where noise is cheap
-            and shows, gets up to 16 times as many.
+        samples: images of uniform noise to average over; a layer that sees fewer than 128 pixels, where an image is
+            cheap and noise shows, gets up to 16 times as many.
         seed: of the noise.
 
     Raises:
@@ -155,8 +155,8 @@ def effective_field(
     if samples < 1:
         raise InputError(f"samples must be at least 1, got {samples}")
     features = VGGFeatures([layer], arch, weights)
-    found = features.arch.layer(layer)
-    field, stride = found.receptive_field, found.stride
+    spec = features.arch.layer(layer)
+    field, stride = spec.receptive_field, spec.stride
     middle = math.ceil(field / stride / 2)  # units on each side, so that the image has the whole square
     side = stride * (2 * middle + 1)
     generator = torch.Generator().manual_seed(seed)
@@ -164,7 +164,7 @@ def effective_field(
         total = torch.zeros(side, side, dtype=torch.float64, device="cpu")
         for _ in range(round(samples * min(16, max(1, 128 / field)))):
             noise = torch.rand(1, 3, side, side, generator=generator, dtype=torch.float32, device="cpu")
-            # in float64, whose convolutions are direct: those by tiles leave traces of rounding outside the field
+            # in float64, whose convolutions are direct: those by tiles leave rounding errors outside the field
             image = noise.double().requires_grad_()
             unit = features(image)[layer][0, :, middle, middle].sum()
             total += torch.autograd.grad(unit, image)[0][0].abs().mean(0)

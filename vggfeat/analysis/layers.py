@@ -14,8 +14,8 @@ from vggfeat.tables import Column, Report, Table, mega
 __all__ = ["Description", "Row", "describe"]
 
 FLOAT, INDEX = 4, 8  # bytes of a float32 value and of an int64
-OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # values that each keeps for a parameter
-GRID = 7  # side of what the paper's fc6 looks at
+OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # values that each keeps per parameter
+GRID = 7  # side of the paper's fc6 input
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Row:
         shape: of the output, (C,H,W) or (C,).
         params: trainable parameters, biases (and BN's shifts) included.
         weights: trainable parameters without biases (and BN's shifts).
-        macs: multiplications with addition, of convolutions and linear layers alone.
+        macs: multiply-adds, of convolutions and linear layers only.
         output_bytes: of the output.
         saved_bytes: what autograd keeps of this layer until the backward of a training step: its output where some
-            backward needs it, and what only this layer knows (int64 winners of a pool, a dropout's mask).
+            backward needs it, and what is specific to the layer (a pool's int64 winners, a dropout's mask).
         kept_bytes: what our frozen trunk keeps of it instead (`keep="bits"`, for a tap further down).
         receptive_field: side of the square of image pixels that one output sees, whether or not the image has them.
-        stride: distance of neighbouring outputs in image pixels; None where it is not one number.
+        stride: distance of neighbouring outputs in image pixels; None if it is not one number.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Description(Report):
-    """A VGG layer by layer, its totals, and the memory that it takes; see `describe`.
+    """A VGG layer by layer, its totals, and the memory it takes; see `describe`.
 
     Attributes:
         arch: the network.
@@ -107,7 +107,7 @@ class Description(Report):
     def saved_bytes(self) -> int:
         """What autograd keeps for the backward of a training step with the whole batch, as counted on a CPU.
 
-        The mask of a dropout is four bytes a value there (CUDA has one), and BN keeps mean and deviation of the batch.
+        A dropout's mask is four bytes a value there (one on CUDA), and BN keeps mean and deviation of the batch.
         """
         statistics = 2 * FLOAT * sum(row.shape[0] for row in self.rows if row.kind == "bn")
         return self.batch * sum(row.saved_bytes for row in self.rows) + statistics
@@ -124,9 +124,9 @@ class Description(Report):
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is alive at once in a forward without gradient: the images, one layer's input and its output.
+        """The most memory live at once in a forward without gradient: the images, one layer's input and its output.
 
-        Local response normalisation has two more values of its size alive.
+        Local response normalisation has two more tensors of its size live.
         """
         image = self.rows[0].output_bytes
         peak = below = 0
@@ -138,31 +138,30 @@ class Description(Report):
     @property
     def split(self) -> dict[str, dict[str, float]]:
         """Parameters and MACs of the convolutions, of batch normalisation, and of the fully connected layers."""
-        found: dict[str, dict[str, float]] = {}
+        parts: dict[str, dict[str, float]] = {}
         for kind in ("conv", "bn", "fc"):
             rows = [row for row in self.rows if row.kind == kind]
             if rows:
                 params, macs = sum(row.params for row in rows), sum(row.macs for row in rows)
                 shares = {"params_share": params / self.params, "macs_share": macs / self.macs}
-                found[kind] = {"params": params, "macs": macs} | shares
-        return found
+                parts[kind] = {"params": params, "macs": macs} | shares
+        return parts
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes, with the batch; workspace of the convolutions and the framework itself come on top.
+        """Bytes for the batch; the convolutions' workspace and the framework itself come on top.
 
-        `weights` (with BN's running statistics and counters), `inference` (weights and `peak_bytes`), for each
-        optimiser its fixed part (`sgd_fixed`: weights, gradients, and what it keeps), and with `saved_bytes` the whole
-        (`sgd`).
+        `weights` (with BN's running statistics and counters), `inference` (weights and `peak_bytes`), each optimiser's
+        fixed part (`sgd_fixed`: weights, gradients, and its state), and the whole with `saved_bytes` (`sgd`).
         """
         params = FLOAT * self.params
         buffers = sum(2 * FLOAT * row.shape[0] + INDEX for row in self.rows if row.kind == "bn")
-        found = {"parameters": params, "buffers": buffers, "weights": params + buffers}
-        found["inference"] = found["weights"] + self.peak_bytes
+        sizes = {"parameters": params, "buffers": buffers, "weights": params + buffers}
+        sizes["inference"] = sizes["weights"] + self.peak_bytes
         for name, state in OPTIMIZERS.items():
-            found[f"{name}_fixed"] = buffers + (2 + state) * params
-            found[name] = found[f"{name}_fixed"] + self.saved_bytes
-        return found
+            sizes[f"{name}_fixed"] = buffers + (2 + state) * params
+            sizes[name] = sizes[f"{name}_fixed"] + self.saved_bytes
+        return sizes
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers; counts in units, sizes in bytes."""
@@ -262,7 +261,7 @@ def describe(
     '138,357,544 parameters, 15.470 G MACs'
 
     Args:
-        arch: a name such as `vgg16_bn` or `D`, or an `Arch`, which says for itself what the other options say.
+        arch: a name such as `vgg16_bn` or `D`, or an `Arch`, which overrides `num_classes`, `head` and `width`.
         num_classes: outputs of the head.
         input_size: side of a square image in pixels, or (height, width); at least 32.
         batch: images at a time, for the memory.
@@ -296,8 +295,8 @@ def _row(name: str, kind: str, shape: tuple[int, ...], field: int, stride: int |
 def _trunk_rows(arch: Arch, height: int, width: int) -> Iterable[Row]:
     """The convolutional part.
 
-    What autograd saves is what the backward formulas of PyTorch name: a convolution's, BN's and pool's input, a ReLU's
-    output, a pool's winners. What the trunk keeps is the rule of `kept_of` in `trunk/stage.py`.
+    What autograd saves follows PyTorch's backward formulas: a convolution's, BN's and pool's input, a ReLU's output, a
+    pool's winners. What the trunk keeps follows `kept_of` in `trunk/stage.py`.
     """
     image = FLOAT * 3 * height * width
     yield _row("input", "input", (3, height, width), 1, 1, saved_bytes=image, kept_bytes=image)
@@ -308,7 +307,7 @@ def _trunk_rows(arch: Arch, height: int, width: int) -> Iterable[Row]:
         plane = height * width
         values = layer.channels * plane
         params = weights = macs = kept = saved = 0
-        # who reads this output and keeps it; global pooling is a mean, which keeps nothing
+        # kept by whoever reads this output; global pooling is a mean, which keeps nothing
         if layer.kind == "relu" or after in ("conv", "bn", "lrn", "pool", "avgpool"):
             saved = FLOAT * values
         if layer.kind == "conv":
@@ -368,7 +367,7 @@ def _head_rows(arch: Arch, height: int, width: int) -> Iterable[Row]:
 
 
 def _dropout(name: str, values: int, field: int) -> Row:
-    """The next layer keeps its input; the mask, scaled, is as large."""
+    """Two tensors of its size: the next layer's input, and the scaled mask."""
     return _row(name, "dropout", (values,), field, None, saved_bytes=2 * FLOAT * values)
 
 

@@ -27,7 +27,7 @@ class Measured:
     Attributes:
         latency: seconds, forward of one image, the median of several.
         throughput: images a second, forward of the batch.
-        memory: peak bytes of that forward, weights included; None where it cannot be told.
+        memory: peak bytes of that forward, weights included; None if unknown.
         train_throughput: images a second, forward and backward of the batch.
         train_memory: peak bytes of that, weights and gradients included.
     """
@@ -47,15 +47,15 @@ def saved_for_backward(net: nn.Module, images: Tensor) -> int:
     from torch.autograd.graph import saved_tensors_hooks
 
     own = {value.untyped_storage()._cdata for value in [*net.parameters(), *net.buffers()]}
-    found: dict[int, Tensor] = {}  # which keeps them alive, so that no two have the same address
+    saved: dict[int, Tensor] = {}  # which keeps them alive, so that no two share an address
 
     def pack(value: Tensor) -> Tensor:
-        found.setdefault(value.untyped_storage()._cdata, value)
+        saved.setdefault(value.untyped_storage()._cdata, value)
         return value
 
     with saved_tensors_hooks(pack, lambda value: value):
         net(images)
-    return sum(value.untyped_storage().nbytes() for key, value in found.items() if key not in own)
+    return sum(value.untyped_storage().nbytes() for key, value in saved.items() if key not in own)
 
 
 def machine(device: torch.device) -> str:
@@ -78,7 +78,7 @@ def _processor() -> str:
 class PeakMemory:
     """The peak of memory, in bytes, since `reset`, above what was in use when the gauge was made.
 
-    On CUDA what torch's allocator gave out; on Linux the process's resident memory; elsewhere unknown (None).
+    On CUDA what torch's allocator handed out; on Linux the process's resident memory; elsewhere unknown (None).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -97,14 +97,14 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.known:
             if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-                trim(0)  # what was freed and not given back would hide what comes
+                trim(0)  # memory freed but not returned would hide new use
             try:
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError:  # a container may forbid it
                 self.known = False
 
     def read(self) -> int | None:
-        """The peak, or None where it cannot be told."""
+        """The peak, or None if unknown."""
         import torch
 
         if not self.known:
@@ -147,7 +147,7 @@ def measure_net(
 
 
 def _seconds(run: Callable[[], object], device: torch.device, budget: float) -> float:
-    """The median of a run's times, warmed up once."""
+    """The median of a run's times, after one warm-up."""
     import torch
 
     def timed() -> float:

@@ -39,11 +39,11 @@ __all__ = ["StyleResult", "StyleStep", "stylize"]
 
 Callback = Callable[["StyleStep"], object]
 
-EXPLODED = 4.0  # a total this many times the best one of its scale is given up
+EXPLODED = 4.0  # a total this many times the best of its scale counts as diverged
 FIRST, LATER = 0.03, 0.02  # first step of L-BFGS at the coarsest scale and at others, as a mean change of a value
-HISTORY, SHORT = 20, 8  # pairs that L-BFGS remembers: of whole pictures, and of those that go by tiles to save memory
-RESTARTS = 5  # at one scale, before it is left with its best picture
-KEEP_EVERY = 60.0  # seconds between two checkpoints, which hold all that L-BFGS remembers: 40 pictures in float32
+HISTORY, SHORT = 20, 8  # pairs that L-BFGS remembers: for whole pictures, and for tiled ones, to save memory
+RESTARTS = 5  # per scale, before it ends with its best picture
+KEEP_EVERY = 60.0  # seconds between checkpoints, which hold all that L-BFGS remembers: 40 pictures in float32
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class StyleStep:
         height: likewise.
         losses: `total`, `style`, `content`, `tv`, weighted, of the image before this step.
         elapsed: seconds since `stylize` began its first scale.
-        progress: share of all pixels times steps that is done.
-        weights: the weights that are used, in words.
+        progress: share of the work (pixels times steps) done.
+        weights: the weights in use, in words.
     """
 
     scale: int
@@ -87,17 +87,17 @@ class StyleResult:
     Attributes:
         image: the picture.
         config: the settings.
-        history: one record a step: `scale`, `step`, `width`, `height`, and the losses by name.
-        losses: `total`, `style`, `content`, `tv` of the picture as it is saved, clamped and in 8 bits; empty where
-            it ended before the finest scale.
-        weights: the weights that were used, in words.
+        history: one record per step: `scale`, `step`, `width`, `height`, and the losses by name.
+        losses: `total`, `style`, `content`, `tv` of the picture as saved, clamped and in 8 bits; empty if it ended
+            before the finest scale.
+        weights: the weights used, in words.
         arch: the network.
         device: where it ran.
-        precision: what the network ran in.
+        precision: the network's.
         elapsed: seconds.
         interrupted: whether Ctrl-C ended it early; the picture is then the best so far.
-        failure: what went wrong where memory did not suffice for a finer scale, else None; the picture is then that of
-            the coarser scales, enlarged where memory suffices for that.
+        failure: the error if memory did not suffice for a finer scale, else None; the picture is then that of the
+            coarser scales, enlarged if memory suffices for that.
     """
 
     image: Image.Image
@@ -146,22 +146,22 @@ def stylize(
 ) -> StyleResult:
     """Paint the content in the manner of the style (Gatys, Ecker and Bethge 2016).
 
-    After the first step Ctrl-C does not raise: it ends the run with the best picture so far, and the result says
-    `interrupted`. Nor does a lack of memory at a finer scale than the first: the picture is then that of the coarser
-    ones, `failure` says why.
+    After the first step Ctrl-C does not raise: it ends the run with the best picture so far, marked `interrupted`. Nor
+    does a lack of memory at a finer scale than the first: the picture is then that of the coarser ones, and `failure`
+    says why.
 
     Args:
         content: a file, a PIL image, or a tensor (1,3,H,W) in [0,1].
-        style: one of these, or several, blended by `config.style_blend`.
+        style: likewise, or several, blended by `config.style_blend`.
         config: the settings.
         callback: called after each step.
-        checkpoint: a file that is written once a minute and on Ctrl-C. If it exists, the run resumes from it, to the
-            picture, up to rounding, of an uninterrupted run. It is not deleted at the end.
+        checkpoint: a file written once a minute and on Ctrl-C. If it exists, the run resumes from it, and ends in the
+            picture of an uninterrupted run, up to rounding. It is not deleted at the end.
 
     Raises:
         InputError: an image that cannot be read, settings that do not fit, images too small for the network, or a
             checkpoint of another run.
-        WeightsError: weights that cannot be had or do not reach the deepest layer.
+        WeightsError: weights that are unavailable or do not reach the deepest layer.
         RunError: the loss was not finite from the start.
         KeyboardInterrupt: Ctrl-C before anything was painted.
     """
@@ -195,7 +195,7 @@ def stylize(
     try:
         run.go()
         return run.result()
-    except KeyboardInterrupt:  # while it painted, or while it put the result together
+    except KeyboardInterrupt:  # during the run, or while the result was assembled
         if not run.history:
             raise
         run.interrupted = True
@@ -211,7 +211,7 @@ class _Scale:
 
     Attributes:
         number: which scale, from 1.
-        image: where the next step is made.
+        image: where the next step starts.
         optimizer: makes it.
         side: of the tiles, 0 for none.
         begun: steps so far.
@@ -228,11 +228,11 @@ class _Scale:
     restarts: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it as tensors and plain values, which later steps leave alone."""
+        """All of it as tensors and plain values, which later steps do not modify."""
         return vars(self) | {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Resume from what `state_dict` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("image", "begun", "best", "restarts"):
             setattr(self, name, state[name])
@@ -261,16 +261,16 @@ class _Run:
         self.started = time.perf_counter()
         self.work = sum(w * h * self._steps(number) for number, (w, h) in enumerate(self.sizes, start=1))
         self.done = 0
-        # the picture to begin with; a file is read now, since every scale wants it and it may be gone by then
+        # the picture to begin with; a file is read now, since every scale needs it and it may be gone by then
         starts = {"content": content, "noise": None}
         self.start = starts[config.init] if config.init in starts else open_image(config.init)
         self.image = self._initial(*self.sizes[0])
-        # before there is any work: what one scale took is there for the next, though the system counts it as taken
+        # measured before any work: memory that one scale took is free for the next, though the system counts it as used
         self.memory = free_memory(device)
         width, height = self.sizes[-1]
-        # the picture, its gradient and the content, and what the optimiser remembers by tiles: no run takes less
+        # the picture, its gradient, the content, and what the optimiser remembers when tiled: no run takes less
         images = 3 + (2 * SHORT if config.optimizer == "lbfgs" else 2)
-        room = max(self.memory, total_memory(device) // 2)  # what is free may be told wrongly, or become more
+        room = max(self.memory, total_memory(device) // 2)  # free memory may be misreported, or grow
         if (needed := images * 12 * width * height) > room:
             raise InputError(
                 f"at size {config.size} the picture is {width}×{height}, which takes {needed / 2**30:,.1f} GiB "
@@ -278,10 +278,10 @@ class _Run:
             )
         self.objective: Objective | None = None
         self.checkpoint: Path | None = None
-        self.identity: dict[str, Any] = {}  # what another run would differ in
-        self.kept = time.monotonic()  # when it was written
-        self.state: dict[str, Any] = {}  # after the last step that was complete
-        self.before: dict[str, Any] = {}  # what is gone on from
+        self.identity: dict[str, Any] = {}  # what distinguishes it from another run
+        self.kept = time.monotonic()  # when the checkpoint was written
+        self.state: dict[str, Any] = {}  # after the last complete step
+        self.before: dict[str, Any] = {}  # what the run resumes from
 
     def _tensor(self, picture: Image.Image, width: int, height: int) -> Tensor:
         return to_tensor(resize(picture, width, height)).to(self.device)
@@ -294,20 +294,20 @@ class _Run:
         return (0.5 + 0.2 * noise).clamp(0, 1).to(self.device)
 
     def _steps(self, number: int) -> int:
-        """How many steps a scale gets: the last one all, the others half as many, since that is where it shows."""
+        """How many steps a scale gets: the last all, the others half as many, since it is the last that shows."""
         return self.config.steps if number == len(self.sizes) else math.ceil(self.config.steps / 2)
 
     def _enlarged(self, width: int, height: int) -> Tensor:
-        """The picture at the next scale, with the detail of the picture that it began as.
+        """The picture at the next scale, with the detail of its starting picture.
 
-        What is enlarged is the change that was made to that picture, as in a Laplacian pyramid. The picture itself,
-        enlarged, would be smooth, and the next scale would spend its first steps on sharpening it.
+        Only the change made to that picture is enlarged, as in a Laplacian pyramid. The picture itself, enlarged, would
+        be smooth, and the next scale would spend its first steps on sharpening it.
         """
 
         def up(image: Tensor) -> Tensor:
             return F.interpolate(image, size=(height, width), mode="bicubic", align_corners=False)
 
-        if self.start is None:  # every scale's noise is another
+        if self.start is None:  # every scale has different noise
             return up(self.image).clamp(0, 1)
         coarse = self._initial(self.image.shape[3], self.image.shape[2])
         return (self._initial(width, height) + up(self.image - coarse)).clamp(0, 1)
@@ -325,12 +325,12 @@ class _Run:
         return Objective(self.features, self.config, self._tensor(self.content, width, height), styles, tile)
 
     def go(self) -> None:
-        """All scales, or as many as there is memory for."""
+        """All scales, or as many as memory allows."""
         number = 1
         try:
             for number, (width, height) in enumerate(self.sizes, start=1):
                 if number < self.before.get("number", 1):
-                    continue  # it is done
+                    continue  # already done
                 if self.image.shape[2:] != (height, width):
                     self.image = self._enlarged(width, height)
                 before = self.before if number == self.before.get("number") else {}
@@ -345,7 +345,7 @@ class _Run:
             self._gave_up(error, width, height)
 
     def _gave_up(self, error: Exception, width: int, height: int) -> None:
-        self.objective = None  # and with it the memory that it holds
+        self.objective = None  # frees its memory
         self.failure = f"not enough memory for {width}×{height}: {first_line(error)}"
 
     def _optimizer(self, number: int, objective: Objective) -> Optimizer:
@@ -356,10 +356,10 @@ class _Run:
 
     def _improve(self, scale: _Scale, objective: Objective) -> None:
         number, steps = scale.number, self._steps(scale.number)
-        # tiles are large: they are worth no graph
+        # tiles are large: a graph is not worth it
         times = steps - scale.begun if len(objective.tiles) == 1 else 0
         evaluate = captured_and_checked(lambda image: _together(*objective.value_and_grad(image)), scale.image, times)
-        # steps whose losses are on their way to the host: number, image, losses, and the state after the step
+        # steps whose losses are being copied to the host: number, image, losses, and the state after the step
         waiting: deque[tuple[int, Tensor, AsyncScalars, dict[str, Any]]] = deque()
         while scale.begun < steps:
             image = scale.image
@@ -375,7 +375,7 @@ class _Run:
                 if not self._judge(scale, step, value, image):
                     return
                 if scale.restarts > restarts:
-                    waiting.clear()  # what was begun since is of no use
+                    waiting.clear()  # later steps are void
                     state = self._state(scale)
                 self._tell(number, step, steps, {"total": sum(parts)} | dict(zip(TERMS, parts, strict=True)))
                 self.state = state and state | {"best": scale.best} | self._progress()
@@ -383,7 +383,7 @@ class _Run:
                 self.keep()
 
     def _judge(self, scale: _Scale, step: int, value: float, image: Tensor) -> bool:
-        """Remember the best picture; after a step that went astray start from it anew. False to leave the scale."""
+        """Keep the best picture; after a diverged step restart from it. False ends the scale."""
         if value < scale.best:
             scale.best, self.image = value, image
         if math.isfinite(value) and value <= EXPLODED * scale.best:
@@ -393,7 +393,7 @@ class _Run:
                 raise RunError(
                     f"the loss is {value} at the start; try precision='float32' (--precision float32) or other weights"
                 )
-            return False  # the picture of the coarser scales stands
+            return False  # keep the picture of the coarser scales
         scale.restarts += 1
         if scale.restarts > RESTARTS:
             return False
@@ -402,7 +402,7 @@ class _Run:
         return True
 
     def _tell(self, number: int, step: int, steps: int, losses: dict[str, float]) -> None:
-        """Put a step on record and tell the callback."""
+        """Record a step and call the callback."""
         width, height = self.sizes[number - 1]
         self.done += width * height
         self.history.append({"scale": number, "step": step, "width": width, "height": height} | losses)
@@ -416,30 +416,30 @@ class _Run:
         picture = to_pil(image)
         return _with_colors_of(resize(self.content, *picture.size), picture) if self.config.keep_color else picture
 
-    # ── what a killed run goes on from ────────────────────────────────────────────────────────────────────────────────
+    # ── what a killed run resumes from ────────────────────────────────────────────────────────────────────────────────
 
     def keep_in(self, path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-        """Keep the run in a file from here on, and go on from what is in it."""
+        """Save the run in a file from here on, and resume from what is in it."""
         self.checkpoint = check_path(path, overwrite=True, inputs=inputs)
         self.identity = self._identity()
         if not self.checkpoint.exists():
             return
         try:
-            found = checkpoints.read(self.checkpoint, self.identity.keys() | {"picture", "optimizer"})
+            state = checkpoints.read(self.checkpoint, self.identity.keys() | {"picture", "optimizer"})
         except Exception as error:
             raise InputError(
                 f"{path} is no checkpoint of a style transfer, or damaged ({first_line(error)}): name another file"
             ) from error
-        if said := changed(found["config"], self.config.to_dict(), ("device",)):
+        if said := changed(state["config"], self.config.to_dict(), ("device",)):
             raise InputError(f"the run in {path} has other settings: {said}")
-        if odd := [what for what, value in self.identity.items() if what != "config" and found[what] != value]:
+        if odd := [what for what, value in self.identity.items() if what != "config" and state[what] != value]:
             raise InputError(f"the run in {path} is of other {' and '.join(odd)}: name another file to begin anew")
-        self.before, self.history, self.done = found, found["history"], found["done"]
-        self.image = found["picture"].to(self.device)
-        self.started -= found["elapsed"]
+        self.before, self.history, self.done = state, state["history"], state["done"]
+        self.image = state["picture"].to(self.device)
+        self.started -= state["elapsed"]
 
     def _identity(self) -> dict[str, Any]:
-        """What another run would differ in."""
+        """What distinguishes it from another run."""
         pictures = [self.content, *self.styles, *([self.start] if isinstance(self.start, Image.Image) else [])]
         digests = [hashlib.sha256(repr(each.size).encode() + each.tobytes()).hexdigest() for each in pictures]
         return {"config": self.config.to_dict(), "weights": self.features.checksum(), "pictures": digests}
@@ -452,7 +452,7 @@ class _Run:
         return {"picture": self.image, "told": len(self.history), "done": self.done, "elapsed": elapsed}
 
     def keep(self) -> None:
-        """Write the checkpoint; where that cannot be done, the picture is worth more."""
+        """Write the checkpoint; a failure only warns, since the picture is worth more."""
         if self.checkpoint is None or not self.state:
             return
         self.kept = time.monotonic()
@@ -463,7 +463,7 @@ class _Run:
             warn(f"cannot write checkpoint {self.checkpoint}: {error.strerror}")
 
     def result(self) -> StyleResult:
-        """The picture as it is saved, and what is known of it."""
+        """The picture as saved, and what is known about it."""
         width, height = self.sizes[-1]
         try:
             whole = self.image.shape[2:] == (height, width)
@@ -495,7 +495,7 @@ class _Run:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    """Tensors in lists, tuples and dictionaries, brought to the device."""
+    """Tensors in lists, tuples and dictionaries, moved to the device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
@@ -509,7 +509,7 @@ def _lacks_memory(error: Exception) -> bool:
 
 
 def _together(total: Tensor, terms: dict[str, Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers as one tensor, since each reading waits for the device, and the gradient."""
+    """The numbers as one tensor, since each read waits for the device, and the gradient."""
     return torch.stack([total, *terms.values()]), grad
 
 

@@ -1,4 +1,4 @@
-"""Images made from features: what excites a channel, a unit or a class most, and images back from their features."""
+"""Images made from features: what excites a channel, unit or class most, and images recovered from features."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _BLUR = 4  # steps between two blurs
 _BLURS = (1.2, 0.4)  # σ in pixels, from the first to the last
 _TURN = 5.0  # degrees, at most
 _ZOOM = 0.1  # at most
-_LEAK = 0.1  # of what a ReLU cuts off
+_LEAK = 0.1  # share kept of what a ReLU cuts off
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class DreamStep:
     """What the callback is told after each step.
 
     Attributes:
-        step: which, from 1.
+        step: its number, from 1.
         steps: how many.
-        activations: of each channel, as the optimiser sees it, on the jittered image.
+        activations: one per channel, as the optimiser sees it, on the jittered image.
     """
 
     step: int
@@ -67,12 +67,12 @@ class Dream:
     """What `dream` returns.
 
     Attributes:
-        images: one picture for each channel.
+        images: one picture per channel.
         channels: their numbers.
-        activations: of each channel on its picture as it is saved, in 8 bits.
-        start: of each channel on the picture that the run began with, before rounding.
+        activations: each channel's on its picture as saved, in 8 bits.
+        start: each channel's on the picture that the run began with, before rounding.
         sheet: the pictures side by side; a single one as it is.
-        interrupted: whether Ctrl-C ended it early; the pictures are then what there was.
+        interrupted: whether Ctrl-C ended it early; the pictures are then as they stood.
     """
 
     images: list[Image.Image]
@@ -83,7 +83,7 @@ class Dream:
     interrupted: bool = False
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the sheet, see `Sheet.save`."""
+        """Write the sheet; see `Sheet.save`."""
         return self.sheet.save(path, overwrite=overwrite)
 
 
@@ -110,17 +110,18 @@ def dream(
 
     After the first step Ctrl-C does not raise: it ends the run with the pictures as they stand.
 
-    Each step sees the image shifted, turned and zoomed a little at random, so that only what survives that grows. The
+    Each step sees the image randomly shifted, turned and zoomed a little, so that only what survives this grows. The
     image is either `fourier` (Olah et al. 2017, Feature Visualization; Mordvintsev et al. 2018, Differentiable Image
     Parameterizations): complex amplitudes divided by their frequency, of three colours that are uncorrelated in natural
-    images, through a sigmoid; or `pixels`, blurred every few steps, ever less (Yosinski et al. 2015, arXiv:1506.06579).
+    images, through a sigmoid; or `pixels`, blurred every few steps, less and less (Yosinski et al. 2015,
+    arXiv:1506.06579).
 
     Args:
-        layer: `conv3_1`, …; `fc8` (`fc` of a slim head) for classes. Of a ReLU's channel, a tenth of what it cuts off
-            counts as well, so that there is a gradient where it is silent.
+        layer: `conv3_1`, …; `fc8` (`fc` of a slim head) for classes. For a ReLU, a tenth of what it cuts off counts
+            too, so that there is a gradient where it is silent.
         channels: numbers of the channels or classes; None takes the first `count`.
-        count: how many, where no channel is named.
-        unit: False maximises a channel's mean, True the unit in the middle of the map, (row, column) that one.
+        count: how many, if no channel is named.
+        unit: False maximises a channel's mean, True the map's middle unit, (row, column) that unit.
         parametrization: `fourier` or `pixels`.
         size: side of the pictures in pixels.
         steps: of Adam.
@@ -130,16 +131,16 @@ def dream(
         arch: the network, see `VGGFeatures`.
         weights: see `vggfeat.weights.load`.
         precision: `auto`, `float32` or `bfloat16`.
-        device: where to run; `auto` is CUDA where there is one, else the CPU.
+        device: where to run; `auto` is CUDA if available, else the CPU.
         callback: called after each step.
 
     Raises:
-        InputError: a layer, channel, unit or choice that is not there, or a size too small for the layer.
-        WeightsError: weights that cannot be had or do not reach the layer.
+        InputError: an unknown layer, channel, unit or choice, or a size too small for the layer.
+        WeightsError: weights that are unavailable or do not reach the layer.
     """
     if parametrization not in PARAMETRIZATIONS:
         raise InputError(f"unknown parametrization {parametrization!r}: {nearest(parametrization, PARAMETRIZATIONS)}")
-    smallest = 2 if parametrization == "fourier" else 4  # which the blur needs
+    smallest = 2 if parametrization == "fourier" else 4  # for the blur
     for name, value, least in (("steps", steps, 1), ("size", size, smallest), ("jitter", jitter, 0), ("seed", seed, 0)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
@@ -198,7 +199,7 @@ def dream(
 
 
 def _place(unit: bool | tuple[int, int], tap: Tensor, layer: str) -> tuple[int, int] | None:
-    """Row and column of the unit; None for the mean over all."""
+    """Row and column of the unit; None for the mean over all units."""
     if unit is False:
         return None
     if tap.ndim == 2:
@@ -211,7 +212,7 @@ def _place(unit: bool | tuple[int, int], tap: Tensor, layer: str) -> tuple[int, 
 
 
 def _jittered(images: Tensor, jitter: int, generator: torch.Generator) -> Tensor:
-    """The images shifted, turned and zoomed at random, all alike."""
+    """The images randomly shifted, turned and zoomed, all alike."""
     draw = (torch.rand(4, generator=generator, device="cpu") * 2 - 1).tolist()
     angle, zoom = math.radians(_TURN) * draw[0], 1 + _ZOOM * draw[1]
     cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom
@@ -222,13 +223,13 @@ def _jittered(images: Tensor, jitter: int, generator: torch.Generator) -> Tensor
 
 
 class _Canvas(Protocol):
-    """Images in [0,1], as the optimiser holds them."""
+    """Images in [0,1], as the optimiser represents them."""
 
     def images(self) -> Tensor:
         """(K,3,H,W)."""
 
     def step(self, loss: Tensor, progress: float) -> None:
-        """Improve them, at this share of the run."""
+        """Improve them; `progress` is the share of the run done."""
 
 
 class _Fourier:
@@ -237,7 +238,7 @@ class _Fourier:
     def __init__(self, shape: tuple[int, ...], rate: float, generator: torch.Generator, device: torch.device) -> None:
         self.size = shape[2:]
         down, right = torch.fft.fftfreq(shape[2], device="cpu")[:, None], torch.fft.rfftfreq(shape[3], device="cpu")
-        # a frequency of f has amplitude 1/f, the mean that of the lowest; the rest makes a pixel's σ alike at any size
+        # frequency f has amplitude 1/f, the mean that of the lowest; the rest makes a pixel's σ the same at any size
         frequency = torch.sqrt(down**2 + right**2).clamp_min(1 / max(self.size))
         self.scale = (math.sqrt(shape[2] * shape[3]) / 4 / frequency)[..., None].float().to(device)
         start = 0.01 * torch.randn(
@@ -257,12 +258,12 @@ class _Fourier:
         """One step of Adam."""
         self.optimizer.zero_grad()
         loss.backward()
-        with torch.device("cpu"):  # Adam of torch 2.10 makes its count of steps on the default device
+        with torch.device("cpu"):  # Adam of torch 2.10 creates its step count on the default device
             self.optimizer.step()
 
 
 class _Pixels:
-    """The values themselves, blurred now and then, the less the further the run."""
+    """The values themselves, blurred now and then, less and less as the run goes on."""
 
     def __init__(self, shape: tuple[int, ...], rate: float, generator: torch.Generator, device: torch.device) -> None:
         self.pixels = (0.5 + 0.05 * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")).to(
@@ -285,11 +286,11 @@ class _Pixels:
         self.count += 1
         if self.count % _BLUR == 0 and progress < 1:
             sigma = _BLURS[0] + (_BLURS[1] - _BLURS[0]) * progress
-            with self.pixels.device:  # kornia makes its filter on the default one
+            with self.pixels.device:  # kornia creates its filter on the default one
                 self.pixels = gaussian_blur2d(self.pixels, 7, (sigma, sigma))
 
 
-# ── images back ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── inversion ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -299,10 +300,10 @@ class Inversion:
     Attributes:
         image: the picture that was found.
         original: the one whose features it should have.
-        layers: which features.
-        error: mean over the layers of ‖F - P‖² / ‖P‖², or of ‖G - A‖² / ‖A‖², of the picture as it is saved; NaN after
-            Ctrl-C at a coarser scale.
-        start: of the noise that the run began with, before rounding, at the coarsest scale.
+        layers: whose features.
+        error: mean over the layers of ‖F - P‖² / ‖P‖², or of ‖G - A‖² / ‖A‖², of the picture as saved; NaN after Ctrl-C
+            at a coarser scale.
+        start: the same of the noise that the run began with, before rounding, at the coarsest scale.
         result: the run, with its history.
     """
 
@@ -314,7 +315,7 @@ class Inversion:
     result: StyleResult = field(repr=False)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the picture, see `Sheet.save`."""
+        """Write the picture; see `Sheet.save`."""
         error = None if math.isnan(self.error) else self.error  # JSON has no NaN
         settings = {"picture": "invert", "error": error} | self.result.to_dict()
         return Sheet([self.image], settings=settings).save(path, overwrite=overwrite)
@@ -334,13 +335,13 @@ def invert(
     callback: Callable[[StyleStep], object] | None = None,
     **options: Any,
 ) -> Inversion:
-    """The image back from noise, by its features (Mahendran and Vedaldi 2015, arXiv:1412.0035) or their Gram matrices.
+    """The image recovered from noise, by features (Mahendran and Vedaldi 2015, arXiv:1412.0035) or Gram matrices.
 
     From features, at one size, the mean of ‖F - P‖² / ‖P‖² plus total variation is minimised, eqs. 1 to 3 of the paper
     with β = 2.
-    From Gram matrices comes an image of the same texture, but not of the same things in the same places: texture
-    synthesis (Gatys et al. 2015, arXiv:1505.07376); it is made from coarse to fine, so that the large forms of the
-    texture come out as well, of which the Gram matrices of one size know little. Both are `stylize` with one term.
+    Gram matrices give an image of the same texture, but not of the same things in the same places: texture synthesis
+    (Gatys et al. 2015, arXiv:1505.07376); it goes from coarse to fine, so that the texture's large forms appear too, of
+    which the Gram matrices of one size know little. Both are `stylize` with one term.
 
     Args:
         image: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
@@ -352,18 +353,18 @@ def invert(
         tv_weight: of the total variation; None means 1 from features and 0 from Gram matrices.
         seed: of the noise.
         arch: the network; None means the weights' own, and vgg19 where they imply none.
-        weights: a name, a path or a state dict, see `vggfeat.weights.load`.
+        weights: a name, a path or a state dict; see `vggfeat.weights.load`.
         callback: called after each step.
         options: further fields of `StyleConfig`, such as `pooling`, `optimizer`, `device`, `precision`.
 
     Raises:
-        InputError: a layer or choice that is not there, or an image that cannot be read or is too small.
-        WeightsError: weights that cannot be had or do not reach the layers.
+        InputError: an unknown layer or choice, or an image that cannot be read or is too small.
+        WeightsError: weights that are unavailable or do not reach the layers.
         RunError: the loss was not finite from the start.
-        KeyboardInterrupt: Ctrl-C before the first step was done; later the result is what there was.
+        KeyboardInterrupt: Ctrl-C before the first step is done; later, the result so far is returned.
     """
     original = to_pil(load_image(image, size))
-    weights = weights if weights == "auto" else resolved(weights)  # which is resolved, and kept, as what was asked for
+    weights = weights if weights == "auto" else resolved(weights)  # `auto` is resolved later, and recorded as asked for
     if odd := sorted(options.keys() - {each.name for each in fields(StyleConfig)}):
         raise InputError(f"unknown option {odd[0]!r}: {nearest(odd[0], [each.name for each in fields(StyleConfig)])}")
     if layers is None:
@@ -382,5 +383,5 @@ def invert(
     config = StyleConfig(**(terms | fixed | {"weights": weights} | options))
     result = stylize(original, original, config, callback=callback)
     term = "style" if gram else "content"
-    error = result.losses.get(term, math.nan)  # after Ctrl-C at a coarser scale
+    error = result.losses.get(term, math.nan)  # NaN after Ctrl-C at a coarser scale
     return Inversion(result.image, original, layers, error, result.history[0][term], result)

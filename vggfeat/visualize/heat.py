@@ -1,4 +1,4 @@
-"""Where two images differ to a VGG, and where it looks when it names a class: heat maps over the image."""
+"""Where two images differ for a VGG, and where it looks when it names a class: heat maps over the image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Distance:
         layers: the distance in each layer: the mean of its map.
         maps: the distance at each position of each layer, (h,w).
         map: (H,W), the sum of the layers' maps spread over the image.
-        sheet: both images, the heat of all layers together, and of each.
+        sheet: both images, the heat of all layers together, and each layer's.
     """
 
     total: float
@@ -44,7 +44,7 @@ class Distance:
     sheet: Sheet = field(repr=False)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the sheet, see `Sheet.save`."""
+        """Write the sheet; see `Sheet.save`."""
         return self.sheet.save(path, overwrite=overwrite)
 
 
@@ -59,26 +59,26 @@ def distance(
     arch: str | Arch | None = None,
     weights: WeightsLike = DEFAULT,
 ) -> Distance:
-    """The perceptual distance of two images: in total, by layer, and by place.
+    """The perceptual distance of two images: in total, by layer, and by position.
 
-    At each position of a layer Σ over channels of (â - b̂)², with â and b̂ the channel vectors at unit length, so from 0
-    (the same direction) to 4; of a layer, its mean; in total, the sum: LPIPS without its learned weights (Zhang et al.
-    2018, arXiv:1801.03924, eq. 1 with w = 1). It is `PerceptualLoss(layers, normalize_features=True, layer_weights=…)`
-    with each layer's number of channels as its weight.
+    At each position of a layer it is Σ over channels of (â - b̂)², with â and b̂ the channel vectors at unit length, so
+    from 0 (the same direction) to 4; for a layer the mean; in total the sum: LPIPS without its learned weights (Zhang
+    et al. 2018, arXiv:1801.03924, eq. 1 with w = 1). It is `PerceptualLoss(layers, normalize_features=True,
+    layer_weights=…)` with each layer's number of channels as its weight.
 
     Args:
         a: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
         b: likewise, of the same size.
         layers: whose features; None means the last ReLU of each block, as far as the weights reach.
-        lpips: LPIPS itself, with its learned weights, which are of VGG-16 and its own five layers: see `vggfeat.LPIPS`.
-        size: long side that both are brought to, in pixels; None leaves them.
+        lpips: LPIPS itself, with its learned weights, for VGG-16 and its own five layers: see `vggfeat.LPIPS`.
+        size: long side to resize both to, in pixels; None leaves them.
         colors: `grey` or a colour map of kornia's.
         arch: the network, see `VGGFeatures`.
         weights: see `vggfeat.weights.load`.
 
     Raises:
         InputError: an unknown layer, an image that cannot be read, or two of different sizes; with `lpips`, layers.
-        WeightsError: weights that cannot be had or do not reach the layers; with `lpips`, of another network than
+        WeightsError: weights that are unavailable or do not reach the layers; with `lpips`, of a network other than
             VGG-16.
     """
     if lpips and layers is not None:
@@ -87,7 +87,7 @@ def distance(
     if first.shape != second.shape:
         (h, w), (k, v) = first.shape[2:], second.shape[2:]
         raise InputError(f"the images differ in size, {w}×{h} and {v}×{k}: scale or crop one of them first")
-    if lpips and resolved(weights) == "auto":  # which may end in random weights, whose number would pass for LPIPS
+    if lpips and resolved(weights) == "auto":  # which may end in random weights, whose result would pass for LPIPS
         weights = "imagenet"
     loaded = load(weights, "vgg16" if lpips and arch is None else arch)
     if layers is None:
@@ -124,10 +124,10 @@ class Cam:
     """What `cam` returns.
 
     Attributes:
-        map: (H,W) in [0,1], the class activation map over the image; all 0 where nothing speaks for the class.
+        map: (H,W) in [0,1], the class activation map over the image; all 0 if nothing speaks for the class.
         raw: (h,w), the same at the layer's positions, in units of the logit's change.
         class_index: which class.
-        class_name: its name, where names were given or a run's weights tell them, else None.
+        class_name: its name, if names were given or stored with a run's weights, else None.
         logit: its value before the softmax.
         probability: after it.
         sheet: the image, and the map over it.
@@ -142,7 +142,7 @@ class Cam:
     sheet: Sheet = field(repr=False)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the sheet, see `Sheet.save`."""
+        """Write the sheet; see `Sheet.save`."""
         return self.sheet.save(path, overwrite=overwrite)
 
 
@@ -166,23 +166,23 @@ def cam(
 
     Args:
         image: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
-        class_index: which class; None means the one that the network ranks first.
+        class_index: which class; None means the top-ranked one.
         layer: whose maps; None means the last ReLU, as in the paper.
-        size: long side that the image is brought to, in pixels; None leaves it. `auto` means 224, but with the weights
-            of a run of `train` as many as bring the shorter side to what it was trained at.
+        size: long side to resize the image to, in pixels; None leaves it. `auto` means 224, or with the weights of a
+            run of `train` whatever brings the shorter side to its training size.
         colors: `grey` or a colour map of kornia's.
-        names: of the classes, for the label; None means those that a run of `train` wrote with its weights, if any.
-        net: a network of your own; it is run in eval mode and left as it was.
+        names: of the classes, for the label; None means those stored with the weights of a run of `train`, if any.
+        net: your own network; it is run in eval mode and left as it was.
         arch: without `net`: the network, see `VGGFeatures`.
         weights: without `net`: see `vggfeat.weights.load`; they must hold a classifier.
         mean: with `net`: what it expects to be subtracted from images in [0,1], per channel.
-        std: with `net`: what it expects images to be divided by then.
+        std: with `net`: what it expects them to be divided by then.
 
     Raises:
-        InputError: a class or layer that is not there, or an image that cannot be read or is below 32 pixels.
-        WeightsError: weights that cannot be had or hold no classifier.
+        InputError: an unknown class or layer, or an image that cannot be read or is below 32 pixels.
+        WeightsError: weights that are unavailable or hold no classifier.
     """
-    picture = as_picture(image)  # before weights, which may have to be fetched
+    picture = as_picture(image)  # before the weights, which may need fetching
     image = image if isinstance(image, Tensor) else picture  # a file is read once
     facts = facts_of(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
     if isinstance(size, str) and size != "auto":
@@ -191,7 +191,7 @@ def cam(
     if size == "auto":
         trained = facts.get("size")
         seen = round(trained * max(picture.size) / min(picture.size)) if trained else 224
-        shown = max(224, seen)  # what a network of small images sees is hard to make out
+        shown = max(224, seen)  # what a network for small images sees is hard to make out
     x = load_image(image, seen)
     if min(x.shape[2:]) < 32:
         raise InputError(f"a classifier needs at least 32 pixels on each side, got {x.shape[3]}×{x.shape[2]}")

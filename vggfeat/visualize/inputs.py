@@ -18,12 +18,12 @@ def load_image(image: ImageLike, size: int | None = None) -> Tensor:
 
     Raises:
         ImageError: a file that cannot be read.
-        InputError: something else, a tensor that is no image in [0,1], or a size below 1.
+        InputError: anything else, a tensor that is not an image in [0,1], or a size below 1.
     """
     picture = as_picture(image)  # also checks a tensor
     if size is not None:
         return to_tensor(resize(picture, *fit(picture.width, picture.height, size)))
-    if isinstance(image, Tensor):  # not by way of 8 bits
+    if isinstance(image, Tensor):  # without going through 8 bits
         return image.detach().reshape(1, *image.shape[-3:]).to("cpu", torch.float32)
     return to_tensor(picture)
 
@@ -34,7 +34,7 @@ def chosen(
     """Which of `total` channels are shown: those named, else up to `count` in `order`, `first` or `strongest`.
 
     Raises:
-        InputError: a channel that is not there, an unknown order, a count below 1.
+        InputError: an unknown channel or order, or a count below 1.
     """
     if channels is not None:
         if not channels:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Sheet", "check_sheet", "colored", "enlarged", "overlay", "palette", "spread"]
 
 VECTOR = (".pdf", ".svg")
-MARGIN, GAP, SMALL, LARGE = 12, 6, 13, 18  # pixels; the last two are heights of letters
+MARGIN, GAP, SMALL, LARGE = 12, 6, 13, 18  # pixels; the last two are letter heights
 DPI = 100
 LONGEST = 60  # letters of a label
 FONT = "DejaVuSans.ttf"
@@ -42,8 +42,8 @@ class Sheet:
         tiles: the pictures; a single one without label and title is the whole sheet.
         labels: one for each tile, or none at all.
         title: a line above everything.
-        columns: how many stand side by side; None makes the sheet about square, or as wide as its title.
-        settings: what is stored in a file, as JSON; PDF and SVG hold none.
+        columns: how many tiles side by side; None makes the sheet about square, or as wide as its title.
+        settings: stored in the file, as JSON; PDF and SVG hold none.
     """
 
     tiles: Sequence[Image.Image]
@@ -62,7 +62,7 @@ class Sheet:
         return picture
 
     def figure(self) -> Figure:
-        """The sheet as a matplotlib figure, its letters as text; nothing global is touched, nothing is to be closed.
+        """The sheet as a matplotlib figure, with real text; nothing global is touched, nothing needs closing.
 
         Raises:
             DependencyError: matplotlib is missing.
@@ -95,7 +95,7 @@ class Sheet:
         return path
 
     def _layout(self) -> tuple[Image.Image, list[tuple[int, int, str, int, str]]]:
-        """The tiles on their ground, and the texts: x, y of the anchor, the words, height, Pillow's anchor."""
+        """The tiles on a background, and the texts: x, y of the anchor, the words, height, Pillow's anchor."""
         if len(self.tiles) == 1 and not self.title and not any(self.labels):
             return self.tiles[0].copy(), []
         labels = [_drawable(short(label, LONGEST)) for label in self.labels] or [""] * len(self.tiles)
@@ -125,8 +125,8 @@ class Sheet:
 
 @functools.lru_cache
 def _font(height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, of matplotlib or of the system; Pillow's own font has no letters but ASCII's."""
-    spec = importlib.util.find_spec("matplotlib")  # which is not imported for that
+    """DejaVu Sans, from matplotlib or the system; Pillow's own font has only ASCII letters."""
+    spec = importlib.util.find_spec("matplotlib")  # without importing it
     folders = spec.submodule_search_locations or [] if spec else []
     for place in (*(Path(folder, "mpl-data", "fonts", "ttf", FONT) for folder in folders), FONT):
         with contextlib.suppress(OSError):
@@ -135,7 +135,7 @@ def _font(height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _drawable(text: str) -> str:
-    """The text in letters that the font has; if need be without accents, or a question mark instead."""
+    """The text in letters that the font has; if need be without accents, or with question marks."""
     font = _font(SMALL)
     if isinstance(font, ImageFont.FreeTypeFont) and font.getname()[0] == "DejaVu Sans":
         return text
@@ -144,9 +144,9 @@ def _drawable(text: str) -> str:
 
 
 def _across(count: int, tall: float) -> int:
-    """How many of `count` tiles, each `tall` times as high as wide, to put side by side for an about square sheet.
+    """How many of `count` tiles, each `tall` times as high as wide, to put side by side for a roughly square sheet.
 
-    A number up to a third larger or smaller than the best is taken where it fills every row.
+    A number up to a third larger or smaller than the best is preferred if it fills every row.
     """
     best = max(1, round(math.sqrt(count * tall)))
     near = [n for n in range(1, count + 1) if count % n == 0 and 0.74 <= n / best <= 1.34]
@@ -156,7 +156,7 @@ def _across(count: int, tall: float) -> int:
 def check_sheet(
     path: str | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[str | os.PathLike[str]] = ()
 ) -> Path:
-    """`path`, once it is clear that a `Sheet` can be written there: to be called before any long work.
+    """`path`, after checking that a `Sheet` can be written there: call it before any long work.
 
     Raises:
         ImageError: unknown suffix, no writable folder, or a file that must not be replaced.
@@ -203,9 +203,9 @@ def colored(values: Tensor, colors: str) -> Tensor:
 
 
 def overlay(image: Tensor, heat: Tensor, colors: str = "turbo") -> Tensor:
-    """Heat (H,W) in [0,1] over the greyed image (1,3,H,W), the stronger the more opaque: (1,3,H,W).
+    """Heat (H,W) in [0,1] over the greyed image (1,3,H,W), more opaque where stronger: (1,3,H,W).
 
-    In grey, which would not show over grey, the image is lit where the heat is.
+    Grey, which would not show over grey, instead lights the image where the heat is.
     """
     if colors == "grey":
         return image * (0.15 + 0.85 * heat.clamp(0, 1).sqrt())
@@ -215,12 +215,12 @@ def overlay(image: Tensor, heat: Tensor, colors: str = "turbo") -> Tensor:
 
 
 def spread(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map (h,w) at the size of the image (H,W), bilinear; where that is a whole multiple, the mean stays."""
+    """A map (h,w) at the size of the image (H,W), bilinear; a whole multiple keeps the mean."""
     return F.interpolate(values[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
 
 
 def enlarged(picture: Image.Image, side: int) -> Image.Image:
-    """A small picture with each pixel as a square, a large one reduced: its long side near `side`, at least 1 pixel."""
+    """A small picture with its pixels as squares, a large one reduced: its long side near `side`, at least 1 pixel."""
     long = max(picture.size)
     if long >= side:
         return picture.resize(fit(*picture.size, side), Image.Resampling.BOX)

@@ -39,11 +39,11 @@ def filters(
     """What a layer's filters look for.
 
     Without images, the weights of conv1_1 as colours (Zeiler and Fergus 2014, arXiv:1311.2901, fig. 6): 0.5 + w / (2 m)
-    with m the largest |w| of the filter, so that no change is mid-grey in every filter, and a filter of zeros is grey.
-    The weights of a deeper layer, over hundreds of inputs, say nothing to the eye. What drives its channels does: with
+    with m the largest |w| of the filter, so that zero is mid-grey in every filter, and a filter of zeros is grey. A
+    deeper layer's weights, over hundreds of inputs, mean nothing to the eye. What drives its channels does: with
     images, each channel of any convolutional layer is shown by the patches that its strongest units see, each as large
-    as the layer's receptive field, strongest first. What lies beyond the border of an image is grey; the tile of a
-    channel that does not respond stays blank.
+    as the layer's receptive field, strongest first. What lies beyond an image's border is grey; the tile of a channel
+    that does not respond stays blank.
 
     Args:
         layer: any layer before the classifier.
@@ -51,8 +51,8 @@ def filters(
         channels: which to show; None takes `count` of them.
         count: how many, at most as many as there are.
         order: `first`, or `strongest`: by ‖w‖, or by the largest activation.
-        patches: of each channel; neighbours overlap by half a side at most.
-        size: long side that the images are brought to, in pixels; None leaves them.
+        patches: per channel; neighbours overlap by half a side at most.
+        size: long side to resize the images to, in pixels; None leaves them.
         tile: side of a filter or patch on the sheet in pixels, roughly; 0 chooses.
         arch: the network, see `VGGFeatures`.
         weights: see `vggfeat.weights.load`.
@@ -61,8 +61,8 @@ def filters(
         A sheet with a tile for each channel, labelled by its number.
 
     Raises:
-        InputError: a layer or channel that is not there, a deeper layer without images, no or unreadable images.
-        WeightsError: weights that cannot be had or do not reach the layer.
+        InputError: an unknown layer or channel, a deeper layer without images, no or unreadable images.
+        WeightsError: weights that are unavailable or do not reach the layer.
     """
     several = [images] if isinstance(images, str | os.PathLike | Image.Image | Tensor) else list(images)
     loaded = load(weights, arch)
@@ -125,12 +125,12 @@ def maps(
         layer: any layer before the classifier.
         channels: which to show; None takes `count` of them.
         count: how many, at most as many as there are.
-        order: `strongest` (by the mean of what is above 0) or `first`.
-        scale: `each` spans the colours from a map's lowest value to that which one in 200 of its values exceeds, since
-            a few peaks would leave the rest dark; `shared` does so over all maps that are shown. A constant map has the
-            lowest colour.
+        order: `strongest` (by the mean of the positive part) or `first`.
+        scale: `each` spans the colours from a map's lowest value to the one that 1 in 200 of its values exceed, since a
+            few peaks would leave the rest dark; `shared` does so over all maps shown. A constant map has the lowest
+            colour.
         colors: `grey` or a colour map of kornia's.
-        size: long side that the image is brought to, in pixels; None leaves it.
+        size: long side to resize the image to, in pixels; None leaves it.
         tile: long side of a map on the sheet, in pixels, roughly.
         arch: the network, see `VGGFeatures`.
         weights: see `vggfeat.weights.load`.
@@ -139,8 +139,8 @@ def maps(
         A sheet with a tile for each channel, labelled by its number.
 
     Raises:
-        InputError: a layer, channel or choice that is not there, or an image that cannot be read or is too small.
-        WeightsError: weights that cannot be had or do not reach the layer.
+        InputError: an unknown layer, channel or choice, or an image that cannot be read or is too small.
+        WeightsError: weights that are unavailable or do not reach the layer.
     """
     if scale not in ("each", "shared"):
         raise InputError(f"unknown scale {scale!r}: choose 'each' or 'shared'")
@@ -178,9 +178,9 @@ def _stretched(rows: Tensor) -> Tensor:
 def _peaks(tap: Tensor, layer: Layer, count: int) -> tuple[Tensor, Tensor]:
     """The highest local maxima of each channel: values (C,k), -inf where there are fewer, and rows and columns (C,k,2).
 
-    A maximum is local where nothing within half a receptive field is higher; of equal ones, the first counts. Silent
-    units, at 0, never count; units that see beyond the image's border, which drives many by itself, only where there
-    are no others.
+    A maximum is local if nothing within half a receptive field is higher; of equal ones, the first counts. Silent
+    units, at 0, never count; units that see beyond the image's border, which alone drives many, only if there are no
+    others.
     """
     reach = max(1, math.ceil(layer.receptive_field / layer.stride / 2))
     edge = math.ceil((layer.receptive_field / layer.stride - 1) / 2)
@@ -196,9 +196,9 @@ def _peaks(tap: Tensor, layer: Layer, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _crop(image: Tensor, layer: Layer, row: int, column: int) -> Tensor:
-    """What the unit at that place sees of the image (1,3,H,W): (1,3,r,r), grey beyond the border.
+    """What the unit at that position sees of the image (1,3,H,W): (1,3,r,r), grey beyond the border.
 
-    The first pixel it sees is at row·stride + (stride - r) / 2: a unit lies over the middle of its stride's cell.
+    The first pixel it sees is at row·stride + (stride - r) / 2: a unit is centred on its stride's cell.
     """
     r, s = layer.receptive_field, layer.stride
     top, left = row * s + (s - r) // 2, column * s + (s - r) // 2
