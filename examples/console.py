@@ -1,4 +1,4 @@
-"""The command line of the exercises: the keywords of `main` are the options, bad input is one line."""
+"""The command line of the exercises: `main`'s keywords are the options, bad input gives one line."""
 
 import argparse
 import inspect
@@ -10,12 +10,12 @@ from vggfeat.visualize import check_sheet
 
 
 def names(text):
-    """Names between commas."""
+    """Comma-separated names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def command(main, doc):
-    """Call `main` as the command line says, its keywords being the options; bad input is one line and exit status 2."""
+    """Call `main` with its keywords as command-line options; bad input gives one line and exit status 2."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):

@@ -1,4 +1,4 @@
-"""Exercise 2: a VGG with and without batch normalisation, by the same seed, data and recipe: which converges faster?
+"""Exercise 2: a VGG with and without batch normalisation, same seed, data and recipe: which converges faster?
 
 python examples/exercise2_batch_norm.py [TRAIN.zip TEST.zip] [--epochs N] [--limit IMAGES] [--lr RATE] [--plot FILE]
 

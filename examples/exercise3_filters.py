@@ -13,14 +13,14 @@ from vggfeat.visualize import filters
 
 KINDS = ("brightness", "colour blob", "edge or spot in brightness", "edge or spot in colour", "a mixture")
 DIRECTIONS = ("vertical", "one diagonal", "horizontal", "the other diagonal")
-MOST = 0.75  # share of its energy that makes a filter one of a kind; of a random one, 16/27 are colour's in the mean
+MOST = 0.75  # share of its energy that decides a filter's kind; in a random one, 16/27 is colour's on average
 
 
 def kind(w):
-    """What holds most of a filter's energy: w (3,3,3) is colours by rows by columns."""
+    """Which part holds most of a filter's energy; w (3,3,3) is colours by rows by columns."""
     grey, flat = w.mean(0, keepdim=True), w.mean((1, 2), keepdim=True)
     mean = w.mean()
-    parts = (mean, flat - mean, grey - mean, w - grey - flat + mean)  # they add up to w, and their energies to its
+    parts = (mean, flat - mean, grey - mean, w - grey - flat + mean)  # they add up to w, and their energies to w's
     energies = [float(part.expand_as(w).square().sum()) for part in parts]
     return KINDS[energies.index(max(energies))] if max(energies) >= MOST * sum(energies) else KINDS[-1]
 
@@ -34,15 +34,15 @@ def direction(w):
 
 def main(picture=None, weights="bundled", arch=None):
     loaded = vggfeat.weights.load(weights, arch)
-    found = loaded.state["features.0.weight"]
-    counts = Counter(map(kind, found))
+    weight = loaded.state["features.0.weight"]
+    counts = Counter(map(kind, weight))
     print(f"conv1_1 of {loaded.arch.name}, weights {loaded.label}")
     for name in KINDS:
         print(f"{name:27} {counts[name]:3}")
-    edges = Counter(direction(w) for w in found if kind(w) == KINDS[2])
+    edges = Counter(direction(w) for w in weight if kind(w) == KINDS[2])
     print("edges in brightness run: " + ", ".join(f"{name} {edges[name]}" for name in DIRECTIONS))
-    plain = len(found) - counts[KINDS[-1]]
-    print(f"{plain} of {len(found)} filters are of one kind; of random ones about one in nine is.")
+    plain = len(weight) - counts[KINDS[-1]]
+    print(f"{plain} of {len(weight)} filters are of one kind; of random ones about one in nine is.")
     if picture:
         print(filters(weights=loaded).save(picture, overwrite=True))
 

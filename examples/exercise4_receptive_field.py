@@ -1,4 +1,4 @@
-"""Exercise 4: the receptive field at each depth, by the architecture and as measured.
+"""Exercise 4: the receptive field at each depth, in theory and as measured.
 
 python examples/exercise4_receptive_field.py [--image FILE --plot FILE] [--weights W] [--layers NAMES] [--samples N]
 """
@@ -19,10 +19,10 @@ def main(image=CONTENT, plot=None, weights="bundled", arch=None, layers=LAYERS, 
     print("layer     theory  support of the gradient  effective  share of the area")
     shares = []
     for name in layers:
-        found = vggfeat.effective_field(name, weights=weights, samples=samples)
-        support = "×".join(map(str, found.support))
-        shares.append(share := found.effective**2 / found.theoretical**2)
-        print(f"{name:8} {found.theoretical:4} px {support:>21} px {found.effective:6.1f} px {share:18.0%}")
+        field = vggfeat.effective_field(name, weights=weights, samples=samples)
+        support = "×".join(map(str, field.support))
+        shares.append(share := field.effective**2 / field.theoretical**2)
+        print(f"{name:8} {field.theoretical:4} px {support:>21} px {field.effective:6.1f} px {share:18.0%}")
     if len(shares) > 1 and shares == sorted(shares, reverse=True):
         print("The deeper the layer, the smaller the part of its square that counts (Luo et al. 2016).")
     if plot:

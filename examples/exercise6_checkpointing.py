@@ -1,6 +1,6 @@
-"""Exercise 6: gradient checkpointing. Keep only each block's input, and compute the rest again in the backward.
+"""Exercise 6: gradient checkpointing. Keep only each block's input, and recompute the rest in the backward.
 
-The second forward must not move batch normalisation's running statistics again. A network does so by itself once its
+The second forward must not update batch normalisation's running statistics again. A network sees to that once its
 `checkpointing` is set (`vggfeat train --checkpointing`).
 python examples/exercise6_checkpointing.py [--size PX] [--batch N] [--width W] [--repeats N]
 """

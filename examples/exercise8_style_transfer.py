@@ -1,4 +1,4 @@
-"""Exercise 8: Gatys' style transfer on the shipped pictures, from coarse to fine, and what it does to the objective.
+"""Exercise 8: Gatys' style transfer on the shipped pictures, from coarse to fine, and its effect on the objective.
 
 A step's objective is that of the picture before the step.
 

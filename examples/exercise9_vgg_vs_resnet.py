@@ -1,10 +1,10 @@
-"""Exercise 9: VGG-16 (BN, slim head) against ResNet-18, both for small images, by the same seed, data and recipe.
+"""Exercise 9: VGG-16 (BN, slim head) against ResNet-18, both for small images, same seed, data and recipe.
 
 python examples/exercise9_vgg_vs_resnet.py [TRAIN.zip TEST.zip] [--epochs N] [--limit IMAGES] [--width W] [--plot FILE]
 
 The zips hold `<class>/*.jpg`, such as CIFAR-10's; without them, gratings of ten kinds are made. `--limit 0` takes all.
-The ResNet is made of torchvision's blocks, with a 3×3 stem instead of 7×7 and pool, as is usual for 32 px, so that
-`--width` narrows both alike.
+The ResNet is made of torchvision's blocks, so that `--width` narrows both alike, with a 3×3 stem instead of 7×7 and
+pool, as is usual for 32 px.
 """
 
 import torch

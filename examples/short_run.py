@@ -1,4 +1,4 @@
-"""What exercises 2 and 9 share: images from zips, or gratings made here, and a plain loop that trains any network."""
+"""Shared by exercises 2 and 9: images from zips, or gratings made here, and a plain loop that trains any network."""
 
 import math
 import sys
@@ -19,9 +19,9 @@ DEVICE = resolve("auto")
 
 
 def read(zips, limit, seed=0):
-    """Training and test set: two zips of `…/<class>/*.jpg`, or gratings where there are none.
+    """Training and test set: two zips of `…/<class>/*.jpg`, or gratings if there are none.
 
-    Of each zip at most `limit` images (0: all); of gratings `limit` to train on, half as many, at least 200, to test.
+    At most `limit` images of each zip (0: all); `limit` gratings to train on, half as many, at least 200, to test.
     """
     if limit < 0:
         raise InputError(f"--limit must be at least 0, got {limit}")
@@ -40,7 +40,7 @@ def read(zips, limit, seed=0):
 
 
 def gratings(count, seed, size=32):
-    """Ten classes, five slants by two periods, in any phase and colours; a mirrored slant is the same class."""
+    """Ten classes, five slants by two periods, in any phase and colour; a mirrored slant is the same class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 10
     angle = (labels % 5) * math.pi / 8 * (2 * torch.randint(2, (count,), generator=generator) - 1)
@@ -59,7 +59,7 @@ def gratings(count, seed, size=32):
 
 
 def fit(label, net, train, test, epochs, lr, batch, seed=0):
-    """Train by SGD with momentum and one cycle of the learning rate, up to `lr`; one `Epoch` for each."""
+    """Train by SGD with momentum and a one-cycle learning rate up to `lr`; returns an `Epoch` for each."""
     if epochs < 1 or batch < 2 or not 0 < lr < math.inf:
         raise InputError("expected at least one epoch, two images a batch and a learning rate above 0")
     size = min(train.pixels.shape[1:3])
