@@ -64,7 +64,7 @@ def _sealed(request, tmp_path_factory, monkeypatch):
 @pytest.fixture(autouse=True)
 def _drawn_once(request, monkeypatch):
     """Random weights are drawn and calibrated once for all tests but their own: at full width that takes a second."""
-    draw = weights._random_state
+    draw = weights.random_state
 
     def remembered(arch, seed=0):
         if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():  # fake tensors, other devices
@@ -74,7 +74,7 @@ def _drawn_once(request, monkeypatch):
         return {key: value.clone() for key, value in _random[arch, seed].items()}
 
     if request.module.__name__ != "test_weights":
-        monkeypatch.setattr(weights, "_random_state", remembered)
+        monkeypatch.setattr(weights, "random_state", remembered)
 
 
 @pytest.fixture

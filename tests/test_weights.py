@@ -23,6 +23,7 @@ from vggfeat.errors import DependencyError, InputError, WeightsError, WeightsUna
 from vggfeat.features import VGGFeatures
 from vggfeat.losses import PerceptualLoss
 from vggfeat.network import VGG, vgg
+from vggfeat.state_dicts import infer_arch
 from vggfeat.visualize import cam
 
 BGR_MEAN = torch.tensor([103.939, 116.779, 123.68])[:, None, None]  # of the ILSVRC training set, as Oxford gives it
@@ -157,9 +158,9 @@ def test_infer_arch(config, bn, head, unit, classes):
     with torch.device("meta"):
         net = vgg(config, classes, bn, head=head, width=unit / 64)
     state = net.state_dict()
-    assert W.infer_arch(state) == Arch(config, bn, scaled(unit), head, classes)
+    assert infer_arch(state) == Arch(config, bn, scaled(unit), head, classes)
     convs = {key: value for key, value in state.items() if key.startswith("features.")}
-    assert W.infer_arch(convs) == Arch(config, bn, scaled(unit), None)
+    assert infer_arch(convs) == Arch(config, bn, scaled(unit), None)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_infer_arch(config, bn, head, unit, classes):
 def test_infer_arch_of_shallow_files(config, bn, last, expected):
     with torch.device("meta"):
         net = vgg(config, batch_norm=bn)
-    assert W.infer_arch(shallow(net.state_dict(), net.arch.layer(last).index)).name == expected
+    assert infer_arch(shallow(net.state_dict(), net.arch.layer(last).index)).name == expected
 
 
 def test_a_shallow_file_serves_any_network_that_begins_so(state):

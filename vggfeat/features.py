@@ -18,8 +18,9 @@ from vggfeat.devices import bfloat16_is_fast
 from vggfeat.errors import InputError, nearest, warn
 from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
+from vggfeat.state_dicts import HEAD_NAMES, LINEAR
 from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk
-from vggfeat.weights import DEFAULT, HEAD_NAMES, LINEAR, WeightsLike, load
+from vggfeat.weights import DEFAULT, WeightsLike, load
 
 __all__ = ["VGGFeatures", "count_and_size", "trunk_dtype"]
 

@@ -1,4 +1,4 @@
-"""Weight sets: where they come from, how they are found, and how their keys are mapped.
+"""Weight sets: where they come from, how they are found, and how a network gets them.
 
 Whatever the source, weights leave this module with torchvision's keys, float32 values, a first convolution that takes
 RGB, and the mean and standard deviation for normalising images in [0,1]. Nothing that could run code is ever
@@ -7,7 +7,6 @@ unpickled here.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vggfeat.arch import BLOCK_CHANNELS, HEADS, LRN, Arch, Layer, parse, scaled
+from vggfeat.arch import BLOCK_CHANNELS, Arch, parse
 from vggfeat.checkpoint import saved
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest
 from vggfeat.fetch import fetch, file_key, published_digest, verify
+from vggfeat.random_weights import random_state
+from vggfeat.state_dicts import HEAD_NAMES, LINEAR, fitted, infer_arch, keys_of, map_keys, misfits, widths
 from vggfeat.weight_files import is_keras, read
 
 if TYPE_CHECKING:
@@ -93,8 +93,6 @@ SETS: dict[str, dict[str, Published]] = {
 }
 BUNDLED = Path(__file__).with_name("assets") / "vgg19-slim.safetensors"  # assets/README.md is its card
 NAMES = (*SETS, "bundled", "random", "auto")
-LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # where the head's layers are in `classifier`
-HEAD_NAMES = frozenset(name for head in HEADS for name in Arch(head=head).head_names)
 
 
 class _Default(str):
@@ -136,7 +134,7 @@ class Weights:
             arch = replace(arch, head="slim" if lacking == {"fc"} else "paper")
         arch.check(names)
         deepest = max(arch.names.index(name) for name in names)
-        keys = {layer.name: _keys(layer) for layer in self.arch.layers}
+        keys = {layer.name: keys_of(layer) for layer in self.arch.layers}
         keys |= {name: [f"classifier.{i}.weight", f"classifier.{i}.bias"] for name, i in LINEAR.items()}
         missing: list[str] = []
         served = "none"
@@ -167,12 +165,6 @@ class Weights:
                 break
             reached.append(name)
         return reached
-
-
-def _keys(layer: Layer) -> list[str]:
-    """State-dict keys of a layer, without the counter that evaluation does not need."""
-    parts = {"conv": ("weight", "bias"), "bn": ("weight", "bias", "running_mean", "running_var")}.get(layer.kind, ())
-    return [f"features.{layer.index}.{part}" for part in parts]
 
 
 # ── load ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,7 +221,7 @@ def load(
         chosen = chosen if classifier else replace(chosen, head=None)
         # the same numbers on any default device and under autocast
         with torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            state = _random_state(chosen)
+            state = random_state(chosen)
         return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", ("random", chosen))
     if isinstance(weights, str) and weights in SETS:
         bundled = arch is None or parse(arch).name == "vgg19"
@@ -293,7 +285,7 @@ def _read_state(
     label: str,
     key: tuple[object, ...] | None = None,
 ) -> Weights:
-    state = _map_keys(raw, label)
+    state = map_keys(raw, label)
     if key is None:  # the caller's own tensors, which may go on training
         state = {name: value.to("cpu", copy=True) for name, value in state.items()}
         key = ("state", _digest(state))
@@ -302,105 +294,13 @@ def _read_state(
         wanted = parse(arch)
         if (wanted.config, wanted.batch_norm) != (inferred.config, inferred.batch_norm):
             # a shallow file fits several networks: it serves any of them whose keys and shapes it has
-            wanted = _fitted(replace(wanted, head=inferred.head, num_classes=inferred.num_classes), state)
-            if _misfits(wanted, state):
+            wanted = fitted(replace(wanted, head=inferred.head, num_classes=inferred.num_classes), state)
+            if misfits(wanted, state):
                 raise WeightsError(f"weights {label} belong to {inferred.name}, not to {wanted.name}")
             inferred = wanted
     shift = {"features.0.weight": state["features.0.weight"].flip(1)} if convention.bgr else {}
     # a first convolution that took 0..255 still does: its std of 1/255 travels along
     return Weights(inferred, state | shift, convention.mean, convention.std, label, key)
-
-
-def _map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
-    """The tensors under torchvision's keys, whatever wraps them: {"state_dict": …}, "module." and other prefixes."""
-    for wrapper in ("state_dict", "model_state_dict", "model", "net"):  # the last is that of our own checkpoints
-        if isinstance(raw.get(wrapper), Mapping):
-            raw = raw[wrapper]
-    prefixes = {key.removesuffix("features.0.weight") for key in raw if str(key).endswith("features.0.weight")}
-    if len(prefixes) > 1:
-        shown = ", ".join(sorted(repr(each) for each in prefixes))
-        raise WeightsError(f"weights {label} hold {len(prefixes)} networks, under {shown}: give the state dict of one")
-    prefix = prefixes.pop() if prefixes else ""
-    state = {
-        key.removeprefix(prefix): value.detach().to(torch.float32) if value.is_floating_point() else value
-        for key, value in raw.items()
-        if isinstance(key, str) and key.startswith(prefix) and isinstance(value, Tensor)
-    }
-    if (
-        "classifier.4.weight" in state and "classifier.0.weight" not in state
-    ):  # Oxford's conversion numbers them differently
-        moved = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
-        state = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
-    if "features.0.weight" not in state:
-        shown = ", ".join(map(str, list(raw)[:3])) or "nothing"
-        raise WeightsError(
-            f"weights {label} are not a VGG's: expected keys like features.0.weight (conv1_1), found {shown}"
-        )
-    for key, value in state.items():
-        if value.is_meta or (key.endswith("weight") and not value.is_floating_point()):
-            what = "no values" if value.is_meta else f"{value.dtype} values, expected floating-point ones"
-            raise WeightsError(f"weights {label} cannot be used: {key} has {what}")
-        if key.startswith("features.") and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise WeightsError(f"weights {label} are damaged: {key} holds NaN or infinite values")
-    return state
-
-
-def _misfits(arch: Arch, state: Mapping[str, Tensor]) -> list[str]:
-    """Keys of the convolutional part that `arch` lacks, or has in another shape."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in arch.layers:
-        if layer.kind == "conv":
-            shapes[f"features.{layer.index}.weight"] = (layer.channels, layer.in_channels, layer.kernel, layer.kernel)
-            shapes[f"features.{layer.index}.bias"] = (layer.channels,)
-        elif layer.kind == "bn":
-            shapes |= dict.fromkeys(_keys(layer), (layer.channels,))
-            shapes[f"features.{layer.index}.num_batches_tracked"] = ()
-    return [key for key, value in state.items() if key.startswith("features.") and shapes.get(key) != value.shape]
-
-
-def _fitted(arch: Arch, state: Mapping[str, Tensor]) -> Arch:
-    """The architecture with the channels of the state's convolutions; in proportion where those are missing."""
-    channels = list(scaled(state["features.0.weight"].shape[0]))
-    for layer in arch.convs:
-        value = state.get(f"features.{layer.index}.weight")
-        if value is not None and layer.name.endswith("_1"):
-            channels[int(layer.name[4]) - 1] = value.shape[0]
-    return replace(arch, channels=tuple(channels))
-
-
-def _widths(arch: Arch) -> str:
-    return f"channels {'/'.join(map(str, arch.channels))}" if arch.width is None else f"width {arch.width:g}"
-
-
-def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:
-    """The network that a state dict belongs to, inferred from its keys and shapes.
-
-    A file with only the first layers may fit several networks: one that it fills completely is preferred, then vgg16,
-    vgg19 and the others.
-
-    Raises:
-        WeightsError: no VGG has these keys and shapes.
-    """
-    convs = sum(value.ndim == 4 for value in state.values())
-    bn = "features.1.weight" in state
-    configs = ("D", "E", "B", "A", "C") if bn else ("D", "E", "B", "A", "C", "A-LRN")
-    candidates = [_fitted(Arch(config, bn, head=None), state) for config in configs]
-    fitting = [arch for arch in candidates if not _misfits(arch, state)]
-    if not fitting:
-        closest = min((_misfits(arch, state) for arch in candidates), key=len)
-        raise WeightsError(
-            f"weights {label} are not a VGG's: {closest[0]} has shape {tuple(state[closest[0]].shape)}, "
-            "which fits no configuration"
-        )
-    arch = next((arch for arch in fitting if len(arch.convs) == convs), fitting[0])
-    hidden, channels = arch.hidden, arch.layers[-1].channels
-    last = state.get("classifier.6.weight")
-    if last is not None and last.ndim == 2 and last.shape[1] == hidden:
-        return replace(arch, head="paper", num_classes=last.shape[0])
-    last = state.get("classifier.1.weight")
-    if last is not None and last.ndim == 2 and last.shape[1] == channels:
-        return replace(arch, head="slim", num_classes=last.shape[0])
-    return arch
 
 
 def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
@@ -426,7 +326,7 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     loaded = load(weights, net.arch, classifier=head)
     arch, state = loaded.arch, dict(loaded.state)
     if arch.channels != net.arch.channels:
-        raise WeightsError(f"weights {loaded.label} have {_widths(arch)}, the network {_widths(net.arch)}")
+        raise WeightsError(f"weights {loaded.label} have {widths(arch)}, the network {widths(net.arch)}")
     head = head and (loaded.key[0] != "random" or arch.head is not None)
     if head and (arch.head, arch.num_classes) != (net.arch.head, net.arch.num_classes):
         theirs = f"a {arch.head} head for {arch.num_classes} classes" if arch.head else "no classifier"
@@ -482,7 +382,7 @@ def facts_of(weights: str | os.PathLike[str]) -> dict[str, Any]:
 def _published(name: str, arch: Arch) -> Published:
     published = arch.channels == BLOCK_CHANNELS
     if not published or arch.name not in SETS[name]:
-        what = arch.name if published else f"{arch.name} at {_widths(arch)}"
+        what = arch.name if published else f"{arch.name} at {widths(arch)}"
         raise WeightsUnavailableError(f"there are no {name!r} weights for {what}: choose from {', '.join(SETS[name])}")
     return SETS[name][arch.name]
 
@@ -525,57 +425,3 @@ def find(name: str, arch: str = "vgg16", *, download: bool = True, bundled: bool
         return fetch(published.url, folders()[-1])
     except WeightsUnavailableError as error:
         raise WeightsUnavailableError(f"{lacking}, {error}; {ways_out}") from None
-
-
-# ── random ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _random_state(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
-    """Gaussian weights, each convolution's channels calibrated to mean 0 and variance 1 on 1/f noise.
-
-    Random features with calibrated layers carry texture and colour (Ustyuzhaninov et al. 2016, arXiv:1606.00021), so
-    they serve tests and previews where nothing can be downloaded. The calibration is what batch normalisation would
-    subtract and divide by (Mishkin and Matas 2015, arXiv:1511.06422, per channel). A classifier's layers, for which the
-    noise gives too few values, are brought to variance 1 as a whole.
-    """
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-    x = torch.zeros(8, 3, 96, 96, dtype=torch.float32)
-    for side in (3, 6, 12, 24, 48, 96):  # octaves of equal power make 1/f
-        noise = draw(8, 3, side, side)
-        x += F.interpolate(noise, size=96, mode="bilinear", align_corners=False)
-    x /= x.std()
-    state: dict[str, Tensor] = {}
-    for layer in arch.layers:
-        if layer.kind == "conv":
-            weight = draw(layer.channels, layer.in_channels, layer.kernel, layer.kernel)
-            x = F.conv2d(x, weight, padding=layer.kernel // 2)
-            std, mean = torch.std_mean(x, dim=(0, 2, 3))
-            x = (x - mean[:, None, None]) / std[:, None, None]
-            state[f"features.{layer.index}.weight"] = weight / std[:, None, None, None]
-            state[f"features.{layer.index}.bias"] = -mean / std
-        elif layer.kind == "bn":
-            ones = torch.ones(layer.channels, dtype=torch.float32)
-            parts = (ones, torch.zeros_like(ones), torch.zeros_like(ones), ones.clone())
-            state |= dict(zip(_keys(layer), parts, strict=True))
-        elif layer.kind == "relu":
-            x = x.relu()
-        elif layer.kind == "lrn":
-            x = F.local_response_norm(x, *LRN)
-        else:
-            x = F.max_pool2d(x, 2)
-    if arch.head is None:
-        return state
-    slim = arch.head == "slim"
-    x = F.adaptive_avg_pool2d(x, 1 if slim else 7).flatten(1)
-    for name in arch.head_names:
-        if name not in LINEAR:
-            x = x.relu()
-            continue
-        outputs = arch.num_classes if name == arch.head_names[-1] else arch.hidden
-        weight = draw(outputs, x.shape[1])
-        x = x @ weight.T
-        std = x.square().mean().sqrt()
-        x /= std
-        state[f"classifier.{LINEAR[name]}.weight"] = weight / std
-        state[f"classifier.{LINEAR[name]}.bias"] = torch.zeros(outputs, dtype=torch.float32)
-    return state

@@ -1,0 +1,116 @@
+"""State dicts: keys as torchvision names them, whatever they are wrapped in, and the network that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vggfeat.arch import HEADS, Arch, Layer, scaled
+from vggfeat.errors import WeightsError
+
+__all__ = ["HEAD_NAMES", "LINEAR", "fitted", "infer_arch", "keys_of", "map_keys", "misfits", "widths"]
+
+LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # where the head's layers are in `classifier`
+HEAD_NAMES = frozenset(name for head in HEADS for name in Arch(head=head).head_names)
+
+
+def keys_of(layer: Layer) -> list[str]:
+    """State-dict keys of a layer, without the counter that evaluation does not need."""
+    parts = {"conv": ("weight", "bias"), "bn": ("weight", "bias", "running_mean", "running_var")}.get(layer.kind, ())
+    return [f"features.{layer.index}.{part}" for part in parts]
+
+
+def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
+    """The tensors under torchvision's keys, whatever wraps them: {"state_dict": …}, "module." and other prefixes."""
+    for wrapper in ("state_dict", "model_state_dict", "model", "net"):  # the last is that of our own checkpoints
+        if isinstance(raw.get(wrapper), Mapping):
+            raw = raw[wrapper]
+    prefixes = {key.removesuffix("features.0.weight") for key in raw if str(key).endswith("features.0.weight")}
+    if len(prefixes) > 1:
+        shown = ", ".join(sorted(repr(each) for each in prefixes))
+        raise WeightsError(f"weights {label} hold {len(prefixes)} networks, under {shown}: give the state dict of one")
+    prefix = prefixes.pop() if prefixes else ""
+    state = {
+        key.removeprefix(prefix): value.detach().to(torch.float32) if value.is_floating_point() else value
+        for key, value in raw.items()
+        if isinstance(key, str) and key.startswith(prefix) and isinstance(value, Tensor)
+    }
+    # Oxford's conversion numbers them differently
+    if "classifier.4.weight" in state and "classifier.0.weight" not in state:
+        moved = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
+        state = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
+    if "features.0.weight" not in state:
+        shown = ", ".join(map(str, list(raw)[:3])) or "nothing"
+        raise WeightsError(
+            f"weights {label} are not a VGG's: expected keys like features.0.weight (conv1_1), found {shown}"
+        )
+    for key, value in state.items():
+        if value.is_meta or (key.endswith("weight") and not value.is_floating_point()):
+            what = "no values" if value.is_meta else f"{value.dtype} values, expected floating-point ones"
+            raise WeightsError(f"weights {label} cannot be used: {key} has {what}")
+        if key.startswith("features.") and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise WeightsError(f"weights {label} are damaged: {key} holds NaN or infinite values")
+    return state
+
+
+def misfits(arch: Arch, state: Mapping[str, Tensor]) -> list[str]:
+    """Keys of the convolutional part that `arch` lacks, or has in another shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in arch.layers:
+        if layer.kind == "conv":
+            shapes[f"features.{layer.index}.weight"] = (layer.channels, layer.in_channels, layer.kernel, layer.kernel)
+            shapes[f"features.{layer.index}.bias"] = (layer.channels,)
+        elif layer.kind == "bn":
+            shapes |= dict.fromkeys(keys_of(layer), (layer.channels,))
+            shapes[f"features.{layer.index}.num_batches_tracked"] = ()
+    return [key for key, value in state.items() if key.startswith("features.") and shapes.get(key) != value.shape]
+
+
+def fitted(arch: Arch, state: Mapping[str, Tensor]) -> Arch:
+    """The architecture with the channels of the state's convolutions; in proportion where those are missing."""
+    channels = list(scaled(state["features.0.weight"].shape[0]))
+    for layer in arch.convs:
+        value = state.get(f"features.{layer.index}.weight")
+        if value is not None and layer.name.endswith("_1"):
+            channels[int(layer.name[4]) - 1] = value.shape[0]
+    return replace(arch, channels=tuple(channels))
+
+
+def widths(arch: Arch) -> str:
+    """Its channel counts, for messages."""
+    return f"channels {'/'.join(map(str, arch.channels))}" if arch.width is None else f"width {arch.width:g}"
+
+
+def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:
+    """The network that a state dict belongs to, inferred from its keys and shapes.
+
+    A file with only the first layers may fit several networks: one that it fills completely is preferred, then vgg16,
+    vgg19 and the others.
+
+    Raises:
+        WeightsError: no VGG has these keys and shapes.
+    """
+    convs = sum(value.ndim == 4 for value in state.values())
+    bn = "features.1.weight" in state
+    configs = ("D", "E", "B", "A", "C") if bn else ("D", "E", "B", "A", "C", "A-LRN")
+    candidates = [fitted(Arch(config, bn, head=None), state) for config in configs]
+    fitting = [arch for arch in candidates if not misfits(arch, state)]
+    if not fitting:
+        closest = min((misfits(arch, state) for arch in candidates), key=len)
+        raise WeightsError(
+            f"weights {label} are not a VGG's: {closest[0]} has shape {tuple(state[closest[0]].shape)}, "
+            "which fits no configuration"
+        )
+    arch = next((arch for arch in fitting if len(arch.convs) == convs), fitting[0])
+    hidden, channels = arch.hidden, arch.layers[-1].channels
+    last = state.get("classifier.6.weight")
+    if last is not None and last.ndim == 2 and last.shape[1] == hidden:
+        return replace(arch, head="paper", num_classes=last.shape[0])
+    last = state.get("classifier.1.weight")
+    if last is not None and last.ndim == 2 and last.shape[1] == channels:
+        return replace(arch, head="slim", num_classes=last.shape[0])
+    return arch
