@@ -753,7 +753,7 @@ def test_a_run_is_not_written_among_its_images(vgg, labelled):
     pictures.folder(labelled / "data", pictures.tree(8))
     for folder in ("data/run", "data", "./data/../data/run"):
         code, out, err = vgg("train", "data", *SMALL, "-o", folder)
-        assert (code, out) == (2, "") and "inside of the images' folder" in one_line(err, "vggfeat")
+        assert (code, out) == (2, "") and "inside the images' folder" in one_line(err, "vggfeat")
     assert sorted(each.name for each in (labelled / "data").iterdir()) == ["ant", "bee", "cow"]
     code, out, _ = vgg("train", "data", *SMALL, "--epochs=1", "--quiet", "-o", "data/.run")  # which nobody looks at
     assert (code, out) == (0, "data/.run\n") and vgg("evaluate", "data/.run", "data")[0] == 0
@@ -780,7 +780,7 @@ def test_a_recipe_s_flag_can_be_taken_back(vgg, labelled):
         (["train", "set.zip", "--batch-size=8", "--weights", "bundled", "--freeze", "conv9_1"], "conv9_1"),
         (["train", "set.zip", "--batch-size=8", "--size=64"], "smaller than size 64"),
         (["train", "set.zip", "--plot", "gone/x.png"], "expected a folder at gone"),
-        (["train", "set.zip", "-o", "set.zip"], "there already"),
+        (["train", "set.zip", "-o", "set.zip"], "already exists"),
         (["train", "broken.zip"], "no zip, or a damaged one"),
         (["evaluate", "gone.pth", "set.zip"], "no weights at gone.pth"),
         (["evaluate", "bundled", "set.zip"], "no classifier"),

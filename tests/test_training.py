@@ -483,7 +483,7 @@ def test_what_is_left_out_is_told_once(tmp_path):
 def test_a_run_is_never_overwritten(data, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"there already.*--resume"):
+    with pytest.raises(InputError, match=r"already exists.*--resume"):
         run(data, tmp_path / "r")
     assert [p.name for p in (tmp_path / "r").iterdir()] == ["mine.txt"]
 
@@ -835,7 +835,7 @@ def test_resuming_takes_over_nobody_elses_folder(data, tmp_path):
     theirs.mkdir()
     (theirs / "config.json").write_text("mine")
     (theirs / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="no checkpoint to go on from"):
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
         run(data, theirs, resume=True)
     assert (theirs / "config.json").read_text() == "mine"
     result = run(data, tmp_path / "new", resume=True, epochs=1)  # a run that was killed before it began
@@ -996,7 +996,7 @@ def test_a_refusal_reaches_every_process(data, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "mine.txt").write_text("mine")
     for status, _, error in together(2, "-m", "vggfeat.training", *command(data, tmp_path / "r")):
-        assert status == 2 and "r is there already" in error
+        assert status == 2 and "r already exists" in error
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["mine.txt"]
 
 
@@ -1059,13 +1059,13 @@ def test_one_process_at_a_time(data, tmp_path):
             said.append(str(info.value))
 
     run(data, tmp_path / "r", callback=callback, epochs=1)
-    assert said[0].startswith("another process is at work in") and "is there already" in said[1]
+    assert said[0].startswith("another process is using") and "already exists" in said[1]
     assert run(data, tmp_path / "r", resume=True, epochs=1).history
 
 
 def test_what_has_to_be_given_again_is_said_first(data, tmp_path):
     run(data, tmp_path / "r", epochs=1)
-    with pytest.raises(InputError, match="other settings, which have to be given again: .*batch_size was 8, is 500"):
+    with pytest.raises(InputError, match="other settings, give the same again: .*batch_size was 8, is 500"):
         vggfeat.train(data, None, vggfeat.recipe("fast"), tmp_path / "r", resume=True)
 
 

@@ -1127,7 +1127,7 @@ def test_what_no_memory_can_hold_is_refused_at_once(config, pair, monkeypatch, o
     monkeypatch.setattr(stylize_module, "total_memory", lambda device: 2 * each * pixels)
     stylize(*pair, settings)
     monkeypatch.setattr(stylize_module, "total_memory", lambda device: 2 * each * pixels - 2)
-    with pytest.raises(InputError, match=r"is 48×36, which takes 0\.0 GiB and more of memory; there is room for 0\.0"):
+    with pytest.raises(InputError, match=r"is 48×36, which takes 0\.0 GiB of memory or more; there is room for 0\.0"):
         stylize(*pair, settings)
 
 

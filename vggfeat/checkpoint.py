@@ -42,7 +42,7 @@ def read(path: Path, needed: Collection[str]) -> dict[str, Any]:
     """
     with zipfile.ZipFile(path) as archive:
         if part := archive.testzip():
-            raise zipfile.BadZipFile(f"checksum of {part} does not fit")
+            raise zipfile.BadZipFile(f"checksum of {part} does not match")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if missing := set(needed) - state.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")

@@ -326,7 +326,9 @@ class VGGFeatures(nn.Module):
             return
         low, high = (float(value) for value in torch.aminmax(images.detach()))
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise InputError("the images hold NaN or infinite values: look at what made them, such as a step too long")
+            raise InputError(
+                "the images hold NaN or infinite values: check what produced them, such as too long a step"
+            )
         floor, ceiling = self.input_range
         slack = (ceiling - floor) / 2
         if not self._warned and (low < floor - slack or high > ceiling + slack):

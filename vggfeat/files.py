@@ -180,7 +180,7 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InputError(f"another process is at work in {folder}: wait for it, or name another") from error
+                raise InputError(f"another process is using {folder}: wait for it, or choose another") from error
         yield
     finally:
         os.close(file)

@@ -262,7 +262,7 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     if path.is_dir():
         if saved(path / "checkpoints"):
             raise WeightsError(
-                f"the run in {path} has not ended: go on with resume=True (--resume), or name one of its checkpoints"
+                f"the run in {path} has not finished: use resume=True (--resume), or name one of its checkpoints"
             )
         raise WeightsError(f"{path} is a folder without weights.safetensors: give a .pth, .safetensors or .h5 file")
     published = {p.filename: p for group in SETS.values() for p in group.values()}.get(path.name)

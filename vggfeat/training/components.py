@@ -39,8 +39,8 @@ def network(config: TrainConfig, num_classes: int) -> VGG:
     head = theirs.head is not None and not config.new_head
     if head and (theirs.head, theirs.num_classes) != (config.head, num_classes):
         raise WeightsError(
-            f"weights {weights.label} have a {theirs.head} head for {theirs.num_classes} classes, asked for is a "
-            f"{config.head} head for {num_classes}: draw it anew with new_head=True (--new-head)"
+            f"weights {weights.label} have a {theirs.head} head for {theirs.num_classes} classes, the run wants a "
+            f"{config.head} head for {num_classes}: start a new one with new_head=True (--new-head)"
         )
     load_weights(net, weights, head=head)
     if config.freeze is not None:

@@ -168,7 +168,7 @@ class TrainConfig:
             if self.resize[0] + 2 * self.pad < (self.size or 0):
                 raise InputError(f"resize {self.resize[0]} with pad {self.pad} is smaller than size {self.size}")
         if self.weights is None and (self.new_head or self.freeze):
-            raise InputError("new_head and freeze go with weights: name some to start from")
+            raise InputError("new_head and freeze need weights to start from")
         if self.weights is not None and self.width != 1:
             raise InputError("weights have their own width: leave width at 1")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):

@@ -292,7 +292,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
         named = "; ".join(message for _, message in bad[:NAMED])
         raise InputError(
             f"{len(bad)} of {len(images)} images cannot be read: {named}{' …' * (len(bad) > NAMED)}; "
-            "mend or remove them, or leave them out with bad_images='skip' (--bad-images skip)"
+            "fix or remove them, or leave them out with bad_images='skip' (--bad-images skip)"
         )
     images.skipped = [images.names[i] for i, _ in bad]
     if bad:

@@ -191,7 +191,7 @@ def evaluate(
     if names is not None and names != data.classes:
         i = next(i for i, pair in enumerate(zip(names, data.classes, strict=True)) if pair[0] != pair[1])
         raise InputError(
-            f"class {i} is {data.classes[i]!r} in {data.label} and {names[i]!r} in the weights: these are other classes"
+            f"class {i} is {data.classes[i]!r} in {data.label} and {names[i]!r} in the weights: the classes differ"
         )
     if held is not None and (rest := _held_out(data, **held)) is not None:
         data = replace(rest, label=f"{rest.label}, what was held out")

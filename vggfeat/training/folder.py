@@ -66,15 +66,15 @@ def check(folder: Path, config: TrainConfig, resume: bool, sources: Sequence[Any
             one of the folders that the images come from, and would be a class there.
     """
     if any(isinstance(source, str | os.PathLike) and would_hold(Path(source), folder) for source in sources):
-        raise InputError(f"{folder} is inside of the images' folder, and would be a class of it: choose another")
+        raise InputError(f"{folder} is inside the images' folder, and would become a class of it: choose another")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not resume:
-        raise InputError(f"{folder} is there already: choose another folder, or go on with resume=True (--resume)")
+        raise InputError(f"{folder} already exists: choose another folder, or resume with resume=True (--resume)")
     begun = {"config.json", "checkpoints", "tensorboard"}  # what a run that was killed early may have left
     rest = {each.name for each in folder.iterdir() if not each.match(TEMPORARY)} - begun if folder.is_dir() else {""}
     if rest and not checkpoint.saved(folder / "checkpoints"):
-        raise InputError(f"{folder} has no checkpoint to go on from: choose another folder")
+        raise InputError(f"{folder} has no checkpoint to resume from: choose another folder")
     if before := _config_of(folder / "config.json"):  # before anything is said of settings that are not the run's
         _compare(folder, before, config)
 
@@ -83,7 +83,7 @@ def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
     free = ("device", "workers", "save_every", "compile", "bad_images")
     before = {key: tuple(value) if isinstance(value, list) else value for key, value in before.items()}
     if said := changed(before, config.to_dict(), free):
-        raise InputError(f"the run in {folder} has other settings, which have to be given again: {said}")
+        raise InputError(f"the run in {folder} has other settings, give the same again: {said}")
 
 
 def begin(

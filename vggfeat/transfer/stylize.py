@@ -274,7 +274,7 @@ class _Run:
         if (needed := images * 12 * width * height) > room:
             raise InputError(
                 f"at size {config.size} the picture is {width}×{height}, which takes {needed / 2**30:,.1f} GiB "
-                f"and more of memory; there is room for {room / 2**30:,.1f} GiB: choose a smaller size"
+                f"of memory or more; there is room for {room / 2**30:,.1f} GiB: choose a smaller size"
             )
         self.objective: Objective | None = None
         self.checkpoint: Path | None = None
