@@ -488,8 +488,8 @@ def test_three_against_seven():
     found = stacked_3x3(3)
     assert (found.stacked_params, found.single_params, round(100 * found.saving)) == (27, 49, 45)
     assert len(json.loads(found.to_json())["stacks"]) == 3 and "7×7" in str(found)
-    for n in (0, 51):
-        with pytest.raises(InputError, match="n must be a whole number from 1 to 50"):
+    for n, said in ((0, "a whole number of at least 1, got 0"), (2.5, "a whole number"), (51, "at most 50, got 51")):
+        with pytest.raises(InputError, match=f"n must be {said}"):
             stacked_3x3(n)
 
 

@@ -1,8 +1,10 @@
 """vggfeat.arch against the paper's Table 1 and figures worked out by hand (VGG_FACTS)."""
 
+import numpy
 import pytest
 import torch
 
+from vggfeat.analysis import describe
 from vggfeat.arch import ARCHS, BLOCKS, Arch, channels_at, parse, scaled
 from vggfeat.errors import InputError
 from vggfeat.network import vgg
@@ -171,6 +173,15 @@ def test_unknown_arch(name, hint):
 def test_arch_of_another_type():
     with pytest.raises(InputError, match="a name such as 'vgg16', got int"):
         parse(16)
+
+
+def test_numpy_s_numbers_are_numbers():
+    arch = Arch(num_classes=numpy.int64(7))
+    assert type(arch.num_classes) is int and arch == Arch(num_classes=7)
+    assert channels_at(numpy.float32(0.25)) == channels_at(0.25)
+    sizes = (numpy.int64(64), numpy.array([64, 96]), [64, 96])
+    found = [(each.height, each.width) for each in (describe("A", input_size=size) for size in sizes)]
+    assert found == [(64, 64), (64, 96), (64, 96)]
 
 
 @pytest.mark.parametrize(

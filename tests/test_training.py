@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import random
@@ -1081,7 +1082,8 @@ def test_one_class_is_none(tmp_path):
     [
         (PermissionError(13, "Permission denied"), "Permission denied"),
         (OSError(116, "Stale file handle"), "Stale file handle"),
-        (MemoryError(), "out of memory"),
+        (MemoryError(), "there is not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_now_stays(data, tmp_path, monkeypatch, error, said):
@@ -1095,6 +1097,30 @@ def test_a_checkpoint_that_cannot_be_read_now_stays(data, tmp_path, monkeypatch,
     with pytest.raises(RunError, match=f"cannot read .*step-000000006.pt: {said}"):
         checkpoint.newest(tmp_path / "r" / "checkpoints", NEEDED)
     assert sorted((tmp_path / "r" / "checkpoints").iterdir()) == files
+
+
+def test_damage_that_looks_like_the_system_s_is_passed_over(data, tmp_path):
+    """A bit of the zip's end, by which its reader seeks to before the beginning: invalid argument."""
+    run(data, tmp_path / "r", epochs=2)
+    folder = tmp_path / "r" / "checkpoints"
+    older, newest = sorted(folder.iterdir())
+    expected = checkpoint.read(older, NEEDED)
+    content, seen = bytearray(newest.read_bytes()), 0
+    for place in range(len(content) - 60, len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        newest.write_bytes(damaged)
+        try:
+            checkpoint.read(newest, NEEDED)
+        except OSError as error:
+            seen += error.errno == errno.EINVAL
+            state, said = checkpoint.newest(folder, NEEDED)
+            assert (state["epoch"], state["step"]) == (expected["epoch"], expected["step"])
+            assert "Invalid argument" in said[0]
+            newest.with_suffix(".damaged").unlink()
+        except Exception:
+            continue
+    assert seen
 
 
 def test_going_on_with_other_images_is_refused(tmp_path):

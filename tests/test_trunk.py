@@ -16,6 +16,7 @@ from vggfeat import vgg16
 from vggfeat.arch import Arch, scaled
 from vggfeat.errors import InputError
 from vggfeat.features import VGGFeatures
+from vggfeat.losses import PerceptualLoss, StyleLoss
 from vggfeat.trunk import Plan, Trunk, bits, direct, layers, operators, plain, run, strips, walk
 from vggfeat.trunk.bits import pack, unpack
 from vggfeat.trunk.stage import ByRows
@@ -978,6 +979,13 @@ def test_traced():
     x = torch.rand(1, 3, 24, 17)
     for name, tap in traced(x).items():
         torch.testing.assert_close(tap, f(x)[name], rtol=1e-4, atol=1e-5)
+    x, y = torch.rand(2, 1, 3, 16, 20)
+    for loss in (PerceptualLoss(["relu2_1"], weights="random"), StyleLoss(["relu2_1"], weights="random")):
+        leaf = x.clone().requires_grad_()
+        both = [each(leaf, y) for each in (torch.jit.trace(loss, (leaf, y), check_trace=False), loss)]
+        torch.testing.assert_close(*both)
+        traced, plainly = (torch.autograd.grad(value, leaf)[0] for value in both)
+        assert (traced - plainly).norm() < 1e-4 * plainly.norm()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -245,6 +245,9 @@ def test_peaks_are_local_maxima_apart_and_inside():
     values, places = _peaks(tap[:, :2, :2], layer, 2)  # every unit sees beyond the border
     assert values.tolist() == [[9, -math.inf]] and places[0, 0].tolist() == [0, 0]
     assert _peaks(torch.zeros(1, 20, 20), layer, 2)[0].tolist() == [[-math.inf] * 2]
+    alone = torch.zeros(1, 20, 20)
+    alone[0, 0, 0] = 5  # sees beyond the border, too, but there is no other
+    assert _peaks(alone, layer, 2)[0].tolist() == [[5, -math.inf]]
     tap[:, 5:, 5:] = 0
     assert _peaks(tap, layer, 3)[0].tolist() == [[3, -math.inf, -math.inf]]
 
@@ -653,6 +656,11 @@ def test_a_class_or_classifier_that_is_not_there(headed, small):
         cam(noise(32, 128), net=headed, size=64)
     a, b = cam(noise(64, 64), 1, net=headed), cam(noise(64, 64), 1, weights=headed.state_dict())
     assert torch.allclose(a.map, b.map, atol=1e-5)
+
+
+def test_a_dream_of_random_weights_classifier():
+    found = dream("fc8", [3], size=32, steps=1, arch=Arch("A", channels=scaled(8), num_classes=5), weights="random")
+    assert found.sheet.image.size[0] >= 32
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

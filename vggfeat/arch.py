@@ -8,8 +8,10 @@ Source: Simonyan & Zisserman 2015 (arXiv:1409.1556), Table 1. A layer name means
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from vggfeat.errors import InputError, nearest
 
@@ -96,8 +98,7 @@ class Arch:
             raise InputError(f"configuration {self.config} has no batch-normalised form; use A with batch_norm=True")
         if self.head not in (*HEADS, None):
             raise InputError(f"unknown head {self.head!r}: choose 'paper' or 'slim'")
-        if not isinstance(self.num_classes, int) or self.num_classes < 1:
-            raise InputError(f"num_classes must be a whole number of at least 1, got {self.num_classes!r}")
+        object.__setattr__(self, "num_classes", whole_number("num_classes", self.num_classes))
 
     @property
     def name(self) -> str:
@@ -209,9 +210,28 @@ def channels_at(width: float) -> tuple[int, ...]:
     Raises:
         InputError: a width that is not a positive number.
     """
-    if not isinstance(width, int | float) or not 0 < width <= 64:
+    try:
+        fits = 0 < width <= 64
+    except TypeError:  # no number
+        fits = False
+    if not fits:
         raise InputError(f"width must be a positive number of at most 64, got {width!r}")
     return scaled(max(1, round(64 * width)))
+
+
+def whole_number(name: str, value: SupportsIndex, least: int = 1) -> int:
+    """A setting as an int, NumPy's included.
+
+    Raises:
+        InputError: it is no whole number, or too small.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}") from error
+    if number < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {number}")
+    return number
 
 
 def parse(name: str | Arch) -> Arch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import torch
 
+from vggfeat.devices import lacks_memory
 from vggfeat.errors import RunError, first_line
 from vggfeat.files import TEMPORARY, new_file
 
 __all__ = ["newest", "read", "save", "saved", "write"]
 
 KEPT = 2  # the older one in case the newest is damaged
+# what keeps an intact file from being read; damage shows as other errors, EINVAL and EIO included
+PASSING = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
@@ -36,14 +40,20 @@ def read(path: Path, needed: Collection[str]) -> dict[str, Any]:
     """A state that is whole: the checksums of all parts fit, and nothing is unpickled that could run code.
 
     Raises:
-        OSError: with an `errno`: it cannot be read now.
-        MemoryError: there is not enough memory now.
+        RunError: it cannot be read now, for a reason that may pass.
         Exception: of any kind: flipped bits can make zip and pickle readers raise anything.
     """
-    with zipfile.ZipFile(path) as archive:
-        if part := archive.testzip():
-            raise zipfile.BadZipFile(f"checksum of {part} does not match")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if part := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {part} does not match")
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if lacks_memory(error):
+            raise RunError(f"cannot read {path}: there is not enough memory") from error
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise RunError(f"cannot read {path}: {error.strerror}") from error
+        raise
     if missing := set(needed) - state.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     return state
@@ -82,11 +92,8 @@ def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None
     for path in saved(folder):
         try:
             state = read(path, needed)
-        except (OSError, MemoryError) as error:  # damage raises anything else, or has no errno
-            if isinstance(error, OSError) and error.errno is None:
-                wrong[path] = f"{path} is damaged ({first_line(error)})"
-                continue
-            raise RunError(f"cannot read {path}: {getattr(error, 'strerror', 'out of memory')}") from error
+        except RunError:
+            raise
         except Exception as error:
             wrong[path] = f"{path} is damaged ({first_line(error)})"
         else:

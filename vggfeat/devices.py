@@ -18,6 +18,7 @@ __all__ = [
     "emulates",
     "free_memory",
     "has_onednn",
+    "lacks_memory",
     "multiplies_bfloat16",
     "resolve",
     "total_memory",
@@ -127,8 +128,8 @@ def free_memory(device: torch.device) -> int:
     return min(_machine_free(), max(0, limit - used))
 
 
-def total_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has, on a CPU the machine or the container: the same at every call."""
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a device, on a CPU of the machine or container; the same at every call, None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type == "mps":
@@ -136,8 +137,14 @@ def total_memory(device: torch.device) -> int:
     try:
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows
-        pages = 2 * UNKNOWN
+        return None
     return min(pages, _group()[0])
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that an allocation failed, on any device."""
+    said = ("can't allocate memory", "could not create a primitive")  # the latter is oneDNN's
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in said)
 
 
 def _machine_free() -> int:

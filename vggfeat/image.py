@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -327,12 +328,23 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
+def _finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for: a picture is not to be lost for that."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _metadata(kind: str, settings: dict[str, Any] | None) -> dict[str, Any]:
     """The options of Pillow's save() that put `settings` into a file."""
     if settings is None:
         return {}
     try:
-        text = json.dumps(settings, allow_nan=False)  # pure ASCII, which is all that EXIF allows: "ü" is written \u00fc
+        text = json.dumps(
+            _finite(settings), allow_nan=False
+        )  # pure ASCII, which is all that EXIF allows: "ü" is written \u00fc
     except (TypeError, ValueError) as error:
         raise InputError(f"expected settings that JSON can hold, got {settings!r:.200}: {error}") from error
     if kind == "PNG":

@@ -62,7 +62,7 @@ def in_forward_mode() -> bool:
 
 def values_are_hidden() -> bool:
     """Whether numbers cannot be read: the code is being traced, or mapped over."""
-    return torch.compiler.is_compiling() or in_functorch()
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or in_functorch()
 
 
 def needs_composite_ops() -> bool:

@@ -208,7 +208,9 @@ def compare(
             try:
                 with with_gradients():
                     net = replace(net, measured=measure_net(build, size, batch, place, seconds))
-            except ValueError as error:  # BN of a single value
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):  # to normalise a batch by
+                    raise
                 raise InputError(
                     f"{label} cannot be trained on {batch} image{'s' * (batch > 1)} of {size}×{size} "
                     f"({first_line(error)}): raise batch"

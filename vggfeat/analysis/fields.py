@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vggfeat.arch import Arch
+from vggfeat.arch import Arch, whole_number
 from vggfeat.errors import InputError
 from vggfeat.tables import Column, Report, Table
 
@@ -95,9 +95,9 @@ def stacked_3x3(n: int) -> Stacked:
     Raises:
         InputError: n outside 1 to 50.
     """
-    if not isinstance(n, int) or not 1 <= n <= 50:
-        raise InputError(f"n must be a whole number from 1 to 50, got {n!r}")
-    return Stacked(n)
+    if whole_number("n", n) > 50:
+        raise InputError(f"n must be at most 50, got {n}")
+    return Stacked(whole_number("n", n))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -274,10 +275,10 @@ def describe(
     if not isinstance(arch, Arch):
         named = parse(arch)
         arch = Arch(named.config, named.batch_norm, channels_at(width), head, num_classes)
-    sides = (input_size, input_size) if isinstance(input_size, int) else input_size
-    if not (isinstance(sides, tuple | list) and len(sides) == 2 and all(isinstance(side, int) for side in sides)):
-        raise InputError(f"input_size must be a number of pixels, or (height, width), got {input_size!r}")
-    height, width_px = sides
+    try:
+        height, width_px = map(operator.index, input_size if isinstance(input_size, Iterable) else (input_size,) * 2)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"input_size must be a number of pixels, or (height, width), got {input_size!r}") from error
     least = arch.layers[-1].stride
     if min(height, width_px) < least:
         raise InputError(f"images of {width_px}×{height} are too small for pool5: at least {least} pixels on each side")

@@ -28,7 +28,7 @@ from vggfeat.weights import IMAGENET
 __all__ = ["LEAVE_OUT", "Batch", "Batches", "normalised", "split_holdout", "scale_for", "seeded", "transforms"]
 
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
-TRIES = 100  # images in a row, in the place of one that cannot be read
+TRIES = 1000  # images drawn in the place of one that cannot be read
 _Crop = tuple[int, Tensor | None, list[str]]  # number, pixels, what could not be read before it
 _FILL = tuple(round(255 * value) for value in IMAGENET.mean)  # what is nearest to 0 once it is normalised
 
@@ -210,7 +210,7 @@ class Batches:
             if crops is None:
                 if config.bad_images == "fail":
                     raise RunError(f"{bad[0]}; {LEAVE_OUT}")
-                raise RunError(f"of {TRIES} images in a row none can be read, such as {bad[0]}")
+                raise RunError(f"of {TRIES} images drawn none can be read, such as {bad[0]}")
             self.skipped.update(bad)
             yield numbers, normalised(crops.to(self.device, non_blocking=True))
 
@@ -264,8 +264,8 @@ def _stacked(read: list[_Crop]) -> tuple[Tensor, Tensor | None, list[str]]:
 class _Crops(Dataset[Any]):
     """Images read one by one, scaled and cropped at random.
 
-    In place of one that cannot be read comes the next of the set that can, mostly of the same class, whichever process
-    reads it, so that batches keep their size and do not depend on the number of processes.
+    In place of one that cannot be read comes another of the set, drawn by the same seed in whichever process reads it,
+    so that batches keep their size and do not depend on the number of processes.
     """
 
     def __init__(self, images: ImageSet, config: TrainConfig, resize: tuple[int, ...], size: int) -> None:
@@ -281,9 +281,10 @@ class _Crops(Dataset[Any]):
         )
 
     def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> _Crop:
-        (first, seeds), bad = item, []
-        for number in range(first, first + self.tries):
-            number %= len(self.images)
+        (number, seeds), bad = item, []
+        for attempt in range(self.tries):
+            if attempt:
+                number = int(_drawn(0, len(self.images), (), seeded(*seeds, attempt)))
             try:
                 image = self.images.read(number)
             except ImageError as error:
@@ -292,4 +293,4 @@ class _Crops(Dataset[Any]):
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(seeded(*seeds).get_state())  # torchvision draws from the global generator
                 return number, self.transform(image).permute(1, 2, 0), bad  # (size,size,3)
-        return first, None, bad
+        return number, None, bad

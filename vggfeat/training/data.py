@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vggfeat.devices import total_memory
+from vggfeat.devices import UNKNOWN, total_memory
 from vggfeat.errors import ImageError, InputError
 from vggfeat.image import open_image, pixels_of
 
@@ -281,7 +281,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
             continue
         if not good:
             shape = (image.height, image.width, 3)
-            if 3 * image.height * image.width * len(images) > total_memory(torch.device("cpu")) // 4:
+            if 3 * image.height * image.width * len(images) > (total_memory(torch.device("cpu")) or 2 * UNKNOWN) // 4:
                 return
             store = torch.empty(len(images), *shape, dtype=torch.uint8, device="cpu")
         elif (image.height, image.width, 3) != shape:

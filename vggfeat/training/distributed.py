@@ -112,6 +112,22 @@ def run_on_main(decide: Callable[[], Result], world: World) -> Result:
     return result  # type: ignore[no-any-return]
 
 
+class _Sum(torch.autograd.Function):
+    """A sum over all processes, whose gradient is the sum of all gradients; torch's own is deprecated."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
 class _SyncBatchNorm(nn.BatchNorm2d):
     """Batch normalisation by the statistics of all processes' images, on any device; torch's own is for GPUs."""
 
@@ -120,15 +136,13 @@ class _SyncBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
-        from torch.distributed.nn.functional import all_reduce  # whose gradient is the sum of all gradients
-
         wide = x.float()
         count = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
-        sums = all_reduce(torch.cat([wide.sum((0, 2, 3)), count]))  # parts may differ where images were skipped
+        sums = _Sum.apply(torch.cat([wide.sum((0, 2, 3)), count]))  # parts may differ where images were skipped
         total = sums[-1].detach()
         mean = sums[:-1] / total
         away = wide - mean[:, None, None]
-        variance = all_reduce(away.square().sum((0, 2, 3))) / total
+        variance = _Sum.apply(away.square().sum((0, 2, 3))) / total
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat import checkpoint as checkpoints
 from vggfeat.cuda_graphs import AsyncScalars, captured_and_checked, lookahead
-from vggfeat.devices import free_memory, resolve, total_memory
+from vggfeat.devices import free_memory, lacks_memory, resolve, total_memory
 from vggfeat.errors import InputError, RunError, first_line, warn
 from vggfeat.features import VGGFeatures, trunk_dtype
 from vggfeat.files import check_path
@@ -270,11 +270,11 @@ class _Run:
         width, height = self.sizes[-1]
         # the picture, its gradient, the content, and what the optimiser remembers when tiled: no run takes less
         images = 3 + (2 * SHORT if config.optimizer == "lbfgs" else 2)
-        room = max(self.memory, total_memory(device) // 2)  # free memory may be misreported, or grow
-        if (needed := images * 12 * width * height) > room:
+        needed, total = images * 12 * width * height, total_memory(device)
+        if total is not None and needed > max(self.memory, total // 2):  # what is free may be misreported, or grow
             raise InputError(
                 f"at size {config.size} the picture is {width}×{height}, which takes {needed / 2**30:,.1f} GiB "
-                f"of memory or more; there is room for {room / 2**30:,.1f} GiB: choose a smaller size"
+                f"of memory or more; the device has {total / 2**30:,.1f} GiB: choose a smaller size"
             )
         self.objective: Objective | None = None
         self.checkpoint: Path | None = None
@@ -340,7 +340,7 @@ class _Run:
                     scale.load_state_dict(_to(before, self.device))
                 self._improve(scale, self.objective)
         except (MemoryError, RuntimeError) as error:
-            if number == 1 or not _lacks_memory(error):
+            if number == 1 or not lacks_memory(error):
                 raise
             self._gave_up(error, width, height)
 
@@ -426,6 +426,8 @@ class _Run:
             return
         try:
             state = checkpoints.read(self.checkpoint, self.identity.keys() | {"picture", "optimizer"})
+        except RunError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{path} is no checkpoint of a style transfer, or damaged ({first_line(error)}): name another file"
@@ -469,7 +471,7 @@ class _Run:
             whole = self.image.shape[2:] == (height, width)
             picture = self._picture(self.image if whole else self._enlarged(width, height))
         except (MemoryError, RuntimeError) as error:
-            if not _lacks_memory(error):
+            if not lacks_memory(error):
                 raise
             self._gave_up(error, width, height)
             picture = self._picture(self.image)
@@ -501,11 +503,6 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _to(each, device) for key, each in value.items()}
     return type(value)(_to(each, device) for each in value) if isinstance(value, list | tuple) else value
-
-
-def _lacks_memory(error: Exception) -> bool:
-    said = ("can't allocate memory", "could not create a primitive")  # the latter is oneDNN's
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in said)
 
 
 def _together(total: Tensor, terms: dict[str, Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,10 +71,12 @@ def _ordinary_gradient(
     x: Tensor, filters: Sequence[Tensor], plan: Plan, present: list[int], grads: Sequence[Tensor | None]
 ) -> Tensor:
     """The images' gradient by autograd, for tap gradients that the operators cannot take."""
+    again = torch.is_grad_enabled()  # the gradient is to be differentiated in its turn
     with torch.enable_grad(), no_autocast(x.device):
-        leaf = x.detach().requires_grad_()
+        leaf = x if again else x.detach().requires_grad_()
         taps = plain(leaf, filters, plan)
-        to_x: Tensor = torch.autograd.grad([taps[i] for i in present], leaf, [grads[i] for i in present])[0]
+        chosen, given = [taps[i] for i in present], [grads[i] for i in present]
+        to_x: Tensor = torch.autograd.grad(chosen, leaf, given, create_graph=again)[0]
     return to_x
 
 

@@ -21,6 +21,7 @@ from vggfeat.features import VGGFeatures
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, to_pil, to_tensor
 from vggfeat.modes import with_gradients
+from vggfeat.state_dicts import HEAD_NAMES
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.optimize import Adam
 from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize
@@ -148,8 +149,8 @@ def dream(
         raise InputError(f"seed must be below 2^63, got {seed}")
     if not learning_rate > 0:
         raise InputError(f"learning_rate must be a positive number, got {learning_rate}")
-    device, loaded = resolve(device), load(weights, arch)
-    if loaded.arch.head is None and layer in ("fc6", "relu6", "fc7", "relu7", "fc8", "fc"):
+    device, loaded = resolve(device), load(weights, arch, classifier=layer in HEAD_NAMES)
+    if loaded.arch.head is None and layer in HEAD_NAMES:
         raise WeightsError(f"weights {loaded.label} hold no classifier, so there is no {layer}: give some that do")
     loaded.require([layer])
     relu = layer.startswith("relu")
@@ -316,8 +317,7 @@ class Inversion:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the picture; see `Sheet.save`."""
-        error = None if math.isnan(self.error) else self.error  # JSON has no NaN
-        settings = {"picture": "invert", "error": error} | self.result.to_dict()
+        settings = {"picture": "invert", "error": self.error} | self.result.to_dict()
         return Sheet([self.image], settings=settings).save(path, overwrite=overwrite)
 
 

@@ -187,7 +187,8 @@ def _peaks(tap: Tensor, layer: Layer, count: int) -> tuple[Tensor, Tensor]:
     tap = tap.masked_fill(tap == 0, -math.inf)  # a plateau of zeros would be a maximum
     if min(tap.shape[1:]) > 2 * edge:
         inside = tap[:, edge : tap.shape[1] - edge, edge : tap.shape[2] - edge]
-        tap = F.pad(inside, (edge, edge, edge, edge), value=-math.inf)
+        others = inside.amax((1, 2), keepdim=True) > -math.inf
+        tap = torch.where(others, F.pad(inside, (edge, edge, edge, edge), value=-math.inf), tap)
     where = F.max_pool2d(tap[None], 2 * reach + 1, 1, reach, return_indices=True)[1]
     flat = tap.flatten(1)
     flat = flat.masked_fill(where[0].flatten(1) != torch.arange(flat.shape[1], device=flat.device), -math.inf)
