@@ -32,7 +32,7 @@ def images(value, everywhere):
 def test_images_that_are_not_finite_are_refused(state, kind, value):
     loss = kind(["relu2_2"], weights=state)
     for pair in ((images(value, False), TARGET), (TARGET, images(value, False).detach())):
-        with pytest.raises(InputError, match="NaN or infinite values: look at what made them"):
+        with pytest.raises(InputError, match="NaN or infinite values: check what produced them"):
             loss(*pair)
 
 
