@@ -269,7 +269,6 @@ def test_second_derivatives(features):
     assert error(first, second.detach()) < 1e-2  # ReLUs at their corner fall to either side
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own tracer
 def gradients(conv, x, autocast=False, batched=False):
     """Of images, weights and bias; with `batched` of three outputs at once."""
     outputs = conv(x).square().mean((0, 2, 3))[:3]
@@ -291,6 +290,7 @@ def test_a_backward_inside_autocast_and_of_many_at_once(side, how):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own tracer
 def test_in_compiled_graphs_and_under_vmap(features, monkeypatch):
     used = []
     monkeypatch.setattr(winograd, "convolve", lambda *a, real=convolve, **k: used.append(k) or real(*a, **k))

@@ -47,12 +47,14 @@ def in_functorch() -> bool:
     return bool(check and check())
 
 
-def is_batched(grad: torch.Tensor) -> bool:
+def is_batched(*grads: torch.Tensor | None) -> bool:
     """Whether a gradient is many at once (`is_grads_batched=True`, `jacobian(..., vectorize=True)`).
 
-    Those come from an older vmap, which `in_functorch` does not detect.
+    Those are made by an older vmap, which `in_functorch` does not detect.
     """
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
+    if torch.compiler.is_compiling():
+        return False
+    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
 
 
 def in_forward_mode() -> bool:

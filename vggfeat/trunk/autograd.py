@@ -60,7 +60,7 @@ class _Trunk(torch.autograd.Function):
         present = [i for i, grad in enumerate(grads[: ctx.count]) if grad is not None]
         if not present:
             return (None, *nothing)
-        if any(grad is not None and is_batched(grad) for grad in grads):
+        if is_batched(*grads):
             return (_ordinary_gradient(x, rest[sum(ctx.split) :], Plan.decode(ctx.code), present, grads), *nothing)
         # called directly where possible: torch.compile of torch 2.13 gives `apply` in a backward one argument too many
         back: Any = _TrunkBackward.apply if torch.is_grad_enabled() else _TrunkBackward.forward
