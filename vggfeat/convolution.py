@@ -53,7 +53,7 @@ def pays_by_tiles(x: Tensor, weight: Tensor) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is faster by tiles; decided by shape, for reproducible runs."""
     if x.device.type != "cpu" or x.ndim != 4 or not x.dtype == weight.dtype == torch.float32:
         return False
-    if needs_composite_ops() or exporting() or type(x) is not Tensor:
+    if needs_composite_ops() or type(x) is not Tensor:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False

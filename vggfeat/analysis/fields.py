@@ -95,9 +95,10 @@ def stacked_3x3(n: int) -> Stacked:
     Raises:
         InputError: n outside 1 to 50.
     """
-    if whole_number("n", n) > 50:
+    n = whole_number("n", n)
+    if n > 50:
         raise InputError(f"n must be at most 50, got {n}")
-    return Stacked(whole_number("n", n))
+    return Stacked(n)
 
 
 @dataclass(frozen=True)
