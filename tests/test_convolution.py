@@ -1,5 +1,7 @@
 """Convolutions of small maps against torch's own, in value, in gradient and in company."""
 
+import itertools
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -33,6 +35,24 @@ def test_value_and_gradients_are_those_of_torch(side, layout):
         strict=True,
     ):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", [(2, 2), (4, 3), (4, 4)])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_values_in_any_order_in_memory(side, order):
+    def laid_out(values):
+        back = [order.index(i) for i in range(4)]
+        return values.detach().permute(order).contiguous().permute(back)
+
+    x, weight, bias = example(side, n=8)
+    y = F.conv2d(x, weight, bias, padding=1)
+    grad = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    leaf = laid_out(x).requires_grad_()
+    ours = conv_as_product(leaf, weight, bias)
+    torch.testing.assert_close(ours, y)
+    theirs = torch.autograd.grad(y, (x, weight), grad)
+    for mine, other in zip(torch.autograd.grad(ours, (leaf, weight), laid_out(grad)), theirs, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("side", [(2, 2), (4, 4)])

@@ -771,7 +771,27 @@ def test_not_a_number_in_one_strip(thin, trunks):
     for tap, other in zip(taps, reference(x, trunk.state, trunk.arch, plan.names), strict=True):
         assert torch.equal(tap.isnan(), other.isnan()) and tap.isnan().any()
     sum(tap.square().sum() for tap in taps).backward()
-    assert leaf.grad.isnan().all()
+    assert leaf.grad[1].isnan().all()
+    alone = x[:1].clone().requires_grad_()
+    sum(tap.square().sum() for tap in reference(alone, trunk.state, trunk.arch, plan.names)).backward()
+    torch.testing.assert_close(leaf.grad[:1], alone.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_any_size(trunks, dtype):
+    """Up to what the type holds; a NaN among a tap's gradients is that image's alone."""
+    trunk = trunks(ARCHS["vgg16"])
+    plan = Plan(trunk.arch, ("relu1_2",))
+    leaf = images(2, 3, 16, 16, dtype=dtype).requires_grad_()
+    (tap,) = run(leaf, trunk.filters(plan, leaf.device, leaf.dtype), plan)
+    (plain,) = torch.autograd.grad(tap, leaf, torch.ones_like(tap), retain_graph=True)
+    for size in (1e32, 1e290) if dtype == torch.float64 else (1e32,):
+        (large,) = torch.autograd.grad(tap, leaf, torch.full_like(tap, size), retain_graph=True)
+        torch.testing.assert_close(large / size, plain)
+    one = torch.ones_like(tap)
+    one[1, 0, 3, 4] = torch.nan
+    (grad,) = torch.autograd.grad(tap, leaf, one)
+    assert grad[1].isnan().all() and torch.equal(grad[0], plain[0])
 
 
 class _Sizes(TorchDispatchMode):

@@ -19,8 +19,6 @@ from vggfeat import winograd
 from vggfeat.devices import emulates
 from vggfeat.modes import exporting, in_forward_mode, in_functorch, is_batched, needs_composite_ops, no_autocast
 
-__all__ = ["Conv2d", "convolve", "pays_as_product", "pays_by_tiles"]
-
 SMALLEST, SMALL = 2, 4  # sides: up to 2 one matrix maps a whole map to a whole map, up to 4 the windows are laid out
 ROWS = 128  # with fewer, the work around the product costs more than it saves
 TILES = 256  # with fewer, transforming the weights costs more than it saves
@@ -51,11 +49,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def pays_by_tiles(x: Tensor, weight: Tensor) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is faster by tiles; decided by shape, for reproducible runs."""
-    if x.device.type != "cpu" or x.ndim != 4 or not x.dtype == weight.dtype == torch.float32:
+    if type(x) is not Tensor or x.device.type != "cpu" or x.ndim != 4:  # such as torch.fx's proxies
         return False
-    if needs_composite_ops() or type(x) is not Tensor:
-        return False
-    if torch.is_autocast_enabled("cpu"):
+    if not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu") or needs_composite_ops():
         return False
     n, c, height, width = x.shape
     tiles = n * -(-height // winograd.TILE) * -(-width // winograd.TILE)
@@ -102,7 +98,7 @@ def _torchs_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tupl
 
 def pays_as_product(x: Tensor) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is faster as a product; decided by shape, for reproducible runs."""
-    if x.device.type != "cpu" or x.ndim != 4 or in_forward_mode():
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.ndim != 4 or in_forward_mode():
         return False
     if exporting():  # an exported graph serves any batch
         return False
@@ -145,7 +141,7 @@ def _whole_map(weight: Tensor, h: int, w: int) -> Tensor:
 def _windows(x: Tensor) -> Tensor:
     """(N,C,H,W) to the rows (NHW, 9C) of its 3×3 windows, zeros beyond the border."""
     n, c, h, w = x.shape
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (N,H+2,W+2,C), contiguous
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()  # (N,H+2,W+2,C)
     image, row, pixel, _ = padded.stride()
     # three neighbours in a row are adjacent: each window is three runs of 3C numbers
     return padded.as_strided((n, h, w, 3, 3 * c), (image, row, pixel, row, 1)).reshape(n * h * w, 9 * c)

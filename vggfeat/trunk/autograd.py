@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggfeat.modes import in_forward_mode, is_batched, no_autocast
+from vggfeat.modes import in_forward_mode, in_functorch, is_batched, no_autocast
 from vggfeat.trunk.operators import trunk_backward, trunk_forward
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.walk import reread
-
-__all__ = ["run"]
 
 
 def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits") -> list[Tensor]:
@@ -28,7 +26,7 @@ def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits")
     """
     if in_forward_mode():  # forward-mode derivatives need ordinary operations
         taps: Sequence[Tensor] = plain(x, filters, plan)
-    elif torch.is_grad_enabled() and x.requires_grad:
+    elif torch.is_grad_enabled() and (x.requires_grad or in_functorch()):  # inside vmap, x does not say
         taps = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep, x.device), *filters)
     else:
         taps = trunk_forward(x, filters, plan.code, "none")

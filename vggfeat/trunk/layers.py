@@ -5,6 +5,8 @@ Tensors are (N,C,H,W), laid out channels_last.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,19 +18,28 @@ from vggfeat.trunk import direct
 from vggfeat.trunk.bits import bands, bytes_of, pack, unpack
 from vggfeat.trunk.filters import Filters
 
-LARGEST = 1e30  # of a normalised image: below it, no VGG overflows float32
 
-
-def all_finite(x: Tensor) -> bool:
-    """Whether no value of images, or of a gradient, is NaN or infinite, or could become so inside the network.
+def stays_finite(images: Tensor) -> bool:
+    """Whether no value of normalised images is NaN or infinite, or could become so inside the network.
 
     oneDNN's fused ReLU turns NaN into 0, so that a network that diverged would seem to have a good loss. On other
     devices the ReLU is torch's or cuDNN's, which keep NaN, and checking would stall them: the answer there is True.
     """
+    return _below(images, 1e300 if images.dtype == torch.float64 else 1e30)  # with which no VGG overflows
+
+
+def finite_images(grad: Tensor) -> Tensor | None:
+    """Which images' gradients (N,…) have no NaN or infinite value, (N,1,1,1); None for all, and off the CPU unseen."""
+    if _below(grad, math.inf):
+        return None
+    return grad.flatten(1).isfinite().all(1)[:, None, None, None]
+
+
+def _below(x: Tensor, bound: float) -> bool:
     if x.device.type != "cpu" or not x.numel():
         return True
     low, high = torch.aminmax(x)
-    return bool(low > -LARGEST) and bool(high < LARGEST)
+    return bool(low > -bound) and bool(high < bound)
 
 
 def conv(x: Tensor, filters: Filters, pad: int, *, relu: bool = False, overwrite: bool = False) -> Tensor:

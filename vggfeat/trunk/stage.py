@@ -14,21 +14,6 @@ from vggfeat.trunk.bits import bands, pack, unpack
 from vggfeat.trunk.filters import Filters, by_stage
 from vggfeat.trunk.plan import Plan, Stage
 
-__all__ = [
-    "ByName",
-    "ByRows",
-    "GradientAccumulator",
-    "Keep",
-    "OnTap",
-    "ReadyStage",
-    "Rows",
-    "TapGrad",
-    "cut",
-    "kept_of",
-    "length",
-    "ready",
-]
-
 ByName = dict[str, Tensor]  # taps of a stage by their kind, or what is kept of it by the names of `kept_of`
 Rows = slice  # some rows of a map: where they start and where they stop
 # what the forward keeps for the backward: "none"; "values", the ReLUs' outputs; "bits", their signs; or "taps", bits
@@ -151,7 +136,7 @@ class ReadyStage:
 
         Args:
             x: the input, all rows of it or some.
-            finite: whether the images are, by `layers.all_finite`.
+            finite: whether the images are, by `layers.stays_finite`.
             rows: of the convolution's output, those to use further: the ones not affected by where the map was cut.
             own: of these, the strip's own, to hand out and to keep.
             overwrite: the output may take the place of `x`.

@@ -19,8 +19,6 @@ from torch import Tensor
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import ByName, ByRows, GradientAccumulator, OnTap, ReadyStage, Rows, TapGrad, cut, length
 
-__all__ = ["Held", "Recompute", "backward_in_strips", "forward_in_strips"]
-
 VALUES = 1 << 20  # of one map of a strip, for each thread
 ROWS = 32  # a strip has a multiple of it; each convolution computes up to two more on either side and discards them
 POOLED = ("pool", "argmax")  # of the size of the pool's output
@@ -34,7 +32,7 @@ class Recompute:
 
     Attributes:
         image: as the first convolution takes it.
-        finite: whether it is, by `layers.all_finite`.
+        finite: whether it is, by `layers.stays_finite`.
     """
 
     image: Tensor
@@ -48,7 +46,7 @@ def forward_in_strips(
 
     Args:
         x: as the first convolution takes it, (N,C,H,W).
-        finite: whether the images are, by `layers.all_finite`.
+        finite: whether the images are, by `layers.stays_finite`.
         stages: of the block.
         on_tap: gets the first stage's taps, by their kind; they are then not returned.
     """

@@ -14,8 +14,6 @@ from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import ByName, ByRows, GradientAccumulator, Keep, OnTap, Rows, TapGrad, kept_of, ready
 from vggfeat.trunk.strips import Held, Recompute, backward_in_strips, forward_in_strips
 
-__all__ = ["TapGradOf", "TapGradOfRows", "backward", "forward", "kept_by_stage", "reread", "vjp", "vjp_by_rows"]
-
 TapGradOf = Callable[[str, Tensor], Tensor]  # the gradient with respect to a tap, by the tap's name and value
 TapGradOfRows = Callable[[str, Tensor, Rows], Tensor]  # the same of some rows of one image's tap
 
@@ -55,7 +53,7 @@ def forward(
 
 def _prepared(x: Tensor, filters: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """Images as the first convolution takes them, and whether they are finite."""
-    return layers.channels_last(layers.split_bfloat16(x, filters[0])), layers.all_finite(x)
+    return layers.channels_last(layers.split_bfloat16(x, filters[0])), layers.stays_finite(x)
 
 
 def _forward(
@@ -114,14 +112,15 @@ def backward(
     sizes = plan.sizes(*size)
     flow = GradientAccumulator()
     held: list[Held] = []
-    finite: bool | None = None  # of the first gradient, which is the deepest tap's
+    first = True  # the first gradient is the deepest tap's
+    finite: Tensor | None = None  # which images' are, if not all
 
     def of_kind(names: dict[str, str], kind: str) -> TapGrad:
-        nonlocal finite
+        nonlocal first, finite
         grad = tap_grad(names[kind]) if kind in names else None
-        if grad is not None and finite is None:
+        if grad is not None and first:
             grad = grad.whole() if isinstance(grad, ByRows) else grad
-            finite = layers.all_finite(grad)
+            first, finite = False, layers.finite_images(grad)
         return grad
 
     with no_autocast(device):
@@ -133,8 +132,8 @@ def backward(
                 stage.backward(flow, functools.partial(of_kind, names), kept.pop(), *sizes[number])
         if held:
             flow.replace(backward_in_strips(flow.grad, held, size, recompute))
-    # NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest tap
-    return flow.grad if flow.grad is None or finite else torch.full_like(flow.grad, torch.nan)
+    # an image's NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest tap
+    return flow.grad if flow.grad is None or finite is None else torch.where(finite, flow.grad, torch.nan)
 
 
 def vjp(
