@@ -11,7 +11,7 @@ from vggfeat.devices import resolve
 from vggfeat.errors import InputError
 from vggfeat.training.batches import Batches, normalised
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet, load
+from vggfeat.training.data import ImageSet, load_images
 from vggfeat.training.distributed import World
 from vggfeat.training.folder import Epoch
 
@@ -29,7 +29,7 @@ def read(zips, limit, seed=0):
         return gratings(limit or 2000, seed), gratings(max(limit // 2, 200) if limit else 1000, seed + 1)
     if len(zips) != 2:
         raise InputError(f"expected two zips, TRAIN.zip and TEST.zip, or none for made-up images; got {len(zips)}")
-    sets = load(*zips)
+    sets = load_images(*zips)
     for each in sets:
         if each.pixels is None:
             raise InputError(f"{each.label}: expected images of one size")

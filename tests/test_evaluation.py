@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.tables import apart
-from vggfeat.training.data import ImageSet, load
+from vggfeat.training.data import ImageSet, load_images
 from vggfeat.training.evaluation import Evaluation, Views, _metrics
 from vggfeat.weights import IMAGENET
 
@@ -245,7 +245,7 @@ def test_images_of_several_sizes_one_of_them_damaged(tmp_path, workers):
     files = pictures.tree(3, width=40, height=36) | {
         "bee/wide.png": pictures.encoded(pictures.picture("bee", 9, 60, 36))
     }
-    good, _ = load(pictures.folder(tmp_path / "good", files))
+    good, _ = load_images(pictures.folder(tmp_path / "good", files))
     assert good.pixels is None
     views = Views(size=32, scales=(36,))
     whole = vggfeat.evaluate(made(), good, views, workers=workers, **ONE)
@@ -304,7 +304,7 @@ def test_a_picture_of_confusions(tmp_path):
         (lambda: Views(grid=2.5), "grid must be a whole number"),
         (lambda: Views(size="32"), "size must be a whole number"),
         (lambda: vggfeat.evaluate(made(), images(), {"flip": True}), "views must be a Views"),
-        (lambda: vggfeat.evaluate(made(), images(), workers=-1), "workers must be at least 0"),
+        (lambda: vggfeat.evaluate(made(), images(), workers=-1), "workers must be a whole number of at least 0"),
         (lambda: vggfeat.evaluate(made(), images(height=16, width=16)), "at 16 pixels are smaller than 32"),
         (lambda: vggfeat.evaluate(made(), 3), "data is a path, or an ImageSet"),
         (lambda: vggfeat.train(images(), config="fast"), r'config must be a TrainConfig, such as recipe\("fast"\)'),

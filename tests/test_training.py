@@ -45,7 +45,9 @@ def data(tmp_path_factory):
 
 
 def run(data, folder, resume=False, callback=None, test=None, **changes):
-    return vggfeat.train(data, test, TrainConfig(**TINY | changes), folder, resume=resume, callback=callback)
+    return vggfeat.train(
+        data, TrainConfig(**TINY | changes), test=test, folder=folder, resume=resume, callback=callback
+    )
 
 
 def weights(folder):
@@ -58,7 +60,7 @@ def same(first, second):
 
 def begun(data, folder, **changes):
     """A run that has made no step yet."""
-    images, test = vggfeat.training.data.load(data)
+    images, test = vggfeat.load_images(data)
     return loop._Run(TrainConfig(**TINY | changes), images, test, World(CPU), folder, None)
 
 
@@ -260,6 +262,10 @@ def test_schedules():
     assert rates(config(schedule="constant")) == [1.0] * 100
     steps = rates(config(schedule="step", step_size=3, gamma=0.5))
     assert steps == pytest.approx([1.0] * 30 + [0.5] * 30 + [0.25] * 30 + [0.125] * 10)
+    warm = rates(config(schedule="step", step_size=3, gamma=0.5, warmup=2.0))
+    assert warm[20:] == pytest.approx(steps[20:])  # the warm-up is part of the first step
+    long = rates(config(schedule="step", step_size=2, gamma=0.5, warmup=5.0))
+    assert long[50:] == pytest.approx([0.25] * 10 + [0.125] * 20 + [0.0625] * 20)
     assert rates(config(schedule="linear")) == pytest.approx([1 - i / 100 for i in range(100)])
     cosine = rates(config(schedule="cosine"))
     assert cosine[50] == pytest.approx(0.5) and cosine[0] == 1.0 and cosine[-1] < 1e-3
@@ -436,6 +442,8 @@ def test_holdout(tmp_path, monkeypatch):
     assert result.evaluation.images == 6
     # later, on the set it was trained on, from wherever it lies by then: what was held out, and no other
     Path(source).rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="there is a test set: leave holdout at 0"):
+        run(tmp_path / "moved", tmp_path / "r2", test=tmp_path / "moved", holdout=0.25)
     found = vggfeat.evaluate(tmp_path / "r", tmp_path / "moved", batch_size=6)
     assert (found.images, found.confusion) == (6, result.evaluation.confusion)
     assert found.data == found.to_dict()["data"] == f"{tmp_path / 'moved'}, what was held out"
@@ -475,7 +483,7 @@ def test_what_is_left_out_is_told_once(tmp_path):
         lines = []
         source = pictures.folder(tmp_path / f"s{holdout}", files)
         config = TrainConfig(**TINY | {"epochs": 1, "holdout": holdout})
-        vggfeat.train(source, None, config, tmp_path / f"r{holdout}", announce=lines.append)
+        vggfeat.train(source, config, folder=tmp_path / f"r{holdout}", announce=lines.append)
         assert [line for line in lines if "left out" in line] == [
             f"left out 2 files of {source} with names of no images: ant/x.heic …"
         ]
@@ -850,8 +858,8 @@ def test_a_test_that_fails_costs_no_epoch(tmp_path, torchvision):
         tmp_path / "test", files | {"bee/w.png": pictures.encoded(pictures.picture("bee", 1, 50, 36))}
     )
     options = {"epochs": 1, "workers": 0}
-    good, _ = vggfeat.training.data.load(train)
-    tested = vggfeat.training.data.ImageSet(**vars(vggfeat.training.data.load(test, bad_images="skip")[0]))
+    good, _ = vggfeat.load_images(train)
+    tested = vggfeat.ImageSet(**vars(vggfeat.load_images(test, bad_images="skip")[0]))
     assert tested.pixels is None  # so that the damaged image is met on the way
     with pytest.raises(RunError, match=r"ant/0\.png.*--bad-images skip"):
         run(good, tmp_path / "r", test=tested, **options)
@@ -863,15 +871,15 @@ def test_a_test_that_fails_costs_no_epoch(tmp_path, torchvision):
 
 def test_test_images_are_scaled_as_training_images_are(tmp_path, torchvision):
     mixed = pictures.tree(8, width=48, height=40) | {"ant/t.png": pictures.encoded(pictures.picture("ant", 7, 40, 60))}
-    images, _ = vggfeat.training.data.load(pictures.folder(tmp_path / "a", mixed))
-    test, _ = vggfeat.training.data.load(pictures.folder(tmp_path / "b", pictures.tree(2, width=90, height=90)))
+    images, _ = vggfeat.load_images(pictures.folder(tmp_path / "a", mixed))
+    test, _ = vggfeat.load_images(pictures.folder(tmp_path / "b", pictures.tree(2, width=90, height=90)))
     config = TrainConfig(**TINY | {"size": 32, "resize": (34, 40), "pad": 0})
     made = loop._Run(config, images, test, World(CPU), tmp_path, None)
     assert (made.views.size, made.views.scales) == (32, (40,))
     with pytest.raises(InputError, match="resize 128 with pad 4 is smaller than size 224"):
         loop._Run(TrainConfig(**TINY | {"resize": (128,)}), images, test, World(CPU), tmp_path, None)
-    images, _ = vggfeat.training.data.load(tmp_path / "b")
-    small, _ = vggfeat.training.data.load(pictures.folder(tmp_path / "c", pictures.tree(2)))
+    images, _ = vggfeat.load_images(tmp_path / "b")
+    small, _ = vggfeat.load_images(pictures.folder(tmp_path / "c", pictures.tree(2)))
     with pytest.raises(InputError, match="smaller than size 90"):
         loop._Run(TrainConfig(**TINY | {"batch_size": 2}), images, small, World(CPU), tmp_path, None)
 
@@ -879,7 +887,7 @@ def test_test_images_are_scaled_as_training_images_are(tmp_path, torchvision):
 def test_a_run_is_evaluated_as_it_was_tested(tmp_path):
     big = pictures.folder(tmp_path / "s", pictures.tree(8, width=48, height=48))
     result = run(big, tmp_path / "r", size=32, holdout=0.5, epochs=1)
-    images = vggfeat.training.data.load(big)[0]
+    images = vggfeat.load_images(big)[0]
     found = vggfeat.evaluate(tmp_path / "r", images, precision="float32")
     held = split_holdout(images, 0.5, 0)[1]
     explicit = vggfeat.evaluate(result.net, held, vggfeat.Views(size=32), precision="float32")
@@ -918,7 +926,7 @@ def test_a_tensorboard_that_does_not_work_stops_nothing(data, tmp_path, monkeypa
     module.SummaryWriter, told = broken, []
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     config = TrainConfig(**TINY | {"epochs": 1})
-    assert vggfeat.train(data, None, config, tmp_path / "r", announce=told.append).history
+    assert vggfeat.train(data, config, folder=tmp_path / "r", announce=told.append).history
     assert "no log for TensorBoard, which does not work here: Descriptors cannot be created directly" in told
 
 
@@ -1067,7 +1075,7 @@ def test_one_process_at_a_time(data, tmp_path):
 def test_what_has_to_be_given_again_is_said_first(data, tmp_path):
     run(data, tmp_path / "r", epochs=1)
     with pytest.raises(InputError, match="other settings, give the same again: .*batch_size was 8, is 500"):
-        vggfeat.train(data, None, vggfeat.recipe("fast"), tmp_path / "r", resume=True)
+        vggfeat.train(data, vggfeat.recipe("fast"), folder=tmp_path / "r", resume=True)
 
 
 def test_one_class_is_none(tmp_path):
@@ -1146,7 +1154,7 @@ def test_the_average_of_a_count_is_the_count(data, tmp_path):
 def test_links_to_folders_around_them_are_followed_once(tmp_path):
     source = pictures.folder(tmp_path / "s", pictures.tree(4))
     (source / "ant" / "up").symlink_to(source)
-    assert len(vggfeat.training.data.load(source)[0]) == 12
+    assert len(vggfeat.load_images(source)[0]) == 12
 
 
 @pytest.mark.filterwarnings("error")

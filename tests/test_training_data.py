@@ -13,7 +13,7 @@ import vggfeat
 from vggfeat.errors import InputError, RunError
 from vggfeat.training.batches import Batches, normalised, seeded
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import load
+from vggfeat.training.data import load_images
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
@@ -31,7 +31,7 @@ def test_cifar_as_published(tmp_path, classes, version, where):
     path = {"folder": tmp_path / name, "around": tmp_path}.get(where) or pictures.archived(
         tmp_path / f"{name}.tar.gz", tmp_path / name
     )
-    for found, (pixels, labels) in zip(load(path), parts, strict=True):
+    for found, (pixels, labels) in zip(load_images(path), parts, strict=True):
         assert found.classes == names and found.labels.tolist() == labels
         assert numpy.array_equal(found.pixels.permute(0, 3, 1, 2).reshape(-1, 3072).numpy(), pixels)
         assert numpy.array_equal(numpy.asarray(found.read(2)).transpose(2, 0, 1).ravel(), pixels[2])
@@ -45,7 +45,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     pictures.cifar(tmp_path / "c")
     (tmp_path / "c" / "data_batch_3").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(InputError, match="not allowed"):
-        load(tmp_path / "c")
+        load_images(tmp_path / "c")
     assert not (tmp_path / "ran").exists()
 
 
@@ -56,7 +56,7 @@ def test_damaged_cifar_is_a_message(tmp_path, damage):
     content = {"cut": file.read_bytes()[:-7], "empty": b"", "labels": b"\xff" + file.read_bytes()[1:]}[damage]
     file.write_bytes(content)
     with pytest.raises(InputError, match="CIFAR|whole number"):
-        load(tmp_path / "c")
+        load_images(tmp_path / "c")
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "zip in folders"])
@@ -69,7 +69,7 @@ def test_class_folders(tmp_path, kind):
         before = "caltech/images/" if "in" in kind else ""
         named = {before + name: content for name, content in files.items()} | {"cover.png": picture}  # of no class
         path = pictures.zipped(tmp_path / "set.zip", named | {"__MACOSX/ant/._0.png": b"-"})
-    found, test = load(path)
+    found, test = load_images(path)
     assert test is None
     assert found.classes == ["ant", "bee", "cow"]
     assert found.labels.bincount().tolist() == [3, 4, 3] and found.others == ["bee/notes.txt"]
@@ -86,13 +86,13 @@ def test_train_and_test_in_one(tmp_path, kind, second):
     files = {f"train/{k}": v for k, v in pictures.tree(3).items()}
     files |= {f"{second}/{k}": v for k, v in pictures.tree(2, offset=50).items()}
     path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
-    train, test = load(path)
+    train, test = load_images(path)
     assert (len(train), len(test)) == (9, 6)
     assert numpy.array_equal(test.pixels[0].numpy(), numpy.asarray(pictures.picture("ant", 50)))
 
 
 def test_two_places(tmp_path):
-    train, test = load(
+    train, test = load_images(
         pictures.folder(tmp_path / "a", pictures.tree(3)), pictures.zipped(tmp_path / "b.zip", pictures.tree(1))
     )
     assert (len(train), len(test)) == (9, 3)
@@ -102,17 +102,20 @@ def test_a_split_by_other_names(tmp_path):
     files = {f"Train/{k}": v for k, v in pictures.tree(2).items()} | {
         f"Test/{k}": v for k, v in pictures.tree(1).items()
     }
-    train, test = load(pictures.folder(tmp_path / "s", files))
+    train, test = load_images(pictures.folder(tmp_path / "s", files))
     assert (len(train), len(test)) == (6, 3)
     pictures.folder(tmp_path / "s", {"Meta/0.png": pictures.encoded(pictures.picture("ant", 0))})
     with pytest.raises(InputError, match="has Meta, Test, Train: expected class folders"):
-        load(tmp_path / "s")
+        load_images(tmp_path / "s")
 
 
 def test_sets_can_be_sent_to_other_processes(tmp_path):
     files = pictures.tree(3) | {"ant/1.png": b"no image"}
     pictures.cifar(tmp_path / "c")
-    for found in (load(pictures.folder(tmp_path / "s", files), bad_images="skip")[0], load(tmp_path / "c")[0]):
+    for found in (
+        load_images(pictures.folder(tmp_path / "s", files), bad_images="skip")[0],
+        load_images(tmp_path / "c")[0],
+    ):
         part = found.subset(torch.tensor([1, 3]))
         copy = pickle.loads(pickle.dumps(part))
         assert numpy.array_equal(numpy.asarray(copy.read(1)), numpy.asarray(found.read(3)))
@@ -121,18 +124,18 @@ def test_sets_can_be_sent_to_other_processes(tmp_path):
 def test_a_test_set_of_other_classes_is_refused(tmp_path):
     other = {name.replace("cow", "cat"): content for name, content in pictures.tree(1).items()}
     with pytest.raises(InputError, match="3 classes.*not in both: cat, cow"):
-        load(pictures.folder(tmp_path / "a", pictures.tree(1)), pictures.folder(tmp_path / "b", other))
+        load_images(pictures.folder(tmp_path / "a", pictures.tree(1)), pictures.folder(tmp_path / "b", other))
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(InputError, match="no images at"):
-        load(tmp_path / "nowhere")
+        load_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="expected class folders"):
-        load(tmp_path / "empty")
+        load_images(tmp_path / "empty")
     (tmp_path / "text.zip").write_text("no zip")
     with pytest.raises(InputError, match="no zip, or a damaged one"):
-        load(tmp_path / "text.zip")
+        load_images(tmp_path / "text.zip")
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -146,7 +149,7 @@ def test_a_class_without_an_image_is_named(tmp_path, kind):
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("dodo/", "")
     with pytest.raises(InputError, match="without an image: dodo"):
-        load(path)
+        load_images(path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -156,8 +159,8 @@ def test_unreadable_images_are_named_and_counted(tmp_path, kind):
     files["cow/0.png"] = b"no image"
     path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
     with pytest.raises(InputError, match=r"2 of 9 images cannot be read: .*ant/1\.png.*cow/0\.png.*--bad-images skip"):
-        load(path)
-    found, _ = load(path, bad_images="skip")
+        load_images(path)
+    found, _ = load_images(path, bad_images="skip")
     assert found.skipped == ["ant/1.png", "cow/0.png"]
     assert len(found) == len(found.names) == 7 and found.labels.bincount().tolist() == [2, 3, 2]
     number = found.names.index("ant/2.png")
@@ -171,22 +174,22 @@ def test_a_damaged_zip_entry_is_an_unreadable_image(tmp_path):
     content[200] ^= 255  # in the first image, so that its checksum fails
     path.write_bytes(bytes(content))
     with pytest.raises(InputError, match="1 of 6 images cannot be read: .*ant/0.png: damaged in the archive"):
-        load(path)
+        load_images(path)
 
 
 def test_a_class_of_which_nothing_can_be_read(tmp_path):
     files = pictures.tree(1) | {"bee/0.png": b"no image"}
     with pytest.raises(InputError, match="class bee"):
-        load(pictures.folder(tmp_path / "s", files), bad_images="skip")
+        load_images(pictures.folder(tmp_path / "s", files), bad_images="skip")
 
 
 def test_images_of_several_sizes_stay_on_disk(tmp_path):
     files = pictures.tree(2) | {"ant/wide.png": pictures.encoded(pictures.picture("ant", 7, width=50))}
     path = pictures.folder(tmp_path / "s", files)
-    assert load(path)[0].pixels is None
-    assert load(path, resize=(32, 40))[0].pixels is None
+    assert load_images(path)[0].pixels is None
+    assert load_images(path, resize=(32, 40))[0].pixels is None
     square = pictures.folder(tmp_path / "t", pictures.tree(2, width=64, height=64))
-    assert load(square, resize=(40,))[0].pixels.shape == (6, 40, 40, 3)
+    assert load_images(square, resize=(40,))[0].pixels.shape == (6, 40, 40, 3)
 
 
 # ── batches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -371,7 +374,7 @@ def mixed(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_read_in_every_epoch(mixed, workers, torchvision):
-    found, _ = load(pictures.folder(mixed[1], mixed[0]))
+    found, _ = load_images(pictures.folder(mixed[1], mixed[0]))
     options = {"resize": (32, 36), "pad": 2, "flip": "random", "workers": workers}
     batches = epoch(found, size=32, **options)
     assert [b.images.shape for (b,) in batches] == [(4, 3, 32, 32)] * 3
@@ -384,7 +387,7 @@ def test_images_read_in_every_epoch(mixed, workers, torchvision):
 
 def test_an_image_that_fails_on_the_way(mixed, torchvision):
     files = mixed[0] | {"cow/1.png": b"no image"}
-    found, _ = load(pictures.folder(mixed[1], files), bad_images="skip")
+    found, _ = load_images(pictures.folder(mixed[1], files), bad_images="skip")
     options = {"resize": (32,), "workers": 0, "batch_size": 13}
     with pytest.raises(RunError, match=r"cow/1\.png.*--bad-images skip"):
         epoch(found, **options)
@@ -397,7 +400,7 @@ def test_an_image_that_fails_on_the_way(mixed, torchvision):
 
 def test_batches_with_images_that_fail_do_not_depend_on_processes(mixed, torchvision):
     files = mixed[0] | {"cow/1.png": b"no image", "ant/0.png": b"nor this"}
-    found, _ = load(pictures.folder(mixed[1], files), bad_images="skip")
+    found, _ = load_images(pictures.folder(mixed[1], files), bad_images="skip")
     options = {"bad_images": "skip", "resize": (32, 36), "workers": 0, "batch_size": 12, "flip": "alternating"}
     ((whole,),) = epoch(found, **options)
     for name in ("images", "labels"):
@@ -407,13 +410,13 @@ def test_batches_with_images_that_fail_do_not_depend_on_processes(mixed, torchvi
 
 def test_a_whole_class_that_cannot_be_read_is_left_out(mixed, torchvision):
     files = mixed[0] | {name: b"no image" for name in mixed[0] if name.startswith("bee/")}
-    found, _ = load(pictures.folder(mixed[1], files), bad_images="skip")
+    found, _ = load_images(pictures.folder(mixed[1], files), bad_images="skip")
     ((batch,),) = epoch(found, bad_images="skip", resize=(32,), workers=0, batch_size=13)
     assert set(batch.labels.tolist()) == {0, 2}
 
 
 def test_a_set_that_cannot_be_read_any_more(mixed, torchvision, monkeypatch):
-    found, _ = load(pictures.folder(mixed[1], mixed[0]))
+    found, _ = load_images(pictures.folder(mixed[1], mixed[0]))
     for path in mixed[1].rglob("*.png"):
         path.write_bytes(b"gone")
     with pytest.raises(RunError, match=r"of 1000 images drawn none can be read, such as .*\.png"):
@@ -423,7 +426,7 @@ def test_a_set_that_cannot_be_read_any_more(mixed, torchvision, monkeypatch):
 def test_a_split_set_is_the_whole(tmp_path):
     from vggfeat.training.batches import split_holdout
 
-    found, _ = load(pictures.folder(tmp_path / "s", pictures.tree(8)))
+    found, _ = load_images(pictures.folder(tmp_path / "s", pictures.tree(8)))
     train, test = split_holdout(found, 0.25, 0)
     assert (len(train), len(test)) == (18, 6)
     assert test.labels.bincount().tolist() == [2, 2, 2]
@@ -486,8 +489,8 @@ def test_pictures_are_what_they_are_called():
 
 def test_a_set_in_memory_is_brought_to_size(tmp_path):
     source = pictures.folder(tmp_path / "a", pictures.tree(3))
-    images, _ = load(source)
-    large, _ = load(images, resize=(64,))
-    again, _ = load(source, resize=(64,))
+    images, _ = load_images(source)
+    large, _ = load_images(images, resize=(64,))
+    again, _ = load_images(source, resize=(64,))
     assert large.pixels.shape[1:3] == (64, 64) and torch.equal(large.pixels, again.pixels)
     assert images.pixels.shape[1:3] == (32, 32)  # the one that was given stays as it is

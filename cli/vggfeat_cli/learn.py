@@ -89,7 +89,9 @@ def train(
 
     with _Progress(config.epochs, disable=quiet or not first) as progress:
         try:
-            result = vggfeat.train(data, test, config, folder, resume=resume, callback=progress, announce=announce)
+            result = vggfeat.train(
+                data, config, test=test, folder=folder, resume=resume, callback=progress, announce=announce
+            )
         except KeyboardInterrupt:  # a second one, or one of several processes
             rest = f"--resume goes on from what was saved in {folder}" if folder.exists() else "nothing was begun"
             click.echo(f"vggfeat train: interrupted; {rest}", err=True)

@@ -25,8 +25,6 @@ from vggfeat.training.data import ImageSet
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
-__all__ = ["LEAVE_OUT", "Batch", "Batches", "normalised", "split_holdout", "scale_for", "seeded", "transforms"]
-
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 TRIES = 1000  # images drawn in the place of one that cannot be read
 _Crop = tuple[int, Tensor | None, list[str]]  # number, pixels, what could not be read before it

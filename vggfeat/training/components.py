@@ -19,8 +19,6 @@ from vggfeat.training.config import TrainConfig
 from vggfeat.training.muon import Muon
 from vggfeat.weights import load, load_weights
 
-__all__ = ["mixing", "network", "optimizer", "redundant_biases", "schedule"]
-
 
 def network(config: TrainConfig, num_classes: int) -> VGG:
     """The network that a configuration begins with.
@@ -93,11 +91,12 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
     """The learning rate schedule, by steps."""
     total, warmup = config.epochs * steps, round(config.warmup * steps)
     if config.schedule == "onecycle":
+        rise = warmup or (1 if total == 4 else 0.2 * total)  # where it would take 0.8 of 4 steps, torch divides by zero
         return lr_scheduler.OneCycleLR(
             optimizer,
             [group["lr"] for group in optimizer.param_groups],
             total_steps=total + 1,  # the last step is made before the rate's end, not after it
-            pct_start=warmup / total if warmup else 0.2 if total != 4 else 0.25,  # for 4 steps torch divides by zero
+            pct_start=rise / total,
             cycle_momentum=False,
         )
     main: lr_scheduler.LRScheduler
@@ -106,13 +105,15 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
     elif config.schedule == "linear":
         main = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, total - warmup))
     elif config.schedule == "step":
-        main = lr_scheduler.StepLR(optimizer, config.step_size * steps, config.gamma)
+        every = config.step_size * steps
+        drops = [max(0, step - warmup) for step in range(every, total, every)]  # counted from the end of the warm-up
+        main = lr_scheduler.MultiStepLR(optimizer, drops, config.gamma)
     else:
         main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
     if not warmup:
         return main
-    rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
-    return lr_scheduler.SequentialLR(optimizer, [rise, main], [warmup])
+    before = lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [before, main], [warmup])
 
 
 def mixing(config: TrainConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

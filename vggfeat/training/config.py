@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vggfeat.arch import HEADS, INITS, channels_at, parse
-from vggfeat.errors import InputError, nearest
+from vggfeat.errors import InputError, check_choice
 from vggfeat.settings import PRECISIONS, option, plain, to_types
-
-__all__ = ["RECIPES", "TrainConfig", "recipe"]
 
 CHOICES = {
     "head": HEADS,
@@ -140,8 +138,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         to_types(self)
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InputError(f"unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), choices)}")
+            check_choice(name, getattr(self, name), choices)
         if self.arch is not None:
             parse(self.arch)
         channels_at(self.width)  # raises
@@ -257,12 +254,10 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
     Raises:
         InputError: an unknown recipe or field, or a value out of range.
     """
-    if name not in RECIPES:
-        raise InputError(f"unknown recipe {name!r}: {nearest(name, RECIPES)}")
+    check_choice("recipe", name, RECIPES)
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     for key in changes:
-        if key not in fields:
-            raise InputError(f"unknown setting {key!r}: {nearest(key, fields)}")
+        check_choice("setting", key, fields)
     settings = dict(RECIPES[name])
     if name == "fast":
         # trained weights need short steps

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import copy
-import functools
 import hashlib
 import io
 import os
-import pickle
-import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +19,9 @@ from torch import Tensor
 from vggfeat.devices import UNKNOWN, total_memory
 from vggfeat.errors import ImageError, InputError
 from vggfeat.image import open_image, pixels_of
-
-__all__ = ["ImageSet", "load", "load_test"]
+from vggfeat.training.cifar import cifar_files, read_cifar
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-SETS = ("train", "test")
 TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
 NAMED = 5  # unreadable images that a message names
 
@@ -50,12 +43,12 @@ class ImageSet:
 
     label: str
     classes: list[str]
-    labels: Tensor
-    names: Sequence[str]
-    read: Callable[[int], Image.Image]
-    pixels: Tensor | None = None
-    skipped: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
+    labels: Tensor = field(repr=False)
+    names: Sequence[str] = field(repr=False)
+    read: Callable[[int], Image.Image] = field(repr=False)
+    pixels: Tensor | None = field(default=None, repr=False)
+    skipped: list[str] = field(default_factory=list, repr=False)
+    others: list[str] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,7 +81,7 @@ class ImageSet:
 # ── sources ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load(
+def load_images(
     data: str | os.PathLike[str] | ImageSet,
     test: str | os.PathLike[str] | ImageSet | None = None,
     *,
@@ -121,8 +114,8 @@ def load(
     return train, tested
 
 
-def load_test(data: str | os.PathLike[str] | ImageSet, *, bad_images: str = "fail") -> ImageSet:
-    """The test set of what `load` knows, where it has one, else all of it; the rest is not read."""
+def load_test_images(data: str | os.PathLike[str] | ImageSet, *, bad_images: str = "fail") -> ImageSet:
+    """The test set of what `load_images` knows, where it has one, else all of it; the rest is not read."""
     return _load(data, None, bad_images, last=True)[0]
 
 
@@ -134,15 +127,23 @@ def _load(
             _keep(data := copy.copy(data), resize, bad_images)
         return data, None
     if not isinstance(data, str | os.PathLike):
-        raise InputError(f"data is a path, or an ImageSet of vggfeat.training.data.load, got {type(data).__name__}")
+        raise InputError(f"data is a path, or an ImageSet of vggfeat.load_images, got {type(data).__name__}")
     path = Path(data)
     if not path.exists():
         raise InputError(f"no images at {path}: give a folder of class folders, a zip of one, or CIFAR's folder")
-    sets = _cifar(path) or [_class_folders(path, part) for part in _parts(path)]
+    sets = [
+        ImageSet(part.label, part.classes, part.labels, _numbered(part.pixels), _Pixels(part.pixels), part.pixels)
+        for part in read_cifar(path)
+    ]
+    sets = sets or [_class_folders(path, part) for part in _parts(path)]
     sets = sets[-1:] if last else sets
     for each in sets:
         _keep(each, resize, bad_images)
     return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def _numbered(images: Tensor) -> list[str]:
+    return [f"image {i}" for i in range(len(images))]
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _parts(path: Path) -> list[_Tree]:
 def would_hold(source: Path, folder: Path) -> bool:
     """Whether `folder` is one of those searched for images in `source`."""
     source, folder = source.resolve(), folder.resolve()
-    if not source.is_dir() or not folder.is_relative_to(source) or _cifar_files(source):
+    if not source.is_dir() or not folder.is_relative_to(source) or cifar_files(source):
         return False
     return folder == source or _visible(folder.relative_to(source).as_posix())
 
@@ -332,106 +333,3 @@ class _Pixels:
 
     def __call__(self, i: int) -> Image.Image:
         return Image.fromarray(self.images[i].numpy())
-
-
-# ── CIFAR ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-# by version: files of the training set, of the test set, of the class names, and where names and labels are. In the
-# binary version the label is the last byte before an image's 3072: CIFAR-100 has the coarse one before it.
-_TEN = [f"data_batch_{i}" for i in range(1, 6)]
-_BINARY = (
-    ([name + ".bin" for name in _TEN], ["test_batch.bin"], "batches.meta.txt", 1),
-    (["train.bin"], ["test.bin"], "fine_label_names.txt", 2),
-)
-_PYTHON = (
-    (_TEN, ["test_batch"], "batches.meta", b"label_names", b"labels"),
-    (["train"], ["test"], "meta", b"fine_label_names", b"fine_labels"),
-)
-_Part = tuple[Tensor, list[int]]  # (N,3072) uint8, labels
-
-
-def _cifar(path: Path) -> list[ImageSet]:
-    """CIFAR-10 or CIFAR-100 at `path` (its folder, the folder around it, or the .tar.gz), training set first."""
-    files = _cifar_files(path)
-    for train, test, meta, head in _BINARY:
-        if {*train, *test} <= files.keys():
-            names = files[meta]().decode(errors="replace").split() if meta in files else None
-            parts = [_joined([_binary(name, files[name](), head) for name in part]) for part in (train, test)]
-            return [_cifar_set(f"{path}, {what}", *part, names) for what, part in zip(SETS, parts, strict=True)]
-    for train, test, meta, names_key, labels_key in _PYTHON:
-        if {*train, *test, meta} <= files.keys():
-            try:
-                names = [name.decode() for name in _unpickled(files[meta]())[names_key]]
-                parts = [_joined([_batch(_unpickled(files[name]()), labels_key) for name in p]) for p in (train, test)]
-            except Exception as error:  # a damaged pickle fails in every way there is
-                raise InputError(f"{path} is damaged or not CIFAR as published: {error}") from error
-            return [_cifar_set(f"{path}, {what}", *part, names) for what, part in zip(SETS, parts, strict=True)]
-    return []
-
-
-def _cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
-    """A reader for each file, by its bare name."""
-    if path.is_dir():
-        for folder in (path, *(below for below in sorted(path.glob("cifar-10*")) if below.is_dir())):
-            found = {file.name: file.read_bytes for file in folder.iterdir() if file.is_file()}
-            if {"test_batch", "test_batch.bin", "test", "test.bin"} & found.keys():
-                return found
-        return {}
-    if not path.name.endswith((".tar.gz", ".tgz", ".tar")):
-        return {}
-    contents = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if file := archive.extractfile(member):
-                    contents[PurePosixPath(member.name).name] = file.read()
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {error}; fetch it again") from error
-    return {name: functools.partial(bytes, content) for name, content in contents.items()}
-
-
-def _joined(parts: list[_Part]) -> _Part:
-    return torch.cat([pixels for pixels, _ in parts]), [label for _, labels in parts for label in labels]
-
-
-def _binary(name: str, content: bytes, head: int) -> _Part:
-    if not content or len(content) % (head + 3072):
-        raise InputError(
-            f"CIFAR's {name}: {len(content)} bytes are no whole number of images of {head + 3072}; fetch it again"
-        )
-    rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, head + 3072)
-    return rows[:, head:], rows[:, head - 1].tolist()
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads NumPy arrays, texts and numbers, and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        import numpy
-
-        allowed: dict[str, Any] = {"encode": codecs.encode, "ndarray": numpy.ndarray, "dtype": numpy.dtype}
-        allowed["_reconstruct"] = numpy.empty(0).__reduce__()[0]
-        if module in ("_codecs", "numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in allowed:
-            return allowed[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
-
-
-def _unpickled(content: bytes) -> Any:
-    return _Unpickler(io.BytesIO(content), encoding="bytes").load()
-
-
-def _batch(batch: Any, labels_key: bytes) -> _Part:
-    return torch.from_numpy(batch[b"data"]).view(-1, 3072), [int(label) for label in batch[labels_key]]
-
-
-def _cifar_set(label: str, pixels: Tensor, labels: list[int], names: list[str] | None) -> ImageSet:
-    classes = names or [str(i) for i in range(max(labels) + 1)]
-    if len(pixels) != len(labels) or not all(0 <= each < len(classes) for each in labels):
-        content = (
-            f"{len(pixels)} images, {len(labels)} labels up to {max(labels, default=0)}, {len(classes)} class names"
-        )
-        raise InputError(f"{label} is not CIFAR as published: {content}")
-    images = pixels.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()  # (N,H,W,3)
-
-    names = [f"image {i}" for i in range(len(labels))]
-    return ImageSet(label, classes, torch.tensor(labels, device="cpu"), names, _Pixels(images), images)

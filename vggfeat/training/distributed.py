@@ -14,16 +14,6 @@ from torch import Tensor, nn
 
 from vggfeat.devices import resolve
 
-__all__ = [
-    "World",
-    "all_gather_union",
-    "all_reduce_sum",
-    "run_on_main",
-    "desynchronise",
-    "process_group",
-    "synchronise",
-]
-
 Result = TypeVar("Result")
 
 

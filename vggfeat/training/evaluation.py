@@ -15,18 +15,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.devices import autocast_dtype
-from vggfeat.errors import ImageError, InputError, RunError, WeightsError, nearest
+from vggfeat.errors import ImageError, InputError, RunError, WeightsError, check_choice, whole_number
 from vggfeat.image import pixels_of
 from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.settings import PRECISIONS, to_types
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import LEAVE_OUT, ignore_signals, normalised, scale_for, split_holdout
-from vggfeat.training.data import ImageSet, load_test, scaled
+from vggfeat.training.data import ImageSet, load_test_images, scaled
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
-from vggfeat.weights import WeightsLike, facts_of
-from vggfeat.weights import load as load_set
-
-__all__ = ["Evaluation", "Views", "evaluate", "evaluate_network"]
+from vggfeat.weights import WeightsLike, facts_of, load as load_set
 
 _percent = "{:.2f} %".format
 
@@ -64,7 +61,7 @@ class Views:
             raise InputError("dense looks at the whole image: leave grid at 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation(Report):
     """Results of a test.
 
@@ -117,7 +114,7 @@ class Evaluation(Report):
             ("cross-entropy", f"{self.loss:.4f}"),
             *([("not readable", str(len(self.skipped)))] if self.skipped else []),
         ]
-        sums = [Column("measure", "", left=True), Column("value", "")]
+        sums = [Column("measure", "measure", left=True), Column("value", "value")]
         return [Table("By class", columns, rows), Table("All", sums, total)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +139,7 @@ def evaluate(
 
     Args:
         weights: a network, or what `vggfeat.weights.load` knows with a classifier in it, such as a run's folder.
-        data: what `vggfeat.training.data.load` knows, its test set where it has one, else all of it; or one set that it
+        data: what `vggfeat.load_images` knows, its test set where it has one, else all of it; or one set that it
             gave. Of the set that a run was trained on with a share held out, only that share.
         views: what is seen of each image; one centre crop by default, of the size and scale that a run of `train` was
             tested at.
@@ -160,16 +157,9 @@ def evaluate(
     """
     if not isinstance(views, Views | None):
         raise InputError(f"views must be a Views, such as vggfeat.Views(flip=True), got {type(views).__name__}")
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    if workers < 0:
-        raise InputError(f"workers must be at least 0, got {workers}")
-    for name, value, choices in (
-        ("bad_images", bad_images, ("fail", "skip")),
-        ("precision", precision, PRECISIONS),
-    ):
-        if value not in choices:
-            raise InputError(f"unknown {name} {value!r}: {nearest(value, choices)}")
+    batch_size, workers = whole_number("batch_size", batch_size), whole_number("workers", workers, least=0)
+    check_choice("bad_images", bad_images, ("fail", "skip"))
+    check_choice("precision", precision, PRECISIONS)
     names, held, views = None, None, views or Views()
     if isinstance(weights, VGG):
         net = weights
@@ -182,7 +172,7 @@ def evaluate(
                 views = replace(views, size=views.size or facts["size"], scales=views.scales or scales)
         net = _network(weights, arch)
     if not isinstance(data, ImageSet):
-        data = load_test(data, bad_images=bad_images)
+        data = load_test_images(data, bad_images=bad_images)
     if len(data.classes) != net.arch.num_classes:
         raise InputError(
             f"{data.label} has {len(data.classes)} classes, the network {net.arch.num_classes}: "

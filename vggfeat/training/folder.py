@@ -24,8 +24,6 @@ from vggfeat.settings import changed
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, would_hold
 
-__all__ = ["NEEDED", "Board", "Epoch", "begin", "check", "write_log", "write_weights"]
-
 NEEDED = ("config", "classes", "images", "net")  # what makes a checkpoint ours
 
 

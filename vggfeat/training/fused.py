@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from vggfeat import kernels
 from vggfeat.network import VGG
 
-__all__ = ["Fused"]
-
 
 class Fused(nn.Module):
     """Computes what `net` does, to rounding, gradients and running statistics included.

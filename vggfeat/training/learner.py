@@ -17,8 +17,6 @@ from vggfeat.training.components import optimizer, redundant_biases
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World, desynchronise, synchronise
 
-__all__ = ["Learner"]
-
 WARMING = 3  # steps before one is captured: in the first, libraries tune and optimizers create state
 
 

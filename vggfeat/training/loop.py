@@ -27,13 +27,11 @@ from vggfeat.signals import on_ending
 from vggfeat.training.batches import Batch, Batches, scale_for, seeded, split_holdout
 from vggfeat.training.components import mixing, network, schedule
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet, load
+from vggfeat.training.data import ImageSet, load_images
 from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, process_group, run_on_main
 from vggfeat.training.evaluation import Evaluation, Views, evaluate_network, place_of
 from vggfeat.training.folder import Board, Epoch, begin, check, write_log, write_weights
 from vggfeat.training.learner import Learner
-
-__all__ = ["TrainResult", "TrainStep", "train"]
 
 PathLike = str | os.PathLike[str]
 SAVE_AFTER = 10.0  # seconds from one epoch's checkpoint to another's
@@ -86,10 +84,10 @@ class TrainResult:
 @with_gradients()
 def train(
     data: PathLike | ImageSet,
-    test: PathLike | ImageSet | None = None,
     config: TrainConfig | None = None,
-    folder: PathLike = "run",
     *,
+    test: PathLike | ImageSet | None = None,
+    folder: PathLike = "run",
     resume: bool = False,
     callback: Callable[[TrainStep], None] | None = None,
     announce: Callable[[str], None] | None = None,
@@ -105,10 +103,10 @@ def train(
     good checkpoint; on a CPU the weights at the end are those of the unbroken run, bit for bit.
 
     Args:
-        data: what `vggfeat.training.data.load` knows: CIFAR's folder, a folder or a zip of class folders; or what it
+        data: what `vggfeat.load_images` knows: CIFAR's folder, a folder or a zip of class folders; or what it
             gave.
-        test: the same for the test set, where `data` holds none.
         config: the settings, such as `recipe("fast")`.
+        test: the same as `data` for the test set, where `data` holds none.
         folder: of the run, new or empty unless it is resumed.
         resume: go on with the run in `folder`, whose settings must be these; begin it where it has no checkpoint yet.
         callback: called after each step, in the first process.
@@ -125,10 +123,12 @@ def train(
     with process_group(config.device) as world, _repeatable(config, world):
         says = announce if announce is not None and world.is_main else _silent
         run_on_main(lambda: check(folder, config, resume, (data, test)), world)
-        images, test_images = load(data, test, resize=config.resize, bad_images=config.bad_images)
+        images, test_images = load_images(data, test, resize=config.resize, bad_images=config.bad_images)
         if len(images.classes) < 2:
             raise InputError(f"{images.label} has one class, {images.classes[0]}: there is nothing to tell apart")
-        if test_images is None and config.holdout:
+        if config.holdout:
+            if test_images is not None:
+                raise InputError("there is a test set: leave holdout at 0, which sets images aside where there is none")
             images, test_images = split_holdout(images, config.holdout, config.seed)
         run = _Run(config, images, test_images, world, folder, callback if world.is_main else None, says)
         with ExitStack() as alone:
@@ -483,7 +483,8 @@ class _Run:
         if scales is None and self.config.resize is not None:
             scales = (self.config.resize[-1],)
         facts: dict[str, Any] = {"classes": self.images.classes, "size": self.size, "scales": scales}
-        if self.test is not None and self.config.holdout:
+        if self.config.holdout:
             config, data = self.config, place_of(self.images.label)
+            assert self.test is not None
             facts["holdout"] = {"share": config.holdout, "seed": config.seed, "digest": self.test.digest, "data": data}
         return facts

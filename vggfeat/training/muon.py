@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Muon", "polar_factor"]
-
 # three iterations of x ← (a + b x² + c x⁴) x bring values between 0.02 and 1 to between 0.68 and 1.21
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 3
@@ -113,18 +111,19 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(sums, momentum)
         torch._foreach_add_(sums, grads)
         steps = torch._foreach_add(grads, sums, alpha=momentum)
+        pairs = list(zip(values, steps, strict=True))
+        if others := [pair for pair in pairs if pair[0].ndim != 4]:
+            rest, moves = map(list, zip(*others, strict=True))
+            torch._foreach_mul_(moves, lr)
+            torch._foreach_sub_(rest, moves)
         alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        for value, step in zip(values, steps, strict=True):
-            # a CPU takes matrices one by one, while they are in its caches
-            key = value.ndim == 4 and ((value.shape, value.dtype, value.device) if value.is_cuda else id(value))
-            alike.setdefault(key, []).append((value, step))
-        for key, pairs in alike.items():
-            mine, moves = map(list, zip(*pairs, strict=True))
-            if key is False:
-                torch._foreach_mul_(moves, lr)
-                torch._foreach_sub_(mine, moves)
-            else:
-                self._move_filters(mine, moves, lr)
+        for value, step in pairs:
+            if value.ndim == 4:  # a CPU takes them one by one, while they are in its caches
+                key = (value.shape, value.dtype, value.device) if value.is_cuda else id(value)
+                alike.setdefault(key, []).append((value, step))
+        for group in alike.values():
+            filters, moves = map(list, zip(*group, strict=True))
+            self._move_filters(filters, moves, lr)
 
     def _move_filters(self, filters: list[Tensor], steps: list[Tensor], lr: float | Tensor) -> None:
         """Move filters of one shape."""
