@@ -66,12 +66,12 @@ def _drawn_once(request, monkeypatch):
     """Random weights are drawn and calibrated once for all tests but their own: at full width that takes a second."""
     draw = weights.random_state
 
-    def remembered(arch, seed=0):
+    def remembered(arch):
         if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():  # fake tensors, other devices
-            return draw(arch, seed)
-        if (arch, seed) not in _random:
-            _random[arch, seed] = draw(arch, seed)
-        return {key: value.clone() for key, value in _random[arch, seed].items()}
+            return draw(arch)
+        if arch not in _random:
+            _random[arch] = draw(arch)
+        return {key: value.clone() for key, value in _random[arch].items()}
 
     if request.module.__name__ != "test_weights":
         monkeypatch.setattr(weights, "random_state", remembered)

@@ -287,7 +287,8 @@ def test_formats():
     [
         ({"arch": "vgg15"}, "did you mean vgg1"),
         ({"arch": "vgg16", "input_size": 31}, "at least 32 pixels"),
-        ({"arch": "vgg16", "batch": 0}, "batch must be at least 1"),
+        ({"arch": "vgg16", "batch": 0}, "batch must be a whole number of at least 1, got 0"),
+        ({"arch": "vgg16", "batch": 2.5}, "batch must be a whole number of at least 1, got 2.5"),
         ({"arch": "vgg16", "num_classes": 0}, "num_classes must be a whole number of at least 1"),
         ({"arch": "vgg16", "head": "huge"}, "unknown head 'huge'"),
         ({"arch": "vgg16", "width": 0}, "width must be a positive number"),
@@ -407,7 +408,7 @@ def test_compare_says_what_is_wrong(torchvision):
     offered = str(info.value)
     assert all(f"{name}, " in offered for name in ("vgg11-lrn", "vgg16-c_bn", "vgg19_bn"))
     assert "vgg11-lrn_bn" not in offered  # there is none
-    with pytest.raises(InputError, match="batch must be at least 1"):
+    with pytest.raises(InputError, match="batch must be a whole number of at least 1"):
         compare(["vgg16"], batch=0)
     with pytest.raises(InputError, match="cannot take images of 5×5"):
         compare(["alexnet"], input_size=5)
@@ -550,7 +551,7 @@ def test_gradients_are_taken_where_they_are_off(narrow, mode):
 def test_effective_field_says_what_is_wrong(narrow):
     with pytest.raises(InputError, match="unknown layer 'conv9_1'"):
         effective_field("conv9_1", weights=narrow)
-    with pytest.raises(InputError, match="samples must be at least 1"):
+    with pytest.raises(InputError, match="samples must be a whole number of at least 1"):
         effective_field("conv1_1", weights=narrow, samples=0)
 
 

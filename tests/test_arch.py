@@ -188,7 +188,7 @@ def test_numpy_s_numbers_are_numbers():
     ("options", "message"),
     [
         ({"config": "F"}, "unknown VGG configuration 'F'"),
-        ({"head": "fat"}, "choose 'paper' or 'slim'"),
+        ({"head": "fat"}, r"choose from paper, slim \(or None for no classifier\)"),
         ({"channels": (0, 2, 4, 8, 8)}, "tuple of five counts of at least 1"),
         ({"num_classes": 0}, "num_classes must be a whole number of at least 1, got 0"),
     ],

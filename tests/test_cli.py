@@ -26,9 +26,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
-from vggfeat_cli import main as vggfeat_command
-from vggfeat_cli import run
-from vggfeat_cli import style as vggstyle_command
+from vggfeat_cli import main as vggfeat_command, run, style as vggstyle_command
 
 import vggfeat
 from vggfeat import StyleConfig, weights
@@ -237,7 +235,7 @@ PAIR = ["content.jpg", "style.png"]
         ([*PAIR, "--weights", "imagenet"], "VGGFEAT_WEIGHTS_DIR"),
         ([*PAIR, "--arch", "vgg99"], "vgg99"),
         ([*PAIR, "--arch", "vgg11"], "vgg11"),  # the file's is vgg19
-        ([*PAIR, "--size", "0"], "size must be at least 1, got 0"),
+        ([*PAIR, "--size", "0"], "size must be a whole number of at least 1, got 0"),
         ([*PAIR, "--size", "1"], "too small"),
         ([*PAIR, "--size", "big"], "big"),
         ([*PAIR, "--steps", "-1"], "steps"),

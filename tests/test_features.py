@@ -124,17 +124,20 @@ def test_unknown_choices(state, options, message):
     ("images", "message"),
     [
         (torch.rand(2, 1, 32, 32), r"3 channels .*\(2, 1, 32, 32\); repeat_grey=True"),
-        (torch.rand(2, 4, 32, 32), r"3 channels .*\(2, 4, 32, 32\)$"),
+        (torch.rand(2, 4, 32, 32), r"3 channels .*\(2, 4, 32, 32\); images\[:, :3\] is without transparency"),
+        (torch.rand(2, 5, 32, 32), r"3 channels .*\(2, 5, 32, 32\)$"),
+        (torch.rand(30, 32, 3), r"channels come first, .*: image.permute\(2, 0, 1\)\[None\]"),
         (torch.rand(2, 32, 40, 3), r"channels come second: images.permute\(0, 3, 1, 2\)"),
         (torch.rand(3, 32, 32), r"shape \(3, 32, 32\); add the batch dimension: images\[None\]"),
-        (torch.rand(1, 1, 3, 32, 32), r"\(1, 1, 3, 32, 32\)$"),
+        (torch.rand(1, 1, 3, 32, 32), r"\(1, 1, 3, 32, 32\); frames as images: video.flatten\(0, 1\)"),
+        (torch.rand(32, 32), r"\(32, 32\)$"),
         (
             torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
             "floating-point images, got torch.uint8; divide 8-bit values by 255",
         ),
-        (torch.zeros(2, 3, 32, 32, dtype=torch.bool), "floating-point images, got torch.bool"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.bool), "floating-point images, got torch.bool$"),
         (torch.full((2, 3, 32, 32), torch.nan), "hold NaN"),
-        ([[0.0]], "expected a tensor .* got list"),
+        ([[0.0]], r"expected a tensor .* got list; .*to_tensor\(image\)\[None\]"),
     ],
 )
 def test_images_that_cannot_be_used(state, images, message):
@@ -189,6 +192,27 @@ def test_values_far_outside_the_range_warn_once(state, scale):
     f(batch() * scale)  # filterwarnings = error
     with pytest.warns(UserWarning, match="far outside"):  # each module speaks for itself
         VGGFeatures(["relu1_1"], weights=state)(batch() * scale)
+
+
+def test_values_normalised_before_warn(state):
+    f = VGGFeatures(["relu1_1"], weights=state)
+    with pytest.warns(UserWarning, match="give them before their normalisation, which the features do themselves, or"):
+        f(batch() * 4 - 2)
+
+
+def test_values_in_a_small_part_of_the_range_warn(state):
+    f = VGGFeatures(["relu1_1"], weights=state, input_range=(0, 255))
+    f(torch.zeros(1, 3, 32, 32))  # black is black
+    with pytest.warns(UserWarning, match=r"a small part of input_range=\(0, 255\)"):
+        f(batch())
+    f(batch())  # warns once
+
+
+def test_what_auto_came_to_is_said(state):
+    with pytest.warns(
+        UserWarning, match=r"weights='auto' here means bundled \(imagenet weights for vgg16 cannot be had"
+    ):
+        VGGFeatures(["relu1_1"], weights="auto")
 
 
 def test_values_a_little_outside_are_normal_in_optimisation(state):
@@ -558,6 +582,20 @@ def test_vmap_of_the_module(state):
         image = image.clone().requires_grad_()
         score(image).backward()
         torch.testing.assert_close(grad, image.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_a_derivative_outside_of_vmap(state):
+    f = VGGFeatures(["relu1_2", "pool2"], weights=state)
+
+    def score(image):
+        return torch.stack([tap.square().mean() for tap in f(image[None]).values()])
+
+    x = batch(2, 3, 16, 16).requires_grad_()
+    (plain,) = torch.autograd.grad(sum(score(image) for image in x).sum(), x)
+    (mapped,) = torch.autograd.grad(torch.func.vmap(score)(x).sum(), x)
+    torch.testing.assert_close(mapped, plain, rtol=1e-4, atol=1e-8)
+    by_func = torch.func.grad(lambda x: torch.func.vmap(score)(x).sum())(x.detach())
+    torch.testing.assert_close(by_func, plain, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("keep", ["bits", "values"])

@@ -13,8 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from vggfeat import files
-from vggfeat import image as vi
+from vggfeat import files, image as vi
 from vggfeat.errors import ImageError, InputError
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]

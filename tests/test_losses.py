@@ -210,6 +210,32 @@ def test_callable_criteria(pair):
         perceptual(criterion=scalar)(x, y, half)
 
 
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (lambda a, b: (a - b).abs().flatten(), r"expected the criterion to give values \(2,…\) .*, got shape \("),
+        (lambda a, b: (a - b).abs().mean((0, 1)), r"expected the criterion to give values \(2,…\) .*, got shape \("),
+        (lambda a, b: 1.0, "or a scalar tensor, got 1.0"),
+    ],
+)
+def test_callable_criteria_that_lose_the_images(pair, criterion, message):
+    with pytest.raises(vggfeat.InputError, match=message):
+        perceptual(criterion=criterion, reduction="sum")(*pair)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_the_type_of_the_images_is_that_of_the_loss(pair, make, encoded):
+    """A target of another type changes the value by rounding alone."""
+    loss = make()
+    for input, target in ((pair[0], pair[1].double()), (pair[0].double(), pair[1])):
+        wanted = loss(*(image.to(input.dtype) for image in pair))
+        for leaf in (input, input.clone().requires_grad_()):
+            value = loss(leaf, loss.encode(target) if encoded else target)
+            assert value.dtype == input.dtype
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=0)
+
+
 def test_callable_criteria_get_float32(pair):
     seen = []
 
@@ -418,7 +444,7 @@ def test_a_style_target_of_another_size(pair):
     [
         (
             {"criterion": "huber"},
-            "unknown criterion 'huber': choose from mse, l1, charbonnier, cosine, or pass a function",
+            "unknown criterion 'huber': choose from mse, l1, charbonnier, cosine (or pass a function)",
         ),
         ({"criterion": "charbonier"}, "did you mean charbonnier?"),
         ({"criterion": 3}, "unknown criterion 3: choose from mse, l1, charbonnier, cosine"),
@@ -800,6 +826,9 @@ def test_the_environment_chooses_the_default_weights(pair, tmp_path, monkeypatch
     with pytest.raises(vggfeat.WeightsUnavailableError, match="VGGFEAT_WEIGHTS_DIR"):
         vggfeat.PerceptualLoss(["relu2_2"])
     torch.save(STATE, tmp_path / "mine.pth")
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", "bundled")
+    with pytest.raises(vggfeat.WeightsError, match=r"not to vgg16 \(VGGFEAT_WEIGHTS is 'bundled'\)"):
+        vggfeat.PerceptualLoss(["relu1_2"], arch="vgg16")
     monkeypatch.setenv("VGGFEAT_WEIGHTS", str(tmp_path / "mine.pth"))
     loss = vggfeat.PerceptualLoss(["relu2_2"])
     assert loss.features.weights == "mine.pth"
@@ -840,6 +869,34 @@ def test_torch_compile_of_a_training_step(pair, loss, encoded):
     close(value, expected, rtol=1e-4)
     for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
         close(other.grad, one.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_torch_compile_in_a_fresh_process():
+    """Nothing has to run before, with nothing cached yet."""
+    code = """
+import torch, vggfeat
+losses = [vggfeat.PerceptualLoss(["relu1_2"], weights="random", precision=p) for p in ("float32", "auto", "bfloat16")]
+features, net = vggfeat.VGGFeatures(["relu1_1"], weights="random"), vggfeat.vgg11(2, head="slim", width=0.25).eval()
+x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+for call in (
+    *losses,
+    lambda x, y: features(x)["relu1_1"].mean(),
+    lambda x, y: net.taps(x, ["relu1_1"])["relu1_1"].mean(),
+    lambda x, y: net(x).mean(),
+):
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = torch.compile(call, fullgraph=True, backend="eager")(x, y)
+            torch.testing.assert_close(found, call(x, y), rtol=1e-2, atol=1e-4)
+"""
+    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("kind", [vggfeat.PerceptualLoss, vggfeat.StyleLoss])
@@ -1017,7 +1074,7 @@ def test_what_is_no_list_of_layers_or_of_weights(pair):
 def test_masks_that_weigh_nothing_sensible(pair, loss, value):
     mask = torch.ones(2, 1, *pair[0].shape[2:])
     mask[0, 0, 3, 3] = value
-    with pytest.raises(vggfeat.InputError, match=r"a mask has values in \[0,1\], this one from"):
+    with pytest.raises(vggfeat.InputError, match="a mask has finite values of at least 0, this one from"):
         loss(*pair, mask)
 
 
@@ -1118,6 +1175,10 @@ def test_a_step_under_torchs_counter():
     [
         ({"layer_weights": 2.0}, "layer_weights are numbers, one for each of relu1_2"),
         ({"layer_weights": [float("nan")]}, "must be finite numbers"),
+        ({"layer_weights": ["1"]}, r"layer_weights are numbers, one for each of relu1_2; got \['1'\]"),
+        ({"layer_weights": [nn.Parameter(torch.ones(()))]}, "layer_weights are fixed numbers"),
+        ({"criterion": nn.L1Loss}, r"criterion is a class: make one of it, L1Loss\(\)"),
+        ({"criterion": "L1"}, r"unknown criterion 'L1': did you mean l1\?"),
         ({"input_range": 255}, "input_range is lowest and highest value"),
         ({"input_range": (0, float("inf"))}, "must rise and be finite"),
     ],
@@ -1131,9 +1192,22 @@ def test_settings_that_mislead(words, message):
 def test_masks_that_are_none(mask):
     loss = vggfeat.PerceptualLoss(["relu1_2"], weights="bundled")
     with pytest.raises(
-        vggfeat.InputError, match=r"expected a mask \(1,1,16,16\) or \(1,1,16,16\) with values in \[0,1\], got"
+        vggfeat.InputError, match=r"expected a mask \(1,1,16,16\) or \(1,1,16,16\) with values such as 0 and 1, got"
     ):
         loss(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16), mask)
+
+
+def test_encoded_targets_as_batches():
+    loss = vggfeat.PerceptualLoss(["relu1_2", "relu2_1"], weights="bundled")
+    images = torch.rand(5, 3, 16, 16)
+    single = [loss.encode(image[None]) for image in images]
+    joined = vggfeat.EncodedTarget.cat([single[4], single[0], single[2]])
+    assert len(joined) == 3
+    torch.testing.assert_close(loss(images[:3], joined), loss(images[:3], images[[4, 0, 2]]))
+    for odd in ([], [single[0], loss.encode(torch.rand(1, 3, 16, 24))]):
+        with pytest.raises(vggfeat.InputError, match="encoded by one loss, from images of one size"):
+            vggfeat.EncodedTarget.cat(odd)
+    assert "tensor" not in repr(joined)
 
 
 def test_one_encoded_target_by_any_integer():

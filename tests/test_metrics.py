@@ -126,6 +126,12 @@ def test_compiled(weights, pair):
     torch.testing.assert_close(compiled(*pair), metric(*pair), rtol=1e-4, atol=0)
 
 
+def test_nothing_replaces_its_weights():
+    with pytest.raises(vggfeat.WeightsUnavailableError, match="imagenet weights for vgg16 cannot be had"):
+        vggfeat.LPIPS(weights="auto")
+    assert "calibrated for relu1_2" in repr(vggfeat.LPIPS(weights="random"))
+
+
 def test_other_networks_are_refused():
     narrow = load("random", Arch("D", channels=scaled(4), head=None))
     with pytest.raises(vggfeat.InputError, match=r"made for VGG-16 at full width, got vgg16 with \(4, 8, 16, 32, 32\)"):

@@ -253,10 +253,16 @@ def test_named_constructors():
         assert vggfeat.vgg16(5, True, head="slim").arch.name == vgg("vgg16_bn").arch.name == "vgg16_bn"
 
 
+def test_torch_fx_traces_it():
+    net = vggfeat.vgg11(3, head="slim", width=0.125).eval()
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"config": "vgg61"}, "unknown architecture 'vgg61': did you mean .*vgg16"),
+        ({"config": "vgg61"}, "unknown architecture 'vgg61' .'_bn' adds batch norm.: did you mean .*vgg16"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, "got -0.1"),
         ({"init": "xavier"}, "unknown init 'xavier': choose from kaiming, paper"),

@@ -77,7 +77,7 @@ ROOMS = {
         "network",
         "tables",
     },
-    "vggfeat.analysis.fields": {"arch", "errors", "features", "modes", "tables"},
+    "vggfeat.analysis.fields": {"arch", "errors", "features", "modes", "tables", "weights"},
     "vggfeat.plots": {"analysis", "arch", "errors", "files", "image", "tables", "weights"},
     "vggfeat.losses": {"arch", "errors", "features", "functional", "modes", "weights"},
     "vggfeat.metrics": {"errors", "features", "losses", "weight_files", "weights"},
@@ -148,7 +148,8 @@ ROOMS = {
     "vggfeat.training": set(),
     "vggfeat.training.__main__": set(),
     "vggfeat.training.config": {"arch", "errors", "settings"},
-    "vggfeat.training.data": {"errors", "image", "devices"},
+    "vggfeat.training.cifar": {"errors"},
+    "vggfeat.training.data": {"errors", "image", "devices", "training.cifar"},
     "vggfeat.training.batches": {
         "errors",
         "signals",
@@ -223,7 +224,7 @@ ROOMS = {
     "vggfeat_cli.style": {"", "files", "image", "transfer.config"},
     "vggfeat_cli.analyse": {"", "image", "plots", "weights"},
     "vggfeat_cli.learn": {"", "files", "plots", "settings", "training.config", "training.evaluation"},
-    "vggfeat_cli.pictures": {"", "visualize", "weights"},
+    "vggfeat_cli.pictures": {"", "state_dicts", "visualize", "weights"},
     "vggfeat_cli.main": {"", "fetch", "weights"},
 }
 # modules that must not need more than this to be imported
@@ -290,14 +291,6 @@ def test_public_names_exist_and_are_documented(name):
         assert value.__module__.startswith("vggfeat.")
 
 
-def test_modules_list_what_they_share():
-    for module in SOURCES:
-        if module.startswith("vggfeat."):
-            found = importlib.import_module(module)
-            for name in getattr(found, "__all__", ()):
-                assert getattr(found, name) is not None
-
-
 def test_contract():
     """The names that other code is written against."""
     needed = "vgg vgg11 vgg13 vgg16 vgg19 VGGFeatures PerceptualLoss StyleLoss stylize StyleConfig VGGFeatError"
@@ -318,7 +311,16 @@ def test_version_is_that_of_pyproject():
 
 
 def test_typed():
+    """Type checkers see what is imported under TYPE_CHECKING: the same names, from the same modules."""
     assert resources.files("vggfeat").joinpath("py.typed").is_file()
+    (block,) = (node for node in ast.parse(Path(vggfeat.__file__).read_text()).body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    for name in set(vggfeat.__all__) - {"__version__"}:
+        home = getattr(vggfeat, name).__name__.rpartition(".")[0] if name in vggfeat._MODULES else vggfeat._HOME[name]
+        (found,) = (node for node in block.body if name in [alias.name for alias in node.names])
+        assert found.module == home
+        assert name in [alias.asname for alias in found.names]
+    assert sum(len(node.names) for node in block.body) == len(vggfeat.__all__) - 1
 
 
 # ── what an import pulls in ───────────────────────────────────────────────────────────────────────────────────────────

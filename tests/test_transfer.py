@@ -17,15 +17,12 @@ import vggfeat
 from vggfeat import InputError, RunError, StyleConfig, VGGFeatures, WeightsError, stylize
 from vggfeat.arch import Arch, parse
 from vggfeat.image import fit, read_settings, resize, to_pil, to_tensor
-from vggfeat.transfer import objective as objective_module
-from vggfeat.transfer import stylize as stylize_module
-from vggfeat.transfer import tiles as tiles_module
+from vggfeat.transfer import objective as objective_module, stylize as stylize_module, tiles as tiles_module
 from vggfeat.transfer.config import CHOICES
 from vggfeat.transfer.objective import Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
 from vggfeat.transfer.tiles import _spans, side_for
-from vggfeat.trunk import bits as bits_module
-from vggfeat.trunk import strips as strips_module
+from vggfeat.trunk import bits as bits_module, strips as strips_module
 
 UNIT = 8  # channels of conv1_1: a VGG-19 an eighth as wide
 STAGES = (2, 2, 4, 4, 4)

@@ -1,5 +1,6 @@
 """Pictures: against numbers worked out by hand, ordinary autograd, and the network as plain modules."""
 
+import copy
 import errno
 import importlib
 import inspect
@@ -17,16 +18,14 @@ import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from vggfeat_cli import analyse, learn, pictures
-from vggfeat_cli import main as command_module
+from vggfeat_cli import analyse, learn, main as command_module, pictures
 
 import vggfeat
 from vggfeat import visualize
 from vggfeat.arch import Arch, parse, scaled
 from vggfeat.image import fit, open_image, read_settings, resize, to_pil, to_tensor
 from vggfeat.transfer.objective import Objective
-from vggfeat.visualize import Sheet, cam, distance, dream, filters, invert, maps
-from vggfeat.visualize import sheet as sheet_module
+from vggfeat.visualize import Sheet, cam, distance, dream, filters, invert, maps, sheet as sheet_module
 from vggfeat.visualize.dreams import _Fourier, _jittered, _Pixels
 from vggfeat.visualize.sheet import overlay, palette, spread
 from vggfeat.visualize.units import _crop, _peaks
@@ -324,7 +323,7 @@ def test_maps_refuse_what_is_not_there(small):
         ({"layer": "relu9_1"}, "unknown layer"),
         ({"layer": "relu1_2"}, "has no layer 'relu1_2'"),
         ({"layer": "relu1_1", "order": "weakest"}, "unknown order"),
-        ({"layer": "relu1_1", "count": 0}, "count must be at least 1"),
+        ({"layer": "relu1_1", "count": 0}, "count must be a whole number of at least 1"),
         ({"layer": "relu1_1", "scale": "own"}, "unknown scale"),
         ({"layer": "relu1_1", "channels": []}, "no channel"),
     ):
@@ -652,10 +651,33 @@ def test_a_class_or_classifier_that_is_not_there(headed, small):
         cam(noise(32, 32), 5, net=headed)
     with pytest.raises(vggfeat.WeightsError, match="hold no classifier"):
         cam(noise(32, 32), weights=small)
+    with pytest.raises(vggfeat.InputError, match="expected a network of vggfeat.vgg, got Sequential"):
+        cam(noise(32, 32), net=torch.nn.Sequential())
+    with pytest.raises(vggfeat.InputError, match="2 names for 5 classes"):
+        cam(noise(32, 32), net=headed, names=["ant", "bee"])
     with pytest.raises(vggfeat.InputError, match="at least 32 pixels"):
         cam(noise(32, 128), net=headed, size=64)
     a, b = cam(noise(64, 64), 1, net=headed), cam(noise(64, 64), 1, weights=headed.state_dict())
     assert torch.allclose(a.map, b.map, atol=1e-5)
+    double = cam(noise(64, 64), 1, net=copy.deepcopy(headed).double())
+    assert torch.allclose(double.map, a.map, atol=1e-4)
+
+
+def test_layers_are_lists_and_channels_numbers(small):
+    for call in (
+        lambda: invert(noise(32, 32), "relu1_1", weights=small),
+        lambda: distance(noise(32, 32), noise(32, 32), "relu1_1", weights=small),
+        lambda: vggfeat.plot_receptive_fields(noise(32, 32), "vgg11", "relu1_1", "out.png"),
+    ):
+        with pytest.raises(vggfeat.InputError, match=r"layers is a list of names: write \['relu1_1'\]"):
+            call()
+    assert maps(noise(32, 32), "relu1_1", channels=3, weights=small).settings["channels"] == [3]
+    for bad in (["3"], [-1], 2.5):
+        with pytest.raises((vggfeat.InputError, TypeError)):
+            maps(noise(32, 32), "relu1_1", channels=bad, weights=small)
+    for name, options in {"steps": {"steps": 2.5}, "unknown parametrization 3": {"parametrization": 3}}.items():
+        with pytest.raises(vggfeat.InputError, match=name):
+            dream("relu1_1", weights=small, **options)
 
 
 def test_a_dream_of_random_weights_classifier():
@@ -716,6 +738,11 @@ LINES = {
     "cam photo.png --class 1": "photo-cam.png",
     "distance photo.png other.png -o heat.jpg": "heat.jpg",
 }
+
+
+def test_a_dream_of_a_class_of_random_weights(call):
+    code, out, err = call("dream --class 3 --size 32 --steps 1 --arch vgg11 --weights random", weights=None)
+    assert (code, out) == (0, "dream-classes.png\n"), err
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -8,14 +8,10 @@ Source: Simonyan & Zisserman 2015 (arXiv:1409.1556), Table 1. A layer name means
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import SupportsIndex
 
-from vggfeat.errors import InputError, nearest
-
-__all__ = ["ARCHS", "BLOCKS", "HEADS", "INITS", "NORMALISED", "PADDINGS", "POOLINGS", "Arch", "Layer", "parse"]
+from vggfeat.errors import InputError, check_choice, nearest, whole_number
 
 POOLINGS = ("max", "average", "l2")
 PADDINGS = ("zeros", "reflect", "replicate")
@@ -92,13 +88,14 @@ class Arch:
     def __post_init__(self) -> None:
         if not isinstance(self.channels, tuple) or len(self.channels) != 5 or min(self.channels) < 1:
             raise InputError(f"channels must be a tuple of five counts of at least 1, got {self.channels}")
-        if self.config not in BLOCKS:
-            raise InputError(f"unknown VGG configuration {self.config!r}: {nearest(self.config, BLOCKS)}")
+        check_choice("VGG configuration", self.config, BLOCKS)
         if self.batch_norm and self.config in NORMALISED:
             raise InputError(f"configuration {self.config} has no batch-normalised form; use A with batch_norm=True")
-        if self.head not in (*HEADS, None):
-            raise InputError(f"unknown head {self.head!r}: choose 'paper' or 'slim'")
+        if self.head is not None:
+            check_choice("head", self.head, HEADS, " (or None for no classifier)")
         object.__setattr__(self, "num_classes", whole_number("num_classes", self.num_classes))
+        # computed now, since torch.compile cannot follow a cached property's first use (it takes a lock in Python 3.11)
+        _ = self.layers, self.convs, self.names, self._by_name
 
     @property
     def name(self) -> str:
@@ -185,12 +182,31 @@ class Arch:
                 continue
             if isinstance(name, str) and name in _every_name():
                 raise InputError(f"{self.name} has no layer {name!r}; it has {', '.join(self.names)}")
-            raise InputError(f"unknown layer {name!r}: {nearest(str(name), self.names)}")
+            raise InputError(f"unknown layer {name!r}: {nearest(name, self.names)}")
 
     def until(self, names: Iterable[str]) -> tuple[Layer, ...]:
         """The convolutional layers that the deepest of `names` needs, itself included; all of them for a head layer."""
         last = max(self.names.index(name) for name in names)
         return self.layers[: last + 1]
+
+
+def layer_names(layers: Iterable[str]) -> list[str]:
+    """Layers as they were asked for, checked to be a list of names.
+
+    Raises:
+        InputError: it is not, such as a single name, whose letters would pass for names.
+    """
+    if isinstance(layers, str):
+        raise InputError(f"layers is a list of names: write [{layers!r}]")
+    if isinstance(layers, Mapping | Set):
+        hint = ", numbers in layer_weights" if isinstance(layers, Mapping) else ""
+        raise InputError(f"layers is a list of names{hint}; got a {type(layers).__name__}")
+    names = [*layers] if isinstance(layers, Iterable) else [layers]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"layers is a list of names such as 'relu3_3', got {layers!r}")
+    if not names:
+        raise InputError("no layer asked for: name at least one, such as 'relu3_3'")
+    return names
 
 
 def scaled(first: int) -> tuple[int, ...]:
@@ -219,21 +235,6 @@ def channels_at(width: float) -> tuple[int, ...]:
     return scaled(max(1, round(64 * width)))
 
 
-def whole_number(name: str, value: SupportsIndex, least: int = 1) -> int:
-    """A setting as an int, NumPy's included.
-
-    Raises:
-        InputError: it is no whole number, or too small.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}") from error
-    if number < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {number}")
-    return number
-
-
 def parse(name: str | Arch) -> Arch:
     """The architecture of that name: `vgg16`, `vgg16_bn`, or a letter of the paper's table (`D`, `D_bn`, `A-LRN`).
 
@@ -247,5 +248,5 @@ def parse(name: str | Arch) -> Arch:
     plain = name[:-3] if name.lower().endswith("_bn") else name
     config = ARCHS.get(plain.lower(), plain.upper())
     if config not in BLOCKS:
-        raise InputError(f"unknown architecture {name!r}: {nearest(name, [*ARCHS, *BLOCKS])}; '_bn' adds batch norm")
+        raise InputError(f"unknown architecture {name!r} ('_bn' adds batch norm): {nearest(name, [*ARCHS, *BLOCKS])}")
     return Arch(config, batch_norm=plain != name)

@@ -14,8 +14,6 @@ from vggfeat.devices import lacks_memory
 from vggfeat.errors import RunError, first_line
 from vggfeat.files import TEMPORARY, new_file
 
-__all__ = ["newest", "read", "save", "saved", "write"]
-
 KEPT = 2  # the older one in case the newest is damaged
 # what keeps an intact file from being read; damage shows as other errors, EINVAL and EIO included
 PASSING = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from vggfeat.errors import first_line, warn
 
-__all__ = ["AsyncScalars", "capture", "captured", "captured_and_checked", "lookahead", "supports_capture"]
-
 Step = Callable[..., tuple[Tensor, ...]]
 MIN_STEPS = 20  # fewest steps worth a capture, which takes three runs and a replay
 REPLAY_RTOL = 0.01  # relative difference allowed to a replay: kernels that add in no fixed order differ by less

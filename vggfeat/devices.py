@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,6 @@ import torch
 
 from vggfeat.errors import InputError, first_line
 from vggfeat.modes import constant_when_traced
-
-__all__ = [
-    "autocast_dtype",
-    "bfloat16_is_fast",
-    "emulates",
-    "free_memory",
-    "has_onednn",
-    "lacks_memory",
-    "multiplies_bfloat16",
-    "resolve",
-    "total_memory",
-    "triton_kernels",
-]
-
 
 UNKNOWN = 4 << 30  # bytes of memory, where nothing tells
 NO_LIMIT = 1 << 62
@@ -47,12 +32,13 @@ def resolve(device: str | torch.device) -> torch.device:
     return resolved
 
 
+@constant_when_traced
 def has_onednn() -> bool:
     """Whether this torch can use oneDNN's kernels."""
     return bool(torch.backends.mkldnn.is_available())
 
 
-@functools.cache
+@constant_when_traced
 def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware: AMX or AVX512-BF16 on a CPU, sm80 and up on CUDA."""
     if device.type == "cuda":
@@ -64,7 +50,6 @@ def bfloat16_is_fast(device: torch.device) -> bool:
 
 
 @constant_when_traced
-@functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN takes bfloat16 on this CPU at all; on x86 that takes AVX-512 or AVX-NE-CONVERT.
 

@@ -1,4 +1,4 @@
-"""Every error that vggfeat raises on purpose.
+"""Every error that vggfeat raises on purpose, and the checks that raise the commonest.
 
     VGGFeatError
     ├── InputError            (ValueError)   a bad argument, tensor, layer name or option
@@ -14,9 +14,11 @@ Each message says what was expected, what came, and what to try. The commands tu
 from __future__ import annotations
 
 import difflib
+import operator
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "DependencyError",
@@ -57,11 +59,39 @@ class RunError(VGGFeatError, RuntimeError):
     """A run that failed on good input."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def check_choice(what: str, value: object, choices: Iterable[str], or_else: str = "") -> None:
+    """Check that a value is one of `choices`.
+
+    Raises:
+        InputError: it is not; the message names the nearest, and `or_else`, what else there is.
+    """
+    choices = list(choices)
+    if not (isinstance(value, str) and value in choices):
+        raise InputError(f"unknown {what} {value!r}: {nearest(value, choices)}{or_else}")
+
+
+def nearest(name: object, choices: Iterable[str]) -> str:
     """The end of an error message: the nearest of `choices`, or all of them if none is near."""
     choices = list(choices)
-    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+    plain = {choice: choice.lower().replace("-", "_") for choice in choices}
+    close = [choice for choice in choices if plain[choice] == str(name).lower().replace("-", "_")]
+    close = close or difflib.get_close_matches(str(name), choices, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices)}"
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """A setting as an int, NumPy's included.
+
+    Raises:
+        InputError: it is no whole number, or too small.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}") from error
+    if number < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {number}")
+    return number
 
 
 _INSIDE = ("vggfeat", "torch", "contextlib")  # the last turns contexts into decorators

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,21 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vggfeat import trunk as _trunk
-from vggfeat.arch import Arch
+from vggfeat.arch import Arch, layer_names
 from vggfeat.devices import bfloat16_is_fast
-from vggfeat.errors import InputError, nearest, warn
+from vggfeat.errors import InputError, check_choice, warn
 from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
 from vggfeat.state_dicts import HEAD_NAMES, LINEAR
 from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk
-from vggfeat.weights import DEFAULT, WeightsLike, load
+from vggfeat.weights import DEFAULT, WeightsLike, load, resolved
 
-__all__ = ["VGGFeatures", "count_and_size", "trunk_dtype"]
-
-CUSTOM_BACKWARD_DEVICES = (
-    "cpu",
-    "cuda",
-)  # devices on which the trunk's own walk runs; elsewhere ordinary operations do
+# devices on which the trunk's own walk runs; elsewhere ordinary operations do
+CUSTOM_BACKWARD_DEVICES = ("cpu", "cuda")
 
 Pullback = Callable[[TapGradOf], Tensor]
 PullbackByRows = Callable[[TapGradOfRows], Tensor]
@@ -73,18 +69,8 @@ class VGGFeatures(nn.Module):
         keep: str = "bits",
     ) -> None:
         super().__init__()
-        if isinstance(layers, str):
-            raise InputError(f"layers is a list of names: write [{layers!r}]")
-        if isinstance(layers, Mapping | Set):
-            hint = ", numbers in layer_weights" if isinstance(layers, Mapping) else ""
-            raise InputError(f"layers is a list of names{hint}; got a {type(layers).__name__}")
-        given = [*layers] if isinstance(layers, Iterable) else [layers]
-        if not all(isinstance(name, str) for name in given):
-            raise InputError(f"layers is a list of names such as 'relu3_3', got {layers!r}")
-        if not (names := tuple(dict.fromkeys(given))):
-            raise InputError("no layer asked for: name at least one, such as 'relu3_3'")
-        if precision not in PRECISIONS:
-            raise InputError(f"unknown precision {precision!r}: {nearest(str(precision), PRECISIONS)}")
+        names = tuple(dict.fromkeys(layer_names(layers)))
+        check_choice("precision", precision, PRECISIONS)
         if keep not in ("bits", "values"):
             raise InputError(f"keep must be 'bits' or 'values', got {keep!r}")
         try:
@@ -97,6 +83,8 @@ class VGGFeatures(nn.Module):
             raise InputError(f"input_range must rise and be finite, got ({low:g}, {high:g})")
         loaded = load(weights, arch, classifier=not HEAD_NAMES.isdisjoint(names))
         loaded.require(names)
+        if resolved(weights) == "auto" and not loaded.label.startswith("imagenet"):
+            warn(f"weights='auto' here means {loaded.label}")
         self.layers = names
         self.weights = loaded.label
         self.precision = precision
@@ -107,7 +95,9 @@ class VGGFeatures(nn.Module):
         in_trunk = tuple(name for name in names if name not in arch.head_names)
         deepest = max(map(arch.names.index, names))
         self._head = tuple(name for name in arch.head_names if arch.names.index(name) <= deepest)
-        self.plan = Plan(arch, tuple(dict.fromkeys((*in_trunk, *["pool5"] * bool(self._head)))), pooling, padding)
+        if self._head and "pool5" not in in_trunk:
+            in_trunk = (*in_trunk, "pool5")
+        self.plan = Plan(arch, in_trunk, pooling, padding)
         held = {f"features.{layer.index}." for layer in arch.until(names)}
         state = {
             key: value
@@ -300,11 +290,13 @@ class VGGFeatures(nn.Module):
         count_and_size(images)
         shape = tuple(images.shape)
         if not images.is_floating_point():
-            raise InputError(f"expected floating-point images, got {images.dtype}; divide 8-bit values by 255")
+            hint = "; divide 8-bit values by 255" if images.dtype == torch.uint8 else ""
+            raise InputError(f"expected floating-point images, got {images.dtype}{hint}")
         if images.shape[1] == 1 and self.repeat_grey:
             images = images.expand(-1, 3, -1, -1)
         if images.shape[1] != 3:
-            hint = "; repeat_grey=True accepts one channel" if images.shape[1] == 1 else ""
+            hints = {1: "; repeat_grey=True accepts one channel", 4: "; images[:, :3] is without transparency"}
+            hint = hints.get(images.shape[1], "")
             if images.shape[3] == 3:
                 hint = "; channels come second: images.permute(0, 3, 1, 2)"
             raise InputError(f"expected 3 channels (N,3,H,W), got shape {shape}{hint}")
@@ -329,14 +321,22 @@ class VGGFeatures(nn.Module):
             raise InputError(
                 "the images hold NaN or infinite values: check what produced them, such as too long a step"
             )
+        if self._warned:
+            return
         floor, ceiling = self.input_range
-        slack = (ceiling - floor) / 2
-        if not self._warned and (low < floor - slack or high > ceiling + slack):
-            self._warned = True
+        span = ceiling - floor
+        reach = f"images reach from {low:.4g} to {high:.4g}"
+        if low < floor - span / 2 or high > ceiling + span / 2:
+            normalised = span == 1 and -2.2 < low < -0.5 and high < 2.7  # as by ImageNet's mean and standard deviation
+            hint = "give them before their normalisation, which the features do themselves, or " if normalised else ""
             warn(
-                f"images reach from {low:.4g} to {high:.4g}, far outside input_range=({floor:g}, {ceiling:g}); "
-                "say what they are, e.g. input_range=(-1, 1) or (0, 255)"
+                f"{reach}, far outside input_range=({floor:g}, {ceiling:g}); "
+                f"{hint}say what they are, e.g. input_range=(-1, 1) or (0, 255)"
             )
+            self._warned = True
+        elif span >= 255 and 0 < high - floor <= span / 200:
+            warn(f"{reach}, a small part of input_range=({floor:g}, {ceiling:g}); say what they are, e.g. (0, 1)")
+            self._warned = True
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -371,10 +371,13 @@ def count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
         InputError: not a tensor (N,C,H,W).
     """
     if not isinstance(images, Tensor):
-        raise InputError(f"expected a tensor of images (N,3,H,W), got {type(images).__name__}")
+        hint = "; torchvision.transforms.functional.to_tensor(image)[None] makes one of a PIL image or an array"
+        raise InputError(f"expected a tensor of images (N,3,H,W), got {type(images).__name__}{hint}")
     if images.ndim != 4:
-        hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
-        raise InputError(f"expected images (N,3,H,W), got shape {tuple(images.shape)}{hint}")
+        hint = {3: "; add the batch dimension: images[None]", 5: "; frames as images: video.flatten(0, 1)"}
+        if images.ndim == 3 and images.shape[2] == 3 != images.shape[0]:
+            hint[3] = "; channels come first, after the batch dimension: image.permute(2, 0, 1)[None]"
+        raise InputError(f"expected images (N,3,H,W), got shape {tuple(images.shape)}{hint.get(images.ndim, '')}")
     return images.shape[0], (images.shape[2], images.shape[3])
 
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError
 from vggfeat.files import new_file
 
-__all__ = ["fetch", "published_digest", "recorded", "verify"]
-
 CONNECT_TIMEOUT = 5.0  # seconds until a server must have answered the call
 READ_TIMEOUT = 60.0  # seconds that a running download may stand still
 
@@ -84,8 +82,10 @@ def _recorded(note: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError):
         return ""
+    if not text:
+        return None
     match = re.match(r"[0-9a-f]{64}\b", text)
-    return match[0] if match else "" if text else None
+    return match[0] if match else ""
 
 
 def file_key(path: Path) -> tuple[str, int, int]:
@@ -131,13 +131,12 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return self.do_open(_patient(http.client.HTTPSConnection), request)
 
 
-def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
-    """Download a published file, verify it, and only then give it its name.
+def fetch(url: str, folder: Path) -> Path:
+    """Download a published file, verify it, and only then give it its name; on a terminal, with a progress bar.
 
     Args:
         url: where it is; the file's name publishes the start of its sha256.
         folder: where it goes; made if need be.
-        progress: show a progress bar on stderr.
 
     Raises:
         WeightsUnavailableError: the server cannot be reached, refuses, or stops half way; or the folder is not
@@ -156,8 +155,8 @@ def fetch(url: str, folder: Path, *, progress: bool = True) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with opener.open(request, timeout=CONNECT_TIMEOUT) as response, new_file(path, overwrite=True) as file:
             length = int(response.headers.get("Content-Length") or 0)
-            bar = tqdm(total=length or None, unit="B", unit_scale=True, desc=path.name, disable=not progress)
-            with bar:
+            # disable=None: only where stderr is a terminal
+            with tqdm(total=length or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
                 while chunk := response.read(1 << 20):
                     sha.update(chunk)
                     file.write(chunk)

@@ -20,8 +20,6 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["TEMPORARY", "check_path", "free_name", "locked", "new_file", "same_file", "taken", "written"]
-
 TEMPORARY = ".vggfeat-*.tmp"  # what a file is called while it is being written
 
 

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 EPS = 1e-10
+CHARBONNIER_EPS = 1e-3
 TINY = 1e-36  # added under a root whose gradient at 0 would be infinite
 
 
@@ -58,7 +59,7 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     channels = features.shape[1]
     if mask is None:
         return _products(features) / (channels * features.shape[2] * features.shape[3])
-    root = (upcast(mask) + TINY).sqrt().to(features.dtype)
+    root = (mask.to(torch.promote_types(upcast(mask).dtype, features.dtype)) + TINY).sqrt().to(features.dtype)
     total = upcast(root).square().sum((1, 2, 3)).clamp_min(EPS)  # of the rounded roots: they are what weighs
     return _products(features * root) / (channels * total[:, None, None])
 
@@ -175,7 +176,7 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
     return (upcast(a) - upcast(b)).abs()
 
 
-def charbonnier(a: Tensor, b: Tensor, eps: float = 1e-3) -> Tensor:
+def charbonnier(a: Tensor, b: Tensor, eps: float = CHARBONNIER_EPS) -> Tensor:
     """√((a - b)² + ε²) - ε, same shape, 0 at equality: l1 with a round bottom.
 
     Charbonnier et al. 1994; ε as in Lai et al. 2017 (arXiv:1704.03915), who leave the constant -ε out.
@@ -272,10 +273,10 @@ def _l1_and_derivative(difference: Tensor) -> tuple[Tensor, Tensor]:
     return difference.abs(), difference.sign_()
 
 
-def _charbonnier_and_derivative(difference: Tensor, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+def _charbonnier_and_derivative(difference: Tensor) -> tuple[Tensor, Tensor]:
     square = difference.square()
-    root = (square + eps * eps).sqrt_()
-    return square.div_(root + eps), difference.div_(root)
+    root = (square + CHARBONNIER_EPS**2).sqrt_()
+    return square.div_(root + CHARBONNIER_EPS), difference.div_(root)
 
 
 # for criteria of the difference: their values, and their derivatives, which overwrite it

@@ -20,17 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = [
-    "batch_norm_relu",
-    "batch_norm_relu_backward",
-    "mask",
-    "max_pool",
-    "max_pool_backward",
-    "max_pool_backward_packed",
-    "max_pool_packed",
-    "pack",
-]
-
 CHANNELS, VALUES = 128, 2048  # per block: adjacent channels, and values in total
 # sums over a map are split into at most PARTS, enough to fill a GPU, each of which reads SUMMED values at a time
 PARTS, SUMMED = 512, 4096

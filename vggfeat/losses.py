@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vggfeat.arch import Arch
-from vggfeat.errors import InputError, nearest
+from vggfeat.errors import InputError, check_choice
 from vggfeat.features import CUSTOM_BACKWARD_DEVICES, VGGFeatures, count_and_size
 from vggfeat.functional import (
     CRITERIA,
@@ -28,8 +28,6 @@ from vggfeat.functional import (
 from vggfeat.modes import needs_composite_ops, no_autocast, values_are_hidden
 from vggfeat.weights import DEFAULT, WeightsLike
 
-__all__ = ["EncodedTarget", "PerceptualLoss", "StyleLoss"]
-
 Criterion = str | Callable[[Tensor, Tensor], Tensor]
 REDUCTIONS = ("none", "mean", "sum")
 VALUES_AT_A_TIME = 1 << 22  # of the first layer's output, 16 MB in float32
@@ -42,12 +40,15 @@ class EncodedTarget:
     Attributes:
         values: by layer, features (N,C,h,w) or Gram matrices (N,C,C), detached.
         size: height and width of the images.
-        made_by: the loss, its network and a checksum of its weights, in words; only an equal loss can use it.
+        made_by: the loss, its layers and network and a checksum of its weights, in words; only a loss of the same can
+            use it.
 
+    `len(target)` is the number of images; `target[i]`, `target[2:5]` and `target[[0, 3]]` are some of them,
+    `EncodedTarget.cat` joins several: for batches of a data set encoded beforehand.
     `torch.save` writes it; `torch.load` reads it once `vggfeat.EncodedTarget` was accessed: that registers it.
     """
 
-    values: Mapping[str, Tensor]
+    values: Mapping[str, Tensor] = field(repr=False)
     size: tuple[int, int]
     made_by: str
 
@@ -61,6 +62,20 @@ class EncodedTarget:
         if isinstance(index, int) or getattr(index, "ndim", 1) == 0:
             index = [int(index)]  # type: ignore[arg-type]  # a batch of one
         return self.map(lambda value: value[index])
+
+    @staticmethod
+    def cat(targets: Sequence[EncodedTarget]) -> EncodedTarget:
+        """Several targets as one batch, encoded by the same loss from images of one size.
+
+        Raises:
+            InputError: none, or such as do not fit together.
+        """
+        if len({(target.made_by, target.size, tuple(target.values)) for target in targets}) != 1:
+            raise InputError("targets in a batch must be encoded by one loss, from images of one size")
+        first = targets[0]
+        return replace(
+            first, values={name: torch.cat([each.values[name] for each in targets]) for name in first.values}
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> EncodedTarget:
         """The same on another device or in another type, as `torch.Tensor.to`."""
@@ -95,12 +110,11 @@ class _FeatureLoss(nn.Module):
         keep: str = "bits",
     ) -> None:
         super().__init__()
-        if not callable(criterion) and criterion not in CRITERIA:
-            raise InputError(
-                f"unknown criterion {criterion!r}: {nearest(str(criterion), CRITERIA)}, or pass a function"
-            )
-        if reduction not in REDUCTIONS:
-            raise InputError(f"unknown reduction {reduction!r}: {nearest(str(reduction), REDUCTIONS)}")
+        if isinstance(criterion, type):
+            raise InputError(f"criterion is a class: make one of it, {criterion.__name__}()")
+        if not callable(criterion):
+            check_choice("criterion", criterion, CRITERIA, " (or pass a function)")
+        check_choice("reduction", reduction, REDUCTIONS)
         self.features = VGGFeatures(layers, arch, weights, pooling, padding, precision, input_range, repeat_grey, keep)
         self.layer_weights = _weights_by_layer(self.features.layers, layer_weights)
         self._checksum = self.features.checksum()  # now: a compiler could not trace it
@@ -127,8 +141,8 @@ class _FeatureLoss(nn.Module):
             input: (N,3,H,W), floating, in `input_range`.
             target: (N,3,H,W) or (1,3,H,W) of the same kind, or what `encode` made of such images; of `StyleLoss` also
                 of another size.
-            mask: (N,1,H,W) or (1,1,H,W) in [0,1], of the input's size: its area average over each feature's pixels
-                weighs the mean, or the Gram matrices' positions. None weighs all alike.
+            mask: (N,1,H,W) or (1,1,H,W), not negative, such as a mask in [0,1], of the input's size: its area average
+                over each feature's pixels weighs the mean, or the Gram matrices' positions. None weighs all alike.
 
         Returns:
             A scalar, or with `reduction="none"` a value for each image, (N,); float32, float64 for float64 images.
@@ -146,6 +160,8 @@ class _FeatureLoss(nn.Module):
         if mask is not None:
             self._check_masked()
             mask = _checked_mask(mask, input)
+        if input.dtype != torch.float64:  # whose type the result has
+            target = target.map(_narrowed) if isinstance(target, EncodedTarget) else _narrowed(target)
         if self._gradient_in_forward(input, target, mask):
             target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
             total: Tensor = _LossWithGradient.apply(input, self, target, None if mask is None else _for_graphs(mask))
@@ -285,8 +301,13 @@ class _FeatureLoss(nn.Module):
         return distance.detach(), gradient
 
     def _criterion(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
-        return criterion(upcast(ours), upcast(theirs))
+        if isinstance(self.criterion, str):
+            return CRITERIA[self.criterion](upcast(ours), upcast(theirs))
+        values = self.criterion(upcast(ours), upcast(theirs))
+        if not isinstance(values, Tensor) or (values.ndim and len(values) != len(ours)):
+            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
+            raise InputError(f"expected the criterion to give values ({len(ours)},…) or a scalar tensor, got {got}")
+        return values
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         raise NotImplementedError
@@ -358,6 +379,10 @@ def _keeps_graph() -> bool:
     """Whether the backward that is running was asked with `retain_graph`."""
     asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return asked is None or bool(asked())
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -502,12 +527,15 @@ def _weights_by_layer(layers: Sequence[str], given: Sequence[float] | Mapping[st
         if unknown := set(given) - set(layers):
             raise InputError(f"layer_weights for {', '.join(sorted(unknown))}, which is not among {', '.join(layers)}")
         given = [given.get(name, 1.0) for name in layers]
+    unfit = f"layer_weights are numbers, one for each of {', '.join(layers)}; got {given!r}"
+    if not isinstance(given, Iterable) or any(isinstance(value, str) for value in given):
+        raise InputError(unfit)
+    if any(isinstance(value, Tensor) and value.requires_grad for value in given):
+        raise InputError("layer_weights are fixed numbers: weigh the losses of single layers by what is trained")
     try:
-        if isinstance(given, str):
-            raise TypeError
         values = [float(value) for value in given]
     except (TypeError, ValueError) as error:
-        raise InputError(f"layer_weights are numbers, one for each of {', '.join(layers)}; got {given!r}") from error
+        raise InputError(unfit) from error
     if bad := [value for value in values if not math.isfinite(value)]:
         raise InputError(f"layer_weights must be finite numbers, got {bad[0]}")
     if len(values) != len(layers):
@@ -519,12 +547,13 @@ def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
     n, (h, w) = count_and_size(images)
     if not isinstance(mask, Tensor) or mask.is_complex():
         what = f"{mask.dtype} values" if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}) with values in [0,1], got {what}")
+        raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}) with values such as 0 and 1, got {what}")
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
         raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}), got shape {tuple(mask.shape)}")
     mask = mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
     if mask.device.type == "cpu" and mask.numel() and not values_are_hidden():
         low, high = torch.aminmax(mask.detach())
         if not (low >= 0 and high < math.inf):
-            raise InputError(f"a mask has values in [0,1], this one from {float(low):.4g} to {float(high):.4g}")
+            reach = f"{float(low):.4g} to {float(high):.4g}"
+            raise InputError(f"a mask has finite values of at least 0, this one from {reach}")
     return mask

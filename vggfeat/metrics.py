@@ -10,9 +10,7 @@ from vggfeat.errors import InputError
 from vggfeat.features import count_and_size, per_channel
 from vggfeat.losses import PerceptualLoss
 from vggfeat.weight_files import read
-from vggfeat.weights import DEFAULT, WeightsLike
-
-__all__ = ["LPIPS"]
+from vggfeat.weights import DEFAULT, WeightsLike, resolved
 
 CALIBRATION = Path(__file__).with_name("assets") / "lpips-vgg16.safetensors"  # LICENSE-lpips.txt is beside it
 
@@ -35,7 +33,7 @@ class LPIPS(PerceptualLoss):
         tensor([0., 0.])
 
     Args:
-        weights: of VGG-16, see `vggfeat.weights.load`.
+        weights: of VGG-16, see `vggfeat.weights.load`; `"auto"` means `"imagenet"`, as nothing can replace them.
         input_range: lowest and highest value of both images; `lpips` itself takes (-1, 1).
         reduction: `"none"` gives a value for each image, (N,); `"mean"` and `"sum"` reduce those.
         precision: see `VGGFeatures`.
@@ -57,6 +55,8 @@ class LPIPS(PerceptualLoss):
         repeat_grey: bool = False,
         keep: str = "bits",
     ) -> None:
+        if resolved(weights) == "auto":  # which may end in random weights, whose result would pass for LPIPS
+            weights = "imagenet"
         calibration = {name: tuple(values.tolist()) for name, values in sorted(read(CALIBRATION).items())}
         super().__init__(
             list(calibration),
@@ -88,6 +88,10 @@ class LPIPS(PerceptualLoss):
         self._check_match(input, *count_and_size(target))
         ours, theirs = self.features(input), self.features(target)
         return {name: self._values(name, ours[name], theirs[name]).mean(1) for name in ours}
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"calibrated for {', '.join(self.layer_weights)}, reduction={self.reduction}"
 
     def _channel_weights(self, name: str, like: Tensor) -> Tensor | None:
         return per_channel(self._by_layer[name], like)

@@ -10,19 +10,6 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = [
-    "constant_when_traced",
-    "exporting",
-    "in_forward_mode",
-    "in_functorch",
-    "is_batched",
-    "no_autocast",
-    "without_modes",
-    "values_are_hidden",
-    "needs_composite_ops",
-    "with_gradients",
-]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is one, but not a BatchNorm2d
 from torch.utils.checkpoint import checkpoint
 
-from vggfeat.arch import INITS, LRN, Arch, Layer, channels_at, parse
+from vggfeat.arch import INITS, LRN, Arch, Layer, channels_at, layer_names, parse
 from vggfeat.convolution import Conv2d
 from vggfeat.errors import InputError
 
 if TYPE_CHECKING:
     from vggfeat.weights import Weights, WeightsLike
-
-__all__ = ["VGG", "eval_mode", "network_from_weights", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"]
 
 
 def _module(layer: Layer) -> nn.Module:
@@ -220,11 +218,7 @@ class VGG(nn.Module):
         Raises:
             InputError: a layer that this network lacks, or no name at all.
         """
-        if isinstance(names, str):
-            raise InputError(f"names is a list of layers: write [{names!r}]")
-        names = list(names)
-        if not names:
-            raise InputError("no layer asked for: name at least one")
+        names = layer_names(names)
         self.arch.check(names)
         outputs = {}
         for layer, module in zip(self.arch.until(names), self.features, strict=False):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vggfeat.analysis import Comparison, Description, EffectiveField, Net, Stacked, effective_field, stacked_3x3
-from vggfeat.arch import Arch, Layer, parse
+from vggfeat.arch import Arch, Layer, layer_names, parse
 from vggfeat.errors import DependencyError, InputError
 from vggfeat.files import check_path, written
 from vggfeat.tables import apart, short
@@ -27,16 +27,6 @@ if TYPE_CHECKING:
     from vggfeat.training.evaluation import Evaluation
     from vggfeat.training.folder import Epoch
     from vggfeat.weights import WeightsLike
-
-__all__ = [
-    "SUFFIXES",
-    "plot_comparison",
-    "plot_confusion",
-    "plot_parameters",
-    "plot_receptive_fields",
-    "plot_stacked",
-    "plot_training",
-]
 
 SUFFIXES = (".png", ".pdf", ".svg")
 # colours that colour-blind people can tell apart (Okabe and Ito 2008)
@@ -331,7 +321,8 @@ def plot_receptive_fields(
         usual = [*{conv.name[:5]: conv.name for conv in arch.convs}.values()][:4] + ["pool5"]
         layers = loaded.served(usual) if loaded is not None else usual
     colors = [YELLOW, SKY, ORANGE, GREEN, PINK, RED, BLUE]
-    if not 1 <= len(layers) <= len(colors):
+    layers = layer_names(layers)
+    if len(layers) > len(colors):
         raise InputError(f"name one to {len(colors)} layers to draw, got {len(layers)}")
     drawn = sorted({arch.layer(name) for name in layers}, key=lambda layer: layer.index)
     fields = []

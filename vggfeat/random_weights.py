@@ -11,10 +11,8 @@ from torch.nn import functional as F
 from vggfeat.arch import LRN, Arch
 from vggfeat.state_dicts import LINEAR, keys_of
 
-__all__ = ["random_state"]
 
-
-def random_state(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
+def random_state(arch: Arch) -> dict[str, Tensor]:
     """Gaussian weights, each convolution's channels calibrated to mean 0 and variance 1 on 1/f noise.
 
     Random features with calibrated layers carry texture and colour (Ustyuzhaninov et al. 2016, arXiv:1606.00021), so
@@ -22,7 +20,7 @@ def random_state(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
     subtract and divide by (Mishkin and Matas 2015, arXiv:1511.06422, per channel). A classifier's layers, for which the
     noise gives too few values, are brought to variance 1 as a whole.
     """
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     x = torch.zeros(8, 3, 96, 96, dtype=torch.float32)
     for side in (3, 6, 12, 24, 48, 96):  # octaves of equal power make 1/f
         noise = draw(8, 3, side, side)

@@ -14,8 +14,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from vggfeat.errors import InputError
 
-__all__ = ["PRECISIONS", "Kind", "StateDict", "changed", "kinds", "option", "plain", "to_types"]
-
 PRECISIONS = ("auto", "float32", "bfloat16")
 WORDS = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["ignore_endings", "on_ending"]
-
 
 def _asking() -> list[signal.Signals]:
     """Those signals, except any that the program was started to ignore, as by `nohup`."""

@@ -12,8 +12,6 @@ from torch import Tensor
 from vggfeat.arch import HEADS, Arch, Layer, scaled
 from vggfeat.errors import WeightsError
 
-__all__ = ["HEAD_NAMES", "LINEAR", "fitted", "infer_arch", "keys_of", "map_keys", "misfits", "widths"]
-
 LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # where the head's layers are in `classifier`
 HEAD_NAMES = frozenset(name for head in HEADS for name in Arch(head=head).head_names)
 
@@ -44,6 +42,8 @@ def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
         moved = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
         state = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
     if "features.0.weight" not in state:
+        if odd := [value for key, value in raw.items() if str(key).endswith("features.0.weight")]:
+            raise WeightsError(f"weights {label} hold values of type {type(odd[0]).__name__}, expected tensors")
         shown = ", ".join(map(str, list(raw)[:3])) or "nothing"
         raise WeightsError(
             f"weights {label} are not a VGG's: expected keys like features.0.weight (conv1_1), found {shown}"

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Column", "Report", "Table", "apart", "mega", "short"]
-
 
 def mega(value: float, digits: int = 2) -> str:
     """A count in millions (10⁶), or bytes in MB: `12.85`."""
@@ -119,3 +117,8 @@ class Report:
 
     def __str__(self) -> str:
         return "\n\n".join(table.text() for table in self.tables())
+
+    __repr__ = __str__  # at a prompt too
+
+    def _repr_markdown_(self) -> str:  # for notebooks
+        return self.to_markdown()

@@ -16,8 +16,6 @@ from torch import Tensor
 from vggfeat.arch import Arch
 from vggfeat.errors import DependencyError, WeightsError, WeightsUnavailableError, first_line
 
-__all__ = ["is_keras", "read"]
-
 
 def read(path: Path) -> Mapping[str, Any]:
     """The tensors of a `.pth`, `.safetensors` or Keras `.h5` file, by its own keys.

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -29,7 +29,7 @@ from vggfeat.weight_files import is_keras, read
 if TYPE_CHECKING:
     from vggfeat.network import VGG
 
-__all__ = ["SETS", "Convention", "Published", "Weights", "find", "load", "load_weights"]
+__all__ = ["SETS", "Convention", "Published", "Weights", "WeightsLike", "find", "load", "load_weights"]
 
 WeightsLike = Union[str, os.PathLike[str], Mapping[str, Tensor], "Weights", None]
 
@@ -116,7 +116,7 @@ class Weights:
     """
 
     arch: Arch
-    state: dict[str, Tensor]
+    state: dict[str, Tensor] = field(repr=False)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     label: str
@@ -198,12 +198,19 @@ def load(
         if arch is not None and (wanted := parse(arch)).name != weights.arch.name:
             raise WeightsError(f"weights {weights.label} are of {weights.arch.name}, not of {wanted.name}")
         return weights
-    weights = "random" if weights is None else resolved(weights)
+    told = "random" if weights is None else resolved(weights)
+    if isinstance(weights, _Default) and os.environ.get("VGGFEAT_WEIGHTS"):
+        try:
+            return load(told, arch, default=default, classifier=classifier)
+        except WeightsError as error:
+            raise type(error)(f"{error} (VGGFEAT_WEIGHTS is {told!r})") from error
+    weights = told
     if isinstance(weights, Mapping):
         return _read_state(weights, arch, IMAGENET, "from a state dict")
     if not isinstance(weights, str | os.PathLike):
+        hint = "; give its state_dict()" if hasattr(weights, "state_dict") else ""
         raise InputError(
-            f"weights is {', '.join(map(repr, NAMES))}, a path or a state dict, got {type(weights).__name__}"
+            f"weights is {', '.join(map(repr, NAMES))}, a path or a state dict, got {type(weights).__name__}{hint}"
         )
     if weights == "auto":
         try:
@@ -393,13 +400,12 @@ def folders() -> list[Path]:
     return [*([Path(own).expanduser()] if own else []), Path(torch.hub.get_dir()) / "checkpoints"]
 
 
-def find(name: str, arch: str = "vgg16", *, download: bool = True, bundled: bool = False) -> Path:
+def find(name: str, arch: str = "vgg16", *, bundled: bool = False) -> Path:
     """The verified file of a published set: from VGGFEAT_WEIGHTS_DIR, torch.hub's cache, or fetched into the latter.
 
     Args:
         name: a key of `SETS`.
         arch: the network's name.
-        download: fetch it where it is missing.
         bundled: whether to suggest the bundled weights instead.
 
     Raises:
@@ -415,13 +421,14 @@ def find(name: str, arch: str = "vgg16", *, download: bool = True, bundled: bool
         if (path := folder / published.filename).is_file():
             verify(path, published.digest)
             return path
-    looked = " and ".join(map(str, folders()))
-    lacking = f"{name} weights for {arch} cannot be had: {published.filename} is not in {looked}"
-    ways = ["give a path", "set VGGFEAT_WEIGHTS_DIR to a folder that has the file", "use weights='bundled'"]
-    ways_out = f"{', '.join(ways[: 1 + bundled])} or {ways[1 + bundled]}"
-    if not download:
-        raise WeightsUnavailableError(f"{lacking}, not asked to download; {ways_out}")
     try:
         return fetch(published.url, folders()[-1])
     except WeightsUnavailableError as error:
-        raise WeightsUnavailableError(f"{lacking}, {error}; {ways_out}") from None
+        looked = " and ".join(map(str, folders()))
+        ways = ["give a path", "set VGGFEAT_WEIGHTS_DIR to a folder that has the file"]
+        if bundled:
+            ways.append("use weights='bundled'")
+        raise WeightsUnavailableError(
+            f"{name} weights for {arch} cannot be had: {published.filename} is not in {looked}, {error}; "
+            f"{', '.join(ways[:-1])} or {ways[-1]}"
+        ) from None

@@ -26,8 +26,6 @@ from torch import Tensor
 from vggfeat.devices import emulates
 from vggfeat.modes import constant_when_traced, no_autocast
 
-__all__ = ["convolve", "is_faster", "is_supported", "transformed", "weight_gradient"]
-
 TILE = 4
 POINT = 2 / 3
 FLIPPED = [5, 3, 4, 1, 2, 0]  # where each of the points 0, p, -p, 1/p, -1/p, ∞ goes when a kernel is flipped

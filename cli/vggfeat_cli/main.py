@@ -66,8 +66,7 @@ def verify(files: tuple[str, ...]) -> int:
 
     FILES, or every published file on this machine, against the published and recorded sha256.
     """
-    from vggfeat.fetch import recorded
-    from vggfeat.fetch import verify as check
+    from vggfeat.fetch import recorded, verify as check
     from vggfeat.weights import SETS, folders
 
     known = {published.filename: published.digest for group in SETS.values() for published in group.values()}

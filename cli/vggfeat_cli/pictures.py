@@ -172,12 +172,13 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
             if options[field] is not None:
                 raise vggfeat.InputError(f"give {other} or --class, not both")
         options |= {"channels": classes, "layer": "fc8"}
+    from vggfeat.state_dicts import HEAD_NAMES
     from vggfeat.visualize import dream
     from vggfeat.weights import load
 
     options["layer"] = options["layer"] or inspect.signature(dream).parameters["layer"].default
     target = _target(output, f"dream-{'classes' if classes is not None else options['layer']}.png", overwrite)
-    options["weights"] = load(options["weights"], options["arch"])
+    options["weights"] = load(options["weights"], options["arch"], classifier=options["layer"] in HEAD_NAMES)
     if classes is not None and options["weights"].arch.head == "slim":
         options["layer"] = "fc"
     with _bar(options["steps"], quiet) as bar:

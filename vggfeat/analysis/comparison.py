@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 from vggfeat.analysis.layers import describe
 from vggfeat.analysis.measure import Measured, machine, measure_net, saved_for_backward
 from vggfeat.arch import ARCHS, NORMALISED, Arch, parse
-from vggfeat.errors import DependencyError, InputError, first_line, nearest
+from vggfeat.errors import DependencyError, InputError, check_choice, first_line, whole_number
 from vggfeat.tables import Column, Report, Table, mega
 
 if TYPE_CHECKING:
     from torch import nn
-
-__all__ = ["ACCURACY", "Comparison", "Net", "compare"]
 
 COUNTED = Path(__file__).parents[1] / "assets" / "torchvision.json"  # written by `python -m tests.counted`
 
@@ -94,7 +92,7 @@ class Net:
         return next((year for begins, year in YEARS.items() if self.name.startswith(begins)), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Report):
     """Networks side by side; see `compare`.
 
@@ -188,9 +186,7 @@ def compare(
     names = list(names)
     if not names:
         raise InputError("nothing to compare: name at least one network, such as 'vgg16'")
-    for what, value in (("batch", batch), ("num_classes", num_classes)):
-        if value < 1:
-            raise InputError(f"{what} must be at least 1, got {value}")
+    batch, num_classes = whole_number("batch", batch), whole_number("num_classes", num_classes)
     builders = [_builder(name, num_classes, input_size) for name in names]  # checks all names before work begins
     place = None
     if measure:
@@ -261,9 +257,8 @@ def _torchvision_builder(name: str, num_classes: int, input_size: int | None) ->
 def _uncounted(name: str, num_classes: int, input_size: int | None) -> _Builder:
     models = _torchvision_models(name)
     known = models.list_models(module=models)
-    if name not in known:
-        ours = [*ARCHS, *(f"{vgg}_bn" for vgg, config in ARCHS.items() if config not in NORMALISED)]
-        raise InputError(f"unknown network {name!r}: {nearest(name, dict.fromkeys([*ours, *known]))}")
+    ours = [*ARCHS, *(f"{vgg}_bn" for vgg, config in ARCHS.items() if config not in NORMALISED)]
+    check_choice("network", name, dict.fromkeys([*ours, *known]))
     weights = [entry for entry in models.get_model_weights(name) if entry.name.startswith("IMAGENET1K_V")]
     own = weights[0].transforms.keywords["crop_size"] if weights else 224
     size = own if input_size is None else input_size

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vggfeat.arch import Arch, whole_number
-from vggfeat.errors import InputError
+from vggfeat.arch import Arch
+from vggfeat.errors import InputError, whole_number
 from vggfeat.tables import Column, Report, Table
 
 if TYPE_CHECKING:
@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
     from vggfeat.weights import WeightsLike
 
-__all__ = ["EffectiveField", "Stacked", "effective_field", "stacked_3x3"]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stacked(Report):
     """1 to `n` stacked 3×3 convolutions against one with the same receptive field; see `stacked_3x3`.
 
@@ -152,10 +150,10 @@ def effective_field(
 
     from vggfeat.features import VGGFeatures
     from vggfeat.modes import with_gradients
+    from vggfeat.weights import load
 
-    if samples < 1:
-        raise InputError(f"samples must be at least 1, got {samples}")
-    features = VGGFeatures([layer], arch, weights)
+    samples = whole_number("samples", samples)
+    features = VGGFeatures([layer], weights=load(weights, arch))
     spec = features.arch.layer(layer)
     field, stride = spec.receptive_field, spec.stride
     middle = math.ceil(field / stride / 2)  # units on each side, so that the image has the whole square

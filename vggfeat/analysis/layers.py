@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vggfeat.arch import Arch, channels_at, parse
-from vggfeat.errors import InputError
+from vggfeat.errors import InputError, whole_number
 from vggfeat.tables import Column, Report, Table, mega
-
-__all__ = ["Description", "Row", "describe"]
 
 FLOAT, INDEX = 4, 8  # bytes of a float32 value and of an int64
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # values that each keeps per parameter
@@ -56,7 +54,7 @@ class Row:
         return 2 * self.macs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Description(Report):
     """A VGG layer by layer, its totals, and the memory it takes; see `describe`.
 
@@ -219,7 +217,7 @@ class Description(Report):
             f"Parameters and MACs by part; forward {mega(self.flops / 1e3)} G FLOPs, "
             f"forward + backward {mega(self.training_flops / 1e3)} G FLOPs",
             [
-                Column("part", "", left=True),
+                Column("part", "part", left=True),
                 Column("params", "params", count),
                 Column("params_share", "share", share),
                 Column("macs", "G MACs", lambda value: mega(value / 1e3, 3)),
@@ -243,7 +241,7 @@ class Description(Report):
 
 
 _SPLIT = ("params", "params_share", "macs", "macs_share")
-_WHAT = Column("what", "", left=True)
+_WHAT = Column("what", "what", left=True)
 
 
 def describe(
@@ -282,8 +280,7 @@ def describe(
     least = arch.layers[-1].stride
     if min(height, width_px) < least:
         raise InputError(f"images of {width_px}×{height} are too small for pool5: at least {least} pixels on each side")
-    if batch < 1:
-        raise InputError(f"batch must be at least 1, got {batch}")
+    batch = whole_number("batch", batch)
     rows = (*_trunk_rows(arch, height, width_px), *_head_rows(arch, height, width_px))
     return Description(arch, height, width_px, batch, rows)
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["Measured", "PeakMemory", "saved_for_backward"]
-
 
 @dataclass(frozen=True)
 class Measured:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vggfeat.arch import PADDINGS, POOLINGS, parse
-from vggfeat.errors import InputError, nearest
+from vggfeat.errors import InputError, check_choice, whole_number
 from vggfeat.settings import PRECISIONS, option, plain, to_types
-
-__all__ = ["StyleConfig"]
 
 CHOICES = {
     "normalization": ("scale-free", "gatys"),
@@ -94,9 +92,7 @@ class StyleConfig:
     def __post_init__(self) -> None:
         to_types(self)
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise InputError(f"unknown {name} {value!r}: {nearest(str(value), choices)}")
+            check_choice(name, getattr(self, name), choices)
         if self.arch is not None:
             parse(self.arch)
         for name in ("style_layers", "content_layers"):
@@ -108,10 +104,9 @@ class StyleConfig:
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed must be from 0 to 2^64 - 1, got {self.seed}")
         for name in ("size", "steps", "start_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.tile is not None and self.tile < 0:
-            raise InputError(f"tile must be at least 0, got {self.tile}")
+            whole_number(name, getattr(self, name))
+        if self.tile is not None:
+            whole_number("tile", self.tile, least=0)
         for name in ("style_scale", "learning_rate"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise InputError(f"{name} must be a positive number, got {getattr(self, name)}")

@@ -13,8 +13,6 @@ from vggfeat.functional import gram, gram_backward, total_variation, upcast
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.tiles import Tile, tiles
 
-__all__ = ["TERMS", "Objective"]
-
 Sums = dict[tuple[str, str], Tensor]  # by term and layer
 TERMS = ("style", "content", "tv")
 RANGE_WEIGHT = 10.0  # of the mean squared distance of a value to [0,1], where the terms begin at about 1

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["LBFGS", "Adam", "Optimizer", "Spectrum"]
-
 
 class Optimizer(Protocol):
     """Moves an image by its gradients."""

@@ -35,8 +35,6 @@ from vggfeat.transfer.optimize import LBFGS, Adam, Optimizer, Spectrum
 from vggfeat.transfer.tiles import side_for
 from vggfeat.weights import load, resolved
 
-__all__ = ["StyleResult", "StyleStep", "stylize"]
-
 Callback = Callable[["StyleStep"], object]
 
 EXPLODED = 4.0  # a total this many times the best of its scale counts as diverged

@@ -18,8 +18,6 @@ from vggfeat.arch import Arch
 from vggfeat.devices import emulates
 from vggfeat.features import CUSTOM_BACKWARD_DEVICES
 
-__all__ = ["Span", "Tile", "side_for", "tiles"]
-
 # a step's peak memory in outputs of the first convolution, with some margin: measured on a CPU were 3 (max pooling) to
 # 5.5 (l2, padded by replication) in float32, 5 to 7.5 in bfloat16, and 10 to 15 by autograd, for which it is doubled; a
 # GPU has no strips, and the walk without them took 4 to 6.5

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from vggfeat.devices import triton_kernels
 
-__all__ = ["bands", "bytes_of", "pack", "unpack"]
-
 # eight bytes of 0 or 1 times this number have their eight bits side by side in the topmost byte
 _GATHER = 0x0102040810204080
 _SELECT = struct.unpack("<q", bytes(1 << i for i in range(8)))[0]  # byte i has bit i

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from vggfeat.devices import bfloat16_is_fast, emulates, has_onednn
 
-__all__ = ["convolve"]
-
 LARGEST = 1 << 31  # values cuDNN can count in a map; torch splits larger ones if the ReLU is not fused
 
 

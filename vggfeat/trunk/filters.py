@@ -15,8 +15,6 @@ from vggfeat.arch import Arch
 from vggfeat.modes import constant_when_traced, without_modes
 from vggfeat.trunk.plan import Plan
 
-__all__ = ["Filters", "PickledTrunk", "Trunk", "by_stage"]
-
 Key = tuple[str, bool, str]  # a convolution, whether batch normalisation is folded in, and which of its parts
 
 

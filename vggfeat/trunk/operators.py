@@ -13,8 +13,6 @@ from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import kept_of
 from vggfeat.trunk.walk import backward, forward, kept_by_stage
 
-__all__ = ["trunk_backward", "trunk_forward"]
-
 
 @torch.library.custom_op("vggfeat::trunk", mutates_args=())
 def trunk_forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor]:

@@ -11,8 +11,6 @@ from vggfeat.trunk.filters import Filters, by_stage
 from vggfeat.trunk.layers import lrn, padded, plain_pool, split_bfloat16
 from vggfeat.trunk.plan import Plan
 
-__all__ = ["plain"]
-
 
 def plain(x: Tensor, filters: Sequence[Tensor], plan: Plan) -> list[Tensor]:
     """The taps, shallow to deep, by ordinary operations.

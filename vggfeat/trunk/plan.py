@@ -6,9 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from vggfeat.arch import PADDINGS, POOLINGS, Arch
-from vggfeat.errors import InputError, nearest
-
-__all__ = ["Plan", "Stage"]
+from vggfeat.errors import check_choice
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.arch.check(self.names)
-        if self.pooling not in POOLINGS:
-            raise InputError(f"unknown pooling {self.pooling!r}: {nearest(str(self.pooling), POOLINGS)}")
-        if self.padding not in PADDINGS:
-            raise InputError(f"unknown padding {self.padding!r}: {nearest(str(self.padding), PADDINGS)}")
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("padding", self.padding, PADDINGS)
         # computed now, since torch.compile cannot follow a cached property's first use (it takes a lock in Python 3.11)
         _ = self.code, self.stages, self._first_block, self.by_depth, self.order, self.min_size
 

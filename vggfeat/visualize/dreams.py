@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.arch import Arch
+from vggfeat.arch import Arch, layer_names
 from vggfeat.devices import resolve
-from vggfeat.errors import InputError, WeightsError, nearest
+from vggfeat.errors import InputError, WeightsError, check_choice, whole_number
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, to_pil, to_tensor
@@ -28,8 +28,6 @@ from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize
 from vggfeat.visualize.inputs import chosen, load_image
 from vggfeat.visualize.sheet import Sheet
 from vggfeat.weights import DEFAULT, WeightsLike, load, resolved
-
-__all__ = ["Dream", "DreamStep", "Inversion", "dream", "invert"]
 
 PARAMETRIZATIONS = ("fourier", "pixels")
 
@@ -139,12 +137,10 @@ def dream(
         InputError: an unknown layer, channel, unit or choice, or a size too small for the layer.
         WeightsError: weights that are unavailable or do not reach the layer.
     """
-    if parametrization not in PARAMETRIZATIONS:
-        raise InputError(f"unknown parametrization {parametrization!r}: {nearest(parametrization, PARAMETRIZATIONS)}")
-    smallest = 2 if parametrization == "fourier" else 4  # for the blur
-    for name, value, least in (("steps", steps, 1), ("size", size, smallest), ("jitter", jitter, 0), ("seed", seed, 0)):
-        if value < least:
-            raise InputError(f"{name} must be at least {least}, got {value}")
+    check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+    steps, jitter = whole_number("steps", steps), whole_number("jitter", jitter, least=0)
+    size = whole_number("size", size, least=2 if parametrization == "fourier" else 4)  # 4 for the blur
+    seed = whole_number("seed", seed, least=0)
     if seed >= 2**63:
         raise InputError(f"seed must be below 2^63, got {seed}")
     if not learning_rate > 0:
@@ -365,14 +361,14 @@ def invert(
     """
     original = to_pil(load_image(image, size))
     weights = weights if weights == "auto" else resolved(weights)  # `auto` is resolved later, and recorded as asked for
-    if odd := sorted(options.keys() - {each.name for each in fields(StyleConfig)}):
-        raise InputError(f"unknown option {odd[0]!r}: {nearest(odd[0], [each.name for each in fields(StyleConfig)])}")
+    for name in options:
+        check_choice("option", name, [each.name for each in fields(StyleConfig)])
     if layers is None:
         layers = ["relu3_1"]
         if gram:
             known = load(weights, arch, default="vgg19")
             layers = known.served([f"relu{block}_1" for block in range(1, 6)])
-    layers = tuple(layers)
+    layers = tuple(layer_names(layers))
     terms: dict[str, Any] = {"style_layers": layers[:1], "style_weight": 0.0, "content_layers": layers}
     if gram:
         terms = {"style_layers": layers, "content_layers": layers[:1], "content_weight": 0.0, "style_weight": 1.0}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vggfeat.arch import Arch
+from vggfeat.arch import Arch, layer_names
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import mse, unit_normalize, upcast
@@ -21,8 +21,6 @@ from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, overlay, spread
 from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, facts_of, load, resolved
-
-__all__ = ["Cam", "Distance", "cam", "distance"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,7 @@ def distance(
     if layers is None:
         relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
         layers = loaded.served({name[:5]: name for name in relus}.values())
+    layers = layer_names(layers)
     for name in layers:
         loaded.arch.layer(name)
     with torch.no_grad():
@@ -171,8 +170,8 @@ def cam(
         size: long side to resize the image to, in pixels; None leaves it. `auto` means 224, or with the weights of a
             run of `train` whatever brings the shorter side to its training size.
         colors: `grey` or a colour map of kornia's.
-        names: of the classes, for the label; None means those stored with the weights of a run of `train`, if any.
-        net: your own network; it is run in eval mode and left as it was.
+        names: of all classes, for the label; None means those stored with the weights of a run of `train`, if any.
+        net: your own network of `vggfeat.vgg`; it is run in eval mode and left as it was.
         arch: without `net`: the network, see `VGGFeatures`.
         weights: without `net`: see `vggfeat.weights.load`; they must hold a classifier.
         mean: with `net`: what it expects to be subtracted from images in [0,1], per channel.
@@ -182,16 +181,21 @@ def cam(
         InputError: an unknown class or layer, or an image that cannot be read or is below 32 pixels.
         WeightsError: weights that are unavailable or hold no classifier.
     """
+    if net is not None and not isinstance(getattr(net, "arch", None), Arch):
+        raise InputError(f"expected a network of vggfeat.vgg, got {type(net).__name__}")
     picture = as_picture(image)  # before the weights, which may need fetching
     image = image if isinstance(image, Tensor) else picture  # a file is read once
     facts = facts_of(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
-    if isinstance(size, str) and size != "auto":
-        raise InputError(f"size must be a number of pixels, None or 'auto', got {size!r}")
-    seen = shown = None if isinstance(size, str) else size
+    seen: int | None
+    shown: int | None
     if size == "auto":
         trained = facts.get("size")
         seen = round(trained * max(picture.size) / min(picture.size)) if trained else 224
         shown = max(224, seen)  # what a network for small images sees is hard to make out
+    elif isinstance(size, str):
+        raise InputError(f"size must be a number of pixels, None or 'auto', got {size!r}")
+    else:
+        seen = shown = size
     x = load_image(image, seen)
     if min(x.shape[2:]) < 32:
         raise InputError(f"a classifier needs at least 32 pixels on each side, got {x.shape[3]}×{x.shape[2]}")
@@ -211,15 +215,18 @@ def cam(
     net.arch.layer(layer)
     if class_index is not None and not 0 <= class_index < net.arch.num_classes:
         raise InputError(f"{net.arch.name} has classes 0 to {net.arch.num_classes - 1} here, got {class_index}")
-    device = next(net.parameters()).device
-    shift, scale = (torch.tensor(tuple(v), dtype=torch.float32, device=device)[:, None, None] for v in (mean, std))
+    if names is not None and len(names) != net.arch.num_classes:
+        raise InputError(f"{len(names)} names for {net.arch.num_classes} classes")
+    like = next(net.parameters())
+    with torch.device("cpu"):
+        shift, scale = (torch.tensor(tuple(v), dtype=torch.float32)[:, None, None] for v in (mean, std))
     with eval_mode(net), with_gradients():
-        taps = net.taps(((x.to(device) - shift) / scale).requires_grad_(), [layer, last])
+        taps = net.taps(((x - shift) / scale).to(like.device, like.dtype).requires_grad_(), [layer, last])
         logits = upcast(taps[last][0])
         chosen = int(logits.argmax()) if class_index is None else class_index
         (grad,) = torch.autograd.grad(logits[chosen], taps[layer])
     logits, alpha = logits.detach(), grad.mean((2, 3), keepdim=True)
-    raw = upcast((alpha * taps[layer]).sum(1).relu()[0].detach()).cpu()
+    raw = (alpha * taps[layer]).sum(1).relu()[0].detach().float().cpu()
 
     def over(image: Tensor) -> Tensor:
         heat = spread(raw, (image.shape[2], image.shape[3]))
@@ -227,7 +234,7 @@ def cam(
 
     large = x if shown == seen else load_image(image, shown)
     probability = float(logits.softmax(0)[chosen])
-    name = names[chosen] if names is not None and chosen < len(names) else None
+    name = None if names is None else names[chosen]
     title = f"class {chosen}" if name is None else f"{chosen} {name}"
     settings = {
         "picture": "cam", "layer": layer, "class": chosen, "probability": probability,

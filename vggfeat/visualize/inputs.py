@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vggfeat.errors import InputError, nearest
+from vggfeat.errors import InputError, check_choice, whole_number
 from vggfeat.image import ImageLike, as_picture, fit, resize, to_tensor
-
-__all__ = ["chosen", "load_image"]
 
 
 def load_image(image: ImageLike, size: int | None = None) -> Tensor:
@@ -29,7 +27,7 @@ def load_image(image: ImageLike, size: int | None = None) -> Tensor:
 
 
 def chosen(
-    channels: Sequence[int] | None, count: int, total: int, strength: Tensor, order: str, what: str
+    channels: int | Sequence[int] | None, count: int, total: int, strength: Tensor, order: str, what: str
 ) -> list[int]:
     """Which of `total` channels are shown: those named, else up to `count` in `order`, `first` or `strongest`.
 
@@ -37,15 +35,15 @@ def chosen(
         InputError: an unknown channel or order, or a count below 1.
     """
     if channels is not None:
+        channels = [channels] if isinstance(channels, int) else channels
+        channels = [whole_number("a channel", channel, least=0) for channel in channels]
         if not channels:
             raise InputError("no channel asked for: name at least one")
         if bad := [c for c in channels if not 0 <= c < total]:
             raise InputError(f"{what} has channels 0 to {total - 1}, got {', '.join(map(str, bad))}")
-        return list(channels)
-    if count < 1:
-        raise InputError(f"count must be at least 1, got {count}")
-    if order not in ("strongest", "first"):
-        raise InputError(f"unknown order {order!r}: {nearest(order, ('strongest', 'first'))}")
+        return channels
+    count = whole_number("count", count)
+    check_choice("order", order, ("strongest", "first"))
     if order == "first":
         return list(range(min(count, total)))
     return strength.argsort(descending=True, stable=True)[:count].tolist()

@@ -18,14 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.errors import DependencyError, InputError, nearest
+from vggfeat.errors import DependencyError, check_choice
 from vggfeat.image import FORMATS, check_output, fit, new_file, save_image
 from vggfeat.tables import short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["Sheet", "check_sheet", "colored", "enlarged", "overlay", "palette", "spread"]
 
 VECTOR = (".pdf", ".svg")
 MARGIN, GAP, SMALL, LARGE = 12, 6, 13, 18  # pixels; the last two are letter heights
@@ -191,8 +189,7 @@ def palette(name: str) -> Tensor:
     from kornia.color import ColorMap, ColorMapType
 
     names = [str(each) for each in ColorMapType.list()]
-    if name not in names:
-        raise InputError(f"unknown colours {name!r}: {nearest(name, ['grey', *names])}")
+    check_choice("colours", name, ["grey", *names])
     with torch.device("cpu"):
         return ColorMap(name, num_colors=256, dtype=torch.float32).colors.T.clone()
 

@@ -12,15 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.arch import Arch, Layer
-from vggfeat.errors import InputError
+from vggfeat.errors import InputError, whole_number
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, to_pil
 from vggfeat.visualize.inputs import chosen, load_image
 from vggfeat.visualize.sheet import Sheet, colored, enlarged
 from vggfeat.weights import DEFAULT, WeightsLike, load
-
-__all__ = ["filters", "maps"]
 
 
 def filters(
@@ -83,8 +81,7 @@ def filters(
         tiles = [enlarged(to_pil(picture), tile or 48) for picture in pictures]
         title = f"Filters of {layer}, {loaded.arch.name}"
     else:
-        if patches < 1:
-            raise InputError(f"patches must be at least 1, got {patches}")
+        patches = whole_number("patches", patches)
         features = VGGFeatures([layer], weights=loaded)
         tensors = [load_image(image, size) for image in several]
         best = [_peaks(_tap(features, layer, tensor), spec, patches) for tensor in tensors]
