@@ -412,7 +412,7 @@ def test_compare_says_what_is_wrong(torchvision):
         compare(["vgg16"], batch=0)
     with pytest.raises(InputError, match="cannot take images of 5×5"):
         compare(["alexnet"], input_size=5)
-    with pytest.raises(InputError, match="device 'nonsense' cannot be used"):
+    with pytest.raises(InputError, match="unknown device 'nonsense': choose auto, cpu, cuda"):
         compare([Arch("A", head="slim", channels=scaled(2))], measure=True, device="nonsense")
     with pytest.raises(InputError, match=r"resnet18 cannot be trained on 1 image of 32×32 .*: raise batch"):
         compare(["resnet18"], input_size=32, measure=True, batch=1, device="cpu", seconds=0)

@@ -240,21 +240,33 @@ PAIR = ["content.jpg", "style.png"]
         ([*PAIR, "--size", "big"], "big"),
         ([*PAIR, "--steps", "-1"], "steps"),
         ([*PAIR, "--seed", "-1"], "seed"),
-        ([*PAIR, "--content-weight", "-1"], "content_weight"),
-        ([*PAIR, "--style-scale", "nan"], "style_scale"),
+        ([*PAIR, "--content-weight", "-1"], "--content-weight must be"),
+        ([*PAIR, "--style-scale", "nan"], "--style-scale must be"),
         ([*PAIR, "--pooling", "mean"], "'max', 'average', 'l2'"),
         ([*PAIR, "--device", "nonsense"], "nonsense"),
         ([*PAIR, "--init", "missing.png"], "missing.png"),
         ([*PAIR, "-o", "nowhere/out.png"], "nowhere"),
         ([*PAIR, "-o", "out.bmp"], ".png, .jpg"),
         ([*PAIR, "-o", "out"], ".png, .jpg"),
-        ([*PAIR, "-o", "folder.png"], "folder"),
+        ([*PAIR, "-o", "folder.png"], "expected a file name, got a folder"),
+        ([*PAIR, "-o", "."], "expected a file name, got a folder"),
+        ([*PAIR, "-o", "/dev/null"], "expected a file, found a device or a pipe"),
+        ([*PAIR, "-o", "content.jpg"], "one of the files that are read"),
+        ([*PAIR, "-o", "text.jpg"], "it already exists; pass --overwrite or another name"),
+        ([*PAIR, "--style-scale", "1e9"], "at most 100, got 1000000000.0"),
+        ([*PAIR, "--learning-rate", "1"], "--learning-rate is Adam's: leave it out, or choose optimizer adam"),
+        (
+            [*PAIR, "--style-weight", "0", "--content-weight", "0"],
+            "--style-weight, --content-weight and --tv-weight are",
+        ),
+        (["phone.heic", "style.png"], "got HEIC; convert it to JPEG"),
         ([*PAIR, "-o", "x" * 300 + ".png"], "too long"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_leaves_nothing(vggstyle, folder, args, says):
     Path("text.jpg").write_text("no picture\n")
+    Path("phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     Path("empty.png").touch()
     Path("cut.jpg").write_bytes(Path("content.jpg").read_bytes()[:600])
     Path("folder.png").mkdir()
@@ -342,7 +354,7 @@ def test_of_two_at_once_the_second_takes_the_next_number(vggstyle, folder, monke
 
 
 def test_a_name_that_is_taken_while_the_picture_is_written(folder, monkeypatch):
-    monkeypatch.setattr(run, "ignore_endings", lambda: None)  # which would be for good
+    monkeypatch.setattr(run, "ignore_termination", lambda: None)  # which would be for good
 
     class Picture:
         def save(self, path, *, overwrite=False):
@@ -442,6 +454,7 @@ def test_the_same_command_with_an_output_goes_on(vggstyle, folder, monkeypatch, 
     before = Path("o.png").read_bytes()
     code, out, err = vggstyle(*command)
     assert (code, out) == (0, "o-2.png\n") and "going on after step 2" in err
+    assert "o.png was there already: the picture is o-2.png" in err
     assert Path("o.png").read_bytes() == before and not Path("run.pt").exists()
     code, out, err = vggstyle(*command)  # now there is nothing to go on from
     assert (code, out) == (2, "") and "o.png: it already exists" in one_line(err)
@@ -768,7 +781,7 @@ def test_a_recipe_s_flag_can_be_taken_back(vgg, labelled):
     ("words", "says"),
     [
         (["train", "nowhere"], "no images at nowhere"),
-        (["train", "set.zip"], "fewer than batch_size 500"),
+        (["train", "set.zip"], "fewer than --batch-size 500: lower --batch-size, for instance to"),
         (["train", "set.zip", "--resume"], "--output"),
         (["train", "set.zip", "--lr", "-1"], "lr must be a positive number"),
         (["train", "set.zip", "--lr", "much"], "--lr"),
@@ -787,11 +800,14 @@ def test_a_recipe_s_flag_can_be_taken_back(vgg, labelled):
         (["evaluate", "w.safetensors", "set.zip", "--grid", "0"], "grid"),
         (["evaluate", "w.safetensors", "set.zip", "--plot", "x.gif"], ".gif"),
         (["evaluate", "w.safetensors"], "DATA"),
+        (["evaluate", "begun", "set.zip"], "resume its training with --resume, or name a checkpoint, such as begun/"),
     ],
 )
 def test_what_cannot_be_trained_or_tested_is_one_line(vgg, labelled, words, says):
     Path("broken.zip").write_bytes(b"PK\x03\x04 and nothing")
     save_file(vggfeat.vgg11(5, width=0.125, head="slim").state_dict(), "w.safetensors")
+    Path("begun/checkpoints").mkdir(parents=True)
+    Path("begun/checkpoints/step-000000001.pt").touch()
     before = sorted(labelled.iterdir())
     code, out, err = vgg(*words)
     assert (code, out) == (2, "") and says in one_line(err, "vggfeat")

@@ -39,7 +39,7 @@ from vggfeat.image import to_tensor
 from vggfeat.training import learner as learner_module
 from vggfeat.transfer import stylize as stylize_module
 from vggfeat.transfer.objective import Objective
-from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
+from vggfeat.transfer.optimize import LBFGS, Adam, FourierPreconditioner
 from vggfeat.trunk import (
     Plan,
     autograd as autograd_module,
@@ -223,7 +223,8 @@ def test_distances_wait_for_nothing(fake, criterion):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [lambda x: LBFGS(history=2, spectrum=Spectrum(x)), lambda x: LBFGS(), lambda x: Adam()]
+    "optimizer",
+    [lambda x: LBFGS(history=2, preconditioner=FourierPreconditioner(x)), lambda x: LBFGS(), lambda x: Adam()],
 )
 def test_optimisers_wait_for_nothing(fake, optimizer):
     x = images()

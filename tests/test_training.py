@@ -666,6 +666,17 @@ def test_a_loss_that_is_not_finite(data, tmp_path):
     assert not (tmp_path / "r" / "weights.safetensors").exists()
 
 
+def test_a_run_that_saved_nothing_leaves_its_folder_free(data, tmp_path):
+    with pytest.raises(RunError, match="not finite at epoch 1, step .* or set warmup or clip$"):
+        run(data, tmp_path / "r", arch="vgg11", lr=1e9, schedule="constant")
+    told = []
+    config = TrainConfig(**TINY | {"epochs": 1})
+    assert vggfeat.train(data, config, folder=tmp_path / "r", resume=True, announce=told.append).history
+    assert f"no checkpoint in {tmp_path / 'r'} yet: the run begins" in told
+    with pytest.raises(InputError, match="already exists"):
+        run(data, tmp_path / "r", epochs=1)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
 def test_a_full_disk(data, tmp_path):
     """With a limit on the size of files, as near to a full disk as a test gets: one line, and what was there stays."""
@@ -1068,7 +1079,7 @@ def test_one_process_at_a_time(data, tmp_path):
             said.append(str(info.value))
 
     run(data, tmp_path / "r", callback=callback, epochs=1)
-    assert said[0].startswith("another process is using") and "already exists" in said[1]
+    assert all(each.startswith("another process is using") for each in said) and len(said) == 2
     assert run(data, tmp_path / "r", resume=True, epochs=1).history
 
 

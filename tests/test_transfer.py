@@ -20,7 +20,7 @@ from vggfeat.image import fit, read_settings, resize, to_pil, to_tensor
 from vggfeat.transfer import objective as objective_module, stylize as stylize_module, tiles as tiles_module
 from vggfeat.transfer.config import CHOICES
 from vggfeat.transfer.objective import Objective
-from vggfeat.transfer.optimize import LBFGS, Adam, Spectrum
+from vggfeat.transfer.optimize import LBFGS, Adam, FourierPreconditioner
 from vggfeat.transfer.tiles import _spans, side_for
 from vggfeat.trunk import bits as bits_module, strips as strips_module
 
@@ -295,7 +295,7 @@ def test_lbfgs_walks_as_torchs():
     options = {"max_iter": count, "max_eval": 10 * count, "tolerance_grad": 0, "tolerance_change": 0}
     torch.optim.LBFGS([theirs], lr=1, history_size=history, **options).step(closure)
 
-    optimizer, image = LBFGS(history=history, first=1 / size), start
+    optimizer, image = LBFGS(history=history, first_step=1 / size), start
     for expected in visited:
         torch.testing.assert_close(image, expected, rtol=1e-7, atol=1e-9)
         image = optimizer.step(image, gradient(image))
@@ -324,7 +324,7 @@ def inverse_hessian(pairs, guess):
 def test_lbfgs_skips_pairs_without_positive_curvature():
     size, first = 6, 0.05
     gradient, _ = quadratic(size, 5)
-    optimizer = LBFGS(history=10, first=first)
+    optimizer = LBFGS(history=10, first_step=first)
     image = torch.zeros(size, dtype=torch.float64)
     pairs, last = [], None
     for step in range(9):
@@ -345,7 +345,7 @@ def test_lbfgs_skips_pairs_without_positive_curvature():
 
 
 def by_definition(pairs, shape, bands):
-    """H₀ of `Spectrum`, dense, over the full spectrum: for each band √(Σ|S|² / Σ|Y|²), such that yᵀH₀y = sᵀy."""
+    """`FourierPreconditioner` dense, over the full spectrum: for each band √(Σ|S|² / Σ|Y|²), such that yᵀH₀y = sᵀy."""
     channels, height, width = shape[1:]
     frequencies = [torch.fft.fftfreq(n, dtype=torch.float64) for n in (height, width)]
     length = torch.hypot(frequencies[0][:, None], frequencies[1])
@@ -370,7 +370,7 @@ def test_lbfgs_with_a_spectrum_is_bfgs_from_that_matrix(size):
     count = math.prod(shape)
     gradient, _ = quadratic(count, 30)
     image = torch.zeros(shape, dtype=torch.float64)
-    optimizer = LBFGS(history=4, first=0.05, spectrum=Spectrum(image, bands=bands))
+    optimizer = LBFGS(history=4, first_step=0.05, preconditioner=FourierPreconditioner(image, bands=bands))
     pairs, last = [], None
     for _ in range(8):
         grad = gradient(image)
@@ -396,19 +396,22 @@ def test_a_spectrum_finds_the_way_where_fine_patterns_curve_more():
         return torch.fft.irfft2(torch.fft.rfft2(x - target) * curvature, s=shape[2:])
 
     def needed(spectrum):
-        optimizer, image = LBFGS(history=5, spectrum=spectrum), torch.zeros(shape, dtype=torch.float64)
+        optimizer, image = LBFGS(history=5, preconditioner=spectrum), torch.zeros(shape, dtype=torch.float64)
         for step in range(400):
             if (image - target).norm() < 1e-3 * target.norm():
                 return step
             image = optimizer.step(image, gradient(image))
         return 400
 
-    assert needed(Spectrum(target)) < needed(None) / 3
+    assert needed(FourierPreconditioner(target)) < needed(None) / 3
 
 
 def test_a_spectrum_survives_pairs_without_curvature_and_a_restart():
     shape = (1, 3, 8, 8)
-    image, optimizer = torch.zeros(shape), LBFGS(first=0.02, spectrum=Spectrum(torch.zeros(shape)))
+    image, optimizer = (
+        torch.zeros(shape),
+        LBFGS(first_step=0.02, preconditioner=FourierPreconditioner(torch.zeros(shape))),
+    )
     slope = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for _ in range(5):  # the gradient never changes: nothing is learnt, each step is like the first
         after = optimizer.step(image, slope)
@@ -417,11 +420,11 @@ def test_a_spectrum_survives_pairs_without_curvature_and_a_restart():
     optimizer.step(image, slope * 2)
     optimizer.restart()
     torch.testing.assert_close(optimizer.step(image, slope) - image, -0.01 * slope / slope.abs().mean())
-    assert torch.equal(LBFGS(spectrum=Spectrum(image)).step(image, torch.zeros(shape)), image)
+    assert torch.equal(LBFGS(preconditioner=FourierPreconditioner(image)).step(image, torch.zeros(shape)), image)
 
 
 def test_lbfgs_on_a_slope_and_at_rest():
-    optimizer, image = LBFGS(first=0.02), torch.zeros(1, 3, 2, 2)
+    optimizer, image = LBFGS(first_step=0.02), torch.zeros(1, 3, 2, 2)
     for _ in range(4):  # the gradient never changes: each step is like the first
         after = optimizer.step(image, torch.full_like(image, 3.0))
         torch.testing.assert_close(after, image - 0.02)
@@ -432,7 +435,7 @@ def test_lbfgs_on_a_slope_and_at_rest():
 def test_restart_forgets_and_takes_half_steps():
     gradient, _ = quadratic(12, 10)
     start = torch.zeros(12, dtype=torch.float64)
-    fresh, used = LBFGS(first=0.02), LBFGS(first=0.02)
+    fresh, used = LBFGS(first_step=0.02), LBFGS(first_step=0.02)
     image = start
     for _ in range(5):
         image = used.step(image, gradient(image))

@@ -28,7 +28,7 @@ BLOCKS: dict[str, tuple[int, int, int, int, int]] = {
     "E": (2, 2, 4, 4, 4),
 }
 POINTWISE = {"C": frozenset({"conv3_3", "conv4_3", "conv5_3"})}
-NORMALISED = {"A-LRN": "conv1_1"}  # local response normalisation follows this convolution's ReLU
+LRN_AFTER = {"A-LRN": "conv1_1"}  # local response normalisation follows this convolution's ReLU
 # size, alpha, beta, k. Krizhevsky et al. 2012: n = 5, alpha = 1e-4, beta = 0.75, k = 2; torch divides alpha by n, the
 # paper does not
 LRN = (5, 5e-4, 0.75, 2.0)
@@ -89,7 +89,7 @@ class Arch:
         if not isinstance(self.channels, tuple) or len(self.channels) != 5 or min(self.channels) < 1:
             raise InputError(f"channels must be a tuple of five counts of at least 1, got {self.channels}")
         check_choice("VGG configuration", self.config, BLOCKS)
-        if self.batch_norm and self.config in NORMALISED:
+        if self.batch_norm and self.config in LRN_AFTER:
             raise InputError(f"configuration {self.config} has no batch-normalised form; use A with batch_norm=True")
         if self.head is not None:
             check_choice("head", self.head, HEADS, " (or None for no classifier)")
@@ -134,7 +134,7 @@ class Arch:
                 if self.batch_norm:
                     add(f"bn{here}", "bn", out)
                 add(f"relu{here}", "relu", out)
-                if NORMALISED.get(self.config) == f"conv{here}":
+                if LRN_AFTER.get(self.config) == f"conv{here}":
                     add(f"lrn{here}", "lrn", out)
             field += stride  # a 2×2 window reaches one step further …
             stride *= 2  # … and moves by two

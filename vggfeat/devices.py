@@ -24,6 +24,9 @@ def resolve(device: str | torch.device) -> torch.device:
     """
     try:
         resolved = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"unknown device {device!r}: choose auto, cpu, cuda, cuda:1 or mps") from error
+    try:
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
         raise InputError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
@@ -109,7 +112,7 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    limit, used = _group()
+    limit, used = _cgroup_memory()
     return min(_machine_free(), max(0, limit - used))
 
 
@@ -123,7 +126,7 @@ def total_memory(device: torch.device) -> int | None:
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows
         return None
-    return min(pages, _group()[0])
+    return min(pages, _cgroup_memory()[0])
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -140,7 +143,7 @@ def _machine_free() -> int:
         return UNKNOWN
 
 
-def _group(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+def _cgroup_memory(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
     """A container's memory limit and use, by either version of control groups."""
     for limit, used, statistics, cached in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -150,11 +153,11 @@ def _group(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
             numbers = int((folder / limit).read_text()), int((folder / used).read_text())
         except (OSError, ValueError):  # none, or "max"
             continue
-        return numbers[0], numbers[1] - _line(folder / statistics, cached)  # cached files are evicted on demand
+        return numbers[0], numbers[1] - _field(folder / statistics, cached)  # cached files are evicted on demand
     return NO_LIMIT, 0
 
 
-def _line(path: Path, name: str) -> int:
+def _field(path: Path, name: str) -> int:
     """The number after that name in a file of such pairs; 0 if there is none."""
     try:
         return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name} "))

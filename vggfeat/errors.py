@@ -59,6 +59,9 @@ class RunError(VGGFeatError, RuntimeError):
     """A run that failed on good input."""
 
 
+MANY = 70  # choices that a message names at most; a network has nearly as many layers
+
+
 def check_choice(what: str, value: object, choices: Iterable[str], or_else: str = "") -> None:
     """Check that a value is one of `choices`.
 
@@ -76,7 +79,8 @@ def nearest(name: object, choices: Iterable[str]) -> str:
     plain = {choice: choice.lower().replace("-", "_") for choice in choices}
     close = [choice for choice in choices if plain[choice] == str(name).lower().replace("-", "_")]
     close = close or difflib.get_close_matches(str(name), choices, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices)}"
+    rest = "" if len(choices) <= MANY else f", … ({len(choices)} in all)"
+    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices[:MANY])}{rest}"
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,14 +46,16 @@ def check_path(
     path = Path(path)
     if any(same_file(path, each) or _is_in(path, each) for each in inputs):
         raise error(f"cannot write {path}: it is one of the files that are read; choose another name")
+    if os.path.isdir(path):
+        raise error(f"cannot write {path}: expected a file name, got a folder; name a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise error(f"cannot write {path}: expected a file, found a device or a pipe; choose another name")
     if suffixes and path.suffix.lower() not in suffixes:
         raise error(f"cannot write {path}: expected a name that ends in {', '.join(suffixes)}, got {path.suffix!r}")
     if not os.path.isdir(path.parent):
         raise error(f"cannot write {path}: expected a folder at {path.parent}, found none; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise error(f"cannot write {path}: the folder {path.parent} is not writable; choose another")
-    if os.path.isdir(path):
-        raise error(f"cannot write {path}: expected a file name, got a folder; name a file in it")
     try:
         os.lstat(path)  # unlike exists(), sees a dangling link, and reports a name that is too long
     except FileNotFoundError:
@@ -65,8 +67,6 @@ def check_path(
     place = _led_to(path)
     if place != path and not os.access(place.parent, os.W_OK | os.X_OK):
         raise error(f"cannot write {path}: the folder {place.parent} that it leads to is not writable; choose another")
-    if place.exists() and not stat.S_ISREG(place.stat().st_mode):
-        raise error(f"cannot write {path}: expected a file, found a device or a pipe; choose another name")
     if place.exists() and not os.access(place, os.W_OK):
         raise error(f"cannot write {path}: it is protected against writing; choose another name")
     return path
@@ -115,9 +115,8 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
         OSError: it cannot be written.
     """
     path = _led_to(path) if overwrite else path
-    temporary = path.with_name(
-        TEMPORARY.replace("*", secrets.token_hex(8))
-    )  # a link or a rename needs the same file system
+    # beside it, since a link or a rename needs the same file system
+    temporary = path.with_name(TEMPORARY.replace("*", secrets.token_hex(8)))
     try:
         with open(temporary, "x+b") as file:  # not tempfile, whose files are 0600 whatever the umask says
             yield file
@@ -142,7 +141,9 @@ def written(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
     except FileExistsError as error:
         raise InputError(taken(path)) from error
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; check the free space") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room there" if full else "choose another place"
+        raise RunError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
 
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:

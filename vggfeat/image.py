@@ -6,6 +6,7 @@ alpha, 16 bits, a camera's orientation) ends here, in `_to_rgb`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -268,6 +269,9 @@ def _diagnosis(error: Exception, path: Path) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"expected a smaller image ({error}); scale it down first"
     if isinstance(error, UnidentifiedImageError):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            if file.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+                return "expected an image, such as PNG or JPEG, got HEIC; convert it to JPEG"
         what = "an empty file" if path.is_file() and not path.stat().st_size else "something else"
         return f"expected an image, such as PNG or JPEG, got {what}; check the file"
     return f"expected a whole image, got a damaged one ({type(error).__name__}: {error}); fetch it again"

@@ -235,7 +235,7 @@ def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -
         section.text(n + 0.8, y, text, va="center", fontsize=10)
         if depth < n:
             section.text(-n - 0.8, y - 0.5, "3×3, ReLU", va="center", ha="right", fontsize=10, color=GREY)
-    section.set_xlim(-n - 3.6, n + 4.2)
+    section.set_xlim(-n - 3.6, n + 4.8)
     section.set_ylim(-n - 0.6, 0.6)
     section.set_axis_off()
     which = f"{n}" if n == stacked.n else f"the last {n} of {stacked.n}"
@@ -244,7 +244,7 @@ def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -
 
     stacks = [stacked_3x3(k) for k in range(1, max(stacked.n, 2) + 1)]
     fields = [each.receptive_field for each in stacks]
-    single, several = "one (2n+1)×(2n+1) convolution: (2n+1)² C², 1 ReLU", "n stacked 3×3 convolutions: 9n C², n ReLUs"
+    single, several = "one (2n+1)×(2n+1): (2n+1)² C², 1 ReLU", "n stacked 3×3: 9n C², n ReLUs"
     costs.plot(fields, [each.single_params for each in stacks], "o-", color=RED, label=single)
     costs.plot(fields, [each.stacked_params for each in stacks], "o-", color=BLUE, label=several)
     for each in stacks if len(stacks) <= 8 else stacks[-1:]:
@@ -259,7 +259,7 @@ def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -
     costs.set_xlabel("receptive field, pixels")
     costs.set_ylabel("weights / C²  (and MACs per pixel)")
     costs.set_ylim(0, 1.22 * stacks[-1].single_params)  # room for the legend
-    costs.set_title("what they cost", fontsize=11)
+    costs.set_title("What they cost", fontsize=11)
     costs.grid(True, color="#eeeeee")
     _plain(costs)
     return _save(figure, path, overwrite)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-def _asking() -> list[signal.Signals]:
+def _termination_signals() -> list[signal.Signals]:
     """Those signals, except any that the program was started to ignore, as by `nohup`."""
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -17,12 +17,12 @@ def _asking() -> list[signal.Signals]:
 
 
 @contextmanager
-def on_ending(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def on_termination(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Handle these signals with `handle` inside the block; threads other than the main one get none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handle) for number in _asking()}
+    before = {number: signal.signal(number, handle) for number in _termination_signals()}
     try:
         yield
     finally:
@@ -30,8 +30,8 @@ def on_ending(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
 
 
-def ignore_endings() -> None:
-    """Ignore these signals from here on; inside `on_ending`, until it ends."""
+def ignore_termination() -> None:
+    """Ignore these signals from here on; inside `on_termination`, until it ends."""
     if threading.current_thread() is threading.main_thread():
-        for number in _asking():
+        for number in _termination_signals():
             signal.signal(number, signal.SIG_IGN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,11 @@ def short(name: str, most: int = 20) -> str:
     """A file's or folder's name as a label: printable, on one line, and cut to `most` characters."""
     name = " ".join(name.encode(errors="replace").decode().split())
     return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that a text takes: two for each of East Asia's wide characters."""
+    return len(text) + sum(unicodedata.east_asian_width(each) in "WF" for each in text)
 
 
 def apart(names: Sequence[str], most: int = 20) -> list[str]:
@@ -66,10 +72,10 @@ class Table:
     def text(self) -> str:
         """Aligned columns under the title."""
         lines = [[column.title for column in self.columns], *self.cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
         rows = (
             "  ".join(
-                cell.ljust(width) if column.left else cell.rjust(width)
+                cell + " " * (width - _width(cell)) if column.left else " " * (width - _width(cell)) + cell
                 for cell, width, column in zip(line, widths, self.columns, strict=True)
             ).rstrip()
             for line in lines

@@ -267,9 +267,10 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
         hint = "" if path.suffix or len(path.parts) > 1 else f"; as a name: {nearest(text, NAMES)}"
         raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}")
     if path.is_dir():
-        if saved(path / "checkpoints"):
+        if kept := saved(path / "checkpoints"):
             raise WeightsError(
-                f"the run in {path} has not finished: use resume=True (--resume), or name one of its checkpoints"
+                f"the run in {path} has no weights yet: resume its training with resume=True (--resume), or name a "
+                f"checkpoint, such as {kept[0]}"
             )
         raise WeightsError(f"{path} is a folder without weights.safetensors: give a .pth, .safetensors or .h5 file")
     published = {p.filename: p for group in SETS.values() for p in group.values()}.get(path.name)
@@ -367,7 +368,7 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     return net
 
 
-def facts_of(weights: str | os.PathLike[str]) -> dict[str, Any]:
+def run_metadata(weights: str | os.PathLike[str]) -> dict[str, Any]:
     """What `vggfeat.train` recorded in weights it wrote (classes, size, scales); empty for any others."""
     weights = resolved(weights)
     path = _of_run(Path(weights).expanduser())

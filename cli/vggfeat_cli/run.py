@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import os
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Protocol
 import click
 
 from vggfeat.errors import ImageError, RunError, VGGFeatError
-from vggfeat.signals import ignore_endings, on_ending
+from vggfeat.signals import ignore_termination, on_termination
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 # out of memory on either kind of device is a RuntimeError
@@ -32,7 +33,7 @@ def finish(command: click.Command) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")  # × and → are not in every code page
     try:
-        with on_ending(_interrupt):
+        with on_termination(_interrupt):
             code = command.main(prog_name=name, standalone_mode=False)
     except click.UsageError as error:
         fail(name, f"{error.format_message()} (see {error.ctx.command_path if error.ctx else name} --help)", BAD_INPUT)
@@ -41,18 +42,29 @@ def finish(command: click.Command) -> None:
     except (KeyboardInterrupt, click.Abort):
         fail(name, "interrupted, nothing was written", INTERRUPTED)
     except RunError as error:
-        fail(name, str(error), FAILED)
+        fail(name, _with_flags(str(error), command), FAILED)
     except VGGFeatError as error:
-        fail(name, str(error), BAD_INPUT)
+        fail(name, _with_flags(str(error), command), BAD_INPUT)
     except UNFORESEEN as error:
         said = " ".join(str(error).split())[:300] or "no more is known"
         fail(name, f"{type(error).__name__}: {said}", FAILED)
     sys.exit(code or 0)
 
 
+def _with_flags(message: str, command: click.Command) -> str:
+    """A message of the library's with the commands' flags in place of the arguments: --batch-size for batch_size."""
+    commands = [command]
+    for each in commands:
+        commands += each.commands.values() if isinstance(each, click.Group) else ()
+    flags = {param.name: max(param.opts, key=len) for each in commands for param in each.params if param.name}
+    names = "|".join(name for name in flags if "_" in name and flags[name].startswith("--"))
+    message = re.sub(r"(--[a-z-]+) \(\w+=\w+\)|\w+=\w+ \((--[a-z-]+)\)", r"\1\2", message)
+    return re.sub(rf"(?<![\w/.'=-])({names})(?![\w/.'=])", lambda found: flags[found[0]], message)
+
+
 def _interrupt(number: int, frame: object) -> None:
     """Treat a request to end as Ctrl-C, once: what is saved then must not be lost to a second one."""
-    ignore_endings()
+    ignore_termination()
     raise KeyboardInterrupt
 
 
@@ -86,7 +98,7 @@ class Target:
         """Write the picture there, or elsewhere rather than lose it; returns where, and what went wrong."""
         from vggfeat.files import free_name
 
-        ignore_endings()  # saving takes a moment and must not be interrupted
+        ignore_termination()  # saving takes a moment and must not be interrupted
         path = self.path()
         try:
             return picture.save(path, overwrite=self.overwrite), ""

@@ -52,7 +52,8 @@ def command(
     from vggfeat.image import check_output
 
     target = Target(output, "-".join(Path(path).stem for path in (content, *style)) + ".png", overwrite)
-    if output is not None and checkpoint is not None and Path(checkpoint).exists():
+    resumed = checkpoint is not None and Path(checkpoint).exists()
+    if output is not None and resumed:
         # a resumed run's picture so far may be there: the next one takes another name rather than replace it
         target = Target(None, output, overwrite)
     check_output(target.path(), overwrite=overwrite, inputs=(content, *style, config.init))
@@ -69,6 +70,8 @@ def command(
     seconds = f"{result.elapsed:.1f} s"
     size = f"{result.image.width}×{result.image.height}"
     click.echo(f"{size}, {len(result.history)} steps, {seconds}, {result.arch} in {result.precision}", err=True)
+    if output is not None and resumed and written != Path(output):
+        click.echo(f"{output} was there already: the picture is {written}", err=True)
     if trouble:
         click.echo(f"vggstyle: {trouble}; the picture is in {written}", err=True)
         return FAILED

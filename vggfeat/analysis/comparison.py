@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vggfeat.analysis.layers import describe
 from vggfeat.analysis.measure import Measured, machine, measure_net, saved_for_backward
-from vggfeat.arch import ARCHS, NORMALISED, Arch, parse
+from vggfeat.arch import ARCHS, LRN_AFTER, Arch, parse
 from vggfeat.errors import DependencyError, InputError, check_choice, first_line, whole_number
 from vggfeat.tables import Column, Report, Table, mega
 
@@ -183,7 +183,7 @@ def compare(
     """
     if isinstance(names, str):
         raise InputError(f"names is a list of networks: write [{names!r}]")
-    names = list(names)
+    names = [*dict.fromkeys(names)]
     if not names:
         raise InputError("nothing to compare: name at least one network, such as 'vgg16'")
     batch, num_classes = whole_number("batch", batch), whole_number("num_classes", num_classes)
@@ -257,7 +257,7 @@ def _torchvision_builder(name: str, num_classes: int, input_size: int | None) ->
 def _uncounted(name: str, num_classes: int, input_size: int | None) -> _Builder:
     models = _torchvision_models(name)
     known = models.list_models(module=models)
-    ours = [*ARCHS, *(f"{vgg}_bn" for vgg, config in ARCHS.items() if config not in NORMALISED)]
+    ours = [*ARCHS, *(f"{vgg}_bn" for vgg, config in ARCHS.items() if config not in LRN_AFTER)]
     check_choice("network", name, dict.fromkeys([*ours, *known]))
     weights = [entry for entry in models.get_model_weights(name) if entry.name.startswith("IMAGENET1K_V")]
     own = weights[0].transforms.keywords["crop_size"] if weights else 224

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.errors import DependencyError, ImageError, InputError, RunError, first_line
-from vggfeat.signals import ignore_endings
+from vggfeat.signals import ignore_termination
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet
 from vggfeat.training.distributed import World
@@ -130,8 +130,10 @@ class Batches:
         if config.batch_size % parts:
             raise InputError(f"batch_size {config.batch_size} is not divisible by {parts} (processes × accumulate)")
         if len(images) < config.batch_size:
+            fewer = parts * max(1, len(images) // 8 // parts)
             raise InputError(
-                f"{images.label} has {len(images)} images, fewer than batch_size {config.batch_size}: lower that"
+                f"{images.label} has {len(images)} images, fewer than batch_size {config.batch_size}: "
+                f"lower batch_size, for instance to {fewer}"
             )
         self.images, self.config, self.device, self.size = images, config, world.device, size
         # every process takes a piece of each part, so that parts do not depend on the number of processes
@@ -233,7 +235,7 @@ class Batches:
 
 def ignore_signals(worker: int) -> None:
     """What a worker does first: ignore Ctrl-C and its like, which a terminal sends to all; the main process decides."""
-    ignore_endings()
+    ignore_termination()
 
 
 def _drawn(low: int, high: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:

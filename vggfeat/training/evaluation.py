@@ -23,7 +23,7 @@ from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import LEAVE_OUT, ignore_signals, normalised, scale_for, split_holdout
 from vggfeat.training.data import ImageSet, load_test_images, scaled
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
-from vggfeat.weights import WeightsLike, facts_of, load as load_set
+from vggfeat.weights import WeightsLike, load as load_set, run_metadata
 
 _percent = "{:.2f} %".format
 
@@ -165,7 +165,7 @@ def evaluate(
         net = weights
     else:
         if isinstance(weights, str | os.PathLike):
-            facts = facts_of(weights)
+            facts = run_metadata(weights)
             names, held = facts.get("classes"), facts.get("holdout")
             if "size" in facts:
                 scales = facts["scales"] and tuple(facts["scales"]) if views.size is None else None

@@ -57,7 +57,9 @@ class Epoch:
 
 
 def check(folder: Path, config: TrainConfig, resume: bool, sources: Sequence[Any] = ()) -> None:
-    """Make sure that nothing in the folder will be lost: it is empty, or its run is to be resumed.
+    """Make sure that nothing in the folder will be lost: it is as good as empty, or its run is to be resumed.
+
+    A run that ended before its first checkpoint leaves nothing to lose.
 
     Raises:
         InputError: it is not empty and `resume` is False, or holds no run, or one with other settings; or it is inside
@@ -67,11 +69,14 @@ def check(folder: Path, config: TrainConfig, resume: bool, sources: Sequence[Any
         raise InputError(f"{folder} is inside the images' folder, and would become a class of it: choose another")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not resume:
-        raise InputError(f"{folder} already exists: choose another folder, or resume with resume=True (--resume)")
     begun = {"config.json", "checkpoints", "tensorboard"}  # what a run that was killed early may have left
     rest = {each.name for each in folder.iterdir() if not each.match(TEMPORARY)} - begun if folder.is_dir() else {""}
-    if rest and not checkpoint.saved(folder / "checkpoints"):
+    kept = [each for each in (folder / "checkpoints").glob("*") if not each.match(TEMPORARY)]
+    if not rest and not kept and _config_of(folder / "config.json"):
+        return
+    if not resume:
+        raise InputError(f"{folder} already exists: choose another folder, or resume with resume=True (--resume)")
+    if rest and not kept:
         raise InputError(f"{folder} has no checkpoint to resume from: choose another folder")
     if before := _config_of(folder / "config.json"):  # before anything is said of settings that are not the run's
         _compare(folder, before, config)
@@ -111,7 +116,7 @@ def begin(
     check(folder, config, resume)  # what was made there meanwhile
     state, damaged = checkpoint.newest(folder / "checkpoints", NEEDED) if resume else (None, [])
     if resume and damaged and state is None:
-        raise InputError(f"no checkpoint in {folder} is whole: {'; '.join(damaged)}")
+        raise InputError(f"no checkpoint in {folder} is whole, begin another run: {'; '.join(damaged)}")
     if resume and state is None and (folder / "config.json").exists() and not _config_of(folder / "config.json"):
         raise InputError(f"{folder / 'config.json'} is not of a run of vggfeat's: choose another folder")
     if state is not None:
@@ -158,7 +163,7 @@ def write_log(folder: Path, history: Sequence[Epoch]) -> None:
 
 
 def write_weights(folder: Path, net: VGG, facts: dict[str, Any]) -> None:
-    """Write `weights.safetensors`, with what `vggfeat.weights.facts_of` is to know of them.
+    """Write `weights.safetensors`, with what `vggfeat.weights.run_metadata` is to know of them.
 
     Raises:
         RunError: it cannot be written.

@@ -17,7 +17,7 @@ from vggfeat.training.components import optimizer, redundant_biases
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World, desynchronise, synchronise
 
-WARMING = 3  # steps before one is captured: in the first, libraries tune and optimizers create state
+WARMUP_STEPS = 3  # steps before one is captured: in the first, libraries tune and optimizers create state
 
 
 class Learner:
@@ -55,7 +55,7 @@ class Learner:
         self.whole_step = self._whole_step
         # kernel by kernel, a step on a GPU takes longer to launch than to run: after a few it is captured, and replayed
         whole = world.size == config.accumulate == 1 and not config.checkpointing and not self.scaler.is_enabled()
-        self.warming = WARMING if whole and supports_capture(world.device) else -1
+        self.warming = WARMUP_STEPS if whole and supports_capture(world.device) else -1
         # where a captured optimizer reads its learning rates
         self.rates = [torch.zeros((), device=world.device) for _ in self.optimizer.param_groups if self.warming > 0]
 

@@ -23,7 +23,7 @@ from vggfeat.devices import autocast_dtype, emulates
 from vggfeat.errors import InputError, RunError
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG
-from vggfeat.signals import on_ending
+from vggfeat.signals import on_termination
 from vggfeat.training.batches import Batch, Batches, scale_for, seeded, split_holdout
 from vggfeat.training.components import mixing, network, schedule
 from vggfeat.training.config import TrainConfig
@@ -135,6 +135,8 @@ def train(
             state, damaged = run_on_main(lambda: begin(folder, config, images, resume, alone), world)
             for text in run.summary(damaged):
                 says(text)
+            if state is None and resume:
+                says(f"no checkpoint in {folder} yet: the run begins")
             if state is not None:
                 run.load(state)
                 says(f"going on after {run.done} of {config.epochs * run.batches.steps} steps")
@@ -248,7 +250,9 @@ class _Run:
         if emulates(self.dtype, self.world.device):
             device += ", which computes it in loops: float32 is about ten times as fast"
         several = f", {self.world.size} processes" if self.world.size > 1 else ""
-        yield f"{config.epochs} epochs of {self.batches.steps} steps, {precision} on {device}{several}"
+        epochs, steps = config.epochs, self.batches.steps
+        length = f"{epochs} epoch{'s' * (epochs > 1)} of {steps} step{'s' * (steps > 1)}"
+        yield f"{length}, {precision} on {device}{several}"
         for each in (self.images, self.test):
             if each is not None and each.skipped:
                 named = ", ".join(each.skipped[:5]) + " …" * (len(each.skipped) > 5)
@@ -327,7 +331,7 @@ class _Run:
         evaluation = None
         board = Board(self.folder / "tensorboard", self.announce) if self.world.is_main else None
         try:
-            with on_ending(self._asked_to_end):
+            with on_termination(self._asked_to_end):
                 while self.epoch < self.config.epochs and not self.stop:
                     evaluation = self._epoch(board)
                     self._agree()
@@ -336,7 +340,7 @@ class _Run:
         if complete := self.epoch == self.config.epochs:
             if self.world.is_main:
                 write_log(self.folder, self.history)
-                write_weights(self.folder, self.tested_net, self._facts())
+                write_weights(self.folder, self.tested_net, self._metadata())
         if board is not None:
             board.close()
         if self.world.size > 1:
@@ -445,9 +449,11 @@ class _Run:
         ema.n_averaged += 1
 
     def _diverged(self, step: int) -> RunError:
+        kept = checkpoint.saved(self.folder / "checkpoints")
+        rest = f"; {kept[0]} is from before, and can be the weights of another run" if kept else ""
         return RunError(
             f"the loss is not finite at epoch {self.epoch + 1}, step {step} of {self.batches.steps}: lower lr, or "
-            f"set warmup or clip; any checkpoint in {self.folder} is from before, and can be weights= of another run"
+            f"set warmup or clip{rest}"
         )
 
     def _test(self) -> Evaluation | None:
@@ -477,7 +483,7 @@ class _Run:
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
 
-    def _facts(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         """What the weights' file says of how they were trained, for `evaluate` and for people's labels."""
         scales = self.views.scales  # in memory, the images were brought to size before: another set has to be, too
         if scales is None and self.config.resize is not None:

@@ -107,13 +107,18 @@ class StyleConfig:
             whole_number(name, getattr(self, name))
         if self.tile is not None:
             whole_number("tile", self.tile, least=0)
-        for name in ("style_scale", "learning_rate"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise InputError(f"{name} must be a positive number, got {getattr(self, name)}")
+        if not 0 < self.style_scale <= 100:
+            raise InputError(f"style_scale must be a positive number of at most 100, got {self.style_scale}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise InputError(f"learning_rate must be a positive number, got {self.learning_rate}")
+        if self.optimizer == "lbfgs" and self.learning_rate != StyleConfig.learning_rate:
+            raise InputError("learning_rate is Adam's: leave it out, or choose optimizer adam")
         for name in ("style_weight", "content_weight", "tv_weight"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise InputError(f"{name} must be a number of at least 0, got {value}")
+        if not any(self.term_weights) and not self.tv_weight:
+            raise InputError("style_weight, content_weight and tv_weight are all 0: there is nothing to improve")
         for name in ("style_layer_weights", "content_layer_weights", "style_blend"):
             values = getattr(self, name)
             if values is None:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+PAIRS = 3  # of the last steps, whose spectra the preconditioner is made of
+
 
 class Optimizer(Protocol):
     """Moves an image by its gradients."""
@@ -28,22 +30,21 @@ class Optimizer(Protocol):
         """Restore the state."""
 
 
-class Spectrum:
+class FourierPreconditioner:
     """How far to go in each band of spatial frequencies: L-BFGS's first guess of the inverse Hessian, H₀.
 
     At 512 pixels a style allows broad patterns steps up to fifty times as long as fine ones, which the usual multiple
     of the identity ignores. Here H₀ is diagonal in the Fourier domain, with a factor for each band, separately for
-    brightness and colour: √(Σ|S|² / Σ|Y|²) over the spectra of the last steps s and gradient changes y. The overall
+    brightness and colour: √(Σ|S|² / Σ|Y|²) over the spectra of the last few steps s and gradient changes y. The overall
     scale is left to the optimiser.
 
     Args:
         image: (N,C,H,W); only its shape and device matter.
         bands: how many, of equal width in the logarithm of the frequency.
-        pairs: how many of the last steps to look at.
     """
 
-    def __init__(self, image: Tensor, bands: int = 12, pairs: int = 3) -> None:
-        self.shape, self.bands, self.pairs = image.shape, bands, pairs
+    def __init__(self, image: Tensor, bands: int = 12) -> None:
+        self.shape, self.bands = image.shape, bands
         channels, height, width = image.shape[1:]
         down, across = torch.fft.fftfreq(height, device="cpu")[:, None], torch.fft.rfftfreq(width, device="cpu")
         frequency = torch.hypot(down, across)  # in cycles per pixel, up to √½
@@ -56,20 +57,20 @@ class Spectrum:
         # half of the spectrum suffices: the other half mirrors the columns between the outer ones
         outer = (across == 0) | (across == 0.5)
         self.count = torch.where(outer, 1.0, 2.0).float().to(image.device)
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Forget all pairs."""
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def see(self, step: Tensor, change: Tensor) -> None:
+    def update(self, step: Tensor, change: Tensor) -> None:
         """Remember a step and the change of the gradient along it, each with as many values as the image."""
-        self.seen.append((self._energies(step), self._energies(change)))
-        del self.seen[: -self.pairs]
+        self.pairs.append((self._energies(step), self._energies(change)))
+        del self.pairs[:-PAIRS]
 
     def factors(self) -> Tensor:
         """For each band, brightness first, (2·bands,); their mean over the last changes' energy is 1."""
-        steps, changes = (torch.stack(energies).sum(0).clamp_min(1e-30) for energies in zip(*self.seen, strict=True))
+        steps, changes = (torch.stack(energies).sum(0).clamp_min(1e-30) for energies in zip(*self.pairs, strict=True))
         factors = (steps / changes).sqrt()
         return factors * (changes.sum() / factors.dot(changes))
 
@@ -78,7 +79,7 @@ class Spectrum:
         factors = self.factors()
         spectrum = self._spectrum(value) * factors[self.band]
         product = torch.fft.irfftn(spectrum, s=self.shape[1:], dim=(-3, -2, -1), norm="ortho")
-        return product.reshape(value.shape), factors.dot(self.seen[-1][1])
+        return product.reshape(value.shape), factors.dot(self.pairs[-1][1])
 
     def _spectrum(self, value: Tensor) -> Tensor:
         # the last dimension named is the one that is halved
@@ -97,24 +98,26 @@ class LBFGS:
 
     Args:
         history: pairs of steps and gradient changes to remember.
-        first: length of the first step, as a mean change of a value.
-        spectrum: the first guess of the inverse Hessian; None means a multiple of the identity, sᵀy / yᵀy.
+        first_step: length of the first step, as a mean change of a value.
+        preconditioner: the first guess of the inverse Hessian; None means a multiple of the identity, sᵀy / yᵀy.
     """
 
-    def __init__(self, history: int = 20, first: float = 0.01, spectrum: Spectrum | None = None) -> None:
+    def __init__(
+        self, history: int = 20, first_step: float = 0.01, preconditioner: FourierPreconditioner | None = None
+    ) -> None:
         self.history = history
-        self.first = first
-        self.spectrum = spectrum
+        self.first_step = first_step
+        self.preconditioner = preconditioner
         self.scale = 1.0
         self._forget()
 
     def _forget(self) -> None:
         self.steps: list[Tensor] = []
         self.changes: list[Tensor] = []
-        self.curvatures: list[Tensor] = []  # 1 / sᵀy
+        self.rhos: list[Tensor] = []  # ρ = 1 / sᵀy
         self.last: tuple[Tensor, Tensor] | None = None
-        if self.spectrum is not None:
-            self.spectrum.forget()
+        if self.preconditioner is not None:
+            self.preconditioner.reset()
 
     def restart(self) -> None:
         """Drop the history and halve the steps."""
@@ -123,16 +126,16 @@ class LBFGS:
 
     def state_dict(self) -> dict[str, Any]:
         """The pairs, the last image and gradient, and the step's scale."""
-        lists = {name: list(getattr(self, name)) for name in ("steps", "changes", "curvatures")}
-        seen = [] if self.spectrum is None else list(self.spectrum.seen)
-        return lists | {"last": self.last, "scale": self.scale, "seen": seen}
+        lists = {name: list(getattr(self, name)) for name in ("steps", "changes", "rhos")}
+        pairs = [] if self.preconditioner is None else list(self.preconditioner.pairs)
+        return lists | {"last": self.last, "scale": self.scale, "pairs": pairs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.last, self.scale = state["last"], state["scale"]
-        self.steps, self.changes, self.curvatures = (list(state[name]) for name in ("steps", "changes", "curvatures"))
-        if self.spectrum is not None:
-            self.spectrum.seen = list(state["seen"])
+        self.steps, self.changes, self.rhos = (list(state[name]) for name in ("steps", "changes", "rhos"))
+        if self.preconditioner is not None:
+            self.preconditioner.pairs = list(state["pairs"])
 
     def step(self, image: Tensor, grad: Tensor) -> Tensor:
         """The next image."""
@@ -144,29 +147,29 @@ class LBFGS:
             good = sy > 1e-10 * y.dot(y).sqrt() * s.dot(s).sqrt()
             self.steps.append(torch.where(good, s, 0))
             self.changes.append(torch.where(good, y, 0))
-            self.curvatures.append(torch.where(good, 1 / sy, 0))
+            self.rhos.append(torch.where(good, 1 / sy, 0))
             if len(self.steps) > self.history:
-                del self.steps[0], self.changes[0], self.curvatures[0]
-            if self.spectrum is not None:
-                self.spectrum.see(self.steps[-1], self.changes[-1])
+                del self.steps[0], self.changes[0], self.rhos[0]
+            if self.preconditioner is not None:
+                self.preconditioner.update(self.steps[-1], self.changes[-1])
         direction = -g
         alphas = []
-        for s, y, rho in zip(self.steps[::-1], self.changes[::-1], self.curvatures[::-1], strict=True):
+        for s, y, rho in zip(self.steps[::-1], self.changes[::-1], self.rhos[::-1], strict=True):
             alphas.append(rho * s.dot(direction))
             direction = torch.addcmul(direction, y, -alphas[-1])
-        careful = self.first / g.abs().mean().clamp_min(1e-30)
+        first_scale = self.first_step / g.abs().mean().clamp_min(1e-30)
         if self.last is None:
-            direction = direction * careful
+            direction = direction * first_scale
         else:
             y = self.changes[-1]
-            if self.spectrum is None:
+            if self.preconditioner is None:
                 length = y.dot(y)
             else:
-                direction, length = self.spectrum.apply(direction)
+                direction, length = self.preconditioner.apply(direction)
             # γ = sᵀy / yᵀH₀y scales the unknown rest of the Hessian; without a good pair the first step's rule holds
-            gamma = 1 / (self.curvatures[-1] * length)
-            direction = direction * torch.where(self.curvatures[-1] > 0, gamma, careful)
-        for s, y, rho, alpha in zip(self.steps, self.changes, self.curvatures, alphas[::-1], strict=True):
+            gamma = 1 / (self.rhos[-1] * length)
+            direction = direction * torch.where(self.rhos[-1] > 0, gamma, first_scale)
+        for s, y, rho, alpha in zip(self.steps, self.changes, self.rhos, alphas[::-1], strict=True):
             direction = torch.addcmul(direction, s, alpha - rho * y.dot(direction))
         self.last = (x, g)
         return torch.add(x, direction, alpha=self.scale).view_as(image)

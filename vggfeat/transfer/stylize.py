@@ -31,7 +31,7 @@ from vggfeat.modes import with_gradients
 from vggfeat.settings import changed
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.objective import TERMS, Objective
-from vggfeat.transfer.optimize import LBFGS, Adam, Optimizer, Spectrum
+from vggfeat.transfer.optimize import LBFGS, Adam, FourierPreconditioner, Optimizer
 from vggfeat.transfer.tiles import side_for
 from vggfeat.weights import load, resolved
 
@@ -350,7 +350,7 @@ class _Run:
         if self.config.optimizer == "adam":
             return Adam(self.config.learning_rate)
         history = HISTORY if len(objective.tiles) == 1 else SHORT
-        return LBFGS(history, FIRST if number == 1 else LATER, Spectrum(self.image))
+        return LBFGS(history, FIRST if number == 1 else LATER, FourierPreconditioner(self.image))
 
     def _improve(self, scale: _Scale, objective: Objective) -> None:
         number, steps = scale.number, self._steps(scale.number)

@@ -26,7 +26,7 @@ from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.optimize import Adam
 from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize
 from vggfeat.visualize.inputs import chosen, load_image
-from vggfeat.visualize.sheet import Sheet
+from vggfeat.visualize.sheet import Sheet, net_label
 from vggfeat.weights import DEFAULT, WeightsLike, load, resolved
 
 PARAMETRIZATIONS = ("fourier", "pixels")
@@ -154,7 +154,7 @@ def dream(
     features = VGGFeatures([below], weights=loaded, precision=precision, keep="values")
     with torch.no_grad():
         probe = features(torch.full((1, 3, size, size), 0.5, dtype=torch.float32, device=device))[below]
-    shown = chosen(channels, count, probe.shape[1], probe[0], "first", f"{layer} of {loaded.arch.name}")
+    shown = chosen(channels, count, probe[0], "first", f"{layer} of {loaded.arch.name}")
     place = _place(unit, probe, layer)
 
     def activation(images: Tensor, leak: float = 0.0) -> Tensor:
@@ -189,7 +189,7 @@ def dream(
         "steps": done, "seed": seed, "arch": loaded.arch.name, "weights": loaded.label,
     }  # fmt: skip
     single = len(shown) == 1
-    title = "" if single else f"What excites {layer} of {loaded.arch.name} most"
+    title = "" if single else f"What excites {layer} of {net_label(loaded.arch.name, loaded.label)} most"
     labels = [] if single else [str(channel) for channel in shown]
     sheet = Sheet(pictures, labels, title, settings=settings)
     return Dream(pictures, shown, end, start, sheet, interrupted=done < steps)

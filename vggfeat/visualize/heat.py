@@ -19,8 +19,8 @@ from vggfeat.metrics import LPIPS
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.visualize.inputs import load_image
-from vggfeat.visualize.sheet import Sheet, overlay, spread
-from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, facts_of, load, resolved
+from vggfeat.visualize.sheet import Sheet, net_label, overlay, spread
+from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, load, resolved, run_metadata
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def distance(
     full = (first.shape[2], first.shape[3])
     heats = {name: spread(each, full) for name, each in maps.items()}
     total = torch.stack(list(heats.values())).sum(0)
-    tiles, labels = [to_pil(first), to_pil(second)], ["A", "B"]
+    tiles, labels = [to_pil(first), to_pil(second)], [_name(a, "A"), _name(b, "B")]
     for label, heat, value in [("all layers", total, sum(values.values()))] + [(n, heats[n], values[n]) for n in heats]:
         tiles.append(to_pil(overlay(first, heat / heat.max().clamp_min(1e-6), colors)))
         labels.append(f"{label}: mean {value:.3g}, max {float(heat.max()):.3g}")
@@ -114,8 +114,13 @@ def distance(
         "picture": "distance", "lpips": lpips, "total": sum(values.values()), "layers": values,
         "arch": loaded.arch.name, "weights": loaded.label,
     }  # fmt: skip
-    sheet = Sheet(tiles, labels, f"{what} {sum(values.values()):.3g}", settings=settings)
+    title = f"{what} {sum(values.values()):.3g}, {net_label(loaded.arch.name, loaded.label)}"
+    sheet = Sheet(tiles, labels, title, settings=settings)
     return Distance(sum(values.values()), values, maps, total, sheet)
+
+
+def _name(image: ImageLike, otherwise: str) -> str:
+    return Path(image).name if isinstance(image, str | os.PathLike) else otherwise
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def cam(
         raise InputError(f"expected a network of vggfeat.vgg, got {type(net).__name__}")
     picture = as_picture(image)  # before the weights, which may need fetching
     image = image if isinstance(image, Tensor) else picture  # a file is read once
-    facts = facts_of(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
+    facts = run_metadata(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
     seen: int | None
     shown: int | None
     if size == "auto":

@@ -26,14 +26,13 @@ def load_image(image: ImageLike, size: int | None = None) -> Tensor:
     return to_tensor(picture)
 
 
-def chosen(
-    channels: int | Sequence[int] | None, count: int, total: int, strength: Tensor, order: str, what: str
-) -> list[int]:
-    """Which of `total` channels are shown: those named, else up to `count` in `order`, `first` or `strongest`.
+def chosen(channels: int | Sequence[int] | None, count: int, strength: Tensor, order: str, what: str) -> list[int]:
+    """Which channels are shown: those named, else up to `count` in `order`, `first` or `strongest`.
 
     Raises:
         InputError: an unknown channel or order, or a count below 1.
     """
+    total = len(strength)
     if channels is not None:
         channels = [channels] if isinstance(channels, int) else channels
         channels = [whole_number("a channel", channel, least=0) for channel in channels]

@@ -211,6 +211,11 @@ def overlay(image: Tensor, heat: Tensor, colors: str = "turbo") -> Tensor:
     return torch.lerp(grey, colored(heat[None], colors), opacity)
 
 
+def net_label(arch: str, weights: str) -> str:
+    """A network and its weights, as titles name them: `vgg19 (bundled)`."""
+    return f"{arch} ({short(weights.split(' (')[0])})"
+
+
 def spread(values: Tensor, size: tuple[int, int]) -> Tensor:
     """A map (h,w) at the size of the image (H,W), bilinear; a whole multiple keeps the mean."""
     return F.interpolate(values[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -17,8 +18,8 @@ from vggfeat.features import VGGFeatures
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, to_pil
 from vggfeat.visualize.inputs import chosen, load_image
-from vggfeat.visualize.sheet import Sheet, colored, enlarged
-from vggfeat.weights import DEFAULT, WeightsLike, load
+from vggfeat.visualize.sheet import Sheet, colored, enlarged, net_label
+from vggfeat.weights import DEFAULT, Weights, WeightsLike, load
 
 
 def filters(
@@ -66,39 +67,55 @@ def filters(
     loaded = load(weights, arch)
     spec = loaded.arch.layer(layer)
     loaded.require([layer])
-    what = f"{layer} of {loaded.arch.name}"
-    settings = {"picture": "filters", "layer": layer, "arch": loaded.arch.name, "weights": loaded.label}
-    if not several:
-        if layer != "conv1_1":
-            raise InputError(
-                f"{layer} takes {spec.in_channels} channels, which have no colour: give images, and its filters are "
-                "shown by the patches that drive them (or see `dream`); conv1_1 needs none"
-            )
-        kernels = loaded.state["features.0.weight"]
-        shown = chosen(channels, count, len(kernels), kernels.flatten(1).norm(dim=1), order, what)
-        peak = kernels[shown].abs().amax((1, 2, 3), keepdim=True)
-        pictures = 0.5 + 0.5 * kernels[shown] / torch.where(peak > 0, peak, 1)
-        tiles = [enlarged(to_pil(picture), tile or 48) for picture in pictures]
-        title = f"Filters of {layer}, {loaded.arch.name}"
-    else:
-        patches = whole_number("patches", patches)
-        features = VGGFeatures([layer], weights=loaded)
+    pick = functools.partial(chosen, channels, count, order=order, what=f"{layer} of {loaded.arch.name}")
+    net = net_label(loaded.arch.name, loaded.label)
+    if several:
         tensors = [load_image(image, size) for image in several]
-        best = [_peaks(_tap(features, layer, tensor), spec, patches) for tensor in tensors]
-        values = torch.cat([value for value, _ in best], dim=1)  # (C, images·patches)
-        peaks = torch.cat([F.pad(where, (1, 0), value=i) for i, (_, where) in enumerate(best)], dim=1)
-        shown = chosen(channels, count, spec.channels, values.amax(1), order, what)
-        top = values.topk(min(patches, values.shape[1])).indices
+        shown, tiles = _patch_tiles(loaded, spec, tensors, whole_number("patches", patches), tile, pick)
         field = spec.receptive_field
-        side = tile or min(96, max(36, field))
-        width = enlarged(Image.new("RGB", (field, field)), side).width  # of a patch on the sheet
-        tiles = []
-        for channel in shown:
-            places = peaks[channel, top[channel]][values[channel, top[channel]] > -math.inf]
-            crops = [_crop(tensors[int(i)], spec, int(y), int(x)) for i, y, x in places]
-            tiles.append(_mosaic([enlarged(to_pil(crop), side) for crop in crops], patches, width))
-        title = f"Maximally activating patches of {layer}, {loaded.arch.name}: {field} x {field} pixels"
+        title = f"Maximally activating patches of {layer}, {net}: {field} x {field} pixels"
+    elif layer == "conv1_1":
+        shown, tiles = _kernel_tiles(loaded.state["features.0.weight"], tile, pick)
+        title = f"Filters of {layer}, {net}"
+    else:
+        raise InputError(
+            f"{layer} takes {spec.in_channels} channels, which have no colour: give images, and its filters are "
+            "shown by the patches that drive them (or see `dream`); conv1_1 needs none"
+        )
+    settings = {"picture": "filters", "layer": layer, "arch": loaded.arch.name, "weights": loaded.label}
     return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
+
+
+_Pick = Callable[[Tensor], list[int]]  # which channels are shown, by the strength of all
+
+
+def _kernel_tiles(kernels: Tensor, tile: int, pick: _Pick) -> tuple[list[int], list[Image.Image]]:
+    """Channels, and their kernels (C,3,k,k) as colours."""
+    shown = pick(kernels.flatten(1).norm(dim=1))
+    peak = kernels[shown].abs().amax((1, 2, 3), keepdim=True)
+    pictures = 0.5 + 0.5 * kernels[shown] / torch.where(peak > 0, peak, 1)
+    return shown, [enlarged(to_pil(picture), tile or 48) for picture in pictures]
+
+
+def _patch_tiles(
+    loaded: Weights, spec: Layer, images: Sequence[Tensor], patches: int, tile: int, pick: _Pick
+) -> tuple[list[int], list[Image.Image]]:
+    """Channels, and for each the patches that its strongest units see."""
+    features = VGGFeatures([spec.name], weights=loaded)
+    best = [_peaks(_tap(features, spec.name, image), spec, patches) for image in images]
+    values = torch.cat([value for value, _ in best], dim=1)  # (C, images·patches)
+    peaks = torch.cat([F.pad(where, (1, 0), value=i) for i, (_, where) in enumerate(best)], dim=1)
+    shown = pick(values.amax(1))
+    top = values.topk(min(patches, values.shape[1])).indices
+    field = spec.receptive_field
+    side = tile or min(96, max(36, field))
+    width = enlarged(Image.new("RGB", (field, field)), side).width  # of a patch on the sheet
+    tiles = []
+    for channel in shown:
+        places = peaks[channel, top[channel]][values[channel, top[channel]] > -math.inf]
+        crops = [_crop(images[int(i)], spec, int(y), int(x)) for i, y, x in places]
+        tiles.append(_mosaic([enlarged(to_pil(crop), side) for crop in crops], patches, width))
+    return shown, tiles
 
 
 def maps(
@@ -145,7 +162,7 @@ def maps(
     features.arch.layer(layer)
     tap = _tap(features, layer, load_image(image, size))
     what = f"{layer} of {features.arch.name}"
-    shown = chosen(channels, count, len(tap), tap.clamp_min(0).mean((1, 2)), order, what)
+    shown = chosen(channels, count, tap.clamp_min(0).mean((1, 2)), order, what)
     values = tap[shown]
     pictures = colored(_stretched(values.flatten(1) if scale == "each" else values.view(1, -1)).view_as(values), colors)
     tiles = [enlarged(to_pil(picture), tile) for picture in pictures]
@@ -153,7 +170,8 @@ def maps(
     which = f", {len(shown)} of {len(tap)}"
     if channels is None and len(shown) < len(tap):
         which = f", the {order} {len(shown)} of {len(tap)}"
-    title = f"Feature maps of {layer}, {features.arch.name}{which}, {tap.shape[2]} x {tap.shape[1]}"
+    net = net_label(features.arch.name, features.weights)
+    title = f"Feature maps of {layer}, {net}{which}, {tap.shape[2]} x {tap.shape[1]}"
     return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
 
 
