@@ -53,7 +53,7 @@ ROOMS = {
     },
     "vggfeat.trunk.plan": {"arch", "errors"},
     "vggfeat.trunk.direct": {"devices"},
-    "vggfeat.trunk.filters": {"arch", "modes", "trunk.plan", "winograd"},
+    "vggfeat.trunk.filters": {"arch", "modes", "trunk.direct", "trunk.plan", "winograd"},
     "vggfeat.trunk.bits": {"devices"},
     "vggfeat.trunk.layers": {"arch", "devices", "trunk.bits", "trunk.direct", "trunk.filters", "winograd"},
     "vggfeat.trunk.plain": {"trunk.filters", "trunk.layers", "trunk.plan"},

@@ -1071,3 +1071,48 @@ def test_autocast_does_not_cast_again_inside():
     outside = torch.autograd.grad(value, a, retain_graph=True)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(torch.autograd.grad(value, a)[0], outside)
+
+
+needs_onednn = pytest.mark.skipif(not direct._onednn_takes(torch.zeros(1)), reason="this torch has no oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_is_the_same_weight(dtype):
+    weight = images(288, 256, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    if dtype == torch.bfloat16 and not direct.pays_packed(weight):
+        pytest.skip("this processor does not multiply bfloat16")
+    assert direct.pays_packed(weight) and not direct.pays_packed(weight[:128])
+    maps = [images(n, 256, h, w, dtype=dtype) for n, h, w in ((1, 2, 2), (3, 4, 4), (8, 7, 9), (1, 40, 33))]
+    before = [direct.convolve(x, weight, None, 1, relu=True) for x in maps]
+    direct.pack(weight)
+    assert not direct.pays_packed(weight) and direct._packed[weight].layout == torch._mkldnn
+    for x, wanted in zip(maps, before, strict=True):
+        torch.testing.assert_close(direct.convolve(x, weight, None, 1, relu=True), wanted)
+    count = len(direct._packed)
+    del weight
+    assert len(direct._packed) == count - 1
+
+
+@needs_onednn
+def test_small_maps_are_convolved_by_packed_weights(monkeypatch):
+    """Forward and back, those of 256 channels and more; not on larger maps, and not the same weight twice."""
+    arch = Arch("A", channels=(4, 4, 256, 8, 8), head=None)
+    trunk, packed = Trunk(arch, make_state(arch), ("packed",)), []
+    keep = direct.pack
+    monkeypatch.setattr(direct, "pack", lambda weight: packed.append(tuple(weight.shape)) or keep(weight))
+    monkeypatch.setattr(layers.winograd, "is_faster", lambda *_: False)
+    plan, x = Plan(arch, ("relu3_2",)), images(2, 3, 36, 40, dtype=torch.float32)
+    trunk.filters(plan, x.device, x.dtype, size=(160, 160))
+    assert packed == []
+    for _ in range(2):
+        filters = trunk.filters(plan, x.device, x.dtype, size=(36, 40))
+    assert packed == [(256, 256, 3, 3)] * 2  # the second convolution's; the first has 4 channels
+    leaf = x.clone().requires_grad_()
+    (tap,) = run(leaf, filters, plan)
+    wanted = reference(x.double().requires_grad_(), trunk.state, arch, plan.names)[0]
+    torch.testing.assert_close(tap.double(), wanted, rtol=1e-4, atol=1e-4)
+    tap.sum().backward()
+    exact = x.double().requires_grad_()
+    reference(exact, trunk.state, arch, plan.names)[0].sum().backward()
+    assert (leaf.grad.double() - exact.grad).norm() / exact.grad.norm() < 1e-4

@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from vggfeat import winograd
 from vggfeat.arch import Arch
 from vggfeat.modes import constant_when_traced, without_modes
+from vggfeat.trunk import direct
 from vggfeat.trunk.plan import Plan
 
 Key = tuple[str, bool, str]  # a convolution, whether batch normalisation is folded in, and which of its parts
 
 
 class Filters(NamedTuple):
-    """Of one convolution.
+    """One convolution's prepared weights.
 
     Attributes:
         weight: (K,C,h,w).
@@ -100,32 +101,42 @@ class Trunk:
             size: height and width of the images, which decide what is faster; None if unknown.
         """
         keys: list[Key] = []
+        small: list[Key] = []  # on maps so small that oneDNN's own layout pays
         sizes = plan.sizes(*size) if size else [(0, 0)] * len(plan.stages)
         for stage, (height, width) in zip(plan.stages, sizes, strict=True):
             layer = plan.arch.layer(stage.conv)
             shape = (layer.in_channels, layer.channels, height, width)
             tiled = layer.kernel == 3 and winograd.is_faster(device, dtype, *shape)
             for folded in ["bn" in stage.steps] + [False] * stage.unfolded:
-                keys += [(stage.conv, folded, "forward"), (stage.conv, folded, "tiles" if tiled else "backward")]
-        tensors = self._get((*keys, *map(_linear, linear)), device, dtype)
+                both = [(stage.conv, folded, "forward"), (stage.conv, folded, "tiles" if tiled else "backward")]
+                keys += both
+                if layer.kernel == 3 and not tiled and 0 < height * width <= direct.SMALL_MAP:
+                    small += both
+        tensors = self._get((*keys, *map(_linear, linear)), device, dtype, tuple(small))
         return [value for values in tensors[: len(keys)] for value in values]
 
     def linear(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Weight and bias of `classifier.{index}`."""
         return self._get((_linear(index),), device, dtype)[0]
 
-    def _get(self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-        self._fill(keys, device, dtype)
+    def _get(
+        self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype, small: tuple[Key, ...] = ()
+    ) -> list[tuple[Tensor, ...]]:
+        self._fill(keys, device, dtype, small)
         ready = self._ready[device, dtype]
         return [ready[key] for key in keys]
 
     @constant_when_traced
-    def _fill(self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype) -> None:
+    def _fill(self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype, small: tuple[Key, ...]) -> None:
         ready = self._ready.setdefault((device, dtype), {})
         for key in keys:
             if key not in ready:
                 with without_modes():
                     ready[key] = self._prepare(key, device, dtype)
+        for weight in (ready[key][0] for key in small):
+            if direct.pays_packed(weight):
+                with without_modes():
+                    direct.pack(weight)
 
     def _prepare(self, key: Key, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         name, folded, part = key
