@@ -1,6 +1,6 @@
-"""PerceptualLoss, forward and backward, against piq.ContentLoss and lpips.LPIPS: VGG-16, N×3×256×256, random weights.
+"""PerceptualLoss, forward and backward, against piq.ContentLoss and lpips.LPIPS: VGG-16, images of noise, random weights.
 
-python -m tests.bench.perceptual [--device cuda] [--batch 4]        (pip install piq lpips)
+python -m tests.bench.perceptual [--device cuda] [--batch 4] [--size 256]        (pip install piq lpips)
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--size", type=int, default=256)
     args = parser.parse_args()
-    device, shape = args.device, (args.batch, 3, 256, 256)
+    device, shape = args.device, (args.batch, 3, args.size, args.size)
     torch.set_num_threads(2)
     torch.manual_seed(0)
     image, target = torch.rand(shape).to(device), torch.rand(shape).to(device)
@@ -41,14 +42,14 @@ def main() -> None:
         ours = PerceptualLoss(["relu3_3"], weights=net.state_dict(), precision=precision)
         sides[f"vggfeat, relu3_3, {precision}"] = step(ours, image, target)
         sides[f"vggfeat, relu3_3, {precision}, encoded target"] = step(ours, image, ours.encode(target))
-    report(f"PerceptualLoss([relu3_3]), {args.batch}×3×256×256", alternate(sides, runs=9), "piq.ContentLoss, relu3_3")
+    report(f"PerceptualLoss([relu3_3]), {args.batch}×3×{args.size}×{args.size}", alternate(sides, runs=9), "piq.ContentLoss, relu3_3")
 
     peer = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False).to(device)
     sides = {"lpips.LPIPS(net='vgg')": step(peer, image, target)}
     for precision in ("float32", "bfloat16"):
         ours = LPIPS(weights=net.state_dict(), precision=precision, input_range=(-1, 1))
         sides[f"vggfeat.LPIPS, {precision}"] = step(ours, image, target)
-    report(f"LPIPS, {args.batch}×3×256×256", alternate(sides, runs=7), "lpips.LPIPS(net='vgg')")
+    report(f"LPIPS, {args.batch}×3×{args.size}×{args.size}", alternate(sides, runs=7), "lpips.LPIPS(net='vgg')")
 
 
 if __name__ == "__main__":
