@@ -1,4 +1,4 @@
-"""PerceptualLoss, forward and backward, against piq.ContentLoss and lpips.LPIPS: VGG-16, images of noise, random weights.
+"""PerceptualLoss, forward and backward, against piq.ContentLoss and lpips.LPIPS: VGG-16, noise, random weights.
 
 python -m tests.bench.perceptual [--device cuda] [--batch 4] [--size 256]        (pip install piq lpips)
 """
@@ -42,7 +42,11 @@ def main() -> None:
         ours = PerceptualLoss(["relu3_3"], weights=net.state_dict(), precision=precision)
         sides[f"vggfeat, relu3_3, {precision}"] = step(ours, image, target)
         sides[f"vggfeat, relu3_3, {precision}, encoded target"] = step(ours, image, ours.encode(target))
-    report(f"PerceptualLoss([relu3_3]), {args.batch}×3×{args.size}×{args.size}", alternate(sides, runs=9), "piq.ContentLoss, relu3_3")
+    report(
+        f"PerceptualLoss([relu3_3]), {args.batch}×3×{args.size}×{args.size}",
+        alternate(sides, runs=9),
+        "piq.ContentLoss, relu3_3",
+    )
 
     peer = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False).to(device)
     sides = {"lpips.LPIPS(net='vgg')": step(peer, image, target)}
