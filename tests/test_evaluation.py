@@ -272,6 +272,14 @@ def test_classes_with_a_bar_in_a_markdown_table():
     assert [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] == [r"cat\|dog", "3", "66.67 %", "bee (1)"]
 
 
+def test_wide_letters_take_two_columns_and_a_plot_without_them_no_warning(tmp_path):
+    report = Evaluation(5, 1.0, 0.6, None, ["車", "bee"], [[2, 1], [1, 1]], 1)
+    lines = str(report).splitlines()
+    assert lines[2].startswith("車    ") and lines[3].startswith("bee    ")  # as wide as "class" and a gap
+    pytest.importorskip("matplotlib")
+    assert vggfeat.plot_confusion(report, tmp_path / "c.png").stat().st_size > 1000  # warnings are errors in tests
+
+
 def test_confusions_are_shares_of_the_true_class(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,8 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path, overwrite: bool) -> Path:
-    with written(path, overwrite=overwrite) as file:
+    with written(path, overwrite=overwrite) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # which are boxes then, as anyone can see
         figure.savefig(file, format=path.suffix.lower()[1:], dpi=150)
     return path
 
