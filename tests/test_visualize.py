@@ -740,6 +740,13 @@ LINES = {
 }
 
 
+@pytest.mark.parametrize("line", ["filters", "maps photo.png", "filters photo.png --layer relu1_1 --count 1"])
+def test_weights_that_had_to_be_others_are_named_once(call, line):
+    """By the command's own line; a warning, an error in tests, is for those who get no such line."""
+    code, _, err = call(line, weights="auto")
+    assert code == 0 and err == "weights: bundled (imagenet weights for vgg16 cannot be had)\n"
+
+
 def test_a_dream_of_a_class_of_random_weights(call):
     code, out, err = call("dream --class 3 --size 32 --steps 1 --arch vgg11 --weights random", weights=None)
     assert (code, out) == (0, "dream-classes.png\n"), err

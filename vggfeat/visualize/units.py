@@ -158,7 +158,7 @@ def maps(
     """
     if scale not in ("each", "shared"):
         raise InputError(f"unknown scale {scale!r}: choose 'each' or 'shared'")
-    features = VGGFeatures([layer], arch, weights)
+    features = VGGFeatures([layer], weights=load(weights, arch))
     features.arch.layer(layer)
     tap = _tap(features, layer, load_image(image, size))
     what = f"{layer} of {features.arch.name}"
