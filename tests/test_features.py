@@ -200,6 +200,14 @@ def test_values_normalised_before_warn(state):
         f(batch() * 4 - 2)
 
 
+@pytest.mark.parametrize(("span", "scale"), [((0, 1), 255), ((0, 255), 1)])
+def test_a_warning_made_an_error_comes_once(state, span, scale):
+    f = VGGFeatures(["relu1_1"], weights=state, input_range=span)
+    with pytest.raises(UserWarning, match="images reach from"):  # warnings are errors in tests
+        f(batch() * scale)
+    f(batch() * scale)
+
+
 def test_values_in_a_small_part_of_the_range_warn(state):
     f = VGGFeatures(["relu1_1"], weights=state, input_range=(0, 255))
     f(torch.zeros(1, 3, 32, 32))  # black is black

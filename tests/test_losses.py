@@ -113,6 +113,12 @@ def test_layer_weights(pair, weights):
     close(perceptual(layers, layer_weights=weights)(x, y), expected)
 
 
+def test_layer_weights_that_can_be_read_once(pair):
+    names = ["relu1_2", "relu2_2"]
+    listed, made = perceptual(names, layer_weights=[2, 3]), perceptual(names, layer_weights=(k for k in (2, 3)))
+    assert torch.equal(made(*pair), listed(*pair))
+
+
 def test_layers_that_a_mapping_leaves_out_weigh_1(pair):
     layers = ["relu1_2", "relu2_2"]
     close(

@@ -329,14 +329,14 @@ class VGGFeatures(nn.Module):
         if low < floor - span / 2 or high > ceiling + span / 2:
             normalised = span == 1 and -2.2 < low < -0.5 and high < 2.7  # as by ImageNet's mean and standard deviation
             hint = "give them before their normalisation, which the features do themselves, or " if normalised else ""
+            self._warned = True
             warn(
                 f"{reach}, far outside input_range=({floor:g}, {ceiling:g}); "
                 f"{hint}say what they are, e.g. input_range=(-1, 1) or (0, 255)"
             )
-            self._warned = True
         elif span >= 255 and 0 < high - floor <= span / 200:
-            warn(f"{reach}, a small part of input_range=({floor:g}, {ceiling:g}); say what they are, e.g. (0, 1)")
             self._warned = True
+            warn(f"{reach}, a small part of input_range=({floor:g}, {ceiling:g}); say what they are, e.g. (0, 1)")
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -374,10 +374,10 @@ def count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
         hint = "; torchvision.transforms.functional.to_tensor(image)[None] makes one of a PIL image or an array"
         raise InputError(f"expected a tensor of images (N,3,H,W), got {type(images).__name__}{hint}")
     if images.ndim != 4:
-        hint = {3: "; add the batch dimension: images[None]", 5: "; frames as images: video.flatten(0, 1)"}
+        hints = {3: "; add the batch dimension: images[None]", 5: "; frames as images: video.flatten(0, 1)"}
         if images.ndim == 3 and images.shape[2] == 3 != images.shape[0]:
-            hint[3] = "; channels come first, after the batch dimension: image.permute(2, 0, 1)[None]"
-        raise InputError(f"expected images (N,3,H,W), got shape {tuple(images.shape)}{hint.get(images.ndim, '')}")
+            hints[3] = "; channels come first, after the batch dimension: image.permute(2, 0, 1)[None]"
+        raise InputError(f"expected images (N,3,H,W), got shape {tuple(images.shape)}{hints.get(images.ndim, '')}")
     return images.shape[0], (images.shape[2], images.shape[3])
 
 

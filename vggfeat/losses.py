@@ -528,7 +528,8 @@ def _weights_by_layer(layers: Sequence[str], given: Sequence[float] | Mapping[st
             raise InputError(f"layer_weights for {', '.join(sorted(unknown))}, which is not among {', '.join(layers)}")
         given = [given.get(name, 1.0) for name in layers]
     unfit = f"layer_weights are numbers, one for each of {', '.join(layers)}; got {given!r}"
-    if not isinstance(given, Iterable) or any(isinstance(value, str) for value in given):
+    given = [*given] if isinstance(given, Iterable) else None
+    if given is None or any(isinstance(value, str) for value in given):
         raise InputError(unfit)
     if any(isinstance(value, Tensor) and value.requires_grad for value in given):
         raise InputError("layer_weights are fixed numbers: weigh the losses of single layers by what is trained")

@@ -15,6 +15,11 @@ from vggfeat.weights import DEFAULT, WeightsLike, resolved
 CALIBRATION = Path(__file__).with_name("assets") / "lpips-vgg16.safetensors"  # LICENSE-lpips.txt is beside it
 
 
+def fit_for_lpips(weights: WeightsLike) -> WeightsLike:
+    """ImageNet's for `"auto"`, which may end in random ones, whose result would pass for LPIPS; others as they are."""
+    return "imagenet" if resolved(weights) == "auto" else weights
+
+
 class LPIPS(PerceptualLoss):
     """How different two images look to people (Zhang et al. 2018, arXiv:1801.03924, eq. 1): 0 if they are equal.
 
@@ -55,13 +60,11 @@ class LPIPS(PerceptualLoss):
         repeat_grey: bool = False,
         keep: str = "bits",
     ) -> None:
-        if resolved(weights) == "auto":  # which may end in random weights, whose result would pass for LPIPS
-            weights = "imagenet"
         calibration = {name: tuple(values.tolist()) for name, values in sorted(read(CALIBRATION).items())}
         super().__init__(
             list(calibration),
             arch="vgg16",
-            weights=weights,
+            weights=fit_for_lpips(weights),
             normalize_features=True,
             input_range=input_range,
             reduction=reduction,

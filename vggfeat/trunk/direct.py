@@ -22,6 +22,7 @@ def pays_packed(weight: Tensor) -> bool:
         weight.numel() >= LARGE_WEIGHT
         and weight.device.type == "cpu"
         and _onednn_takes(weight)
+        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
         and not emulates(weight.dtype, weight.device)
         and weight not in _packed
     )
@@ -73,7 +74,6 @@ def _onednn_takes(x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and has_onednn()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
     )
 
 

@@ -101,48 +101,46 @@ class Trunk:
             size: height and width of the images, which decide what is faster; None if unknown.
         """
         keys: list[Key] = []
-        small: list[Key] = []  # on maps so small that oneDNN's own layout pays
+        packed: list[Key] = []  # of convolutions on maps so small that oneDNN's own layout pays
         sizes = plan.sizes(*size) if size else [(0, 0)] * len(plan.stages)
         for stage, (height, width) in zip(plan.stages, sizes, strict=True):
             layer = plan.arch.layer(stage.conv)
             shape = (layer.in_channels, layer.channels, height, width)
             tiled = layer.kernel == 3 and winograd.is_faster(device, dtype, *shape)
             for folded in ["bn" in stage.steps] + [False] * stage.unfolded:
-                both = [(stage.conv, folded, "forward"), (stage.conv, folded, "tiles" if tiled else "backward")]
-                keys += both
+                keys += [(stage.conv, folded, "forward"), (stage.conv, folded, "tiles" if tiled else "backward")]
                 if layer.kernel == 3 and not tiled and 0 < height * width <= direct.SMALL_MAP:
-                    small += both
-        tensors = self._get((*keys, *map(_linear, linear)), device, dtype, tuple(small))
+                    packed.append((stage.conv, folded, "packed"))
+        tensors = self._get((*keys, *packed, *map(_linear, linear)), device, dtype)
         return [value for values in tensors[: len(keys)] for value in values]
 
     def linear(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Weight and bias of `classifier.{index}`."""
         return self._get((_linear(index),), device, dtype)[0]
 
-    def _get(
-        self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype, small: tuple[Key, ...] = ()
-    ) -> list[tuple[Tensor, ...]]:
-        self._fill(keys, device, dtype, small)
+    def _get(self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        self._fill(keys, device, dtype)
         ready = self._ready[device, dtype]
         return [ready[key] for key in keys]
 
     @constant_when_traced
-    def _fill(self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype, small: tuple[Key, ...]) -> None:
+    def _fill(self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype) -> None:
         ready = self._ready.setdefault((device, dtype), {})
         for key in keys:
             if key not in ready:
                 with without_modes():
                     ready[key] = self._prepare(key, device, dtype)
-        for weight in (ready[key][0] for key in small):
-            if direct.pays_packed(weight):
-                with without_modes():
-                    direct.pack(weight)
 
     def _prepare(self, key: Key, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         name, folded, part = key
         if part == "linear":
             return tuple(self.state[f"{name}.{each}"].to(device, dtype) for each in ("weight", "bias"))
         weight, bias = self._kernel(name, folded)
+        if part == "packed":  # comes after these two and adds nothing to what is passed
+            for each in ("forward", "backward"):
+                if direct.pays_packed(packable := self._ready[device, dtype][name, folded, each][0]):
+                    direct.pack(packable)
+            return ()
         if part == "tiles":
             # in bfloat16 too: they are used where products are in float32 anyway
             return (winograd.transformed(weight).to(device, torch.float32),)

@@ -15,12 +15,12 @@ from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import mse, unit_normalize, upcast
 from vggfeat.image import ImageLike, as_picture, to_pil
-from vggfeat.metrics import LPIPS
+from vggfeat.metrics import LPIPS, fit_for_lpips
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, net_label, overlay, spread
-from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, load, resolved, run_metadata
+from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, load, run_metadata
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def distance(
     if first.shape != second.shape:
         (h, w), (k, v) = first.shape[2:], second.shape[2:]
         raise InputError(f"the images differ in size, {w}×{h} and {v}×{k}: scale or crop one of them first")
-    if lpips and resolved(weights) == "auto":  # which may end in random weights, whose result would pass for LPIPS
-        weights = "imagenet"
-    loaded = load(weights, "vgg16" if lpips and arch is None else arch)
+    if lpips:
+        weights, arch = fit_for_lpips(weights), arch or "vgg16"
+    loaded = load(weights, arch)
     if layers is None:
         relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
         layers = loaded.served({name[:5]: name for name in relus}.values())
