@@ -36,10 +36,10 @@ def device(request):
 @pytest.fixture
 def loops(device):
     if INTERPRETED:
-        from vggfeat import kernels
+        from vggfeat.training import kernels as training
 
         try:
-            kernels.batch_norm_relu(torch.ones(2, 1, 1, 1), *torch.ones(4, 1), None, 0.1, 1e-5)
+            training.batch_norm_relu(torch.ones(2, 1, 1, 1), *torch.ones(4, 1), None, 0.1, 1e-5)
         except Exception as error:
             if "only 0-dimensional arrays" not in str(error):  # Triton 3.6 with NumPy 2.5
                 raise
@@ -125,6 +125,7 @@ def test_no_images(device):
 def test_however_maps_are_laid_out(device, loops):
     """As saved tensors may come back from hooks, or from vmap."""
     from vggfeat import kernels
+    from vggfeat.training import kernels as training
 
     x = maps((2, 8, 6, 5), torch.float32, device).relu()
     grad = maps((2, 8, 3, 2), torch.float32, device, seed=1)
@@ -139,15 +140,15 @@ def test_however_maps_are_laid_out(device, loops):
     assert torch.equal(kernels.max_pool_backward_packed(other[1], planes, 6, 5), wanted)
     ones = torch.ones(4, 8, device=device)
     moved, theirs = ones.clone(), ones.clone()
-    y, stats = kernels.batch_norm_relu(x, *moved, None, 0.1, 1e-5)
-    assert torch.equal(kernels.batch_norm_relu(other[0], *theirs, None, 0.1, 1e-5)[0], y)
+    y, stats = training.batch_norm_relu(x, *moved, None, 0.1, 1e-5)
+    assert torch.equal(training.batch_norm_relu(other[0], *theirs, None, 0.1, 1e-5)[0], y)
     along = maps(x.shape, torch.float32, device, seed=2)
-    found = kernels.batch_norm_relu_backward(along.contiguous(), other[0], stats)
-    assert all(map(torch.equal, found, kernels.batch_norm_relu_backward(along, x, stats)))
+    found = training.batch_norm_relu_backward(along.contiguous(), other[0], stats)
+    assert all(map(torch.equal, found, training.batch_norm_relu_backward(along, x, stats)))
 
 
 def test_whatever_the_default_type_is(device, loops):
-    from vggfeat import kernels
+    from vggfeat.training import kernels as training
 
     x = maps((4, 8, 6, 6), torch.float32, device)
     results = []
@@ -155,7 +156,7 @@ def test_whatever_the_default_type_is(device, loops):
         torch.set_default_dtype(dtype)
         try:
             ones = torch.ones(4, 8, dtype=torch.float32, device=device)
-            results.append(kernels.batch_norm_relu(x, *ones, None, 0.1, 1e-5)[0])
+            results.append(training.batch_norm_relu(x, *ones, None, 0.1, 1e-5)[0])
         finally:
             torch.set_default_dtype(torch.float32)
     assert torch.equal(*results)
@@ -174,11 +175,14 @@ def test_max_pool_of_nan_is_nan(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(4, 20, 5, 3), (3, 130, 4, 6), (40, 64, 8, 8), (2, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(4, 20, 5, 3), (3, 130, 4, 6), (40, 64, 8, 8), (2, 1, 1, 1), (1, 8, 2, 2)])
 @pytest.mark.parametrize("lacks", [True, False])
-def test_batch_norm_and_relu(device, loops, shape, dtype, lacks):
-    from vggfeat import kernels
+@pytest.mark.parametrize("pool", [False, True])
+def test_batch_norm_and_relu(device, loops, shape, dtype, lacks, pool):
+    from vggfeat.training import kernels as training
 
+    if pool and any(side % 2 for side in shape[2:]):
+        return  # the caller pools those
     channels = shape[1]
     x = maps(shape, dtype, device, mean=3.0)
     weight, bias, before, mean, var = maps((5, channels, 1, 1), torch.float32, device, mean=0.5, seed=1)[..., 0, 0]
@@ -186,35 +190,50 @@ def test_batch_norm_and_relu(device, loops, shape, dtype, lacks):
     moved, theirs = (mean.clone(), var.clone()), (mean.double(), var.double())
     shifted = exact[0] + before.double()[:, None, None] if lacks else exact[0]
     wanted = F.batch_norm(shifted, *theirs, *exact[1:], True, 0.1, 1e-5).relu()
-    y, stats = kernels.batch_norm_relu(x, weight, bias, *moved, before if lacks else None, 0.1, 1e-5)
+    wanted = F.max_pool2d(wanted, 2) if pool else wanted
+    y, stats = training.batch_norm_relu(x, weight, bias, *moved, before if lacks else None, 0.1, 1e-5, pool)
     coarse = 6e-3 if dtype == torch.bfloat16 else 2e-6
     assert y.dtype == dtype and relative(y, wanted.detach()) < coarse
     assert relative(moved[0], theirs[0]) < 1e-6 and relative(moved[1], theirs[1]) < 1e-5
     # where a value is 0 to rounding, whether it came through is rounding too: no gradient there
-    grad = torch.where((wanted > 0) == (y > 0), maps(shape, dtype, device, seed=2), 0).to(x)
+    grad = torch.where((wanted > 0) == (y > 0), maps(y.shape, dtype, device, seed=2), 0).to(x)
     wanted.backward(grad.double())
-    found = kernels.batch_norm_relu_backward(grad.contiguous(memory_format=torch.channels_last), x, stats)
+    found = training.batch_norm_relu_backward(grad.contiguous(memory_format=torch.channels_last), x, stats, pool)
     for ours, value, most in zip(found, exact, (coarse, 2e-5, 2e-5), strict=True):
         assert ours.shape == value.shape and (ours.double() - value.grad).norm() <= most * value.grad.norm() + 1e-5
 
 
+def test_where_a_window_has_equals_the_first_gets_the_gradient(device, loops):
+    from vggfeat.training import kernels as training
+
+    x = maps((2, 8, 6, 6), torch.float32, device).mul(2).round()  # with equals in many windows
+    ones, bias, mean, var = torch.ones(4, 8, device=device)
+    exact = x.double().contiguous().requires_grad_()
+    wanted = F.max_pool2d(F.batch_norm(exact, None, None, ones.double(), bias.double(), True, 0.0, 1e-5).relu(), 2)
+    y, stats = training.batch_norm_relu(x, ones, bias, mean, var, None, 0.1, 1e-5, pool=True)
+    grad = maps(y.shape, torch.float32, device, seed=1)
+    wanted.backward(grad.double())
+    found, _, _ = training.batch_norm_relu_backward(grad, x, stats, pool=True)
+    assert relative(found, exact.grad) < 1e-5
+
+
 def test_statistics_of_values_far_from_0(device, loops):
-    from vggfeat import kernels
+    from vggfeat.training import kernels as training
 
     x = maps((50, 8, 6, 6), torch.float32, device, mean=1000.0)
     ones, zeros, mean, var = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device).repeat(8, 1).T.contiguous()
-    kernels.batch_norm_relu(x, ones, zeros, mean, var, None, 1.0, 1e-5)
+    training.batch_norm_relu(x, ones, zeros, mean, var, None, 1.0, 1e-5)
     assert relative(mean, x.double().mean((0, 2, 3))) < 1e-7
     assert relative(var, x.double().var((0, 2, 3))) < 1e-5
 
 
 def test_of_nan_all_of_the_channel_is_nan(device, loops):
-    from vggfeat import kernels
+    from vggfeat.training import kernels as training
 
     x = maps((2, 3, 2, 2), torch.float32, device)
     x[1, 1, 0, 1] = torch.nan
     ones, mean, var = torch.ones(3, 3, device=device)
-    y, _ = kernels.batch_norm_relu(x, ones, ones.clone(), mean, var, None, 0.1, 1e-5)
+    y, _ = training.batch_norm_relu(x, ones, ones.clone(), mean, var, None, 0.1, 1e-5)
     assert y[:, 1].isnan().all() and y[:, [0, 2]].isfinite().all() and mean.isnan().tolist() == [False, True, False]
 
 
@@ -251,6 +270,64 @@ def test_a_network_trained_by_kernels_is_the_network(device, loops, frozen):
         torch.testing.assert_close(mine.double(), value.double(), rtol=1e-4, atol=1e-4)
     net.eval(), theirs.eval()
     assert torch.equal(Fused(net).eval()(x), net(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (64, 3, 3, 3), (24, 40, 3, 3)])
+def test_steps_of_muon(device, loops, shape, dtype):
+    """Against the definition, in float64."""
+    from vggfeat.training import kernels as training
+
+    filters, grads, sums, directions = (
+        [maps(shape, torch.float32, device, seed=4 * i + j) for j in (0, 1)] for i in range(4)
+    )
+    exact = [[value.double() for value in values] for values in (filters, grads, sums)]
+    steps = training.add_momentum(grads, sums, 0.9, dtype)
+    rows = [direction.permute(0, 2, 3, 1).flatten(1).to(dtype) for direction in directions]
+    norms = torch.stack([value.norm() for value in filters]) * 1.5
+    training.move(filters, torch.stack(rows), norms * 0.1, norms)
+    for i, (value, grad, total) in enumerate(zip(*exact, strict=True)):
+        total = 0.9 * total + grad
+        assert relative(sums[i], total) < 1e-6
+        wanted = (grad + 0.9 * total).permute(0, 2, 3, 1).flatten(1)
+        assert steps.dtype == dtype and relative(steps[i], wanted) < (4e-3 if dtype == torch.bfloat16 else 1e-6)
+        along = rows[i].double().view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+        moved = value - 0.1 * norms[i].double() * along / along.norm()
+        assert relative(filters[i], moved * norms[i].double() / moved.norm()) < 1e-6
+
+
+def test_without_a_direction_filters_stay(device, loops):
+    from vggfeat.training import kernels as training
+
+    value = maps((4, 2, 3, 3), torch.float32, device)
+    before, norm = value.clone(), value.norm()[None]
+    training.move([value], torch.zeros(1, 4, 18, device=device), norm * 0.1, norm)
+    torch.testing.assert_close(value, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pad_mode": "reflect", "cutout": 8, "flip": "alternating"}, {"pad": 0, "flip": "none"}]
+)
+@pytest.mark.parametrize("size", [32, 36])
+def test_crops(device, options, size, monkeypatch):
+    """Against torch's operations, to the bit."""
+    from vggfeat.training import kernels as training
+    from vggfeat.training.batches import Batches
+    from vggfeat.training.config import TrainConfig
+    from vggfeat.training.data import ImageSet
+    from vggfeat.training.distributed import World
+
+    pixels = torch.randint(0, 256, (20, 36, 44, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = ImageSet("noise", ["a", "b"], torch.arange(20) % 2, list(map(str, range(20))), None, pixels)
+    found = []
+    for kernels in (None, training):
+        batches = Batches(images, TrainConfig(batch_size=10, size=size, **options), size, World(torch.device(device)))
+        monkeypatch.setattr(batches, "kernels", kernels)
+        found.append([part.images for epoch in (0, 1) for parts in batches.epoch(epoch) for part in parts])
+    assert len(found[0]) == 4
+    for theirs, ours in zip(*found, strict=True):
+        assert ours.is_contiguous(memory_format=torch.channels_last) and torch.equal(ours, theirs)
+    assert not torch.equal(found[0][0], found[0][2])
 
 
 def test_where_they_do_not_work_torchs_operations_serve(monkeypatch):

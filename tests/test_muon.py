@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vggfeat.training.muon import Muon, polar_factor
+from vggfeat.training.muon import Muon, polar_direction
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -15,10 +15,10 @@ def filters(*shape, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8), (16, 16)])
-def test_the_polar_factor_has_the_singular_vectors_and_moves_all_of_them(shape):
+def test_the_polar_direction_has_the_singular_vectors_and_moves_all_of_them(shape):
     matrix = random(*shape, dtype=torch.float64)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    found = u.T @ polar_factor(matrix) @ v.T  # diagonal in the same vectors
+    found = u.T @ polar_direction(matrix) @ v.T / matrix.norm()  # diagonal in the same vectors
     values = found.diagonal()
     torch.testing.assert_close(found, values.diag(), rtol=0, atol=1e-10)
     large = s >= 0.02 * matrix.norm()
@@ -31,13 +31,13 @@ def test_short_directions_survive_float32():
     """Directions a thousand times as short as the longest come out as in float64, which has them all."""
     u, _, v = torch.linalg.svd(random(32, 288, dtype=torch.float64), full_matrices=False)
     matrix = ((u * torch.logspace(0, -3, 32)) @ v).float()
-    exact = polar_factor(matrix.double())
-    found = polar_factor(matrix).double()
+    exact = polar_direction(matrix.double())
+    found = polar_direction(matrix).double()
     assert ((u.T @ (found - exact)).norm(dim=1) < 1e-3 * (u.T @ exact).norm(dim=1)).all()
 
 
-def test_the_polar_factor_of_nothing_is_nothing():
-    assert not polar_factor(torch.zeros(4, 6)).any()
+def test_the_polar_direction_of_nothing_is_nothing():
+    assert not polar_direction(torch.zeros(4, 6)).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -50,7 +50,7 @@ def test_a_step_has_the_length_it_is_told_and_the_norm_stays(dtype, shape, layou
     Muon([weight], lr=0.1, momentum=0.0, dtype=dtype).step()
     # before the norm is brought back: w' ∝ w - 0.1 ‖w‖ O / ‖O‖, with O the polar factor of the gradient as a matrix
     rows = before.flatten(1)
-    direction = polar_factor(weight.grad.flatten(1))
+    direction = polar_direction(weight.grad.flatten(1))
     wanted = rows - 0.1 * rows.norm() * direction / direction.norm()
     wanted *= rows.norm() / wanted.norm()
     step, right = weight.detach().flatten(1) - rows, wanted - rows
@@ -133,10 +133,10 @@ def test_a_state_that_was_saved_goes_on_the_same():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 8, 30), (3, 30, 8)])
-def test_polar_factors_of_many_matrices_are_those_of_each(shape, dtype):
+def test_polar_directions_of_many_matrices_are_those_of_each(shape, dtype):
     matrices = random(*shape, dtype=torch.float64).to(dtype)
     matrices[1] *= 1e-3
-    found, wanted = polar_factor(matrices), torch.stack([polar_factor(matrix) for matrix in matrices])
+    found, wanted = polar_direction(matrices), torch.stack([polar_direction(matrix) for matrix in matrices])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-2)
 
 
@@ -152,7 +152,7 @@ def test_filters_of_one_shape_are_moved_at_once_to_the_same():
             for weight in weights:
                 optimizer.state[weight] = {"sum": torch.zeros_like(weight), "norm": weight.norm()}
             with torch.no_grad():
-                optimizer._move_filters(weights, [weight.grad * 1.9 for weight in weights], 0.1)
+                optimizer._move_filters(weights, 0.1, 0.9)
         else:
             optimizer.step()
         results.append([weight.detach() for weight in weights])
@@ -173,3 +173,23 @@ def test_a_rate_may_be_a_tensor():
         optimizer.step()
         results.append([weight.detach() for weight in weights])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_on_a_gpu_steps_are_those_of_a_cpu(layout):
+    """By kernels where filters are laid out for them, else by torch's operations."""
+    shapes, results = [(8, 4, 3, 3), (8, 4, 3, 3), (64, 3, 3, 3), (6, 5), (6,)], []
+    for device in ("cpu", "cuda"):
+        weights = []
+        for seed, shape in enumerate(shapes):
+            value = random(*shape, seed=seed)
+            value = value.contiguous(memory_format=layout) if len(shape) == 4 else value
+            weights.append(torch.nn.Parameter(value.to(device)))
+        optimizer = Muon(weights, lr=0.1, weight_decay=0.01)
+        for step in range(4):
+            for seed, weight in enumerate(weights):
+                weight.grad = random(*weight.shape, seed=10 * step + seed).to(weight)
+            optimizer.step()
+        results.append([weight.detach().cpu() for weight in weights])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)

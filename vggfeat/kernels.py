@@ -1,11 +1,10 @@
 """Triton kernels for CUDA that do in few passes over memory what torch's operations need many for.
 
 Max pooling, forward and backward in one pass each (a dozen with torch's), and the same with the argmax as bits
-(`trunk/bits.py`); training-mode batch normalisation with its ReLU, three passes forward and five backward (torch: five
-and eight). `devices.triton_kernels` says where they work.
+(`trunk/bits.py`). Those that only training needs are in `training/kernels.py`. `devices.triton_kernels` says where they
+work.
 
-Maps are (N,C,H,W), float32 or bfloat16, and laid out channels_last; other layouts are copied. Sums and statistics
-are float32, in a fixed order.
+Maps are (N,C,H,W), float32 or bfloat16, and laid out channels_last; other layouts are copied.
 """
 
 # Triton has no types, and its kernels want none
@@ -21,23 +20,25 @@ import triton.language as tl
 from torch import Tensor
 
 CHANNELS, VALUES = 128, 2048  # per block: adjacent channels, and values in total
-# sums over a map are split into at most PARTS, enough to fill a GPU, each of which reads SUMMED values at a time
-PARTS, SUMMED = 512, 4096
 
 
-def _columns(channels: int) -> int:
+def columns_of(channels: int) -> int:
+    """Adjacent channels of a block."""
     return min(CHANNELS, int(triton.next_power_of_2(channels)))
 
 
-def _empty(size: tuple[int, ...], like: Tensor) -> Tensor:
+def empty_map(size: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for a map of that size, channels_last."""
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _laid_out(x: Tensor) -> Tensor:
+def laid_out(x: Tensor) -> Tensor:
+    """The map in the layout that kernels read."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _run(kernel: Any, on: Tensor, grid: tuple[int, int], *arguments: object, warps: int = 4) -> None:
+def launch(kernel: Any, on: Tensor, grid: tuple[int, int], *arguments: object, warps: int = 4) -> None:
+    """Run a kernel on the device of a tensor."""
     if all(grid):  # skip empty maps
         with torch.cuda.device_of(on):
             kernel[grid](*arguments, num_warps=warps)
@@ -52,8 +53,8 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The pooled map (N,C,H//2,W//2), and its argmax: uint8, 2 · row + column in the window.
     """
-    x = _laid_out(x)
-    y = _half(x)
+    x = laid_out(x)
+    y = half_map(x)
     argmax = torch.empty_like(y, dtype=torch.uint8)
     _run_pool(_max_pool, x, y, x, y, argmax)
     return y, argmax
@@ -69,37 +70,37 @@ def max_pool_backward(grad: Tensor, argmax: Tensor, height: int, width: int, poo
         width: W.
         pooled: of `max_pool`, or None.
     """
-    grad, argmax = _laid_out(grad), _laid_out(argmax)
-    pooled = None if pooled is None else _laid_out(pooled)
+    grad, argmax = laid_out(grad), laid_out(argmax)
+    pooled = None if pooled is None else laid_out(pooled)
     out = _double(grad, height, width)
     masked = pooled is not None
     _run_pool(_max_pool_backward, out, grad, grad, pooled if masked else argmax, argmax, out, masked)
     return out
 
 
-def _half(x: Tensor) -> Tensor:
+def half_map(x: Tensor) -> Tensor:
     """Memory for the pooled map."""
     n, channels, height, width = x.shape
-    return _empty((n, channels, height // 2, width // 2), x)
+    return empty_map((n, channels, height // 2, width // 2), x)
 
 
 def _double(grad: Tensor, height: int, width: int) -> Tensor:
     """Memory for the gradient of a pool's input, 0 where kernels do not write: in an odd last row or column."""
     n, channels, h, w = grad.shape
-    out = _empty((n, channels, height, width), grad)
+    out = empty_map((n, channels, height, width), grad)
     return out if (height, width) == (2 * h, 2 * w) else out.zero_()
 
 
 def _run_pool(kernel: Any, large: Tensor, small: Tensor, *arguments: object) -> None:
     n, channels, h, w = small.shape
-    columns = _columns(channels)
+    columns = columns_of(channels)
     rows = VALUES // columns
     grid = triton.cdiv(n * h * w, rows), triton.cdiv(channels, columns)
-    _run(kernel, large, grid, *arguments, n * h * w, h, w, *large.shape[2:], channels, rows, columns)
+    launch(kernel, large, grid, *arguments, n * h * w, h, w, *large.shape[2:], channels, rows, columns)
 
 
 @triton.jit
-def _corner(place, h, w, height, width):
+def corner_of(place, h, w, height, width):
     """The pixel of the map where the window of a pooled position begins."""
     row = place // w
     return (row // h * height + row % h * 2) * width + place % w * 2
@@ -110,7 +111,7 @@ def _windows(places, h, w, height, width, channels, ROWS: tl.constexpr, COLUMNS:
     """A block's windows: their offsets in the pooled map, which of them exist, and where each begins in the map."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    corner = _corner(place, h, w, height, width)
+    corner = corner_of(place, h, w, height, width)
     there = (place < places) & (channel < channels)
     return place.to(tl.int64) * channels + channel, there, corner.to(tl.int64) * channels + channel
 
@@ -175,7 +176,7 @@ def _max_pool_backward(
 
 def pack(x: Tensor) -> Tensor:
     """One bit for each value, set where it is positive: uint8 (N, ceil(C·H·W / 8)), as by `trunk.bits.pack`."""
-    x = _laid_out(x)
+    x = laid_out(x)
     out = torch.empty(len(x), triton.cdiv(x.shape[1:].numel(), 8), dtype=torch.uint8, device=x.device)
     _run_bits(_pack, x, out)
     return out
@@ -190,7 +191,7 @@ def mask(grad: Tensor, bits: Tensor) -> None:
 def _run_bits(kernel: Any, x: Tensor, bits: Tensor) -> None:
     each, count, block = x.shape[1:].numel(), bits.shape[1], VALUES // 8
     blocks = triton.cdiv(count, block)
-    _run(kernel, x, (len(x) * blocks, 1), x, bits, each, count, blocks, block)
+    launch(kernel, x, (len(x) * blocks, 1), x, bits, each, count, blocks, block)
 
 
 def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,8 +201,8 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
         The pooled map (N,C,H//2,W//2), and uint8 (N,3,bytes), each as by `pack`: whether the maximum is in the lower
         row, whether in the right column, and whether it is positive.
     """
-    x = _laid_out(x)
-    y = _half(x)
+    x = laid_out(x)
+    y = half_map(x)
     planes = torch.empty(len(x), 3, y.shape[1:].numel() // 8, dtype=torch.uint8, device=x.device)
     _run_pool(_max_pool_packed, x, y, x, y, planes)
     return y, planes
@@ -209,7 +210,7 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def max_pool_backward_packed(grad: Tensor, planes: Tensor, height: int, width: int) -> Tensor:
     """As `max_pool_backward` where what was pooled is positive, with the bits of `max_pool_packed`."""
-    grad = _laid_out(grad)
+    grad = laid_out(grad)
     out = _double(grad, height, width)
     _run_pool(_max_pool_backward_packed, out, grad, grad, planes, out)
     return out
@@ -242,7 +243,7 @@ def _packed_windows(places, h, w, height, width, channels, ROWS: tl.constexpr, C
     """As `_windows`, with eight channels as a last dimension, and the offsets of their bits in the first plane."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     byte = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
-    corner = _corner(place, h, w, height, width)
+    corner = corner_of(place, h, w, height, width)
     there = (place < places) & (byte < channels // 8)
     image = place // (h * w)
     bits = (image.to(tl.int64) * 3 * h * w + place % (h * w)) * (channels // 8) + byte
@@ -281,227 +282,3 @@ def _max_pool_backward_packed(
     alive = (tl.load(planes + bits + 2 * plane, exists, 0).to(tl.int32)[:, :, None] >> bit) & 1
     value = tl.where(alive != 0, tl.load(grad + pooled, there, 0.0), 0.0)
     _to_winners(value, 2 * down + right, out, a, there, width, channels)
-
-
-# ── batch normalisation and ReLU ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def batch_norm_relu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    conv_bias: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """ReLU of `F.batch_norm(..., training=True)` (Ioffe and Szegedy 2015, algorithm 1).
-
-    Args:
-        x: (N,C,H,W), more than one value of each channel.
-        weight: (C,) float32, as are the next four.
-        bias: (C,).
-        running_mean: updated in place.
-        running_var: updated in place, with the unbiased variance.
-        conv_bias: of the preceding convolution, where `x` lacks it: it affects only the running mean.
-        momentum: of the running statistics.
-        eps: added to the variance.
-
-    Returns:
-        The result in x's type, and for the backward (4,C): scale and shift of the normalisation, mean and 1/σ.
-    """
-    x = _laid_out(x)
-    y, stats = torch.empty_like(x), weight.new_empty(4, x.shape[1])
-    sums, rows = _sums(_moments, x, x), x.numel() // x.shape[1]
-    moved = running_mean, running_var, weight if conv_bias is None else conv_bias
-    _over_sums(_statistics, sums, sums, x, weight, bias, *moved, stats, conv_bias is not None, momentum, eps, rows)
-    _over_map(_normalise, x, x, stats, y)
-    return y, stats
-
-
-def batch_norm_relu_backward(grad: Tensor, x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, weight and bias, from that with respect to the result.
-
-    Args:
-        grad: (N,C,H,W).
-        x: of `batch_norm_relu`.
-        stats: that it gave.
-    """
-    grad, x = _laid_out(grad), _laid_out(x)
-    out, totals = torch.empty_like(x), stats.new_empty(2, x.shape[1])
-    sums = _sums(_moments_backward, x, grad, x, stats)
-    _over_sums(_totals, sums, sums, totals)
-    _over_map(_normalise_backward, x, grad, x, stats, totals, out, x.shape[1] / x.numel())
-    return out, totals[1], totals[0]
-
-
-def _sums(kernel: Any, x: Tensor, *tensors: Tensor) -> Tensor:
-    """Two sums for each channel, over some rows of the map each: (parts,2,C)."""
-    channels, rows = x.shape[1], x.numel() // x.shape[1]
-    columns = _columns(channels)
-    block = SUMMED // columns
-    parts = min(PARTS, triton.cdiv(rows, block))
-    out = torch.empty(parts, 2, channels, dtype=torch.float32, device=x.device)
-    grid = parts, triton.cdiv(channels, columns)
-    _run(kernel, x, grid, *tensors, out, triton.cdiv(rows, parts), rows, channels, block, columns, warps=8)
-    return out
-
-
-def _over_sums(kernel: Any, sums: Tensor, *arguments: object) -> None:
-    parts, _, channels = sums.shape
-    _run(kernel, sums, (triton.cdiv(channels, 32), 1), *arguments, parts, channels, 256, 32, warps=8)
-
-
-def _over_map(kernel: Any, x: Tensor, *arguments: object) -> None:
-    channels, rows = x.shape[1], x.numel() // x.shape[1]
-    columns = _columns(channels)
-    block = VALUES // columns
-    grid = triton.cdiv(rows, block), triton.cdiv(channels, columns)
-    _run(kernel, x, grid, *arguments, rows, channels, block, columns)
-
-
-@triton.jit
-def _put(out, channel, channels, first, second):
-    """Two numbers for each channel, one row below the other."""
-    tl.store(out + channel, first, channel < channels)
-    tl.store(out + channels + channel, second, channel < channels)
-
-
-@triton.jit
-def _through(grad, x, at, there, factor, summand):
-    """The batch normalisation's input, and the gradient that passes the ReLU after it."""
-    value = tl.load(x + at, there, 0.0).to(tl.float32)
-    arriving = tl.load(grad + at, there, 0.0).to(tl.float32)
-    return value, tl.where(value * factor + summand <= 0, 0.0, arriving)
-
-
-@triton.jit
-def _moments(x, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums over `each` rows of x minus its first row, and of the square: without that shift, they would cancel."""
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    pivot = tl.load(x + channel, channel < channels, 0.0).to(tl.float32)[None, :]
-    first = tl.program_id(0) * each
-    last = tl.minimum(first + each, rows)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    square = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, each, ROWS):
-        row = first + start + tl.arange(0, ROWS)[:, None]
-        there = (row < last) & (channel[None, :] < channels)
-        away = tl.load(x + row.to(tl.int64) * channels + channel[None, :], there, 0.0).to(tl.float32) - pivot
-        away = tl.where(there, away, 0.0)
-        total += away
-        square += away * away
-    _put(out + tl.program_id(0) * 2 * channels, channel, channels, tl.sum(total, 0), tl.sum(square, 0))
-
-
-@triton.jit
-def _moments_backward(grad, x, stats, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums over `each` rows of the gradient that passes the ReLU, and of its product with the normalised x."""
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    factor, summand, mean, inverse = _stats(stats, channel, channels)
-    first = tl.program_id(0) * each
-    last = tl.minimum(first + each, rows)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    product = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, each, ROWS):
-        row = first + start + tl.arange(0, ROWS)[:, None]
-        there = (row < last) & (channel[None, :] < channels)
-        at = row.to(tl.int64) * channels + channel[None, :]
-        value, through = _through(grad, x, at, there, factor, summand)
-        total += through
-        product += through * (value - mean) * inverse
-    _put(out + tl.program_id(0) * 2 * channels, channel, channels, tl.sum(total, 0), tl.sum(product, 0))
-
-
-@triton.jit
-def _both(sums, channel, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The two sums of all parts."""
-    first = tl.zeros((ROWS, COLUMNS), tl.float32)
-    second = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, parts, ROWS):
-        part = start + tl.arange(0, ROWS)[:, None]
-        there = (part < parts) & (channel[None, :] < channels)
-        at = part * 2 * channels + channel[None, :]
-        first += tl.load(sums + at, there, 0.0)
-        second += tl.load(sums + at + channels, there, 0.0)
-    return tl.sum(first, 0), tl.sum(second, 0)
-
-
-@triton.jit
-def _totals(sums, totals, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    first, second = _both(sums, channel, parts, channels, ROWS, COLUMNS)
-    _put(totals, channel, channels, first, second)
-
-
-@triton.jit
-def _statistics(
-    sums,
-    x,
-    weight,
-    bias,
-    running_mean,
-    running_var,
-    before,
-    stats,
-    LACKS: tl.constexpr,
-    momentum,
-    eps,
-    rows,
-    parts,
-    channels,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    there = channel < channels
-    away, square = _both(sums, channel, parts, channels, ROWS, COLUMNS)
-    away = away / rows
-    variance = tl.maximum(square / rows - away * away, 0.0, tl.PropagateNan.ALL)
-    mean = tl.load(x + channel, there, 0.0).to(tl.float32) + away
-    inverse = 1 / tl.sqrt_rn(variance + eps)
-    factor = tl.load(weight + channel, there, 0.0) * inverse
-    tl.store(stats + channel, factor, there)
-    tl.store(stats + channels + channel, tl.load(bias + channel, there, 0.0) - mean * factor, there)
-    tl.store(stats + 2 * channels + channel, mean, there)
-    tl.store(stats + 3 * channels + channel, inverse, there)
-    if LACKS:
-        mean += tl.load(before + channel, there, 0.0)
-    old = tl.load(running_mean + channel, there, 0.0)
-    tl.store(running_mean + channel, old + momentum * (mean - old), there)
-    old = tl.load(running_var + channel, there, 0.0)
-    tl.store(running_var + channel, old + momentum * (variance * (rows / (rows - 1)) - old), there)
-
-
-@triton.jit
-def _stats(stats, channel, channels):
-    there = channel < channels
-    factor = tl.load(stats + channel, there, 0.0)[None, :]
-    summand = tl.load(stats + channels + channel, there, 0.0)[None, :]
-    mean = tl.load(stats + 2 * channels + channel, there, 0.0)[None, :]
-    return factor, summand, mean, tl.load(stats + 3 * channels + channel, there, 0.0)[None, :]
-
-
-@triton.jit
-def _normalise(x, stats, y, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    factor, summand, mean, inverse = _stats(stats, channel, channels)
-    there = (row < rows) & (channel[None, :] < channels)
-    at = row.to(tl.int64) * channels + channel[None, :]
-    value = tl.load(x + at, there, 0.0).to(tl.float32) * factor + summand
-    tl.store(y + at, tl.where(value <= 0, 0.0, value), there)
-
-
-@triton.jit
-def _normalise_backward(grad, x, stats, totals, out, share, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    factor, summand, mean, inverse = _stats(stats, channel, channels)
-    total = tl.load(totals + channel, channel < channels, 0.0)[None, :] * share
-    product = tl.load(totals + channels + channel, channel < channels, 0.0)[None, :] * share
-    there = (row < rows) & (channel[None, :] < channels)
-    at = row.to(tl.int64) * channels + channel[None, :]
-    value, through = _through(grad, x, at, there, factor, summand)
-    tl.store(out + at, factor * (through - total - (value - mean) * inverse * product), there)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vggfeat.devices import triton_kernels
 from vggfeat.errors import DependencyError, ImageError, InputError, RunError, first_line
 from vggfeat.signals import ignore_termination
 from vggfeat.training.config import TrainConfig
@@ -159,6 +160,11 @@ class Batches:
                 raise InputError(
                     f"images of {width}×{height} with pad {config.pad} are smaller than size {size}: set resize"
                 )
+        self.kernels: Any = None
+        if triton_kernels(self.device, torch.float32):
+            from vggfeat.training import kernels
+
+            self.kernels = kernels
         # which images are mirrored in even epochs, and which in odd ones
         self.turns = torch.rand(len(images), generator=seeded(config.seed), device="cpu") < 0.5
 
@@ -168,66 +174,81 @@ class Batches:
         chosen = order[: self.steps * self.config.batch_size].view(self.steps, -1)[:, self.own]  # (steps,n)
         steps = range(first, self.steps)
         batches = self._read(chosen, epoch, steps) if self.pixels is None else self._gathered(chosen, epoch, steps)
-        for step, (numbers, images) in zip(steps, batches, strict=True):
-            images = self._augmented(numbers, images, epoch, step).contiguous(memory_format=torch.channels_last)
+        for numbers, images in batches:
+            images = images.contiguous(memory_format=torch.channels_last)
             labels = self.labels[numbers.to(self.device, non_blocking=True)]
             yield [Batch(*part) for part in zip(images.split(self.part), labels.split(self.part), strict=True)]
 
     def _gathered(self, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         assert self.pixels is not None
-        config, device = self.config, self.device
-        span = torch.arange(self.size, device=device)
+        config, sides = self.config, self.pixels.shape[1:3]
         for step in steps:
-            generator = seeded(config.seed, epoch, step, 0)
-            rows, columns = (
-                _drawn(-config.pad, side + config.pad - self.size + 1, (config.batch_size, 1), generator)[self.own].to(
-                    device, non_blocking=True
-                )
-                + span
-                for side in self.pixels.shape[1:3]
-            )  # (n,size), beyond the border where there is padding
-            inside = _inside(rows, self.pixels.shape[1])[:, :, None] & _inside(columns, self.pixels.shape[2])[:, None]
-            rows, columns = _reflected(rows, self.pixels.shape[1]), _reflected(columns, self.pixels.shape[2])
-            images = normalised(
-                self.pixels[
-                    chosen[step].to(device, non_blocking=True)[:, None, None], rows[:, :, None], columns[:, None]
-                ]
-            )
-            if config.pad and config.pad_mode == "zeros":
-                images = images * inside[:, None]
-            yield chosen[step], images
+            numbers, generator = chosen[step], seeded(config.seed, epoch, step, 0)
+            tops, lefts = (
+                _drawn(-config.pad, side + config.pad - self.size + 1, (config.batch_size,), generator)[self.own]
+                for side in sides
+            )  # beyond the border where there is padding
+            flips, corners = self._augmentation(numbers, epoch, step)
+            if self.kernels is None:
+                yield numbers, self._augmented(self._cropped(numbers, tops, lefts), flips, corners)
+                continue
+            drawn = torch.stack([numbers, tops, lefts, flips.long(), *corners]).to(self.device, non_blocking=True)
+            zeros, convention = config.pad_mode == "zeros", _convention(self.device)
+            yield numbers, self.kernels.crops(self.pixels, drawn, self.size, config.cutout, zeros, *convention)
+
+    def _cropped(self, numbers: Tensor, tops: Tensor, lefts: Tensor) -> Tensor:
+        """Crops of images in memory, normalised."""
+        assert self.pixels is not None
+        height, width = self.pixels.shape[1:3]
+        span = torch.arange(self.size, device=self.device)
+        rows, columns = (first.to(self.device, non_blocking=True)[:, None] + span for first in (tops, lefts))
+        places = _reflected(rows, height)[:, :, None], _reflected(columns, width)[:, None]
+        images = normalised(self.pixels[numbers.to(self.device, non_blocking=True)[:, None, None], *places])
+        if self.config.pad and self.config.pad_mode == "zeros":
+            inside = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None]
+            images = images * inside[:, None]
+        return images
 
     def _read(self, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         config = self.config
         plan = [[(i, (config.seed, epoch, i)) for i in chosen[step].tolist()] for step in steps]
-        for numbers, crops, bad in DataLoader(
+        read = DataLoader(
             self.crops,
             batch_sampler=plan,
             num_workers=config.workers,
             collate_fn=_stacked,
             worker_init_fn=ignore_signals,
-        ):
+        )
+        for step, (numbers, crops, bad) in zip(steps, read, strict=True):
             if crops is None:
                 if config.bad_images == "fail":
                     raise RunError(f"{bad[0]}; {LEAVE_OUT}")
                 raise RunError(f"of {TRIES} images drawn none can be read, such as {bad[0]}")
             self.skipped.update(bad)
-            yield numbers, normalised(crops.to(self.device, non_blocking=True))
+            images = normalised(crops.to(self.device, non_blocking=True))
+            yield numbers, self._augmented(images, *self._augmentation(numbers, epoch, step))
 
-    def _augmented(self, numbers: Tensor, images: Tensor, epoch: int, step: int) -> Tensor:
-        """Mirror and cut out: what needs only the crops themselves."""
+    def _augmentation(self, numbers: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Draw what needs only the crops themselves: which are mirrored (n,), and corners of blanked squares (2,n)."""
         config = self.config
         generator = seeded(config.seed, epoch, step, 1)
         flips = (torch.rand(config.batch_size, generator=generator, device="cpu") < 0.5)[self.own]
         if config.flip == "alternating":
             flips = self.turns[numbers] ^ bool(epoch % 2)
-        if config.flip != "none":
+        elif config.flip == "none":
+            flips = torch.zeros_like(flips)
+        corners = _drawn(0, self.size, (2, config.batch_size), generator)[:, self.own] - config.cutout // 2
+        return flips, corners
+
+    def _augmented(self, images: Tensor, flips: Tensor, corners: Tensor) -> Tensor:
+        """Mirror and blank."""
+        if self.config.flip != "none":
             images = torch.where(flips.to(self.device, non_blocking=True)[:, None, None, None], images.flip(3), images)
-        if config.cutout:
+        if self.config.cutout:
             span = torch.arange(self.size, device=self.device)
-            corners = _drawn(0, self.size, (2, config.batch_size, 1), generator) - config.cutout // 2
             rows, columns = (
-                _inside(span - corner[self.own].to(self.device, non_blocking=True), config.cutout) for corner in corners
+                _inside(span - corner.to(self.device, non_blocking=True)[:, None], self.config.cutout)
+                for corner in corners
             )
             images = images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
         return images

@@ -1,4 +1,4 @@
-"""A network as it is trained on CUDA: batch normalisation and ReLU in one, and max pools, by Triton kernels."""
+"""A network as it is trained on CUDA: batch normalisation, ReLU and max pool in one, by Triton kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from vggfeat import kernels
 from vggfeat.network import VGG
+from vggfeat.training.kernels import batch_norm_relu, batch_norm_relu_backward
 
 
 class Fused(nn.Module):
@@ -35,7 +36,10 @@ class Fused(nn.Module):
                 assert isinstance(module, nn.Conv2d)
                 x = F.conv2d(x, module.weight, None, padding=module.padding)
                 norm, _ = modules.pop(0), modules.pop(0)  # the ReLU
-                x = _BatchNormRelu.apply(x, norm.weight, norm.bias, norm, module.bias)
+                pool = bool(modules) and isinstance(modules[0], nn.MaxPool2d) and not any(s % 2 for s in x.shape[2:])
+                if pool:
+                    modules.pop(0)
+                x = _BatchNormRelu.apply(x, norm.weight, norm.bias, norm, module.bias, pool)
             elif isinstance(module, nn.MaxPool2d):
                 x = _MaxPool.apply(x)
             else:
@@ -45,20 +49,23 @@ class Fused(nn.Module):
 
 class _BatchNormRelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, conv_bias: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, conv_bias: Tensor, pool: bool
+    ) -> Tensor:
         assert norm.running_mean is not None and norm.running_var is not None
         assert norm.num_batches_tracked is not None and norm.momentum is not None
         norm.num_batches_tracked.add_(1)
         moved = norm.running_mean, norm.running_var
-        y, stats = kernels.batch_norm_relu(x, weight, bias, *moved, conv_bias, norm.momentum, norm.eps)
+        y, stats = batch_norm_relu(x, weight, bias, *moved, conv_bias, norm.momentum, norm.eps, pool)
         ctx.save_for_backward(x, stats)
+        ctx.pool = pool
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, stats = ctx.saved_tensors
-        return (*kernels.batch_norm_relu_backward(grad, x, stats), None, None)
+        return (*batch_norm_relu_backward(grad, x, stats, ctx.pool), None, None, None)
 
 
 class _MaxPool(torch.autograd.Function):

@@ -459,9 +459,11 @@ class _Run:
     def _test(self) -> Evaluation | None:
         if self.test is None:
             return None
-        bad_images, workers = self.config.bad_images, self.config.workers
+        bad_images, workers, batch_size = self.config.bad_images, self.config.workers, 256
+        if self.world.device.type == "cuda":  # as many pixels as that has at 224: small images would leave it waiting
+            batch_size = max(batch_size, batch_size * 224**2 // self.size**2)
         return evaluate_network(
-            self.tested_net, self.test, self.views, self.world, self.dtype, 256, bad_images, workers
+            self.tested_net, self.test, self.views, self.world, self.dtype, batch_size, bad_images, workers
         )
 
     def _close_epoch(self, evaluation: Evaluation | None) -> None:

@@ -17,52 +17,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vggfeat.devices import triton_kernels
+
 # three iterations of x ← (a + b x² + c x⁴) x bring values between 0.02 and 1 to between 0.68 and 1.21
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 3
 
 
-def polar_factor(matrix: Tensor) -> Tensor:
-    """About U Vᵀ of matrices U S Vᵀ (…,K,L), in their own type, by Newton and Schulz's iteration; 0 for 0.
+def polar_direction(matrix: Tensor) -> Tensor:
+    """About ‖matrix‖ U Vᵀ of matrices U S Vᵀ (…,K,L), in their own type, by Newton and Schulz's iteration; 0 for 0.
 
     The coefficients are Jordan's, which do not converge but come close fastest: directions of small singular values
     come out shorter than the others, and none much longer.
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-20)  # at least the largest of S
-    x = _newton_schulz(x) if x.dtype == torch.bfloat16 else _newton_schulz_on_gram(x)
+    square = x @ x.mT
+    # 1 / ‖x‖², and ‖x‖ is at least the largest of S
+    scale = 1 / square.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).unsqueeze(-1).clamp_min(1e-37)
+    x = (_newton_schulz if x.dtype == torch.bfloat16 else _newton_schulz_on_gram)(x, square.mul_(scale), scale)
     return x.mT if tall else x
 
 
-def _newton_schulz(x: Tensor) -> Tensor:
-    (a, b, c), product = COEFFICIENTS, _product_of(x)
-    for _ in range(ITERATIONS):
-        square = x @ x.mT
-        x = product(x, product(square, square, square, beta=b, alpha=c), x, beta=a)
+def _newton_schulz(x: Tensor, square: Tensor, scale: Tensor) -> Tensor:
+    for iteration in range(ITERATIONS):
+        x = _polynomial((x @ x.mT).mul_(scale) if iteration else square) @ x
     return x
 
 
-def _newton_schulz_on_gram(x: Tensor) -> Tensor:
-    """The same with two products of x instead of six: an iteration multiplies by a polynomial in x xᵀ, which is small.
+def _newton_schulz_on_gram(x: Tensor, square: Tensor, scale: Tensor) -> Tensor:
+    """The same with two products of x instead of six: all polynomials first, in x xᵀ, which is small.
 
     Filters have up to nine times as many columns as rows. Bfloat16 is too coarse for it, with twice the error:
     small singular values are smaller still in x xᵀ, beside large ones.
     """
-    (a, b, c), product = COEFFICIENTS, _product_of(x)
-    square = x @ x.mT
-    whole = factor = torch.empty(0)
-    for iteration in range(ITERATIONS):
-        square = factor @ square @ factor if iteration else square
-        factor = product(square, square, square, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        whole = factor @ whole if iteration else factor
+    whole = factor = _polynomial(square)
+    for _ in range(ITERATIONS - 1):
+        square = factor @ square @ factor
+        factor = _polynomial(square)
+        whole = factor @ whole
     return whole @ x
 
 
-def _product_of(x: Tensor) -> Callable[..., Tensor]:
-    """Adds the product of two matrices, or of each two, to a third."""
-    return torch.addmm if x.ndim == 2 else torch.baddbmm
+def _polynomial(square: Tensor) -> Tensor:
+    """The sum a + b · square + c · square², of one matrix or of several."""
+    a, b, c = COEFFICIENTS
+    product = torch.addmm if square.ndim == 2 else torch.baddbmm
+    factor: Tensor = product(square, square, square, beta=b, alpha=c)
+    factor.diagonal(dim1=-2, dim2=-1).add_(a)
+    return factor
 
 
 class Muon(torch.optim.Optimizer):
@@ -100,37 +103,38 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _move(self, values: list[Tensor], lr: float | Tensor, momentum: float, weight_decay: float) -> None:
-        grads: list[Any] = [value.grad for value in values]
-        for i, value in enumerate(values):
-            if value.ndim != 4 and weight_decay:
-                grads[i] = grads[i].add(value, alpha=weight_decay)
+        for value in values:
             if not self.state[value]:
                 self.state[value] = {"sum": torch.zeros_like(value), "norm": value.norm()}
-        # all at once: on a GPU the time goes into launching, not adding
-        sums = [self.state[value]["sum"] for value in values]
-        torch._foreach_mul_(sums, momentum)
-        torch._foreach_add_(sums, grads)
-        steps = torch._foreach_add(grads, sums, alpha=momentum)
-        pairs = list(zip(values, steps, strict=True))
-        if others := [pair for pair in pairs if pair[0].ndim != 4]:
-            rest, moves = map(list, zip(*others, strict=True))
-            torch._foreach_mul_(moves, lr)
-            torch._foreach_sub_(rest, moves)
-        alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        for value, step in pairs:
-            if value.ndim == 4:  # a CPU takes them one by one, while they are in its caches
-                key = (value.shape, value.dtype, value.device) if value.is_cuda else id(value)
-                alike.setdefault(key, []).append((value, step))
-        for group in alike.values():
-            filters, moves = map(list, zip(*group, strict=True))
-            self._move_filters(filters, moves, lr)
+        alike: dict[Any, list[Tensor]] = {}
+        for value in values:  # a CPU takes filters one by one, while they are in its caches; a GPU, few kernels
+            key = (value.shape, value.dtype, value.device) if value.is_cuda else id(value)
+            alike.setdefault(key if value.ndim == 4 else None, []).append(value)
+        for key, group in alike.items():
+            if key is None:
+                self._move_others(group, lr, momentum, weight_decay)
+            else:
+                self._move_filters(group, lr, momentum)
 
-    def _move_filters(self, filters: list[Tensor], steps: list[Tensor], lr: float | Tensor) -> None:
+    def _move_others(self, values: list[Tensor], lr: float | Tensor, momentum: float, weight_decay: float) -> None:
+        grads = _grads(values)
+        if weight_decay:
+            grads = [grad.add(value, alpha=weight_decay) for grad, value in zip(grads, values, strict=True)]
+        steps = _steps(grads, self._sums(values), momentum)
+        torch._foreach_mul_(steps, lr)
+        torch._foreach_sub_(values, steps)
+
+    def _move_filters(self, filters: list[Tensor], lr: float | Tensor, momentum: float) -> None:
         """Move filters of one shape."""
-        # as (K, h·w·C): a view, since filters are laid out channels_last, and which column is which does not matter
-        rows = [step.permute(0, 2, 3, 1).flatten(1).to(self.dtype) for step in steps]
-        direction = polar_factor(rows[0] if len(rows) == 1 else torch.stack(rows)).view(len(rows), *rows[0].shape)
+        grads, sums = _grads(filters), self._sums(filters)
         norms = torch.stack([self.state[value]["norm"] for value in filters])
+        if kernels := _kernels_for(filters, grads, sums):
+            steps = kernels.add_momentum(grads, sums, momentum, self.dtype)
+            kernels.move(filters, polar_direction(steps), norms * lr, norms)
+            return
+        # as (K, h·w·C): a view, since filters are laid out channels_last, and which column is which does not matter
+        rows = [step.permute(0, 2, 3, 1).flatten(1).to(self.dtype) for step in _steps(grads, sums, momentum)]
+        direction = polar_direction(rows[0] if len(rows) == 1 else torch.stack(rows)).view(len(rows), *rows[0].shape)
         length = torch.linalg.vector_norm(direction, dim=(1, 2), dtype=norms.dtype).clamp_min(1e-20)
         moves = direction * (norms * lr / length)[:, None, None]
         k, c, h, w = filters[0].shape
@@ -138,3 +142,29 @@ class Muon(torch.optim.Optimizer):
         back = norms / torch.stack(torch._foreach_norm(filters)).clamp_min(1e-20)
         for value, factor in zip(filters, back, strict=True):
             value.mul_(factor)
+
+    def _sums(self, values: list[Tensor]) -> list[Tensor]:
+        return [self.state[value]["sum"] for value in values]
+
+
+def _grads(values: list[Tensor]) -> list[Tensor]:
+    return [value.grad for value in values]  # type: ignore[misc]
+
+
+def _steps(grads: list[Tensor], sums: list[Tensor], momentum: float) -> list[Tensor]:
+    """Nesterov's steps, after adding gradients to their decayed sums."""
+    torch._foreach_mul_(sums, momentum)
+    torch._foreach_add_(sums, grads)
+    return list(torch._foreach_add(grads, sums, alpha=momentum))
+
+
+def _kernels_for(*tensors: list[Tensor]) -> Any:
+    """The module `training.kernels` where it can take these filters, else None."""
+    each = [value for values in tensors for value in values]
+    if not triton_kernels(each[0].device, torch.float32):
+        return None
+    if not all(v.dtype == torch.float32 and v.is_contiguous(memory_format=torch.channels_last) for v in each):
+        return None
+    from vggfeat.training import kernels
+
+    return kernels
