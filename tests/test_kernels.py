@@ -273,6 +273,55 @@ def test_a_network_trained_by_kernels_is_the_network(device, loops, frozen):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("criterion", ["mse", "l1", "charbonnier"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("shape", "theirs"), [((3, 20, 7, 9), 3), ((2, 512, 4, 5), 1), ((1, 64, 16, 16), 1)])
+def test_distances_and_their_gradients(device, shape, theirs, normalize, criterion, dtype):
+    """Against torch's operations in float64."""
+    from vggfeat import functional, kernels
+
+    a = maps(shape, dtype, device).relu()
+    b = maps((theirs, *shape[1:]), torch.float32, device, seed=1).relu()
+    a[:, :, 1, 1] = b[:, :, 2, 2] = b[:, :, 1, 1] = 0  # lengths of 0, and equals
+    for weights in (None, maps((1, shape[1], 1, 1), torch.float32, device, seed=2).abs()[0]):
+        wide = weights if weights is None else weights.double()
+        wanted, gradient = functional.distance_and_gradient(a.double(), b.double(), criterion, normalize, None, wide)
+        eps = functional.CHARBONNIER_EPS, functional.EPS if normalize else None
+        found, grad = kernels.distance_and_gradient(a, b, criterion, *eps, weights)
+        assert found.dtype == torch.float32 and relative(found, wanted) < 1e-6
+        assert grad.dtype == dtype and relative(grad, gradient) < (6e-3 if dtype == torch.bfloat16 else 1e-5)
+        assert grad.isfinite().all()
+
+
+def test_the_distance_of_nan_is_that_images(device):
+    from vggfeat import kernels
+
+    a, b = maps((2, 8, 4, 4), torch.float32, device), maps((1, 8, 4, 4), torch.float32, device, seed=1)
+    a[1, 3, 2, 2] = torch.nan
+    for criterion in kernels.CRITERIA:
+        found, grad = kernels.distance_and_gradient(a, b, criterion, 1e-3, 1e-10, None)
+        assert found.isnan().tolist() == [False, True] and grad[0].isfinite().all() and grad[1, :, 2, 2].isnan().any()
+
+
+@pytest.mark.gpu
+def test_losses_on_a_gpu_use_them(monkeypatch):
+    from vggfeat import kernels
+
+    used, kernel = [], kernels.distance_and_gradient
+    monkeypatch.setattr(kernels, "distance_and_gradient", lambda *given: used.append(given[2]) or kernel(*given))
+    x, y = (torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    results = []
+    for device in ("cpu", "cuda"):
+        image = x.to(device, copy=True).requires_grad_()
+        value = vggfeat.LPIPS(weights="random")(image, y.to(device))
+        value.sum().backward()
+        results.append((value.detach().cpu().double(), image.grad.cpu().double()))
+    assert used == ["mse"] * 5
+    for theirs, ours in zip(*results, strict=True):
+        assert relative(ours, theirs) < 0.01  # TF32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3), (64, 3, 3, 3), (24, 40, 3, 3)])
 def test_steps_of_muon(device, loops, shape, dtype):
     """Against the definition, in float64."""

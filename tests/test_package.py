@@ -149,11 +149,10 @@ ROOMS = {
     "vggfeat.training.__main__": set(),
     "vggfeat.training.config": {"arch", "errors", "settings"},
     "vggfeat.training.cifar": {"errors"},
-    "vggfeat.training.data": {"errors", "image", "devices", "training.cifar"},
+    "vggfeat.training.data": {"errors", "image", "devices", "signals", "training.cifar"},
     "vggfeat.training.batches": {
         "devices",
         "errors",
-        "signals",
         "training.config",
         "training.data",
         "training.distributed",

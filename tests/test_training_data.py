@@ -11,6 +11,7 @@ from PIL import Image
 
 import vggfeat
 from vggfeat.errors import InputError, RunError
+from vggfeat.training import data as data_module
 from vggfeat.training.batches import Batches, normalised, seeded
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import load_images
@@ -181,6 +182,25 @@ def test_a_class_of_which_nothing_can_be_read(tmp_path):
     files = pictures.tree(1) | {"bee/0.png": b"no image"}
     with pytest.raises(InputError, match="class bee"):
         load_images(pictures.folder(tmp_path / "s", files), bad_images="skip")
+
+
+@pytest.mark.parametrize("kind", [pictures.folder, pictures.zipped])
+def test_many_images_are_read_by_several_processes(tmp_path, kind, monkeypatch):
+    """To the same set, and without drawing from the global generator."""
+    files = pictures.tree(70)
+    files["bee/33.png"] = b"no image"
+    path, before = kind(tmp_path / "s", files), torch.get_rng_state()
+    alone, _ = load_images(path, bad_images="skip")
+    monkeypatch.setattr(data_module, "ALONE", 5)
+    monkeypatch.setattr(data_module, "_processes", lambda: 2)
+    several, _ = load_images(path, bad_images="skip")
+    assert several.skipped == alone.skipped == ["bee/33.png"] and several.names == alone.names
+    assert torch.equal(several.pixels, alone.pixels) and len(alone.pixels) == 3 * 70 - 1
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(InputError, match=r"1 of 210 images cannot be read: .*bee/33.png"):
+        load_images(path)
+    pictures.folder(tmp_path / "more", pictures.tree(70) | {"cow/9.png": pictures.encoded(Image.new("RGB", (40, 36)))})
+    assert load_images(tmp_path / "more")[0].pixels is None
 
 
 def test_images_of_several_sizes_stay_on_disk(tmp_path):

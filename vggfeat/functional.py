@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.devices import bfloat16_is_fast
+from vggfeat.devices import bfloat16_is_fast, triton_kernels
 from vggfeat.modes import in_forward_mode, is_batched, needs_composite_ops, no_autocast
 
 __all__ = [
@@ -299,7 +299,7 @@ def distance_and_gradient(
     """`masked_mean` of a criterion of two features, and its gradient with respect to the first, by hand.
 
     A quarter of autograd's passes over memory, and no float32 copy of whole features: on a CPU it works in bands of
-    rows.
+    rows, on CUDA as one kernel.
 
     Args:
         ours: (N,C,h,w).
@@ -313,8 +313,14 @@ def distance_and_gradient(
         The distances (N,) in float32 or float64, and the gradient (N,C,h,w) in the type of `ours`.
     """
     n, c, h, w = ours.shape
+    kernels = (
+        triton_kernels(ours.device, ours.dtype) if mask is None and triton_kernels(ours.device, theirs.dtype) else None
+    )
+    if kernels and c <= kernels.MOST_CHANNELS:
+        eps = CHARBONNIER_EPS, EPS if normalize else None
+        return kernels.distance_and_gradient(ours, theirs, criterion, *eps, channel_weights)  # type: ignore[no-any-return]
     gradient = torch.empty_like(ours)
-    total = upcast(ours).new_zeros(n)
+    total = ours.new_zeros(n, dtype=torch.promote_types(ours.dtype, torch.float32))
     share: float | Tensor = 1 / max(1, c * h * w)
     if mask is not None:
         mask = mask.to(total.dtype).expand(n, 1, h, w)

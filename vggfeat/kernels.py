@@ -1,8 +1,8 @@
 """Triton kernels for CUDA that do in few passes over memory what torch's operations need many for.
 
 Max pooling, forward and backward in one pass each (a dozen with torch's), and the same with the argmax as bits
-(`trunk/bits.py`). Those that only training needs are in `training/kernels.py`. `devices.triton_kernels` says where they
-work.
+(`trunk/bits.py`); distances of features with their gradients, in one. Those that only training needs are in
+`training/kernels.py`. `devices.triton_kernels` says where they work.
 
 Maps are (N,C,H,W), float32 or bfloat16, and laid out channels_last; other layouts are copied.
 """
@@ -282,3 +282,95 @@ def _max_pool_backward_packed(
     alive = (tl.load(planes + bits + 2 * plane, exists, 0).to(tl.int32)[:, :, None] >> bit) & 1
     value = tl.where(alive != 0, tl.load(grad + pooled, there, 0.0), 0.0)
     _to_winners(value, 2 * down + right, out, a, there, width, channels)
+
+
+# ── distances ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CRITERIA = ("mse", "l1", "charbonnier")  # by number, in the kernel
+MOST_CHANNELS = 1024  # of a position, which a block holds whole
+
+
+def distance_and_gradient(
+    ours: Tensor,
+    theirs: Tensor,
+    criterion: str,
+    charbonnier_eps: float,
+    unit_eps: float | None,
+    channel_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `functional.distance_and_gradient` without a mask.
+
+    Args:
+        ours: (N,C,h,w), at most `MOST_CHANNELS` channels.
+        theirs: (N,C,h,w) or (1,C,h,w).
+        criterion: one of `CRITERIA`.
+        charbonnier_eps: its ε.
+        unit_eps: the ε of bringing both to unit length first, None for not at all.
+        channel_weights: (C,1,1) float32, or None.
+
+    Returns:
+        The distances (N,) in float32, and the gradient (N,C,h,w) in the type of `ours`.
+    """
+    ours, theirs = laid_out(ours), laid_out(theirs)
+    n, channels, places = len(ours), ours.shape[1], ours.shape[2:].numel()
+    columns = int(triton.next_power_of_2(channels))
+    rows = max(1, VALUES // columns)
+    blocks, gradient = triton.cdiv(places, rows), torch.empty_like(ours)
+    sums = torch.zeros(n, blocks, dtype=torch.float32, device=ours.device)
+    share = 1 / max(1, channels * places)
+    unit, weighted = unit_eps is not None, channel_weights is not None
+    weights = channel_weights if weighted else sums
+    options = CRITERIA.index(criterion), unit, weighted, len(theirs) == 1
+    eps = charbonnier_eps, unit_eps or 0.0
+    sizes = share, places, channels, rows, columns
+    launch(_distance, ours, (n, blocks), ours, theirs, weights, gradient, sums, *options, *eps, *sizes)
+    return sums.sum(1).mul_(share), gradient
+
+
+@triton.jit
+def _distance(
+    ours,
+    theirs,
+    weights,
+    gradient,
+    sums,
+    CRITERION: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SHARED: tl.constexpr,
+    charbonnier_eps,
+    unit_eps,
+    share,
+    places,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, COLUMNS)[None, :]
+    there = (place < places) & (channel < channels)
+    image = tl.program_id(0).to(tl.int64) * places
+    at = (image + place) * channels + channel
+    a = tl.load(ours + at, there, 0.0).to(tl.float32)
+    b = tl.load(theirs + (place.to(tl.int64) * channels + channel if SHARED else at), there, 0.0).to(tl.float32)
+    if UNIT:
+        factor = 1 / tl.sqrt_rn(tl.sum(a * a, 1) + unit_eps)[:, None]
+        a *= factor
+        b *= (1 / tl.sqrt_rn(tl.sum(b * b, 1) + unit_eps))[:, None]
+    difference = a - b
+    if CRITERION == 0:
+        value, slope = difference * difference, 2 * difference
+    elif CRITERION == 1:
+        value = tl.abs(difference)
+        slope = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+    else:
+        root = tl.sqrt_rn(difference * difference + charbonnier_eps * charbonnier_eps)
+        value, slope = difference * difference / (root + charbonnier_eps), difference / root
+    if WEIGHTED:
+        weight = tl.load(weights + channel, channel < channels, 0.0)
+        value *= weight
+        slope *= weight
+    tl.store(sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(value, 1), 0))
+    if UNIT:  # back through y = F r: r (g - y ⟨y, g⟩)
+        slope = (slope - a * tl.sum(a * slope, 1)[:, None]) * factor
+    tl.store(gradient + at, slope * share, there)

@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.devices import triton_kernels
 from vggfeat.errors import DependencyError, ImageError, InputError, RunError, first_line
-from vggfeat.signals import ignore_termination
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet
+from vggfeat.training.data import ImageSet, ignore_signals
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
@@ -252,11 +251,6 @@ class Batches:
             )
             images = images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
         return images
-
-
-def ignore_signals(worker: int) -> None:
-    """What a worker does first: ignore Ctrl-C and its like, which a terminal sends to all; the main process decides."""
-    ignore_termination()
 
 
 def _drawn(low: int, high: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:

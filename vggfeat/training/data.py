@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import itertools
+import multiprocessing
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,18 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from vggfeat.devices import UNKNOWN, total_memory
 from vggfeat.errors import ImageError, InputError
 from vggfeat.image import open_image, pixels_of
+from vggfeat.signals import ignore_termination
 from vggfeat.training.cifar import cifar_files, read_cifar
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
 NAMED = 5  # unreadable images that a message names
+ALONE = 2000  # images that are read by one process: so many take half a second
 
 
 @dataclass
@@ -274,20 +279,17 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
     good: list[int] = []
     bad: list[tuple[int, str]] = []
     store = torch.empty(0, device="cpu")
-    for i in range(len(images)):
-        try:
-            image = scaled(images.read(i), None if resize is None else resize[0])
-        except ImageError as error:
-            bad.append((i, str(error)))
+    for i, pixels in enumerate(_read_all(images, None if resize is None else resize[0])):
+        if isinstance(pixels, str):
+            bad.append((i, pixels))
             continue
         if not good:
-            shape = (image.height, image.width, 3)
-            if 3 * image.height * image.width * len(images) > (total_memory(torch.device("cpu")) or 2 * UNKNOWN) // 4:
+            if pixels.size * len(images) > (total_memory(torch.device("cpu")) or 2 * UNKNOWN) // 4:
                 return
-            store = torch.empty(len(images), *shape, dtype=torch.uint8, device="cpu")
-        elif (image.height, image.width, 3) != shape:
+            store = torch.empty(len(images), *pixels.shape, dtype=torch.uint8, device="cpu")
+        elif pixels.shape != store.shape[1:]:
             return
-        store[len(good)] = pixels_of(image)
+        store[len(good)] = torch.from_numpy(pixels)
         good.append(i)
     if bad and (bad_images == "fail" or not good):
         named = "; ".join(message for _, message in bad[:NAMED])
@@ -303,6 +305,52 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
             name = images.classes[min(lost)]
             raise InputError(f"class {name} of {images.label} has no image that can be read")
     images.pixels = store[: len(good)]
+
+
+def _read_all(images: ImageSet, shorter: int | None) -> Iterator[Any]:
+    """All images in turn, (H,W,3) uint8 of NumPy, or what is wrong with one; many of them by several processes."""
+    whole = _Whole(images.read, shorter)
+    yield from map(whole, range(min(ALONE, len(images))))
+    if len(images) > ALONE:
+        rest: DataLoader[Any] = DataLoader(
+            whole,  # type: ignore[arg-type]
+            batch_size=100,
+            sampler=range(ALONE, len(images)),
+            num_workers=_processes(),
+            collate_fn=list,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # or else it would draw from the global one
+        )
+        yield from itertools.chain.from_iterable(rest)
+
+
+def _processes() -> int:
+    """Processes to read images with: as many as threads, where they are forked, so that starting them costs nothing."""
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if method != "fork" or multiprocessing.current_process().daemon or torch.get_num_threads() == 1:
+        return 0
+    return min(8, torch.get_num_threads())
+
+
+def ignore_signals(worker: int) -> None:
+    """What a worker does first: ignore Ctrl-C and its like, which a terminal sends to all; the main process decides."""
+    ignore_termination()
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Image number i as (H,W,3) uint8 of NumPy, or why it cannot be read."""
+
+    read: Callable[[int], Image.Image]
+    shorter: int | None
+
+    def __call__(self, i: int) -> Any:
+        try:
+            return pixels_of(scaled(self.read(i), self.shorter)).numpy()
+        except ImageError as error:
+            return str(error)
+
+    __getitem__ = __call__
 
 
 def scaled(image: Image.Image, shorter: int | None) -> Image.Image:

@@ -20,8 +20,8 @@ from vggfeat.image import pixels_of
 from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.settings import PRECISIONS, to_types
 from vggfeat.tables import Column, Report, Table
-from vggfeat.training.batches import LEAVE_OUT, ignore_signals, normalised, scale_for, split_holdout
-from vggfeat.training.data import ImageSet, load_test_images, scaled
+from vggfeat.training.batches import LEAVE_OUT, normalised, scale_for, split_holdout
+from vggfeat.training.data import ImageSet, ignore_signals, load_test_images, scaled
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
 from vggfeat.weights import WeightsLike, load as load_set, run_metadata
 
