@@ -576,3 +576,26 @@ def test_cudnns_convolution_and_relu_in_one(dtype, monkeypatch):
     assert direct_module.convolve(x, weight, bias, 1, relu=True).isnan().sum() == 9 * 64
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     assert not direct_module._cudnn_takes(x, weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["perceptual", "lpips"])
+def test_a_loss_as_torchs_graphed_callable(precision, kind):
+    """Torch's own recording of forward and backward, as README recommends for small batches."""
+    options = {"weights": "random", "precision": precision}
+    if kind == "lpips":
+        eager, recorded = (vggfeat.LPIPS(**options) for _ in range(2))
+    else:
+        eager, recorded = (vggfeat.PerceptualLoss(["relu2_2", "relu3_3"], **options) for _ in range(2))
+    images = [scene(64, 48, seed=seed).cuda() for seed in range(4)]
+    recorded = torch.cuda.make_graphed_callables(recorded, (images[0].clone().requires_grad_(), images[1].clone()))
+    for x, y in ((images[0], images[1]), (images[2], images[3])):
+        results = []
+        for loss in (eager, recorded):
+            x = x.detach().clone().requires_grad_()
+            value = loss(x, y)
+            value.sum().backward()
+            results.append((value.detach().clone(), x.grad.clone()))
+        for theirs, ours in zip(*results, strict=True):
+            assert float((ours - theirs).norm()) <= 0.01 * float(theirs.norm()) and theirs.any()

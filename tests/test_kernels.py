@@ -305,20 +305,23 @@ def test_the_distance_of_nan_is_that_images(device):
 
 @pytest.mark.gpu
 def test_losses_on_a_gpu_use_them(monkeypatch):
-    from vggfeat import kernels
+    """To the values of torch's operations there, but for rounding, which TF32 enlarges on the way back."""
+    from vggfeat import functional, kernels
 
     used, kernel = [], kernels.distance_and_gradient
     monkeypatch.setattr(kernels, "distance_and_gradient", lambda *given: used.append(given[2]) or kernel(*given))
-    x, y = (torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    results = []
-    for device in ("cpu", "cuda"):
-        image = x.to(device, copy=True).requires_grad_()
-        value = vggfeat.LPIPS(weights="random")(image, y.to(device))
+    x, y = (torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(seed)).cuda() for seed in (0, 1))
+    loss, results = vggfeat.LPIPS(weights="random"), []
+    for by_kernel in (True, False):
+        if not by_kernel:
+            monkeypatch.setattr(functional, "triton_kernels", lambda device, dtype: None)
+        image = x.clone().requires_grad_()
+        value = loss(image, y)
         value.sum().backward()
-        results.append((value.detach().cpu().double(), image.grad.cpu().double()))
+        results.append((value.detach().double(), image.grad.double()))
     assert used == ["mse"] * 5
-    for theirs, ours in zip(*results, strict=True):
-        assert relative(ours, theirs) < 0.01  # TF32
+    for ours, theirs in zip(*results, strict=True):
+        assert relative(ours, theirs) < 5e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -407,6 +407,9 @@ class PerceptualLoss(_FeatureLoss):
     `torch.no_grad()`. Where the target or mask requires a gradient too, for a criterion of your own, under
     `torch.compile` and `torch.func`, it is computed in the backward.
 
+    On a GPU with few small images most of the time is Python's; for fixed shapes
+    `torch.cuda.make_graphed_callables(loss, (input, target))` records value and gradient as CUDA graphs.
+
         >>> import torch, vggfeat
         >>> loss = vggfeat.PerceptualLoss(layers=["relu1_2", "relu2_2"], weights="random")
         >>> output = torch.rand(2, 3, 64, 64, requires_grad=True)
