@@ -57,15 +57,11 @@ def batch_norm_relu(
     """
     x = laid_out(x)
     stats = weight.new_empty(4, x.shape[1])
-    sums, rows = _sums(_moments, x, _rows(x), x), _rows(x)
+    sums, rows = _sums(_moments, x, x), _rows(x)
     moved = running_mean, running_var, weight if conv_bias is None else conv_bias
     _over_sums(_statistics, sums, sums, x, weight, bias, *moved, stats, conv_bias is not None, momentum, eps, rows)
-    if pool:
-        y = half_map(x)
-        _over_map(_normalise_pool, y, x, stats, y, *y.shape[2:])
-    else:
-        y = torch.empty_like(x)
-        _over_map(_normalise, x, x, stats, y)
+    y = half_map(x) if pool else torch.empty_like(x)
+    _over_map(_normalise, y, x, stats, y, pool, *y.shape[2:])
     return y, stats
 
 
@@ -80,15 +76,10 @@ def batch_norm_relu_backward(grad: Tensor, x: Tensor, stats: Tensor, pool: bool 
     """
     grad, x = laid_out(grad), laid_out(x)
     out, totals, share = torch.empty_like(x), stats.new_empty(2, x.shape[1]), 1 / max(1, _rows(x))
-    if pool:
-        size = tuple(grad.shape[2:])
-        sums = _sums(_moments_pool_backward, grad, _rows(grad), grad, x, stats, *size, reads=5)
-        _over_sums(_totals, sums, sums, totals)
-        _over_map(_normalise_pool_backward, grad, grad, x, stats, totals, out, share, *size)
-    else:
-        sums = _sums(_moments_backward, x, _rows(x), grad, x, stats, reads=2)
-        _over_sums(_totals, sums, sums, totals)
-        _over_map(_normalise_backward, x, grad, x, stats, totals, out, share)
+    block = BLOCK // 4 if pool else BLOCK  # of the gradient, and of each of four quarters of x
+    sums = _sums(_moments_backward, grad, grad, x, stats, pool, *grad.shape[2:], block=block)
+    _over_sums(_totals, sums, sums, totals)
+    _over_map(_normalise_backward, grad, grad, x, stats, totals, out, share, pool, *grad.shape[2:])
     return out, totals[1], totals[0]
 
 
@@ -97,16 +88,14 @@ def _rows(x: Tensor) -> int:
     return len(x) * x.shape[2:].numel()
 
 
-def _sums(kernel: Any, x: Tensor, rows: int, *arguments: object, reads: int = 1) -> Tensor:
+def _sums(kernel: Any, x: Tensor, *arguments: object, block: int = BLOCK) -> Tensor:
     """Two sums for each channel, over some rows of the map each: (parts,2,C)."""
-    channels, columns = x.shape[1], columns_of(x.shape[1])
-    blocks = triton.cdiv(channels, columns)
-    block = BLOCK // x.element_size() // columns // (4 if reads > 2 else 1)
-    parts = max(1, min(PROGRAMS // blocks, triton.cdiv(rows, block)))
+    channels, rows, columns = x.shape[1], _rows(x), columns_of(x.shape[1])
+    blocks, lines = triton.cdiv(channels, columns), block // x.element_size() // columns
+    parts = max(1, min(PROGRAMS // blocks, triton.cdiv(rows, lines)))
     out = torch.empty(parts, 2, channels, dtype=torch.float32, device=x.device)
-    launch(
-        kernel, x, (parts, blocks), *arguments, out, triton.cdiv(rows, parts), rows, channels, block, columns, STAGES
-    )
+    sizes = triton.cdiv(rows, parts), rows, channels, lines, columns
+    launch(kernel, x, (parts, blocks), *arguments, out, *sizes, STAGES)
     return out
 
 
@@ -136,14 +125,6 @@ def _stats(stats, channel, channels):
     summand = tl.load(stats + channels + channel, there, 0.0)[None, :]
     mean = tl.load(stats + 2 * channels + channel, there, 0.0)[None, :]
     return factor, summand, mean, tl.load(stats + 3 * channels + channel, there, 0.0)[None, :]
-
-
-@triton.jit
-def _through(grad, x, at, there, factor, summand):
-    """The batch normalisation's input, and the gradient that passes the ReLU after it."""
-    value = tl.load(x + at, there, 0.0).to(tl.float32)
-    arriving = tl.load(grad + at, there, 0.0).to(tl.float32)
-    return value, tl.where(value * factor + summand <= 0, 0.0, arriving)
 
 
 @triton.jit
@@ -196,9 +177,21 @@ def _moments(x, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.const
 
 @triton.jit
 def _moments_backward(
-    grad, x, stats, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr
+    grad,
+    x,
+    stats,
+    POOL: tl.constexpr,
+    h,
+    w,
+    out,
+    each,
+    rows,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Sums over `each` rows of the gradient that passes the ReLU, and of its product with the normalised x."""
+    """Sums over `each` rows of the gradient that passes pool and ReLU, and of its product with the normalised x."""
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     factor, summand, mean, inverse = _stats(stats, channel, channels)
     first = tl.program_id(0) * each
@@ -209,31 +202,17 @@ def _moments_backward(
         row = first + start + tl.arange(0, ROWS)[:, None]
         there = (row < last) & (channel[None, :] < channels)
         at = row.to(tl.int64) * channels + channel[None, :]
-        value, through = _through(grad, x, at, there, factor, summand)
-        total += through
-        product += through * (value - mean) * inverse
-    _put(out + tl.program_id(0) * 2 * channels, channel, channels, tl.sum(total, 0), tl.sum(product, 0))
-
-
-@triton.jit
-def _moments_pool_backward(
-    grad, x, stats, h, w, out, each, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr
-):
-    """As `_moments_backward`, of rows of the pooled map."""
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    factor, summand, mean, inverse = _stats(stats, channel, channels)
-    first = tl.program_id(0) * each
-    last = tl.minimum(first + each, rows)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    product = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in tl.range(0, each, ROWS, num_stages=STAGES):
-        row = first + start + tl.arange(0, ROWS)[:, None]
-        there = (row < last) & (channel[None, :] < channels)
-        x1, x2, x3, x4, _, _ = _window(x, row, channel[None, :], h, w, there, channels)
-        arriving = tl.load(grad + row.to(tl.int64) * channels + channel[None, :], there, 0.0).to(tl.float32)
-        g1, g2, g3, g4 = _winners(x1, x2, x3, x4, arriving, factor, summand)
-        total += (g1 + g2) + (g3 + g4)
-        away = g1 * (x1 - mean) + g2 * (x2 - mean) + (g3 * (x3 - mean) + g4 * (x4 - mean))
+        arriving = tl.load(grad + at, there, 0.0).to(tl.float32)
+        if POOL:
+            x1, x2, x3, x4, _, _ = _window(x, row, channel[None, :], h, w, there, channels)
+            g1, g2, g3, g4 = _winners(x1, x2, x3, x4, arriving, factor, summand)
+            total += (g1 + g2) + (g3 + g4)
+            away = g1 * (x1 - mean) + g2 * (x2 - mean) + (g3 * (x3 - mean) + g4 * (x4 - mean))
+        else:
+            value = tl.load(x + at, there, 0.0).to(tl.float32)
+            through = tl.where(value * factor + summand <= 0, 0.0, arriving)
+            total += through
+            away = through * (value - mean)
         product += away * inverse
     _put(out + tl.program_id(0) * 2 * channels, channel, channels, tl.sum(total, 0), tl.sum(product, 0))
 
@@ -299,66 +278,59 @@ def _statistics(
 
 
 @triton.jit
-def _normalise(x, stats, y, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _normalise(x, stats, y, POOL: tl.constexpr, h, w, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    factor, summand, mean, inverse = _stats(stats, channel, channels)
+    factor, summand, _, _ = _stats(stats, channel, channels)
     there = (row < rows) & (channel[None, :] < channels)
     at = row.to(tl.int64) * channels + channel[None, :]
-    value = tl.load(x + at, there, 0.0).to(tl.float32) * factor + summand
+    if POOL:
+        x1, x2, x3, x4, _, _ = _window(x, row, channel[None, :], h, w, there, channels)
+        top = tl.maximum(x1 * factor + summand, x2 * factor + summand, tl.PropagateNan.ALL)
+        bottom = tl.maximum(x3 * factor + summand, x4 * factor + summand, tl.PropagateNan.ALL)
+        value = tl.maximum(top, bottom, tl.PropagateNan.ALL)
+    else:
+        value = tl.load(x + at, there, 0.0).to(tl.float32) * factor + summand
     tl.store(y + at, tl.where(value <= 0, 0.0, value), there)
 
 
 @triton.jit
-def _normalise_pool(x, stats, y, h, w, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    factor, summand, mean, inverse = _stats(stats, channel, channels)
-    there = (row < rows) & (channel[None, :] < channels)
-    x1, x2, x3, x4, _, _ = _window(x, row, channel[None, :], h, w, there, channels)
-    top = tl.maximum(x1 * factor + summand, x2 * factor + summand, tl.PropagateNan.ALL)
-    bottom = tl.maximum(x3 * factor + summand, x4 * factor + summand, tl.PropagateNan.ALL)
-    value = tl.maximum(top, bottom, tl.PropagateNan.ALL)
-    tl.store(y + row.to(tl.int64) * channels + channel[None, :], tl.where(value <= 0, 0.0, value), there)
-
-
-@triton.jit
-def _totals_of(totals, channel, channels, share):
-    """The mean over the map of the gradient, and of its product with the normalised x."""
-    there = channel < channels
-    total = tl.load(totals + channel, there, 0.0)[None, :] * share
-    return total, tl.load(totals + channels + channel, there, 0.0)[None, :] * share
-
-
-@triton.jit
-def _normalise_backward(grad, x, stats, totals, out, share, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    factor, summand, mean, inverse = _stats(stats, channel, channels)
-    total, product = _totals_of(totals, channel, channels, share)
-    there = (row < rows) & (channel[None, :] < channels)
-    at = row.to(tl.int64) * channels + channel[None, :]
-    value, through = _through(grad, x, at, there, factor, summand)
-    tl.store(out + at, factor * (through - total - (value - mean) * inverse * product), there)
-
-
-@triton.jit
-def _normalise_pool_backward(
-    grad, x, stats, totals, out, share, h, w, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def _normalise_backward(
+    grad,
+    x,
+    stats,
+    totals,
+    out,
+    share,
+    POOL: tl.constexpr,
+    h,
+    w,
+    rows,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     factor, summand, mean, inverse = _stats(stats, channel, channels)
-    total, product = _totals_of(totals, channel, channels, share)
+    # means over the map of the gradient, and of its product with the normalised x
+    total = tl.load(totals + channel, channel < channels, 0.0)[None, :] * share
+    product = tl.load(totals + channels + channel, channel < channels, 0.0)[None, :] * share
     there = (row < rows) & (channel[None, :] < channels)
-    x1, x2, x3, x4, a, c = _window(x, row, channel[None, :], h, w, there, channels)
-    arriving = tl.load(grad + row.to(tl.int64) * channels + channel[None, :], there, 0.0).to(tl.float32)
-    g1, g2, g3, g4 = _winners(x1, x2, x3, x4, arriving, factor, summand)
-    slope = inverse * product
-    tl.store(out + a, factor * (g1 - total - (x1 - mean) * slope), there)
-    tl.store(out + a + channels, factor * (g2 - total - (x2 - mean) * slope), there)
-    tl.store(out + c, factor * (g3 - total - (x3 - mean) * slope), there)
-    tl.store(out + c + channels, factor * (g4 - total - (x4 - mean) * slope), there)
+    at = row.to(tl.int64) * channels + channel[None, :]
+    arriving = tl.load(grad + at, there, 0.0).to(tl.float32)
+    if POOL:
+        x1, x2, x3, x4, a, c = _window(x, row, channel[None, :], h, w, there, channels)
+        g1, g2, g3, g4 = _winners(x1, x2, x3, x4, arriving, factor, summand)
+        slope = inverse * product
+        tl.store(out + a, factor * (g1 - total - (x1 - mean) * slope), there)
+        tl.store(out + a + channels, factor * (g2 - total - (x2 - mean) * slope), there)
+        tl.store(out + c, factor * (g3 - total - (x3 - mean) * slope), there)
+        tl.store(out + c + channels, factor * (g4 - total - (x4 - mean) * slope), there)
+    else:
+        value = tl.load(x + at, there, 0.0).to(tl.float32)
+        through = tl.where(value * factor + summand <= 0, 0.0, arriving)
+        tl.store(out + at, factor * (through - total - (value - mean) * inverse * product), there)
 
 
 # ── Muon ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
