@@ -435,9 +435,9 @@ def test_a_run_goes_on_from_its_checkpoint(vggstyle, folder, monkeypatch, real_s
     whole = vggstyle(*PAIR, "-o", "whole.png", "--quiet")
     calls = told_in_third_step(monkeypatch, signal.SIGTERM)
     code, _, err = vggstyle(*PAIR, "--checkpoint", "run.pt")
-    assert code == 130 and err.splitlines()[-1].endswith("; the same command goes on from run.pt")
+    assert code == 130 and err.splitlines()[-1].endswith("; the same command resumes from run.pt")
     code, out, err = vggstyle(*PAIR, "--checkpoint", "run.pt")
-    assert (code, out) == (0, "content-style-2.png\n") and "going on after step 2 of scale 1/1" in err
+    assert (code, out) == (0, "content-style-2.png\n") and "resuming after step 2 of scale 1/1" in err
     assert len(calls) == 3 + 2 and whole[0] == 0
     with Image.open("content-style-2.png") as ours, Image.open("whole.png") as theirs:
         assert ours.tobytes() == theirs.tobytes()
@@ -453,8 +453,8 @@ def test_the_same_command_with_an_output_goes_on(vggstyle, folder, monkeypatch, 
     assert vggstyle(*command)[0] == 130
     before = Path("o.png").read_bytes()
     code, out, err = vggstyle(*command)
-    assert (code, out) == (0, "o-2.png\n") and "going on after step 2" in err
-    assert "o.png was there already: the picture is o-2.png" in err
+    assert (code, out) == (0, "o-2.png\n") and "resuming after step 2" in err
+    assert "o.png already exists: the picture is o-2.png" in err
     assert Path("o.png").read_bytes() == before and not Path("run.pt").exists()
     code, out, err = vggstyle(*command)  # now there is nothing to go on from
     assert (code, out) == (2, "") and "o.png: it already exists" in one_line(err)
@@ -841,7 +841,7 @@ def test_a_run_that_goes_on_leaves_other_plots_alone(vgg, labelled):
     assert code == 2 and "curves.png: it already exists; pass --overwrite" in err
     assert vgg(*words[:-2])[0] == 0
     code, _, err = vgg(*words, "--resume")
-    assert code == 0 and "curves.png was there already: the plot is curves-2.png" in err
+    assert code == 0 and "curves.png already exists: the plot is curves-2.png" in err
     assert Path("curves.png").read_bytes() == b"of another run" and Path("curves-2.png").stat().st_size > 5000
     assert vgg(*words, "--resume", "--overwrite")[0] == 0 and Path("curves.png").stat().st_size > 5000
 

@@ -24,9 +24,9 @@ def styled(**settings):
     return vggfeat.stylize(SCENES[0], SCENES[1], config).losses["total"] > 0
 
 
-def trained(tmp_path):
+def trained(tmp_path, **settings):
     data = pictures.folder(tmp_path / "data", pictures.tree(8))
-    config = vggfeat.recipe("fast", **TINY, holdout=0.3)
+    config = vggfeat.recipe("fast", **TINY, holdout=0.3, **settings)
     result = vggfeat.train(data, config=config, folder=tmp_path / "run")
     return vggfeat.evaluate(tmp_path / "run", data).images == result.evaluation.images
 
@@ -47,6 +47,7 @@ WAYS = {
     "distance": lambda _: distance(SCENES[0], SCENES[1], weights="bundled").total > 0,
     "compare": lambda _: vggfeat.compare([SMALL], input_size=32, measure=True, batch=1, seconds=0.01).nets,
     "train": trained,
+    "train, read one by one": lambda tmp_path: trained(tmp_path, size=32, resize=(32, 36)),
 }
 
 

@@ -49,7 +49,7 @@ def test_vggstyle_on_the_shipped_pictures_without_a_network(tmp_path, monkeypatc
         vggstyle_command.main()
     out, err = capsys.readouterr()
     assert (info.value.code, out) == (0, "content-style.png\n")
-    assert "weights: bundled (imagenet weights for vgg19 cannot be had" in err
+    assert "weights: bundled (imagenet weights for vgg19 are unavailable" in err
     with Image.open("content-style.png") as picture:
         assert picture.size == (48, 36)
     assert (read_settings("content-style.png") or {})["config"]["weights"] == "auto"

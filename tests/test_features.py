@@ -111,7 +111,7 @@ def test_weights_that_do_not_reach(state):
         ({"pooling": "avg"}, "unknown pooling 'avg': .*average"),
         ({"padding": "zero"}, "unknown padding 'zero': did you mean zeros"),
         ({"precision": "bf16"}, "unknown precision 'bf16'"),
-        ({"keep": "all"}, "'bits' or 'values', got 'all'"),
+        ({"keep": "all"}, "unknown keep 'all': choose from bits, values"),
         ({"input_range": (1, 0)}, r"must rise and be finite, got \(1, 0\)"),
     ],
 )
@@ -218,7 +218,7 @@ def test_values_in_a_small_part_of_the_range_warn(state):
 
 def test_what_auto_came_to_is_said(state):
     with pytest.warns(
-        UserWarning, match=r"weights='auto' here means bundled \(imagenet weights for vgg16 cannot be had"
+        UserWarning, match=r"weights='auto' resolved to bundled \(imagenet weights for vgg16 are unavailable"
     ):
         VGGFeatures(["relu1_1"], weights="auto")
 

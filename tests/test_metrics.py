@@ -97,9 +97,9 @@ def test_maps_have_the_distance_as_their_mean(weights, pair):
     found = vggfeat.visualize.distance(pair[0][:1], pair[1][:1], lpips=True, weights=weights)
     assert found.total == pytest.approx(float(metric(*pair)[0]), rel=1e-4) and list(found.layers) == LAYERS
     assert found.sheet.settings["lpips"] and found.sheet.settings["arch"] == "vgg16"
-    with pytest.raises(vggfeat.WeightsUnavailableError, match="imagenet weights for vgg16 cannot be had"):
+    with pytest.raises(vggfeat.WeightsUnavailableError, match="imagenet weights for vgg16 are unavailable"):
         vggfeat.visualize.distance(pair[0][:1], pair[1][:1], lpips=True, weights="auto")  # and no random number
-    with pytest.raises(vggfeat.InputError, match="LPIPS has layers of its own"):
+    with pytest.raises(vggfeat.InputError, match="LPIPS has its own five layers"):
         vggfeat.visualize.distance(pair[0][:1], pair[1][:1], ["relu1_1"], lpips=True, weights=weights)
 
 
@@ -127,7 +127,7 @@ def test_compiled(weights, pair):
 
 
 def test_nothing_replaces_its_weights():
-    with pytest.raises(vggfeat.WeightsUnavailableError, match="imagenet weights for vgg16 cannot be had"):
+    with pytest.raises(vggfeat.WeightsUnavailableError, match="imagenet weights for vgg16 are unavailable"):
         vggfeat.LPIPS(weights="auto")
     assert "calibrated for relu1_2" in repr(vggfeat.LPIPS(weights="random"))
 

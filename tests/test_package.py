@@ -162,7 +162,6 @@ ROOMS = {
     "vggfeat.training.distributed": {"devices"},
     "vggfeat.training.evaluation": {
         "errors",
-        "image",
         "network",
         "devices",
         "settings",

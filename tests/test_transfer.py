@@ -533,7 +533,7 @@ def test_weights_may_be_a_state_dict(config, pair, state, tmp_path, monkeypatch)
     assert settings == dataclasses.replace(settings) == config(weights=state, steps=3)
     assert settings != config(weights=dict(state), steps=3)
     assert len({settings, dataclasses.replace(settings), config(weights=state, steps=3)}) == 1
-    with pytest.raises(InputError, match="weights must be a text or a state dict, got 3"):
+    with pytest.raises(InputError, match="weights must be a string or a state dict, got 3"):
         StyleConfig(weights=3)
     with pytest.raises(InputError, match="size must be a whole number, got "):
         StyleConfig(size=state)
@@ -542,7 +542,7 @@ def test_weights_may_be_a_state_dict(config, pair, state, tmp_path, monkeypatch)
     stylize(*pair, settings, checkpoint=tmp_path / "run.pt")
     assert stylize(*pair, settings, checkpoint=tmp_path / "run.pt").image.tobytes() == result.image.tobytes()
     other = {key: value * 1.01 for key, value in state.items()}
-    with pytest.raises(InputError, match="is of other weights"):
+    with pytest.raises(InputError, match="was written with other weights"):
         stylize(*pair, config(weights=other, steps=3), checkpoint=tmp_path / "run.pt")
 
 
@@ -1092,7 +1092,7 @@ def test_a_checkpoint_is_of_one_run(config, state, pair, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=match):
             stylize(*images, dataclasses.replace(settings, **changed), checkpoint=path)
     save_file({key: value * 1.01 for key, value in state.items()}, own)  # a file that is another by now
-    with pytest.raises(InputError, match="is of other weights: name another file"):
+    with pytest.raises(InputError, match="was written with other weights: name another file"):
         stylize(*pair, settings, checkpoint=path)
     save_file(state, own)
     assert path.read_bytes() == before

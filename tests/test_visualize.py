@@ -472,6 +472,8 @@ def test_an_inversion_that_was_stopped_at_once(monkeypatch, tmp_path):
     assert math.isnan(coarse.error) and settings["error"] is None  # JSON has no NaN
     with pytest.raises(vggfeat.InputError, match="unknown option 'precisoin': did you mean precision"):
         invert(noise(48, 48), size=48, weights="bundled", precisoin="float32")
+    with pytest.raises(vggfeat.InputError, match="invert sets content_weight itself"):
+        invert(noise(48, 48), size=48, weights="bundled", content_weight=0.0)
 
 
 def test_amplitudes_fall_with_frequency():
@@ -655,6 +657,10 @@ def test_a_class_or_classifier_that_is_not_there(headed, small):
         cam(noise(32, 32), net=torch.nn.Sequential())
     with pytest.raises(vggfeat.InputError, match="2 names for 5 classes"):
         cam(noise(32, 32), net=headed, names=["ant", "bee"])
+    with pytest.raises(vggfeat.InputError, match="weights has no effect with net"):
+        cam(noise(32, 32), net=headed, weights="nowhere.pth")
+    with pytest.raises(vggfeat.InputError, match="std has no effect without net"):
+        cam(noise(32, 32), weights=headed.state_dict(), std=(1, 1, 1))
     with pytest.raises(vggfeat.InputError, match="at least 32 pixels"):
         cam(noise(32, 128), net=headed, size=64)
     a, b = cam(noise(64, 64), 1, net=headed), cam(noise(64, 64), 1, weights=headed.state_dict())
@@ -744,7 +750,7 @@ LINES = {
 def test_weights_that_had_to_be_others_are_named_once(call, line):
     """By the command's own line; a warning, an error in tests, is for those who get no such line."""
     code, _, err = call(line, weights="auto")
-    assert code == 0 and err == "weights: bundled (imagenet weights for vgg16 cannot be had)\n"
+    assert code == 0 and err == "weights: bundled (imagenet weights for vgg16 are unavailable)\n"
 
 
 def test_a_dream_of_a_class_of_random_weights(call):

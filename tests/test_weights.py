@@ -531,7 +531,7 @@ def test_a_published_file_that_may_not_be_read(monkeypatch):
     monkeypatch.setattr(fetch, "_sha256", refuse)
     with pytest.raises(WeightsUnavailableError, match=f"{published} cannot be read: Permission denied"):
         W.load("imagenet", "vgg11")
-    assert W.load("auto", "vgg11").label.startswith("random (imagenet weights for vgg11 cannot be had")
+    assert W.load("auto", "vgg11").label.startswith("random (imagenet weights for vgg11 are unavailable")
 
 
 # ── published files: find, verify ─────────────────────────────────────────────────────────────────────────────────────
@@ -806,16 +806,16 @@ def test_environment_names_the_default(tmp_path, monkeypatch, state):
     with pytest.raises(WeightsUnavailableError):
         W.load("imagenet")  # said outright, it is not the default
     monkeypatch.delenv("VGGFEAT_WEIGHTS")
-    with pytest.raises(WeightsUnavailableError, match="imagenet weights for vgg16 cannot be had"):
+    with pytest.raises(WeightsUnavailableError, match="imagenet weights for vgg16 are unavailable"):
         W.load(W.DEFAULT)
 
 
 def test_auto(monkeypatch, net, state):
     loaded = W.load("auto", "vgg11")
-    assert loaded.label.startswith("random (imagenet weights for vgg11 cannot be had")
+    assert loaded.label.startswith("random (imagenet weights for vgg11 are unavailable")
     assert torch.equal(loaded.state["features.3.weight"], W.load("random", "vgg11").state["features.3.weight"])
     label = W.load("auto", Arch("C", channels=scaled(2))).label
-    assert label.startswith("random (imagenet weights for vgg16-c cannot be had)")
+    assert label.startswith("random (imagenet weights for vgg16-c are unavailable)")
     for arch in (None, "vgg19"):
         assert W.load("auto", arch).label.startswith("bundled (imagenet weights for vgg1")
     data = torch_bytes(dict(state))
@@ -948,8 +948,8 @@ def test_auto_takes_an_architecture_as_it_takes_its_name(monkeypatch, tmp_path):
     monkeypatch.delenv("VGGFEAT_WEIGHTS", raising=False)
     monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setattr(W, "find", lambda *_, **__: (_ for _ in ()).throw(WeightsUnavailableError("offline")))
-    assert W.load("auto", parse("vgg19")).label == "bundled (imagenet weights for vgg19 cannot be had)"
-    assert W.load("auto", parse("vgg11")).label == "random (imagenet weights for vgg11 cannot be had)"
+    assert W.load("auto", parse("vgg19")).label == "bundled (imagenet weights for vgg19 are unavailable)"
+    assert W.load("auto", parse("vgg11")).label == "random (imagenet weights for vgg11 are unavailable)"
     monkeypatch.setattr(W, "find", lambda *_, **__: (_ for _ in ()).throw(WeightsError("other digits")))
     assert W.load("auto", "vgg19").label == "bundled (imagenet weights for vgg19 are damaged)"
     monkeypatch.setenv("VGGFEAT_WEIGHTS", "random")

@@ -87,7 +87,7 @@ def captured(step: Step, *inputs: Tensor, agrees: Callable[[Step], bool] = lambd
         replay = capture(step, *inputs)
         if agrees(replay):
             return replay
-        why = "they give something else"
+        why = "their results differ from the step's"
     except RuntimeError as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C, masked by the error of ending a capture
             raise KeyboardInterrupt from error

@@ -110,5 +110,5 @@ def warn(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What a foreign error says, short enough for a message."""
+    """What another library's exception says, short enough for a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -49,7 +49,8 @@ class VGGFeatures(nn.Module):
             bfloat16 at all computes it in float32, which saves memory but no time.
         input_range: the lowest and the highest value of an image.
         repeat_grey: accept (N,1,H,W) and repeat the channel three times.
-        keep: what is saved for the backward: `"bits"` takes least memory, `"values"` least time.
+        keep: what is saved for the backward: `"bits"` takes least memory; `"values"` can be faster
+            in bfloat16.
 
     Raises:
         InputError: an unknown layer, a layer that the network lacks, or an unknown choice.
@@ -71,8 +72,7 @@ class VGGFeatures(nn.Module):
         super().__init__()
         names = tuple(dict.fromkeys(layer_names(layers)))
         check_choice("precision", precision, PRECISIONS)
-        if keep not in ("bits", "values"):
-            raise InputError(f"keep must be 'bits' or 'values', got {keep!r}")
+        check_choice("keep", keep, ("bits", "values"))
         try:
             low, high = (float(value) for value in input_range)
         except (TypeError, ValueError) as error:
@@ -84,7 +84,7 @@ class VGGFeatures(nn.Module):
         loaded = load(weights, arch, classifier=not HEAD_NAMES.isdisjoint(names))
         loaded.require(names)
         if resolved(weights) == "auto" and not loaded.label.startswith("imagenet"):
-            warn(f"weights='auto' here means {loaded.label}")
+            warn(f"weights='auto' resolved to {loaded.label}")
         self.layers = names
         self.weights = loaded.label
         self.precision = precision

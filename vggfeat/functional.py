@@ -60,7 +60,7 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return _products(features) / (channels * features.shape[2] * features.shape[3])
     root = (mask.to(torch.promote_types(upcast(mask).dtype, features.dtype)) + TINY).sqrt().to(features.dtype)
-    total = upcast(root).square().sum((1, 2, 3)).clamp_min(EPS)  # of the rounded roots: they are what weighs
+    total = upcast(root).square().sum((1, 2, 3)).clamp_min(EPS)  # of the rounded roots, which are the weights applied
     return _products(features * root) / (channels * total[:, None, None])
 
 
@@ -81,7 +81,7 @@ def _spread(features: Tensor, grad: Tensor) -> Tensor:
     """F·(D + Dᵀ) for the gradient D of F Fᵀ, on a CPU as a 1×1 convolution."""
     kernel = (grad + grad.mT).to(features.dtype)
     with no_autocast(features.device):
-        # the latter where a second derivative was asked for, or many first ones at once
+        # on a CPU, too, where a second derivative was asked for, or many first ones at once
         if features.device.type != "cpu" or torch.is_grad_enabled() or is_batched(grad):
             rows = features.permute(0, 2, 3, 1)
             spread: Tensor = (rows.flatten(1, 2) @ kernel).view(rows.shape).permute(0, 3, 1, 2)

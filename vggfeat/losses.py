@@ -33,7 +33,7 @@ REDUCTIONS = ("none", "mean", "sum")
 VALUES_AT_A_TIME = 1 << 22  # of the first layer's output, 16 MB in float32
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no one truth value
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no single bool
 class EncodedTarget:
     """What a loss remembers of its targets; made by `encode`, given to the loss in place of the images.
 
@@ -185,7 +185,7 @@ class _FeatureLoss(nn.Module):
             raise InputError(f"a mask fits no layer of the classifier, which has no positions: leave out {heads[0]}")
 
     def _gradient_in_forward(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
-        """Whether the gradient is computed with the value: if only `input` needs one, image by image."""
+        """Whether the gradient is computed with the value: if only `input` needs one."""
         others = [*target.values.values()] if isinstance(target, EncodedTarget) else [target]
         others += [] if mask is None else [mask]
         return (
@@ -368,7 +368,7 @@ class _LossWithGradient(torch.autograd.Function):
             (gradient,) = torch.autograd.grad(losses, input, grad, create_graph=True)
         else:
             if ctx.gradient is None:
-                raise RuntimeError("the loss's gradient was asked for a second time: the first time, use retain_graph")
+                raise RuntimeError("backward() was called twice on this loss: pass retain_graph=True the first time")
             gradient = (ctx.gradient * grad[:, None, None, None]).to(ctx.dtype)
             if not _keeps_graph():
                 ctx.gradient = None
@@ -402,9 +402,9 @@ class PerceptualLoss(_FeatureLoss):
     In another model it is as good as invisible: no parameters, nothing in `state_dict()`, the same in train and eval
     mode, computed wherever the images are. Gradients flow to `input`, and to `target` where it requires them.
 
-    The gradient with respect to `input` is computed together with the value, image by image, and is all that is held
-    until `backward`, beside the images themselves: compute values for monitoring under
-    `torch.no_grad()`. Where the target or mask requires a gradient too, for a criterion of your own, under
+    The gradient with respect to `input` is computed together with the value, on a CPU for a few images at a time, on a
+    GPU for the whole batch. Until `backward` only that gradient and the images are held; compute values for monitoring
+    under `torch.no_grad()`. Where the target or mask requires a gradient too, for a criterion of your own, under
     `torch.compile` and `torch.func`, it is computed in the backward.
 
     On a GPU with few small images most of the time is Python's; for fixed shapes
@@ -436,7 +436,7 @@ class PerceptualLoss(_FeatureLoss):
 
     Raises:
         InputError: an unknown layer or choice.
-        WeightsError: weights that cannot be had or do not reach the deepest layer.
+        WeightsError: weights that are unavailable or do not reach the deepest layer.
     """
 
     def encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
@@ -498,7 +498,7 @@ class StyleLoss(_FeatureLoss):
 
     Raises:
         InputError: an unknown layer or choice.
-        WeightsError: weights that cannot be had or do not reach the deepest layer.
+        WeightsError: weights that are unavailable or do not reach the deepest layer.
     """
 
     def encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:

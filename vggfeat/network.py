@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vggfeat.arch import INITS, LRN, Arch, Layer, channels_at, layer_names, parse
 from vggfeat.convolution import Conv2d
-from vggfeat.errors import InputError
+from vggfeat.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     from vggfeat.weights import Weights, WeightsLike
@@ -108,8 +108,7 @@ class VGG(nn.Module):
         super().__init__()
         if not 0 <= dropout < 1:
             raise InputError(f"dropout must be in [0, 1), got {dropout}")
-        if init not in INITS:
-            raise InputError(f"unknown init {init!r}: choose from {', '.join(INITS)}")
+        check_choice("init", init, INITS)
         if arch.head is None:
             raise InputError("a network needs a head: choose 'paper' or 'slim'")
         self.arch = arch

@@ -1,4 +1,4 @@
-"""Plots of what `vggfeat.analysis` finds, as PNG, PDF or SVG by suffix; needs matplotlib (`vggfeat[plot]`).
+"""Plots of analyses, training runs and evaluations, as PNG, PDF or SVG by suffix; needs matplotlib (`vggfeat[plot]`).
 
 Figures are separate matplotlib objects: no display, no pyplot, no global setting is touched.
 """

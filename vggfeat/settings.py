@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from vggfeat.errors import InputError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-WORDS = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}
+WORDS = {str: "a string", bool: "True or False", int: "a whole number", float: "a number"}
 
 
 def option(default: Any, help: str) -> Any:
@@ -24,7 +24,7 @@ def option(default: Any, help: str) -> Any:
 
 
 class StateDict(Mapping[str, Any]):
-    """A state dict among settings: equal only to itself, as tensors are not compared, and shown in few words."""
+    """A state dict as a setting: compared by identity, and shown in a few words."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.state = state
@@ -50,7 +50,7 @@ class StateDict(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field holds, as it is declared.
+    """The declared type of a field.
 
     Attributes:
         item: `str`, `bool`, `int` or `float`; of a tuple, what each of its values is.

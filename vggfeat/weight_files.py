@@ -37,7 +37,7 @@ def read(path: Path) -> Mapping[str, Any]:
     magic = _magic(path)
     try:
         # a file in torch's zip format is mapped: layers that nobody asks for are never read
-        with warnings.catch_warnings():  # of a pickle's protocol, which is no user's concern
+        with warnings.catch_warnings():  # about a pickle's protocol, which a caller cannot change
             warnings.simplefilter("ignore")
             raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

@@ -219,7 +219,7 @@ def load(
             other = arch is not None and parse(arch).name != "vgg19"
             loaded = load("random" if other else "bundled", arch, classifier=classifier)
             # no paths of this machine, as pictures store labels; `vggfeat weights fetch` gives the details
-            why = "cannot be had" if isinstance(error, WeightsUnavailableError) else "are damaged"
+            why = "are unavailable" if isinstance(error, WeightsUnavailableError) else "are damaged"
             return replace(loaded, label=f"{loaded.label} (imagenet weights for {parse(arch or default).name} {why})")
     if weights == "bundled":
         return _read_state(read(BUNDLED), arch, IMAGENET, "bundled", file_key(BUNDLED))
@@ -264,7 +264,7 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     given = Path(text.removeprefix("caffe:")).expanduser()
     path = _of_run(given)
     if not path.exists():
-        hint = "" if path.suffix or len(path.parts) > 1 else f"; as a name: {nearest(text, NAMES)}"
+        hint = "" if path.suffix or len(path.parts) > 1 else f"; or a weight set: {nearest(text, NAMES)}"
         raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}")
     if path.is_dir():
         if kept := saved(path / "checkpoints"):
@@ -430,6 +430,6 @@ def find(name: str, arch: str = "vgg16", *, bundled: bool = False) -> Path:
         if bundled:
             ways.append("use weights='bundled'")
         raise WeightsUnavailableError(
-            f"{name} weights for {arch} cannot be had: {published.filename} is not in {looked}, {error}; "
+            f"{name} weights for {arch} are unavailable: {published.filename} is not in {looked}, {error}; "
             f"{', '.join(ways[:-1])} or {ways[-1]}"
         ) from None

@@ -143,6 +143,8 @@ def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: 
 @click.option("--arch", help="Network: vgg16, vgg19, ….  [default: the weights' own; vgg16 with --samples 0]")
 @click.option(
     "--layers",
+    "--layer",
+    "layers",
     type=Values(str),
     help="Comma-separated.  [default: the last convolution of blocks 1 to 4, and pool5, as far as the weights reach]",
 )

@@ -93,7 +93,7 @@ def train(
                 data, config, test=test, folder=folder, resume=resume, callback=progress, announce=announce
             )
         except KeyboardInterrupt:  # a second one, or one of several processes
-            rest = f"--resume goes on from what was saved in {folder}" if folder.exists() else "nothing was begun"
+            rest = f"--resume continues from what was saved in {folder}" if folder.exists() else "nothing was written"
             click.echo(f"vggfeat train: interrupted; {rest}", err=True)
             return INTERRUPTED
     if not first:
@@ -104,7 +104,7 @@ def train(
         target = Path(plot) if overwrite else free_name(Path(plot))  # a file that appeared meanwhile stays
         plot_training({result.net.arch.name: result.history}, target, overwrite=overwrite)
         if target != Path(plot):
-            click.echo(f"{plot} was there already: the plot is {target}", err=True)
+            click.echo(f"{plot} already exists: the plot is {target}", err=True)
     last = result.history[-1] if result.history else None
     if as_json:
         summary = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import click
 
 import vggfeat
+from vggfeat_cli.options import Values
 from vggfeat_cli.run import FAILED, INTERRUPTED, Target
 
 Command = Callable[..., Any]
@@ -62,6 +64,7 @@ def _order(default: str) -> Callable[[Command], Command]:
 
 _seed = click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 _quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
+_device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 
 
 def _common(command: Command) -> Command:
@@ -160,6 +163,7 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> int
 @click.option("--steps", default=200, show_default=True, help="Steps of the optimiser.")
 @click.option("--jitter", default=8, show_default=True, help="Largest random shift in pixels, at most size / 8.")
 @_seed
+@_device
 @_quiet
 @_common
 def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet: bool, **options: Any) -> int:
@@ -203,6 +207,7 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
 @click.option("--steps", default=200, show_default=True, help="Steps at the finest scale; half as many at others.")
 @click.option("--tv-weight", type=float, help="Weight of the total variation.  [default: 1; with --gram 0]")
 @_seed
+@_device
 @_quiet
 @_common
 def invert(
@@ -255,10 +260,12 @@ def invert(
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option(
+    "--layers",
     "--layer",
     "layers",
     multiple=True,
-    help="Which layer; repeat it for more.  [default: the last ReLU of each block, as far as the weights reach]",
+    type=Values(str),
+    help="Which layers, comma-separated.  [default: the last ReLU of each block, as far as the weights reach]",
 )
 @click.option("--lpips", is_flag=True, help="LPIPS, with its learned weights, on VGG-16 and its own layers.")
 @_size(None, "Long side to resize both images to, in pixels.")
@@ -266,7 +273,13 @@ def invert(
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @_common
 def distance(
-    a: str, b: str, layers: tuple[str, ...], output: str | None, overwrite: bool, as_json: bool, **options: Any
+    a: str,
+    b: str,
+    layers: tuple[tuple[str, ...], ...],
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
 ) -> int:
     """The perceptual distance of images A and B.
 
@@ -275,7 +288,7 @@ def distance(
     target = _target(output, "", overwrite, [a, b]) if output else None
     from vggfeat.visualize import distance
 
-    result = distance(a, b, layers or None, **options)
+    result = distance(a, b, [*itertools.chain.from_iterable(layers)] or None, **options)
     written, trouble = target.save(result) if target else (None, "")
     if as_json:
         summary = {key: result.sheet.settings[key] for key in ("total", "lpips", "layers", "arch", "weights")}

@@ -21,7 +21,7 @@ format_option = click.option(
     type=click.Choice([*FORMATS]),
     default="text",
     show_default=True,
-    help="Of the report; CSV has only its first table.",
+    help="Format of the report; CSV holds only its first table.",
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
 plot_option = click.option("--plot", type=click.Path(), help="Also draw it: PNG, PDF or SVG.")

@@ -46,7 +46,7 @@ def finish(command: click.Command) -> None:
     except VGGFeatError as error:
         fail(name, _with_flags(str(error), command), BAD_INPUT)
     except UNFORESEEN as error:
-        said = " ".join(str(error).split())[:300] or "no more is known"
+        said = " ".join(str(error).split())[:300] or "no details are known"
         fail(name, f"{type(error).__name__}: {said}", FAILED)
     sys.exit(code or 0)
 

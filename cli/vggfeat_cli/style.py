@@ -71,7 +71,7 @@ def command(
     size = f"{result.image.width}×{result.image.height}"
     click.echo(f"{size}, {len(result.history)} steps, {seconds}, {result.arch} in {result.precision}", err=True)
     if output is not None and resumed and written != Path(output):
-        click.echo(f"{output} was there already: the picture is {written}", err=True)
+        click.echo(f"{output} already exists: the picture is {written}", err=True)
     if trouble:
         click.echo(f"vggstyle: {trouble}; the picture is in {written}", err=True)
         return FAILED
@@ -81,7 +81,7 @@ def command(
         )
         return FAILED
     if result.interrupted:
-        on = f"; the same command goes on from {checkpoint}" if checkpoint and Path(checkpoint).exists() else ""
+        on = f"; the same command resumes from {checkpoint}" if checkpoint and Path(checkpoint).exists() else ""
         click.echo(f"vggstyle: interrupted; this is the best picture so far{on}", err=True)
         return INTERRUPTED
     if checkpoint is not None:  # the picture is safe
@@ -115,7 +115,7 @@ class _Bar:
         if not self.begun:  # before the wait, not after it
             self.bar.write(f"weights: {step.weights}", file=sys.stderr)
         if not self.begun and (step.scale, step.step) != (1, 1):
-            self.bar.write(f"going on after step {step.step - 1} of scale {step.scale}/{step.scales}", file=sys.stderr)
+            self.bar.write(f"resuming after step {step.step - 1} of scale {step.scale}/{step.scales}", file=sys.stderr)
         self.begun = True
         if self.bar.disable and not self.quiet and step.step == 1:
             click.echo(f"scale {step.scale}/{step.scales} {step.width}×{step.height}, {step.steps} steps", err=True)

@@ -144,7 +144,7 @@ def effective_field(
 
     Raises:
         InputError: a layer that the convolutional part lacks, or no samples.
-        WeightsError: weights that cannot be had or do not reach the layer.
+        WeightsError: weights that are unavailable or do not reach the layer.
     """
     import torch
 

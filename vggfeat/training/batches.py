@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vggfeat.devices import triton_kernels
 from vggfeat.errors import DependencyError, ImageError, InputError, RunError, first_line
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet, ignore_signals
+from vggfeat.training.data import ImageSet, loaded
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
@@ -62,11 +62,11 @@ def split_holdout(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, 
         out.append(mine[: min(round(share * len(mine)), len(mine) - 1)])
     chosen = torch.cat(out).sort().values
     if not len(chosen):
-        raise InputError(f"holdout {share} of {len(images)} images is none of any class: raise it")
+        raise InputError(f"holdout {share} of {len(images)} images sets aside no image: raise it")
     rest = torch.ones(len(images), dtype=torch.bool, device="cpu")
     rest[chosen] = False
     train = images.subset(rest.nonzero().flatten())
-    train.others = images.others  # told once
+    train.others = images.others  # so that they are reported once
     return train, images.subset(chosen)
 
 
@@ -211,14 +211,8 @@ class Batches:
     def _read(self, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         config = self.config
         plan = [[(i, (config.seed, epoch, i)) for i in chosen[step].tolist()] for step in steps]
-        read = DataLoader(
-            self.crops,
-            batch_sampler=plan,
-            num_workers=config.workers,
-            collate_fn=_stacked,
-            worker_init_fn=ignore_signals,
-        )
-        for step, (numbers, crops, bad) in zip(steps, read, strict=True):
+        read = zip(steps, loaded(self.crops, plan, config.workers, _stacked), strict=True)
+        for step, (numbers, crops, bad) in read:
             if crops is None:
                 if config.bad_images == "fail":
                     raise RunError(f"{bad[0]}; {LEAVE_OUT}")
@@ -299,7 +293,7 @@ class _Crops(Dataset[Any]):
         (number, seeds), bad = item, []
         for attempt in range(self.tries):
             if attempt:
-                number = int(_drawn(0, len(self.images), (), seeded(*seeds, attempt)))
+                number = int(_drawn(0, len(self.images), (), seeded(*seeds, attempt, 0)))
             try:
                 image = self.images.read(number)
             except ImageError as error:

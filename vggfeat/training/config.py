@@ -225,6 +225,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+FINE_TUNING_LR = 0.005  # of `fast` from trained weights, of any network: they need short steps
+
+
 def _plain_lr(convs: int) -> float:
     """The rate of `fast` without batch normalisation, where one layer's too long step harms all others.
 
@@ -260,9 +263,9 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
         check_choice("setting", key, fields)
     settings = dict(RECIPES[name])
     if name == "fast":
-        # trained weights need short steps
-        begun = changes.get("weights") not in (None, "random")
-        arch = parse("vgg19" if begun else changes.get("arch") or "vgg16_bn")
-        if not arch.batch_norm:
+        arch = parse(changes.get("arch") or "vgg16_bn")
+        if changes.get("weights") not in (None, "random"):
+            settings["lr"] = FINE_TUNING_LR
+        elif not arch.batch_norm:
             settings["lr"] = _plain_lr(len(arch.convs))
     return TrainConfig(**(settings | changes))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.devices import UNKNOWN, total_memory
 from vggfeat.errors import ImageError, InputError
@@ -43,7 +43,7 @@ class ImageSet:
         read: gives image number i, RGB.
         pixels: (N,H,W,3) uint8 where all of them are in memory, else None.
         skipped: names of those that could not be read and were left out.
-        others: files among them that are no images by their names.
+        others: files in class folders that lack an image suffix.
     """
 
     label: str
@@ -309,19 +309,12 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
 
 def _read_all(images: ImageSet, shorter: int | None) -> Iterator[Any]:
     """All images in turn, (H,W,3) uint8 of NumPy, or what is wrong with one; many of them by several processes."""
-    whole = _Whole(images.read, shorter)
-    yield from map(whole, range(min(ALONE, len(images))))
+    whole = ScaledImages(images.read, shorter)
+    yield from map(whole.__getitem__, range(min(ALONE, len(images))))
     if len(images) > ALONE:
-        rest: DataLoader[Any] = DataLoader(
-            whole,  # type: ignore[arg-type]
-            batch_size=100,
-            sampler=range(ALONE, len(images)),
-            num_workers=_processes(),
-            collate_fn=list,
-            worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # or else it would draw from the global one
-        )
-        yield from itertools.chain.from_iterable(rest)
+        rest = range(ALONE, len(images))
+        plan = [[*rest[i : i + 100]] for i in range(0, len(rest), 100)]
+        yield from itertools.chain.from_iterable(loaded(whole, plan, _processes()))
 
 
 def _processes() -> int:
@@ -332,25 +325,39 @@ def _processes() -> int:
     return min(8, torch.get_num_threads())
 
 
-def ignore_signals(worker: int) -> None:
-    """What a worker does first: ignore Ctrl-C and its like, which a terminal sends to all; the main process decides."""
+def loaded(
+    dataset: Dataset[Any], plan: list[list[Any]], workers: int, collate: Callable[[list[Any]], Any] = list
+) -> Iterator[Any]:
+    """The items of each part of a plan, read by so many processes, or by this one where there are none."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=plan,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator("cpu"),  # or else it would draw from the global one
+    )
+    with torch.device("cpu"):  # where it draws, whatever the default device is
+        return iter(loader)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ignore Ctrl-C and its like, which a terminal sends to all processes: the main one decides."""
     ignore_termination()
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """Image number i as (H,W,3) uint8 of NumPy, or why it cannot be read."""
+class ScaledImages(Dataset[Any]):
+    """Image number i as (H,W,3) uint8 of NumPy, its shorter side so long, or a message where it cannot be read."""
 
     read: Callable[[int], Image.Image]
     shorter: int | None
 
-    def __call__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> Any:
         try:
             return pixels_of(scaled(self.read(i), self.shorter)).numpy()
         except ImageError as error:
             return str(error)
-
-    __getitem__ = __call__
 
 
 def scaled(image: Image.Image, shorter: int | None) -> Image.Image:

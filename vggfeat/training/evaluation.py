@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.devices import autocast_dtype
-from vggfeat.errors import ImageError, InputError, RunError, WeightsError, check_choice, whole_number
-from vggfeat.image import pixels_of
+from vggfeat.errors import InputError, RunError, WeightsError, check_choice, whole_number
 from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.settings import PRECISIONS, to_types
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import LEAVE_OUT, normalised, scale_for, split_holdout
-from vggfeat.training.data import ImageSet, ignore_signals, load_test_images, scaled
+from vggfeat.training.data import ImageSet, ScaledImages, load_test_images, loaded
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
 from vggfeat.weights import WeightsLike, load as load_set, run_metadata
 
@@ -152,7 +150,7 @@ def evaluate(
 
     Raises:
         InputError: data that cannot be read, another number of classes than the weights', or images that are too small.
-        WeightsError: weights that cannot be had or have no classifier.
+        WeightsError: weights that are unavailable or have no classifier.
         RunError: an image that cannot be read on the way, with `bad_images="fail"`.
     """
     if not isinstance(views, Views | None):
@@ -200,15 +198,15 @@ def place_of(label: str) -> str:
     return hashlib.sha256(os.path.realpath(label).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _held_out(images: ImageSet, share: float, seed: int, digest: str, data: str | None = None) -> ImageSet | None:
+def _held_out(images: ImageSet, share: float, seed: int, digest: str, data: str) -> ImageSet | None:
     """The part of a training set that a run had set aside; None where this is another set."""
     with contextlib.suppress(InputError):  # too few to be split
         rest = split_holdout(images, share, seed)[1]
         if rest.digest == digest:
             return rest
-    if data in (place_of(images.label), images.label):  # the latter is what older runs wrote
+    if data == place_of(images.label):
         raise InputError(
-            f"{images.label} is what the run was trained on, but its images are others now: which were held out is "
+            f"{images.label} is what the run was trained on, but its images have changed: which were held out is "
             "not known any more; test it on other images"
         )
     return None
@@ -302,20 +300,6 @@ def _crops(images: Tensor, size: int, grid: int, label: str) -> Iterator[Tensor]
             yield images[:, :, top : top + size, left : left + size]
 
 
-class _Whole(Dataset[Any]):
-    """Images read one by one and scaled; a message in place of one that cannot be read."""
-
-    def __init__(self, images: ImageSet, scale: int | None) -> None:
-        self.images, self.scale = images, scale
-
-    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
-        try:
-            image = scaled(self.images.read(number), self.scale)
-        except ImageError as error:
-            return number, str(error)
-        return number, pixels_of(image)
-
-
 def _read(
     images: ImageSet, own: Tensor, scale: int | None, batch_size: int, workers: int, bad_images: str, bad: set[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -325,28 +309,15 @@ def _read(
             yield numbers, images.pixels[numbers]
         return
     plan = [numbers.tolist() for numbers in own.split(batch_size)]
-    for groups, wrong in DataLoader(
-        _Whole(images, scale),
-        batch_sampler=plan,
-        num_workers=workers,
-        collate_fn=_by_shape,
-        worker_init_fn=ignore_signals,
-    ):
-        for number, message in wrong:
-            if bad_images == "fail":
-                raise RunError(f"{message}; {LEAVE_OUT}")
-            bad.add(number)
-        yield from groups
-
-
-def _by_shape(read: list[tuple[int, Tensor | str]]) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, str]]]:
-    """Numbers and stacked pixels of the images of each shape, and what was wrong with others."""
-    shapes: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-    for number, pixels in read:
-        if isinstance(pixels, Tensor):
-            shapes.setdefault(pixels.shape, []).append((number, pixels))
-    groups = [
-        (torch.tensor([number for number, _ in group], device="cpu"), torch.stack([pixels for _, pixels in group]))
-        for group in shapes.values()
-    ]
-    return groups, [(number, pixels) for number, pixels in read if isinstance(pixels, str)]
+    for numbers, read in zip(plan, loaded(ScaledImages(images.read, scale), plan, workers), strict=True):
+        shapes: dict[tuple[int, ...], list[tuple[int, Any]]] = {}
+        for number, pixels in zip(numbers, read, strict=True):
+            if not isinstance(pixels, str):
+                shapes.setdefault(pixels.shape, []).append((number, pixels))
+            elif bad_images == "fail":
+                raise RunError(f"{pixels}; {LEAVE_OUT}")
+            else:
+                bad.add(number)
+        for group in shapes.values():
+            numbers_of, pixels_of = zip(*group, strict=True)
+            yield torch.tensor(numbers_of, device="cpu"), torch.stack([*map(torch.from_numpy, pixels_of)])

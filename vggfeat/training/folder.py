@@ -24,7 +24,7 @@ from vggfeat.settings import changed
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, would_hold
 
-NEEDED = ("config", "classes", "images", "net")  # what makes a checkpoint ours
+NEEDED = ("config", "classes", "images", "size", "digest", "net")  # what makes a checkpoint ours
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
     free = ("device", "workers", "save_every", "compile", "bad_images")
     before = {key: tuple(value) if isinstance(value, list) else value for key, value in before.items()}
     if said := changed(before, config.to_dict(), free):
-        raise InputError(f"the run in {folder} has other settings, give the same again: {said}")
+        raise InputError(f"the run in {folder} has other settings, pass the same ones: {said}")
 
 
 def begin(
@@ -116,9 +116,9 @@ def begin(
     check(folder, config, resume)  # what was made there meanwhile
     state, damaged = checkpoint.newest(folder / "checkpoints", NEEDED) if resume else (None, [])
     if resume and damaged and state is None:
-        raise InputError(f"no checkpoint in {folder} is whole, begin another run: {'; '.join(damaged)}")
+        raise InputError(f"no checkpoint in {folder} is intact, start another run: {'; '.join(damaged)}")
     if resume and state is None and (folder / "config.json").exists() and not _config_of(folder / "config.json"):
-        raise InputError(f"{folder / 'config.json'} is not of a run of vggfeat's: choose another folder")
+        raise InputError(f"{folder / 'config.json'} was not written by vggfeat: choose another folder")
     if state is not None:
         _compare(folder, state["config"], config)
         if (state["classes"], state["images"]) != (images.classes, len(images)):
@@ -126,7 +126,7 @@ def begin(
                 f"the run in {folder} was on {state['images']} images of {len(state['classes'])} classes, "
                 f"{images.label} has {len(images)} of {len(images.classes)}"
             )
-        if state.get("digest", images.digest) != images.digest:
+        if state["digest"] != images.digest:
             raise InputError(
                 f"the run in {folder} was on other images than {images.label}: their names or labels differ"
             )

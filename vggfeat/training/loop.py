@@ -114,8 +114,10 @@ def train(
 
     Raises:
         InputError: data or settings that cannot be used, another run in `folder`.
-        WeightsError: weights that cannot be had or do not fit.
-        RunError: the loss is not finite, a checkpoint cannot be written, or an image cannot be read on the way.
+        WeightsError: weights that are unavailable or do not fit.
+        RunError: the loss is not finite, a checkpoint cannot be written, or an image cannot be read during the run.
+        DependencyError: torchvision is needed, for images that do not fit into memory, mixup or CutMix, and is missing.
+        KeyboardInterrupt: at a second Ctrl-C, before the step under way has ended.
     """
     if not isinstance(config, TrainConfig | None):
         raise InputError(f'config must be a TrainConfig, such as recipe("fast"), got {type(config).__name__}')
@@ -139,7 +141,7 @@ def train(
                 says(f"no checkpoint in {folder} yet: the run begins")
             if state is not None:
                 run.load(state)
-                says(f"going on after {run.done} of {config.epochs * run.batches.steps} steps")
+                says(f"resuming after {run.done} of {config.epochs * run.batches.steps} steps")
             return run.finish(damaged)
 
 
@@ -259,7 +261,7 @@ class _Run:
                 yield f"left out {len(each.skipped)} images of {each.label} that cannot be read: {named}"
             if each is not None and each.others:
                 named = each.others[0] + " …" * (len(each.others) > 1)
-                yield f"left out {len(each.others)} files of {each.label} with names of no images: {named}"
+                yield f"left out {len(each.others)} files of {each.label} without an image suffix: {named}"
         yield from damaged
 
     # ── the state ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -300,9 +302,9 @@ class _Run:
             InputError: it was written at another size, as where the images do not fit into memory here, or by a version
                 that trained other parameters.
         """
-        if (size := state.get("size", self.size)) != self.size:
+        if (size := state["size"]) != self.size:
             raise InputError(
-                f"the run in {self.folder} was on crops of {size} pixels, here they would be of {self.size}: images "
+                f"the run in {self.folder} used crops of {size} pixels, here they would have {self.size}: images "
                 f"{'were in memory, for which there is too little now' if size < self.size else 'were read one by one'}"
             )
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]

@@ -91,8 +91,8 @@ def tiles(arch: Arch, layers: Sequence[str], height: int, width: int, side: int)
     Args:
         arch: the network.
         layers: of its convolutional part, the ones whose positions are summed over.
-        height: of the picture.
-        width: likewise.
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
         side: 0 means a single tile.
     """
     if not side:
@@ -124,8 +124,8 @@ def side_for(
     Args:
         arch: the network.
         layers: that are summed over.
-        height: of the picture.
-        width: likewise.
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
         dtype: what the network computes in.
         device: where.
         memory: bytes that are free.

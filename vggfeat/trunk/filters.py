@@ -136,7 +136,7 @@ class Trunk:
         if part == "linear":
             return tuple(self.state[f"{name}.{each}"].to(device, dtype) for each in ("weight", "bias"))
         weight, bias = self._kernel(name, folded)
-        if part == "packed":  # comes after these two and adds nothing to what is passed
+        if part == "packed":  # requested after the two that it reorders; contributes no tensors
             for each in ("forward", "backward"):
                 if direct.pays_packed(packable := self._ready[device, dtype][name, folded, each][0]):
                     direct.pack(packable)

@@ -110,11 +110,11 @@ class ReadyStage:
     """A stage with its filters.
 
     Attributes:
-        plan: what it is of.
-        stage: which.
+        plan: the plan that it belongs to.
+        stage: the stage itself.
         folded: its filters, with a batch normalisation that follows folded in.
-        unfolded: without that, where the convolution is tapped.
-        keeps: of `kept_of`.
+        unfolded: its filters without that, where the convolution is tapped.
+        keeps: the names from `kept_of`.
     """
 
     plan: Plan

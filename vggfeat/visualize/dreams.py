@@ -102,7 +102,7 @@ def dream(
     arch: str | Arch | None = None,
     weights: WeightsLike = DEFAULT,
     precision: str = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     callback: Callable[[DreamStep], object] | None = None,
 ) -> Dream:
     """Images that excite a channel, a unit or a class most (Erhan et al. 2009; Olah et al. 2017).
@@ -369,6 +369,8 @@ def invert(
             known = load(weights, arch, default="vgg19")
             layers = known.served([f"relu{block}_1" for block in range(1, 6)])
     layers = tuple(layer_names(layers))
+    if taken := {"init", "content_layers", "content_weight", "style_layers", "style_weight"} & options.keys():
+        raise InputError(f"invert sets {min(taken)} itself: layers and gram say what is matched")
     terms: dict[str, Any] = {"style_layers": layers[:1], "style_weight": 0.0, "content_layers": layers}
     if gram:
         terms = {"style_layers": layers, "content_layers": layers[:1], "content_weight": 0.0, "style_weight": 1.0}

@@ -80,7 +80,7 @@ def distance(
             VGG-16.
     """
     if lpips and layers is not None:
-        raise InputError("LPIPS has layers of its own: leave them out")
+        raise InputError("LPIPS has its own five layers: leave layers out")
     first, second = load_image(a, size), load_image(b, size)
     if first.shape != second.shape:
         (h, w), (k, v) = first.shape[2:], second.shape[2:]
@@ -161,8 +161,8 @@ def cam(
     net: VGG | None = None,
     arch: str | Arch | None = None,
     weights: WeightsLike = DEFAULT,
-    mean: Sequence[float] = IMAGENET.mean,
-    std: Sequence[float] = IMAGENET.std,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Cam:
     """Where the classifier sees a class: Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391, eqs. 1 and 2).
 
@@ -179,8 +179,8 @@ def cam(
         net: your own network of `vggfeat.vgg`; it is run in eval mode and left as it was.
         arch: without `net`: the network, see `VGGFeatures`.
         weights: without `net`: see `vggfeat.weights.load`; they must hold a classifier.
-        mean: with `net`: what it expects to be subtracted from images in [0,1], per channel.
-        std: with `net`: what it expects them to be divided by then.
+        mean: with `net`: what it expects to be subtracted from images in [0,1], per channel; None means ImageNet's.
+        std: with `net`: what it expects them to be divided by then; None means ImageNet's.
 
     Raises:
         InputError: an unknown class or layer, or an image that cannot be read or is below 32 pixels.
@@ -188,6 +188,13 @@ def cam(
     """
     if net is not None and not isinstance(getattr(net, "arch", None), Arch):
         raise InputError(f"expected a network of vggfeat.vgg, got {type(net).__name__}")
+    if net is None:
+        useless = [name for name, value in (("mean", mean), ("std", std)) if value is not None]
+    else:
+        useless = ["arch"] * (arch is not None) + ["weights"] * (weights is not DEFAULT)
+    if useless:
+        raise InputError(f"{useless[0]} has no effect {'without' if net is None else 'with'} net: leave it out")
+    mean, std = IMAGENET.mean if mean is None else mean, IMAGENET.std if std is None else std
     picture = as_picture(image)  # before the weights, which may need fetching
     image = image if isinstance(image, Tensor) else picture  # a file is read once
     facts = run_metadata(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
@@ -213,7 +220,7 @@ def cam(
                 "folder of a run of `vggfeat train`"
             )
         names = facts.get("classes") if names is None else names
-        label, mean, std = loaded.label, IMAGENET.mean, IMAGENET.std
+        label = loaded.label
         net = network_from_weights(loaded)
     last = net.arch.names[-1]
     layer = layer or [each.name for each in net.arch.layers if each.kind == "relu"][-1]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.arch import Arch, Layer
-from vggfeat.errors import InputError, whole_number
+from vggfeat.errors import InputError, check_choice, whole_number
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, to_pil
@@ -156,8 +156,7 @@ def maps(
         InputError: an unknown layer, channel or choice, or an image that cannot be read or is too small.
         WeightsError: weights that are unavailable or do not reach the layer.
     """
-    if scale not in ("each", "shared"):
-        raise InputError(f"unknown scale {scale!r}: choose 'each' or 'shared'")
+    check_choice("scale", scale, ("each", "shared"))
     features = VGGFeatures([layer], weights=load(weights, arch))
     features.arch.layer(layer)
     tap = _tap(features, layer, load_image(image, size))
