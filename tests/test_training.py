@@ -475,7 +475,7 @@ def test_a_run_does_not_go_on_at_another_size(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         run(source, tmp_path / "r", callback=stop_at(2), save_every=1)
     monkeypatch.setattr(vggfeat.training.data, "total_memory", lambda device: 4 * 3 * 32 * 32)
-    with pytest.raises(InputError, match="on crops of 32 pixels, here they would be of 224"):
+    with pytest.raises(InputError, match="used crops of 32 pixels, here they would have 224"):
         run(source, tmp_path / "r", resume=True, save_every=1)
 
 
@@ -581,7 +581,7 @@ def test_no_good_checkpoint_is_an_error(data, tmp_path):
     run(data, tmp_path / "r")
     for path in (tmp_path / "r" / "checkpoints").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="no checkpoint in .* is whole"):
+    with pytest.raises(InputError, match="no checkpoint in .* is intact"):
         run(data, tmp_path / "r", resume=True)
 
 
@@ -1064,7 +1064,7 @@ def test_other_peoples_folders_are_left_alone(data, tmp_path):
     with pytest.raises(InputError, match="was not written by vggfeat: choose another folder"):
         run(data, theirs, resume=True, epochs=1)
     torch.save({"epoch": 3}, theirs / "checkpoints" / "step-000000001.pt")
-    with pytest.raises(InputError, match="it lacks classes, config, images, net"):
+    with pytest.raises(InputError, match="it lacks classes, config, digest, images, net, size"):
         run(data, theirs, resume=True, epochs=1)
     assert all(path.read_text() == text for path, text in before.items() if path.name != "thesis.txt")
 

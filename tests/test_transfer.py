@@ -1087,7 +1087,7 @@ def test_a_checkpoint_is_of_one_run(config, state, pair, tmp_path, monkeypatch):
     for images, changed, match in (
         (pair, {"steps": 4}, "other settings: steps was 3, is 4"),
         (pair, {"style_layers": STYLE[:1]}, "other settings: style_layers was"),
-        ((pair[0], pair[1].flip(3)), {}, "is of other pictures"),
+        ((pair[0], pair[1].flip(3)), {}, "was written with other pictures"),
     ):
         with pytest.raises(InputError, match=match):
             stylize(*images, dataclasses.replace(settings, **changed), checkpoint=path)

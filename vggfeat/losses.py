@@ -368,7 +368,7 @@ class _LossWithGradient(torch.autograd.Function):
             (gradient,) = torch.autograd.grad(losses, input, grad, create_graph=True)
         else:
             if ctx.gradient is None:
-                raise RuntimeError("backward() was called twice on this loss: pass retain_graph=True the first time")
+                raise RuntimeError("backward() a second time on one loss: pass retain_graph=True the first time")
             gradient = (ctx.gradient * grad[:, None, None, None]).to(ctx.dtype)
             if not _keeps_graph():
                 ctx.gradient = None

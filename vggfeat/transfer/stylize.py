@@ -433,7 +433,8 @@ class _Run:
         if said := changed(state["config"], self.config.to_dict(), ("device",)):
             raise InputError(f"the run in {path} has other settings: {said}")
         if odd := [what for what, value in self.identity.items() if what != "config" and state[what] != value]:
-            raise InputError(f"the run in {path} is of other {' and '.join(odd)}: name another file to begin anew")
+            others = " and ".join(odd)
+            raise InputError(f"the run in {path} was written with other {others}: name another file to begin anew")
         self.before, self.history, self.done = state, state["history"], state["done"]
         self.image = state["picture"].to(self.device)
         self.started -= state["elapsed"]
