@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat import convolution, devices
-from vggfeat.convolution import Conv2d, conv_as_product, convolve, pays_as_product, pays_by_tiles
+from vggfeat.convolution import Conv2d, conv_as_product, convolve, prefers_matmul, prefers_winograd
 
 SHAPES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4), (2, 4), (4, 3), (1, 4)]
 
@@ -93,7 +93,7 @@ def by_tiles(monkeypatch, n=70, channels=64, outputs=96, side=(8, 7)):
     generator = torch.Generator().manual_seed(0)
     shapes = (n, channels, *side), (outputs, channels, 3, 3), (outputs,)
     values = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    assert pays_by_tiles(*values[:2])
+    assert prefers_winograd(*values[:2])
     return values
 
 
@@ -105,7 +105,7 @@ def test_tiles_give_value_and_gradients(monkeypatch, bias):
     for dtype in (torch.float32, torch.float64):
         values = [value.detach().to(dtype).requires_grad_() for value in given]
         y = convolve(*values, *[None] * (not bias))
-        assert ("Tiles" in type(y.grad_fn).__name__) == (dtype == torch.float32)
+        assert ("Winograd" in type(y.grad_fn).__name__) == (dtype == torch.float32)
         results.append([y, *torch.autograd.grad(y, values, grad.to(dtype))])
     for found, exact in zip(*results, strict=True):
         assert found.dtype == torch.float32 and (found - exact).norm() < 1e-5 * exact.norm()
@@ -134,18 +134,18 @@ def test_tiles_give_one_gradient_without_the_others_and_second_derivatives(monke
 
 def test_what_tiles_are_for(monkeypatch):
     x, weight, _ = by_tiles(monkeypatch)
-    assert "Tiles" in type(Conv2d(64, 96, 3, padding=1)(x).grad_fn).__name__
+    assert "Winograd" in type(Conv2d(64, 96, 3, padding=1)(x).grad_fn).__name__
     assert "Tiles" not in type(Conv2d(64, 96, 3, padding=1, stride=2)(x).grad_fn).__name__
-    assert not pays_by_tiles(x.double(), weight.double()) and not pays_by_tiles(x.bfloat16(), weight.bfloat16())
-    assert not pays_by_tiles(x[:10], weight) and not pays_by_tiles(x[:, :3], weight[:, :3])
-    assert not pays_by_tiles(x[..., :2, :2], weight)
-    assert not pays_by_tiles(x.to("meta"), weight)
+    assert not prefers_winograd(x.double(), weight.double()) and not prefers_winograd(x.bfloat16(), weight.bfloat16())
+    assert not prefers_winograd(x[:10], weight) and not prefers_winograd(x[:, :3], weight[:, :3])
+    assert not prefers_winograd(x[..., :2, :2], weight)
+    assert not prefers_winograd(x.to("meta"), weight)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not pays_by_tiles(x, weight)
+        assert not prefers_winograd(x, weight)
     with FakeTensorMode() as mode:
-        assert not pays_by_tiles(mode.from_tensor(x), mode.from_tensor(weight))
+        assert not prefers_winograd(mode.from_tensor(x), mode.from_tensor(weight))
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not pays_by_tiles(x, weight)
+    assert not prefers_winograd(x, weight)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch.func.jvp's own
@@ -169,9 +169,9 @@ def test_tiles_in_company(monkeypatch):
 
 
 def test_is_for_small_maps_in_batches_on_a_cpu():
-    assert pays_as_product(torch.zeros(128, 3, 2, 2)) and pays_as_product(torch.zeros(128, 3, 4, 4))
-    assert not pays_as_product(torch.zeros(128, 3, 5, 4)) and not pays_as_product(torch.zeros(1, 3, 2, 2))
-    assert not pays_as_product(torch.zeros(128, 3, 2, 2, device="meta"))
+    assert prefers_matmul(torch.zeros(128, 3, 2, 2)) and prefers_matmul(torch.zeros(128, 3, 4, 4))
+    assert not prefers_matmul(torch.zeros(128, 3, 5, 4)) and not prefers_matmul(torch.zeros(1, 3, 2, 2))
+    assert not prefers_matmul(torch.zeros(128, 3, 2, 2, device="meta"))
 
 
 def test_is_not_for_bfloat16_where_its_products_are_slow(monkeypatch):
@@ -179,8 +179,8 @@ def test_is_not_for_bfloat16_where_its_products_are_slow(monkeypatch):
     for hardware in (True, False):
         monkeypatch.setattr(devices, "multiplies_bfloat16", lambda hardware=hardware: hardware)
         with torch.autocast("cpu", torch.bfloat16):
-            assert pays_as_product(x) == hardware
-        assert pays_as_product(x) and pays_as_product(x.bfloat16()) == hardware
+            assert prefers_matmul(x) == hardware
+        assert prefers_matmul(x) and prefers_matmul(x.bfloat16()) == hardware
 
 
 @pytest.mark.parametrize(

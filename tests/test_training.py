@@ -533,7 +533,7 @@ def test_going_on_by_tiles_gives_the_same_weights(data, tmp_path, monkeypatch):
     seen = []
     real = winograd.weight_gradient
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(convolution, "TILES", 1)
+    monkeypatch.setattr(convolution, "MIN_TILES", 1)
     monkeypatch.setattr(winograd, "weight_gradient", lambda *args: seen.append(args[0].shape[1]) or real(*args))
     wide = {"width": 0.25, "optimizer": "muon"}
     whole = run(data, tmp_path / "whole", **wide)

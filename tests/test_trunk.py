@@ -1080,13 +1080,13 @@ needs_onednn = pytest.mark.skipif(not direct._onednn_takes(torch.zeros(1)), reas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_weight_is_the_same_weight(dtype):
     weight = images(288, 256, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    if dtype == torch.bfloat16 and not direct.pays_packed(weight):
+    if dtype == torch.bfloat16 and not direct.benefits_from_packing(weight):
         pytest.skip("this processor does not multiply bfloat16")
-    assert direct.pays_packed(weight) and not direct.pays_packed(weight[:128])
+    assert direct.benefits_from_packing(weight) and not direct.benefits_from_packing(weight[:128])
     maps = [images(n, 256, h, w, dtype=dtype) for n, h, w in ((1, 2, 2), (3, 4, 4), (8, 7, 9), (1, 40, 33))]
     before = [direct.convolve(x, weight, None, 1, relu=True) for x in maps]
     direct.pack(weight)
-    assert not direct.pays_packed(weight) and direct._packed[weight].layout == torch._mkldnn
+    assert not direct.benefits_from_packing(weight) and direct._packed[weight].layout == torch._mkldnn
     for x, wanted in zip(maps, before, strict=True):
         torch.testing.assert_close(direct.convolve(x, weight, None, 1, relu=True), wanted)
     count = len(direct._packed)

@@ -1,4 +1,4 @@
-"""The trainable convolution, faster on a CPU: by tiles in float32, as a matrix product on the smallest maps.
+"""The trainable convolution, faster on a CPU: in float32 by Winograd's algorithm, on the smallest maps as a product.
 
 A VGG on 32×32 images spends most of its time at maps of 16×16 to 2×2, where oneDNN's convolutions are slow and their
 weight gradients slower (`python -m tests.bench.training`): they block over space, of which there is little. A matrix
@@ -21,7 +21,7 @@ from vggfeat.modes import exporting, in_forward_mode, in_functorch, is_batched, 
 
 SMALLEST, SMALL = 2, 4  # sides: up to 2 one matrix maps a whole map to a whole map, up to 4 the windows are laid out
 ROWS = 128  # with fewer, the work around the product costs more than it saves
-TILES = 256  # with fewer, transforming the weights costs more than it saves
+MIN_TILES = 256  # with fewer, transforming the weights costs more than it saves
 
 
 class Conv2d(nn.Conv2d):
@@ -42,13 +42,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (K,C,3,3).
         bias: (K,) or None.
     """
-    if pays_by_tiles(x, weight):
-        return _Tiles.apply(x, weight, bias)  # type: ignore[no-any-return]
-    return conv_as_product(x, weight, bias) if pays_as_product(x) else F.conv2d(x, weight, bias, padding=1)
+    if prefers_winograd(x, weight):
+        return _WinogradConv.apply(x, weight, bias)  # type: ignore[no-any-return]
+    return conv_as_product(x, weight, bias) if prefers_matmul(x) else F.conv2d(x, weight, bias, padding=1)
 
 
-def pays_by_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Whether a 3×3 convolution of (N,C,H,W) is faster by tiles; decided by shape, for reproducible runs."""
+def prefers_winograd(x: Tensor, weight: Tensor) -> bool:
+    """Whether a 3×3 convolution of (N,C,H,W) is faster by Winograd's algorithm; decided by shape, for reproducible runs."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.ndim != 4:  # such as torch.fx's proxies
         return False
     if not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu") or needs_composite_ops():
@@ -56,11 +56,11 @@ def pays_by_tiles(x: Tensor, weight: Tensor) -> bool:
     n, c, height, width = x.shape
     tiles = n * -(-height // winograd.TILE) * -(-width // winograd.TILE)
     filled = n * height * width / (winograd.TILE**2 * max(tiles, 1))  # tiles hanging over the border waste work
-    return tiles >= TILES and filled > 0.5 and winograd.is_supported(x.device, x.dtype, c, weight.shape[0])
+    return tiles >= MIN_TILES and filled > 0.5 and winograd.is_supported(x.device, x.dtype, c, weight.shape[0])
 
 
-class _Tiles(torch.autograd.Function):
-    """A 3×3 convolution with padding 1 by tiles, and both gradients."""
+class _WinogradConv(torch.autograd.Function):
+    """A 3×3 convolution with padding 1 by Winograd's algorithm, and both gradients."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -96,7 +96,7 @@ def _torchs_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tupl
     return grads[: len(ctx.needs_input_grad)]
 
 
-def pays_as_product(x: Tensor) -> bool:
+def prefers_matmul(x: Tensor) -> bool:
     """Whether a 3×3 convolution of (N,C,H,W) is faster as a product; decided by shape, for reproducible runs."""
     if not isinstance(x, Tensor) or x.device.type != "cpu" or x.ndim != 4 or in_forward_mode():
         return False

@@ -203,7 +203,7 @@ class _Inputs:
 
 def convolve(
     x: Tensor,
-    tiles: Tensor,
+    points_of_weight: Tensor,
     bias: Tensor | None,
     pad: int,
     *,
@@ -215,7 +215,7 @@ def convolve(
 
     Args:
         x: (N,C,H,W), float32, or bfloat16 to be computed in float32 and rounded at the end.
-        tiles: of `transformed`, float32.
+        points_of_weight: of `transformed`, float32.
         bias: (K,) or None.
         pad: zeros on each side.
         relu: apply it.
@@ -224,10 +224,10 @@ def convolve(
     """
     to_points, back = _bases(transposed)
     if transposed:
-        tiles = tiles.transpose(1, 2)
+        points_of_weight = points_of_weight.transpose(1, 2)
     images = x.permute(0, 2, 3, 1)  # (N,H,W,C)
     n, h, w, c = images.shape
-    k = tiles.shape[2]
+    k = points_of_weight.shape[2]
     height, width = h + 2 * pad - 2, w + 2 * pad - 2
     fits = max(LEAST, WORKSPACE // (36 * max(c, k))) * torch.get_num_threads()
     bands = _Bands.of(n, height, width, fits)
@@ -243,7 +243,7 @@ def convolve(
     out = images if fitting else x.new_empty(n, height, width, k)
     beyond = x.new_empty(bands.several, TILE * bands.rows, TILE * bands.across, k)
     for which, top in bands:
-        torch.bmm(inputs.read(which, top), tiles, out=products)
+        torch.bmm(inputs.read(which, top), points_of_weight, out=products)
         _along_both_axes(back, products.view(6, 6, -1), halfway, outputs)
         here = out[which, top : top + beyond.shape[1]]
         target = here if here.shape == beyond.shape else beyond  # where tiles hang over the border, it is cut off

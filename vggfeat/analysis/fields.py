@@ -163,7 +163,7 @@ def effective_field(
         total = torch.zeros(side, side, dtype=torch.float64, device="cpu")
         for _ in range(round(samples * min(16, max(1, 128 / field)))):
             noise = torch.rand(1, 3, side, side, generator=generator, dtype=torch.float32, device="cpu")
-            # in float64, whose convolutions are direct: those by tiles leave rounding errors outside the field
+            # in float64, whose convolutions are direct: Winograd's leave rounding errors outside the field
             image = noise.double().requires_grad_()
             unit = features(image)[layer][0, :, middle, middle].sum()
             total += torch.autograd.grad(unit, image)[0][0].abs().mean(0)

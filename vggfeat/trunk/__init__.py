@@ -12,7 +12,7 @@ From the outside in: `plan.py` says what to run and `filters.py` with which weig
 and the two operators of `operators.py`; callers that need the gradient immediately bypass it by `vjp`, or, for what is
 made of sums over positions, `vjp_by_rows`. All are the walk of `walk.py`, forward and backward: stage after stage
 (`stage.py`), the first block strip by strip (`strips.py`). It is made of the operations of `layers.py`, convolutions of
-`direct.py` and, by tiles, of `vggfeat/winograd.py`, and the packed signs of `bits.py`.
+`direct.py` and, by Winograd's algorithm, of `vggfeat/winograd.py`, and the packed signs of `bits.py`.
 """
 
 from vggfeat.trunk.autograd import run

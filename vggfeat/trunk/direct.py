@@ -16,7 +16,7 @@ LARGE_WEIGHT = 9 << 16  # values: of a 3×3 kernel for 256 channels in and out
 _packed = WeakTensorKeyDictionary()  # by weight, the same in oneDNN's own layout
 
 
-def pays_packed(weight: Tensor) -> bool:
+def benefits_from_packing(weight: Tensor) -> bool:
     """Whether to `pack` a frozen 3×3 weight that is used on small maps, and is not packed yet."""
     return (
         weight.numel() >= LARGE_WEIGHT

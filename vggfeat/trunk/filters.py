@@ -108,7 +108,7 @@ class Trunk:
             shape = (layer.in_channels, layer.channels, height, width)
             tiled = layer.kernel == 3 and winograd.is_faster(device, dtype, *shape)
             for folded in ["bn" in stage.steps] + [False] * stage.unfolded:
-                keys += [(stage.conv, folded, "forward"), (stage.conv, folded, "tiles" if tiled else "backward")]
+                keys += [(stage.conv, folded, "forward"), (stage.conv, folded, "winograd" if tiled else "backward")]
                 if layer.kernel == 3 and not tiled and 0 < height * width <= direct.SMALL_MAP:
                     packed.append((stage.conv, folded, "packed"))
         tensors = self._get((*keys, *packed, *map(_linear, linear)), device, dtype)
@@ -138,10 +138,10 @@ class Trunk:
         weight, bias = self._kernel(name, folded)
         if part == "packed":  # requested after the two that it reorders; contributes no tensors
             for each in ("forward", "backward"):
-                if direct.pays_packed(packable := self._ready[device, dtype][name, folded, each][0]):
+                if direct.benefits_from_packing(packable := self._ready[device, dtype][name, folded, each][0]):
                     direct.pack(packable)
             return ()
-        if part == "tiles":
+        if part == "winograd":
             # in bfloat16 too: they are used where products are in float32 anyway
             return (winograd.transformed(weight).to(device, torch.float32),)
         if part == "backward":

@@ -44,7 +44,7 @@ def _below(x: Tensor, bound: float) -> bool:
 
 def conv(x: Tensor, filters: Filters, pad: int, *, relu: bool = False, overwrite: bool = False) -> Tensor:
     """Convolution with stride 1, with `relu` and the ReLU; it may overwrite `x`."""
-    if _by_tiles(filters.weight_backward):
+    if _is_winograd(filters.weight_backward):
         return winograd.convolve(x, filters.weight_backward, filters.bias, pad, relu=relu, overwrite=overwrite)
     return direct.convolve(x, filters.weight, filters.bias, pad, relu=relu)
 
@@ -56,11 +56,11 @@ def conv_backward(
 
     `weight` is the `weight_backward` of its `Filters`; with `overwrite` the result may take the place of `grad`.
     """
-    kernel = 3 if _by_tiles(weight) else weight.shape[-1]
+    kernel = 3 if _is_winograd(weight) else weight.shape[-1]
     folded = padding != "zeros" and pad > 0
     # of the padded input, where the padding copies the input
     pads = kernel - 1 - (0 if folded else pad)
-    if _by_tiles(weight):
+    if _is_winograd(weight):
         full = winograd.convolve(grad, weight, None, pads, transposed=True, overwrite=overwrite)
     else:
         full = direct.convolve(grad, weight, None, pads)
@@ -73,7 +73,7 @@ def conv_backward(
     return channels_last(fold(full, like, [pad] * 4))
 
 
-def _by_tiles(weight_backward: Tensor) -> bool:
+def _is_winograd(weight_backward: Tensor) -> bool:
     return weight_backward.ndim == 3
 
 
