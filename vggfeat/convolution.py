@@ -48,7 +48,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def prefers_winograd(x: Tensor, weight: Tensor) -> bool:
-    """Whether a 3×3 convolution of (N,C,H,W) is faster by Winograd's algorithm; decided by shape, for reproducible runs."""
+    """Whether a 3×3 convolution of (N,C,H,W) is faster by Winograd's algorithm; by shape alone, so that runs repeat."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.ndim != 4:  # such as torch.fx's proxies
         return False
     if not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu") or needs_composite_ops():
