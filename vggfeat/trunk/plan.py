@@ -95,8 +95,8 @@ class Plan:
         """How many stages make the first block; 0 where the plan ends in it, or its maps do not suit strips.
 
         With a multiple of 8 channels, the bits of a row fill whole bytes. With more than the published, maps are
-        convolved by Winograd's algorithm (`winograd.py`), whose grid would differ in a strip from the whole map's, and so
-        rounding.
+        convolved by Winograd's algorithm (`winograd.py`), whose grid, and so rounding, would differ in a strip from the
+        whole map's.
         """
         count = next((i for i, stage in enumerate(self.stages, start=1) if "pool" in stage.steps), 0)
         widths = [self.arch.layer(stage.conv).channels for stage in self.stages[:count]]
