@@ -107,6 +107,26 @@ def test_signs_of_a_number_of_values_that_fills_no_byte(device):
     assert torch.equal(grad > 0, x > 0)
 
 
+def test_grids_of_the_largest_maps(monkeypatch):
+    """CUDA has up to 2^31 blocks in the first dimension, and 65535 in the second."""
+    pytest.importorskip("triton")
+    from vggfeat import kernels
+    from vggfeat.training import kernels as training
+
+    grids = []
+    for module in (kernels, training):
+        monkeypatch.setattr(module, "launch", lambda kernel, on, grid, *rest, **options: grids.append(grid))
+    x, half = (torch.empty(4, 512, side, side, dtype=torch.bfloat16, device="meta") for side in (4000, 2000))
+    kernels.distance_and_gradient(x, x, "mse", 1e-3, None, None)
+    kernels.max_pool(x)
+    kernels.max_pool_packed(x)
+    kernels.max_pool_backward(half, torch.empty_like(half, dtype=torch.uint8), 4000, 4000)
+    kernels.pack(x)
+    _, stats = training.batch_norm_relu(x, *torch.empty(4, 512, device="meta"), None, 0.1, 1e-5, True)
+    training.batch_norm_relu_backward(half, x, stats, True)
+    assert len(grids) == 11 and all(0 < first < 2**31 and 0 < second < 2**16 for first, second in grids)
+
+
 def test_no_images(device):
     from vggfeat import kernels
 
@@ -178,11 +198,12 @@ def test_max_pool_of_nan_is_nan(device):
 @pytest.mark.parametrize("shape", [(4, 20, 5, 3), (3, 130, 4, 6), (40, 64, 8, 8), (2, 1, 1, 1), (1, 8, 2, 2)])
 @pytest.mark.parametrize("lacks", [True, False])
 @pytest.mark.parametrize("pool", [False, True])
-def test_batch_norm_and_relu(device, loops, shape, dtype, lacks, pool):
+def test_batch_norm_and_relu(device, loops, shape, dtype, lacks, pool, monkeypatch):
     from vggfeat.training import kernels as training
 
     if pool and any(side % 2 for side in shape[2:]):
-        return  # the caller pools those
+        pytest.skip("the caller pools maps of odd sides")
+    monkeypatch.setattr(training, "PROGRAMS", 3)  # so that each adds more than one block
     channels = shape[1]
     x = maps(shape, dtype, device, mean=3.0)
     weight, bias, before, mean, var = maps((5, channels, 1, 1), torch.float32, device, mean=0.5, seed=1)[..., 0, 0]
@@ -237,8 +258,9 @@ def test_of_nan_all_of_the_channel_is_nan(device, loops):
     assert y[:, 1].isnan().all() and y[:, [0, 2]].isfinite().all() and mean.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("side", [32, 48])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_network_trained_by_kernels_is_the_network(device, loops, frozen):
+def test_a_network_trained_by_kernels_is_the_network(device, loops, frozen, side):
     from vggfeat.training.fused import Fused
 
     torch.manual_seed(0)
@@ -255,7 +277,7 @@ def test_a_network_trained_by_kernels_is_the_network(device, loops, frozen):
         if frozen:
             each.features[1].eval()
     theirs.double()
-    x = maps((6, 3, 32, 32), torch.float32, device)
+    x = maps((6, 3, side, side), torch.float32, device)
     with torch.backends.cudnn.flags(allow_tf32=False):
         ours, wanted = Fused(net)(x), theirs(x.double())
         assert relative(ours.detach(), wanted.detach()) < 1e-4
@@ -326,10 +348,11 @@ def test_losses_on_a_gpu_use_them(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3), (64, 3, 3, 3), (24, 40, 3, 3)])
-def test_steps_of_muon(device, loops, shape, dtype):
+def test_steps_of_muon(device, loops, shape, dtype, monkeypatch):
     """Against the definition, in float64."""
     from vggfeat.training import kernels as training
 
+    monkeypatch.setattr(training, "PROGRAMS", 2)  # so that each adds more than one block
     filters, grads, sums, directions = (
         [maps(shape, torch.float32, device, seed=4 * i + j) for j in (0, 1)] for i in range(4)
     )

@@ -1,6 +1,8 @@
 """What `vggfeat.training.data` reads, and the batches made of it."""
 
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import numpy
@@ -193,7 +195,10 @@ def test_many_images_are_read_by_several_processes(tmp_path, kind, monkeypatch):
     alone, _ = load_images(path, bad_images="skip")
     monkeypatch.setattr(data_module, "ALONE", 5)
     monkeypatch.setattr(data_module, "_processes", lambda: 2)
+    readers, loaded = [], data_module.loaded
+    monkeypatch.setattr(data_module, "loaded", lambda *given: readers.append(given[2]) or loaded(*given))
     several, _ = load_images(path, bad_images="skip")
+    assert readers == [2]
     assert several.skipped == alone.skipped == ["bee/33.png"] and several.names == alone.names
     assert torch.equal(several.pixels, alone.pixels) and len(alone.pixels) == 3 * 70 - 1
     assert torch.equal(torch.get_rng_state(), before)
@@ -201,6 +206,21 @@ def test_many_images_are_read_by_several_processes(tmp_path, kind, monkeypatch):
         load_images(path)
     pictures.folder(tmp_path / "more", pictures.tree(70) | {"cow/9.png": pictures.encoded(Image.new("RGB", (40, 36)))})
     assert load_images(tmp_path / "more")[0].pixels is None
+
+
+def test_an_error_while_processes_read_ends_the_program():
+    """They ignore the signal that Python ends them with."""
+    code = """
+import torch
+from vggfeat.training.data import loaded
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, i): return i
+items = loaded(Numbers(), [[i] for i in range(1000)], 2)
+assert next(items) == [0]
+raise RuntimeError("the items are still held")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and ended.stderr.strip().endswith("RuntimeError: the items are still held")
 
 
 def test_images_of_several_sizes_stay_on_disk(tmp_path):

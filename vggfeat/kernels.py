@@ -319,11 +319,11 @@ def distance_and_gradient(
     sums = torch.zeros(n, blocks, dtype=torch.float32, device=ours.device)
     share = 1 / max(1, channels * places)
     unit, weighted = unit_eps is not None, channel_weights is not None
-    weights = channel_weights if weighted else sums
+    weights = channel_weights.contiguous() if channel_weights is not None else sums  # which is not read then
     options = CRITERIA.index(criterion), unit, weighted, len(theirs) == 1
     eps = charbonnier_eps, unit_eps or 0.0
-    sizes = share, places, channels, rows, columns
-    launch(_distance, ours, (n, blocks), ours, theirs, weights, gradient, sums, *options, *eps, *sizes)
+    sizes = share, places, blocks, channels, rows, columns
+    launch(_distance, ours, (n * blocks, 1), ours, theirs, weights, gradient, sums, *options, *eps, *sizes)
     return sums.sum(1).mul_(share), gradient
 
 
@@ -342,14 +342,16 @@ def _distance(
     unit_eps,
     share,
     places,
+    blocks,
     channels,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    block = tl.program_id(0)
+    place = block % blocks * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, COLUMNS)[None, :]
     there = (place < places) & (channel < channels)
-    image = tl.program_id(0).to(tl.int64) * places
+    image = (block // blocks).to(tl.int64) * places
     at = (image + place) * channels + channel
     a = tl.load(ours + at, there, 0.0).to(tl.float32)
     b = tl.load(theirs + (place.to(tl.int64) * channels + channel if SHARED else at), there, 0.0).to(tl.float32)
@@ -370,7 +372,7 @@ def _distance(
         weight = tl.load(weights + channel, channel < channels, 0.0)
         value *= weight
         slope *= weight
-    tl.store(sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(value, 1), 0))
+    tl.store(sums + block, tl.sum(tl.sum(value, 1), 0))
     if UNIT:  # back through y = F r: r (g - y ⟨y, g⟩)
         slope = (slope - a * tl.sum(a * slope, 1)[:, None]) * factor
     tl.store(gradient + at, slope * share, there)

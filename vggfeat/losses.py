@@ -477,7 +477,7 @@ class PerceptualLoss(_FeatureLoss):
     ) -> tuple[Tensor, Tensor]:
         if self.criterion not in DERIVATIVES or tap.ndim != 4:
             return super()._distance_and_gradient(name, tap, theirs, mask)
-        weights = self._channel_weights(name, upcast(tap))
+        weights = self._channel_weights(name, upcast(tap[:0]))  # whose type and device count
         return distance_and_gradient(tap, theirs, str(self.criterion), self.normalize_features, mask, weights)
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:

@@ -147,7 +147,7 @@ class Batches:
         self.steps = len(images) // config.batch_size
         self.skipped: set[str] = set()
         self.labels = images.labels.to(self.device)
-        self.pixels = None if images.pixels is None else images.pixels.to(self.device)
+        self.pixels = None if images.pixels is None else images.pixels.to(self.device).contiguous()
         if self.pixels is None:
             resize = config.resize or (scale_for(size),)
             if resize[0] + 2 * config.pad < size:
@@ -211,8 +211,7 @@ class Batches:
     def _read(self, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         config = self.config
         plan = [[(i, (config.seed, epoch, i)) for i in chosen[step].tolist()] for step in steps]
-        read = zip(steps, loaded(self.crops, plan, config.workers, _stacked), strict=True)
-        for step, (numbers, crops, bad) in read:
+        for step, (numbers, crops, bad) in zip(steps, loaded(self.crops, plan, config.workers, _stacked), strict=True):
             if crops is None:
                 if config.bad_images == "fail":
                     raise RunError(f"{bad[0]}; {LEAVE_OUT}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -319,5 +320,6 @@ def _read(
             else:
                 bad.add(number)
         for group in shapes.values():
-            numbers_of, pixels_of = zip(*group, strict=True)
-            yield torch.tensor(numbers_of, device="cpu"), torch.stack([*map(torch.from_numpy, pixels_of)])
+            chosen, pixels = zip(*group, strict=True)
+            # by NumPy: torch's copy would take threads from the processes that read
+            yield torch.tensor(chosen, device="cpu"), torch.from_numpy(numpy.stack(pixels))

@@ -369,6 +369,7 @@ def move(filters: list[Tensor], directions: Tensor, lengths: Tensor, norms: Tens
         launch(_products, value, (parts, 1), value, direction, sums[i], each, count, VALUES, STAGES)
         to = lengths[i], norms[i], parts, int(triton.next_power_of_2(parts))
         launch(_move, value, (triton.cdiv(count, VALUES), 1), value, direction, sums[i], *to, count, VALUES)
+    torch.autograd.graph.increment_version(filters)  # as an operation of torch's in place would
 
 
 @triton.jit

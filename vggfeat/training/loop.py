@@ -462,8 +462,8 @@ class _Run:
         if self.test is None:
             return None
         bad_images, workers, batch_size = self.config.bad_images, self.config.workers, 256
-        if self.world.device.type == "cuda":  # as many pixels as that has at 224: small images would leave it waiting
-            batch_size = max(batch_size, batch_size * 224**2 // self.size**2)
+        if self.world.device.type == "cuda":  # small batches would leave it waiting; what training has fits, and more
+            batch_size = max(batch_size, 4 * self.config.batch_size // self.config.accumulate)
         return evaluate_network(
             self.tested_net, self.test, self.views, self.world, self.dtype, batch_size, bad_images, workers
         )

@@ -25,7 +25,7 @@ ITERATIONS = 3
 
 
 def polar_direction(matrix: Tensor) -> Tensor:
-    """About ‖matrix‖ U Vᵀ of matrices U S Vᵀ (…,K,L), in their own type, by Newton and Schulz's iteration; 0 for 0.
+    """About ‖matrix‖ U Vᵀ of matrices U S Vᵀ (…,K,L), not in float16, by Newton and Schulz's iteration; 0 for 0.
 
     The coefficients are Jordan's, which do not converge but come close fastest: directions of small singular values
     come out shorter than the others, and none much longer.
