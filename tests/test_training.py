@@ -3,9 +3,11 @@
 import contextlib
 import csv
 import errno
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pictures
 import pytest
 import torch
 from interpreters import Python, together
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -114,7 +117,7 @@ def test_saved_weights_have_torchvisions_keys_and_work_everywhere(finished, torc
     assert ours == {key for key in other.state_dict() if key.startswith("features.")}
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["vggfeat"])
-    assert facts == {"classes": ["ant", "bee", "cow"], "size": 32, "scales": None}
+    assert facts == {"classes": ["ant", "bee", "cow"], "size": 32, "scales": [32]}
     images = torch.rand(2, 3, 32, 32)
     taps = vggfeat.VGGFeatures(["conv3_1", "relu5_2"], weights=path)(images)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -891,10 +894,12 @@ def test_test_images_are_scaled_as_training_images_are(tmp_path, torchvision):
     assert (made.views.size, made.views.scales) == (32, (40,))
     with pytest.raises(InputError, match="resize 128 with pad 4 is smaller than size 224"):
         loop._Run(TrainConfig(**TINY | {"resize": (128,)}), images, test, World(CPU), tmp_path, None)
-    images, _ = vggfeat.load_images(tmp_path / "b")
+    images, _ = vggfeat.load_images(tmp_path / "b")  # of one size, and so kept as they are
     small, _ = vggfeat.load_images(pictures.folder(tmp_path / "c", pictures.tree(2)))
-    with pytest.raises(InputError, match="smaller than size 90"):
-        loop._Run(TrainConfig(**TINY | {"batch_size": 2}), images, small, World(CPU), tmp_path, None)
+    made = loop._Run(TrainConfig(**TINY | {"batch_size": 2}), images, small, World(CPU), tmp_path, None)
+    assert (made.views.size, made.views.scales) == (90, (90,))
+    with pytest.raises(InputError, match="tested 90 pixels high or wide, smaller than size 96: set resize"):
+        loop._Run(TrainConfig(**TINY | {"batch_size": 2, "size": 96}), images, small, World(CPU), tmp_path, None)
 
 
 def test_a_run_is_evaluated_as_it_was_tested(tmp_path):
@@ -906,6 +911,43 @@ def test_a_run_is_evaluated_as_it_was_tested(tmp_path):
     explicit = vggfeat.evaluate(result.net, held, vggfeat.Views(size=32), precision="float32")
     assert found.loss == pytest.approx(explicit.loss, rel=1e-5)
     assert found.loss != pytest.approx(vggfeat.evaluate(result.net, held, precision="float32").loss, rel=1e-5)
+
+
+def test_a_run_sees_larger_images_at_the_scale_it_was_trained_at(finished, tmp_path):
+    result, _ = finished
+    large, small = pictures.tree(3, offset=20, width=64, height=64), {}
+    for name, content in large.items():
+        image = Image.open(io.BytesIO(content))
+        image.paste((128, 128, 128), (16, 16, 48, 48))  # what a crop of 32×32 pixels would see
+        large[name] = pictures.encoded(image)
+        small[name] = pictures.encoded(image.resize((32, 32), Image.Resampling.BILINEAR))
+    found = vggfeat.evaluate(result.folder, pictures.folder(tmp_path / "large", large), precision="float32")
+    same = vggfeat.evaluate(result.folder, pictures.folder(tmp_path / "small", small), precision="float32")
+    assert found.loss == pytest.approx(same.loss, rel=1e-6)
+    crop = vggfeat.evaluate(result.net, tmp_path / "large", vggfeat.Views(size=32), precision="float32")
+    assert crop.top1 == pytest.approx(1 / 3) and found.loss != pytest.approx(crop.loss, rel=0.01)
+
+
+def test_what_was_held_out_is_found_again_whatever_could_not_be_read(tmp_path):
+    files = {
+        f"{kind}/{i}.png": pictures.encoded(pictures.picture(kind, i, 40 + 3 * i, 40 + 3 * i))
+        for kind in pictures.COLORS
+        for i in range(8)
+    }
+    source = pictures.folder(tmp_path / "s", files | {"bee/3.png": b"no image"})
+    options = {"size": 32, "resize": (32,), "holdout": 0.3, "epochs": 1, "bad_images": "skip"}
+    lines = []
+    config = TrainConfig(**TINY | options)
+    result = vggfeat.train(source, config, folder=tmp_path / "r", announce=lines.append)
+    assert [line for line in lines if "left out" in line] == [
+        f"left out 1 image of {source} that cannot be read: bee/3.png"
+    ]
+    found = vggfeat.evaluate(tmp_path / "r", source, bad_images="skip", precision="float32")
+    assert found.images == result.evaluation.images == 6
+    assert found.loss == pytest.approx(result.evaluation.loss, rel=1e-5)
+    images, _ = vggfeat.load_images(source, bad_images="skip")
+    assert images.pixels is None and not images.skipped  # sizes differ: the damaged one was not met
+    assert vggfeat.evaluate(tmp_path / "r", images, bad_images="skip", precision="float32").loss == found.loss
 
 
 def test_without_a_test_set_a_run_knows_its_size_too(tmp_path):
@@ -1050,6 +1092,8 @@ def test_fast_takes_shorter_steps_from_weights():
         vggfeat.recipe("fast", weights="mine.pth", arch="vgg11_bn").lr == 0.005
     )  # whether the network is named or not
     assert vggfeat.recipe("fast").lr == vggfeat.recipe("fast", weights="random", arch="vgg16_bn").lr == 0.05
+    config = vggfeat.recipe("fast", weights="random", new_head=True)  # of the VGG-16 without batch normalisation
+    assert components.network(config, 10).arch.name == "vgg16" and config.lr == vggfeat.recipe("fast", arch="vgg16").lr
 
 
 def test_other_peoples_folders_are_left_alone(data, tmp_path):
@@ -1151,6 +1195,19 @@ def test_going_on_with_other_images_is_refused(tmp_path):
     (source / "ant" / "0.png").rename(source / "ant" / "renamed.png")
     with pytest.raises(InputError, match="was on other images than .*: their names or labels differ"):
         run(source, tmp_path / "r", resume=True, save_every=1, batch_size=4)
+
+
+def test_going_on_with_another_test_set_is_refused(tmp_path):
+    source = pictures.folder(tmp_path / "s", pictures.tree(4))
+    test = pictures.folder(tmp_path / "t", pictures.tree(2, offset=20))
+    options = {"save_every": 1, "batch_size": 4}
+    with pytest.raises(Interrupted):
+        run(source, tmp_path / "r", test=test, callback=stop_at(2), **options)
+    with pytest.raises(InputError, match="has another test set, which is missing: pass it again as --test"):
+        run(source, tmp_path / "r", resume=True, **options)
+    with pytest.raises(InputError, match=f"has another test set, which is not {re.escape(str(source))}: pass it again"):
+        run(source, tmp_path / "r", resume=True, test=source, **options)
+    assert run(source, tmp_path / "r", resume=True, test=test, **options).evaluation.images == 6
 
 
 @pytest.mark.parametrize("steps", range(1, 12))

@@ -448,6 +448,14 @@ def test_batches_with_images_that_fail_do_not_depend_on_processes(mixed, torchvi
         assert torch.equal(torch.cat(parts), getattr(whole, name))
 
 
+def test_images_are_brought_to_just_the_size_of_crops(tmp_path, torchvision):
+    sides = [(49, 60), (98, 131), (161, 103), (197, 206), (32, 50), (40, 33)]  # 32 / 49 * 49 is a little less than 32
+    files = {f"ant/{i}.png": pictures.encoded(pictures.picture("ant", i, *side)) for i, side in enumerate(sides)}
+    images, _ = load_images(pictures.folder(tmp_path, files))
+    ((batch,),) = epoch(images, resize=(32,), pad=0, workers=0, batch_size=len(sides))
+    assert batch.images.shape == (len(sides), 3, 32, 32)
+
+
 def test_a_whole_class_that_cannot_be_read_is_left_out(mixed, torchvision):
     files = mixed[0] | {name: b"no image" for name in mixed[0] if name.startswith("bee/")}
     found, _ = load_images(pictures.folder(mixed[1], files), bad_images="skip")

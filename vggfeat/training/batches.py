@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from vggfeat.devices import triton_kernels
 from vggfeat.errors import DependencyError, ImageError, InputError, RunError, first_line
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet, loaded
+from vggfeat.training.data import ImageSet, loaded, scaled
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
@@ -66,7 +66,7 @@ def split_holdout(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, 
     rest = torch.ones(len(images), dtype=torch.bool, device="cpu")
     rest[chosen] = False
     train = images.subset(rest.nonzero().flatten())
-    train.others = images.others  # so that they are reported once
+    train.skipped, train.others = images.skipped, images.others  # of one part, so that they are reported once
     return train, images.subset(chosen)
 
 
@@ -280,9 +280,9 @@ class _Crops(Dataset[Any]):
         v2 = transforms()
         mode = {"zeros": "constant", "reflect": "reflect"}[config.pad_mode]
         self.images, self.tries = images, 1 if config.bad_images == "fail" else TRIES
+        self.shorter = range(resize[0], resize[-1] + 1)
         self.transform = v2.Compose(
             [
-                v2.RandomShortestSize(list(range(resize[0], resize[-1] + 1))),
                 v2.RandomCrop(size, padding=config.pad or None, padding_mode=mode, fill=_FILL),
                 v2.PILToTensor(),
             ]
@@ -300,5 +300,7 @@ class _Crops(Dataset[Any]):
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(seeded(*seeds).get_state())  # torchvision draws from the global generator
-                return number, self.transform(image).permute(1, 2, 0), bad  # (size,size,3)
+                # not its RandomShortestSize, which can end a pixel short
+                shorter = self.shorter[int(torch.randint(len(self.shorter), (), device="cpu"))]
+                return number, self.transform(scaled(image, shorter)).permute(1, 2, 0), bad  # (size,size,3)
         return number, None, bad

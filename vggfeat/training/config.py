@@ -263,7 +263,7 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
         check_choice("setting", key, fields)
     settings = dict(RECIPES[name])
     if name == "fast":
-        arch = parse(changes.get("arch") or "vgg16_bn")
+        arch = parse(changes.get("arch") or ("vgg16_bn" if changes.get("weights") is None else "vgg16"))
         if changes.get("weights") not in (None, "random"):
             settings["lr"] = FINE_TUNING_LR
         elif not arch.batch_norm:

@@ -81,7 +81,6 @@ class ImageSet:
             [self.names[i] for i in numbers],
             _Some(self.read, numbers),
             None if self.pixels is None else self.pixels[chosen],
-            list(self.skipped),
         )
 
 
@@ -121,9 +120,11 @@ def load_images(
     return train, tested
 
 
-def load_test_images(data: str | os.PathLike[str] | ImageSet, *, bad_images: str = "fail") -> ImageSet:
+def load_test_images(
+    data: str | os.PathLike[str] | ImageSet, *, resize: tuple[int, ...] | None = None, bad_images: str = "fail"
+) -> ImageSet:
     """The test set of what `load_images` knows, where it has one, else all of it; the rest is not read."""
-    return _load(data, None, bad_images, last=True)[0]
+    return _load(data, resize, bad_images, last=True)[0]
 
 
 def _load(

@@ -167,11 +167,13 @@ def evaluate(
             facts = run_metadata(weights)
             names, held = facts.get("classes"), facts.get("holdout")
             if "size" in facts:
-                scales = facts["scales"] and tuple(facts["scales"]) if views.size is None else None
+                scales = tuple(facts["scales"]) if views.size is None else None
                 views = replace(views, size=views.size or facts["size"], scales=views.scales or scales)
         net = _network(weights, arch)
-    if not isinstance(data, ImageSet):
-        data = load_test_images(data, bad_images=bad_images)
+    # what was held out is told by the images that could be read, which depends on how they were
+    resize = held.pop("resize") if held else None
+    if resize or not isinstance(data, ImageSet):
+        data = load_test_images(data, resize=resize and tuple(resize), bad_images=bad_images)
     if len(data.classes) != net.arch.num_classes:
         raise InputError(
             f"{data.label} has {len(data.classes)} classes, the network {net.arch.num_classes}: "
@@ -305,7 +307,7 @@ def _read(
     images: ImageSet, own: Tensor, scale: int | None, batch_size: int, workers: int, bad_images: str, bad: set[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Numbers and (n,H,W,3) uint8 of the images, `batch_size` at a time or as many of one size as there are in them."""
-    if scale is None and images.pixels is not None:
+    if images.pixels is not None and scale in (None, images.side):
         for numbers in own.split(batch_size):
             yield numbers, images.pixels[numbers]
         return

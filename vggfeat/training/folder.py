@@ -90,7 +90,7 @@ def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
 
 
 def begin(
-    folder: Path, config: TrainConfig, images: ImageSet, resume: bool, alone: ExitStack
+    folder: Path, config: TrainConfig, images: ImageSet, test: ImageSet | None, resume: bool, alone: ExitStack
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Make the run's folder, or find how far its run has got.
 
@@ -98,6 +98,7 @@ def begin(
         folder: of the run.
         config: its settings.
         images: that it trains on.
+        test: those that it is tested on.
         resume: go on with the run that is there.
         alone: until it is closed, no other process trains there.
 
@@ -129,6 +130,11 @@ def begin(
         if state["digest"] != images.digest:
             raise InputError(
                 f"the run in {folder} was on other images than {images.label}: their names or labels differ"
+            )
+        if state["test"] != (test and test.digest):
+            tested = f"is not {test.label}" if test is not None else "is missing"
+            raise InputError(
+                f"the run in {folder} has another test set, which {tested}: pass it again as --test (test=)"
             )
     else:
         text = json.dumps({"classes": images.classes, "data": images.label} | config.to_dict(), indent=2)

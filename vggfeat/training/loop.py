@@ -46,7 +46,7 @@ class TrainStep:
         epochs: how many there are.
         step: number of the step in the epoch, from 1.
         steps: how many an epoch has.
-        loss: of this step; on a GPU, which is read only every so often, the last known.
+        loss: of this step, in the first process; on a GPU, which is read only every so often, the last known.
         lr: the learning rate of this step.
         finished: the epoch, where this step was its last.
     """
@@ -108,7 +108,8 @@ def train(
         config: the settings, such as `recipe("fast")`.
         test: the same as `data` for the test set, where `data` holds none.
         folder: of the run, new or empty unless it is resumed.
-        resume: go on with the run in `folder`, whose settings must be these; begin it where it has no checkpoint yet.
+        resume: go on with the run in `folder`, whose settings must be these (a state dict is not compared); begin it
+            where it has no checkpoint yet.
         callback: called after each step, in the first process.
         announce: called with a line for people, such as what is trained on what.
 
@@ -134,7 +135,7 @@ def train(
             images, test_images = split_holdout(images, config.holdout, config.seed)
         run = _Run(config, images, test_images, world, folder, callback if world.is_main else None, says)
         with ExitStack() as alone:
-            state, damaged = run_on_main(lambda: begin(folder, config, images, resume, alone), world)
+            state, damaged = run_on_main(lambda: begin(folder, config, images, test_images, resume, alone), world)
             for text in run.summary(damaged):
                 says(text)
             if state is None and resume:
@@ -203,16 +204,13 @@ class _Run:
             for module in self.net.features
             if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters())
         ]
-        # tested at its own size where training is, else scaled as the training images are in the mean
-        whole = images.pixels is not None and (test is None or test.pixels is not None)
-        scale = (config.resize or (scale_for(self.size),))[-1]
-        self.views = Views(self.size, None if whole else (scale,))
-        if test is not None:
-            side = min(test.pixels.shape[1:3]) if whole and test.pixels is not None else scale
-            if side < self.size:
-                raise InputError(
-                    f"images of {test.label} are {side} pixels high or wide, smaller than size {self.size}"
-                )
+        # tested at the scale of training, the largest of several
+        scale = images.side if images.pixels is not None else (config.resize or (scale_for(self.size),))[-1]
+        self.views = Views(self.size, (scale,))
+        if test is not None and scale < self.size:
+            raise InputError(
+                f"images are tested {scale} pixels high or wide, smaller than size {self.size}: set resize"
+            )
         self.scheduler = schedule(self.learner.optimizer, config, self.batches.steps)
         self.mix = mixing(config, len(images.classes))
         self.epoch = self.step = 0  # done so far; steps of the epoch in progress
@@ -258,10 +256,12 @@ class _Run:
         for each in (self.images, self.test):
             if each is not None and each.skipped:
                 named = ", ".join(each.skipped[:5]) + " …" * (len(each.skipped) > 5)
-                yield f"left out {len(each.skipped)} images of {each.label} that cannot be read: {named}"
+                count = f"{len(each.skipped)} image{'s' * (len(each.skipped) > 1)}"
+                yield f"left out {count} of {each.label} that cannot be read: {named}"
             if each is not None and each.others:
                 named = each.others[0] + " …" * (len(each.others) > 1)
-                yield f"left out {len(each.others)} files of {each.label} without an image suffix: {named}"
+                count = f"{len(each.others)} file{'s' * (len(each.others) > 1)}"
+                yield f"left out {count} of {each.label} without an image suffix: {named}"
         yield from damaged
 
     # ── the state ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -280,6 +280,7 @@ class _Run:
             "images": len(self.images),
             "size": self.size,
             "digest": self.images.digest,
+            "test": self.test and self.test.digest,
             "epoch": self.epoch,
             "step": self.step,
             "net": self.net.state_dict(),
@@ -489,12 +490,15 @@ class _Run:
 
     def _metadata(self) -> dict[str, Any]:
         """What the weights' file says of how they were trained, for `evaluate` and for people's labels."""
-        scales = self.views.scales  # in memory, the images were brought to size before: another set has to be, too
-        if scales is None and self.config.resize is not None:
-            scales = (self.config.resize[-1],)
-        facts: dict[str, Any] = {"classes": self.images.classes, "size": self.size, "scales": scales}
-        if self.config.holdout:
-            config, data = self.config, place_of(self.images.label)
+        config = self.config
+        facts: dict[str, Any] = {"classes": self.images.classes, "size": self.size, "scales": self.views.scales}
+        if config.holdout:
             assert self.test is not None
-            facts["holdout"] = {"share": config.holdout, "seed": config.seed, "digest": self.test.digest, "data": data}
+            facts["holdout"] = {
+                "share": config.holdout,
+                "seed": config.seed,
+                "resize": config.resize,
+                "digest": self.test.digest,
+                "data": place_of(self.images.label),
+            }
         return facts

@@ -201,7 +201,7 @@ def cam(
     seen: int | None
     shown: int | None
     if size == "auto":
-        trained = facts.get("size")
+        trained = max(facts.get("scales", [0]))
         seen = round(trained * max(picture.size) / min(picture.size)) if trained else 224
         shown = max(224, seen)  # what a network for small images sees is hard to make out
     elif isinstance(size, str):
