@@ -15,6 +15,7 @@ import torch
 from interpreters import together
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -389,6 +390,45 @@ def test_a_mask_of_zeros_gives_0(pair, make, criterion):
     assert x.grad[0].abs().max() < 1e-12
     assert torch.isfinite(x.grad).all()
     assert x.grad[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+@pytest.mark.parametrize("criterion", ["mse", nn.MSELoss(reduction="none")])
+def test_the_scale_of_a_mask_does_not_matter(pair, make, criterion):
+    loss, (x, y) = make(criterion=criterion), pair
+    mask = torch.rand(2, 1, *x.shape[2:])
+    x.requires_grad_()
+    for scale in (1e-15, 1e6):
+        close(loss(x, y, scale * mask), loss(x, y, mask), rtol=1e-5)
+
+
+def test_a_mask_made_in_inference_mode(pair):
+    x, y = pair
+    x.requires_grad_()
+    with torch.inference_mode():
+        mask = torch.rand(2, 1, *x.shape[2:])
+    for criterion in ("mse", nn.L1Loss(reduction="none")):
+        loss = perceptual(criterion=criterion)
+        (found,) = torch.autograd.grad(loss(x, y, mask), x)
+        (wanted,) = torch.autograd.grad(loss(x, y, mask.clone()), x)
+        close(found, wanted)
+
+
+def test_maps(pair):
+    x, y = pair
+    loss = perceptual(["relu1_1", "conv2_2"], layer_weights=[2.0, 0.5], reduction="none", criterion="l1")
+    maps = loss.maps(x, y)
+    assert {name: tuple(each.shape) for name, each in maps.items()} == {
+        name: (2, x.shape[2] // stride, x.shape[3] // stride) for name, stride in (("relu1_1", 1), ("conv2_2", 2))
+    }
+    close(sum(each.mean((1, 2)) for each in maps.values()), loss(x, y))
+    encoded = loss.maps(x, loss.encode(y))
+    assert all(torch.equal(encoded[name], each) for name, each in maps.items())
+    assert all(each.dtype == torch.float32 for each in loss.maps(x, y.double()).values())
+    with pytest.raises(vggfeat.InputError, match=r"no map of relu1_1: its values have the shape \(\)"):
+        perceptual(["relu1_1"], criterion=F.mse_loss).maps(x, y)
+    with pytest.raises(vggfeat.InputError, match="the input is an encoded target"):
+        loss(loss.encode(x), y)
 
 
 # ── what is refused ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -875,6 +915,49 @@ def test_torch_compile_of_a_training_step(pair, loss, encoded):
     close(value, expected, rtol=1e-4)
     for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
         close(other.grad, one.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(perceptual, {"criterion": name}) for name in CRITERIA]
+    + [
+        (perceptual, {"normalize_features": True}),
+        (style, {"normalize_features": True}),
+        (style, {"criterion": "cosine"}),
+    ],
+)
+def test_torch_compile_for_any_shape(pair, make, options, masked):
+    loss, (x, y) = make(**options), pair
+    x.requires_grad_()
+    mask = torch.rand(len(x), 1, *x.shape[2:]) if masked else None
+    torch._dynamo.reset()
+    expected = loss(x, y, mask)
+    (wanted,) = torch.autograd.grad(expected, x)
+    value = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")(x, y, mask)
+    (found,) = torch.autograd.grad(value, x)
+    close(value, expected, rtol=1e-4)
+    close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_a_compiled_backward(pair, loss):
+    x, y = pair
+    x.requires_grad_()
+    torch._dynamo.reset()
+    (wanted,) = torch.autograd.grad(loss(x, y), x)
+    value = loss(x, y)
+    with torch._dynamo.utils.maybe_enable_compiled_autograd(True):
+        value.backward()
+    close(x.grad, wanted)
+
+
+def test_fake_tensors(loss):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.rand(2, 3, 32, 32, requires_grad=True)
+        value = loss(x, torch.rand(2, 3, 32, 32))
+        value.backward()
+        assert isinstance(value, FakeTensor) and value.shape == () and x.grad.shape == x.shape
 
 
 def test_torch_compile_in_a_fresh_process():

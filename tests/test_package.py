@@ -135,9 +135,9 @@ ROOMS = {
     "vggfeat.visualize.heat": {
         "arch",
         "errors",
-        "features",
         "functional",
         "image",
+        "losses",
         "metrics",
         "modes",
         "network",

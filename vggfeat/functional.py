@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 EPS = 1e-10
+LEAST_WEIGHT = 1e-15  # what a mask's sum is taken for if it is less, so that one of zeros gives 0
 CHARBONNIER_EPS = 1e-3
 TINY = 1e-36  # added under a root whose gradient at 0 would be infinite
 
@@ -60,7 +61,8 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return _products(features) / (channels * features.shape[2] * features.shape[3])
     root = (mask.to(torch.promote_types(upcast(mask).dtype, features.dtype)) + TINY).sqrt().to(features.dtype)
-    total = upcast(root).square().sum((1, 2, 3)).clamp_min(EPS)  # of the rounded roots, which are the weights applied
+    weights = upcast(root).square()  # of the rounded roots, as they are applied
+    total = weights.sum((1, 2, 3)).clamp_min(LEAST_WEIGHT)
     return _products(features * root) / (channels * total[:, None, None])
 
 
@@ -212,13 +214,14 @@ def unit_normalize(features: Tensor) -> Tensor:
     Returns:
         The same shape, in float32 (float64 for float64 features), each vector along C at length 1, zeros at 0.
     """
-    if in_forward_mode():
-        return upcast(features) * _to_unit(upcast(features))
+    # a compiler fuses them anyway, and with dynamic=True takes EPS for an input, which a Function cannot have
+    if in_forward_mode() or torch.compiler.is_compiling():
+        return upcast(features) * _inverse_norm(upcast(features))
     normalized: Tensor = _UnitNormalize.apply(features)
     return normalized
 
 
-def _to_unit(features: Tensor) -> Tensor:
+def _inverse_norm(features: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     return (norm.square() + EPS).rsqrt()
 
@@ -233,7 +236,7 @@ class _UnitNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(features: Tensor) -> Tensor:
-        return upcast(features) * _to_unit(upcast(features))
+        return upcast(features) * _inverse_norm(upcast(features))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -242,7 +245,7 @@ class _UnitNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
-        r = _to_unit(upcast(features))
+        r = _inverse_norm(upcast(features))
         y = upcast(features) * r
         along = (y * grad).sum(1, keepdim=True)
         return torch.addcmul(grad, y, along, value=-1).mul_(r).to(features.dtype)
@@ -262,7 +265,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
         return values.mean(tuple(range(1, values.ndim))) if values.ndim > 1 else values
     weight = mask.to(values.dtype).expand(values.shape[0], 1, *values.shape[2:])
     total = weight.sum((1, 2, 3)) * values.shape[1]
-    return (values * weight).sum((1, 2, 3)) / total.clamp_min(EPS)
+    return (values * weight).sum((1, 2, 3)) / total.clamp_min(LEAST_WEIGHT)
 
 
 def _mse_and_derivative(difference: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,10 +316,8 @@ def distance_and_gradient(
         The distances (N,) in float32 or float64, and the gradient (N,C,h,w) in the type of `ours`.
     """
     n, c, h, w = ours.shape
-    kernels = (
-        triton_kernels(ours.device, ours.dtype) if mask is None and triton_kernels(ours.device, theirs.dtype) else None
-    )
-    if kernels and c <= kernels.MOST_CHANNELS:
+    kernels = triton_kernels(ours.device, ours.dtype) if mask is None else None
+    if kernels and triton_kernels(theirs.device, theirs.dtype) and c <= kernels.MOST_CHANNELS:
         eps = CHARBONNIER_EPS, EPS if normalize else None
         return kernels.distance_and_gradient(ours, theirs, criterion, *eps, channel_weights)  # type: ignore[no-any-return]
     gradient = torch.empty_like(ours)
@@ -324,14 +325,14 @@ def distance_and_gradient(
     share: float | Tensor = 1 / max(1, c * h * w)
     if mask is not None:
         mask = mask.to(total.dtype).expand(n, 1, h, w)
-        share = mask / (c * mask.sum((1, 2, 3), keepdim=True)).clamp_min(EPS)
+        share = mask / (c * mask.sum((1, 2, 3), keepdim=True)).clamp_min(LEAST_WEIGHT)
     rows = max(1, BAND // max(1, n * c * w)) if ours.device.type == "cpu" else max(1, h)
     for top in range(0, h, rows):
         here = slice(top, top + rows)
         a, b = upcast(ours[:, :, here]), upcast(theirs[:, :, here])
         if normalize:
-            factor = _to_unit(a)
-            a, b = a * factor, b * _to_unit(b)
+            factor = _inverse_norm(a)
+            a, b = a * factor, b * _inverse_norm(b)
         values, derivative = DERIVATIVES[criterion](a - b)
         if channel_weights is not None:
             values, derivative = values.mul_(channel_weights), derivative.mul_(channel_weights)

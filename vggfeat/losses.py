@@ -44,8 +44,9 @@ class EncodedTarget:
             use it.
 
     `len(target)` is the number of images; `target[i]`, `target[2:5]` and `target[[0, 3]]` are some of them,
-    `EncodedTarget.cat` joins several: for batches of a data set encoded beforehand.
-    `torch.save` writes it; `torch.load` reads it once `vggfeat.EncodedTarget` was accessed: that registers it.
+    `EncodedTarget.cat` joins several, as the `collate_fn` of a data set encoded beforehand.
+    `torch.save` writes it (of a slice, which is a view, all images: save `target[[i]]`); `torch.load` reads it once
+    `vggfeat.EncodedTarget` was accessed: that registers it.
     """
 
     values: Mapping[str, Tensor] = field(repr=False)
@@ -142,7 +143,8 @@ class _FeatureLoss(nn.Module):
             target: (N,3,H,W) or (1,3,H,W) of the same kind, or what `encode` made of such images; of `StyleLoss` also
                 of another size.
             mask: (N,1,H,W) or (1,1,H,W), not negative, such as a mask in [0,1], of the input's size: its area average
-                over each feature's pixels weighs the mean, or the Gram matrices' positions. None weighs all alike.
+                over each feature's pixels weighs the mean, or the Gram matrices' positions: those of the input alone
+                where the target is encoded. None weighs all alike.
 
         Returns:
             A scalar, or with `reduction="none"` a value for each image, (N,); float32, float64 for float64 images.
@@ -150,21 +152,13 @@ class _FeatureLoss(nn.Module):
         Raises:
             InputError: images that the features refuse, shapes that do not match, or a target encoded by another loss.
         """
-        if isinstance(target, EncodedTarget):
-            if target.made_by != self._signature:
-                raise InputError(f"this target was encoded by {target.made_by}; this is {self._signature}")
-            count, size = len(target), target.size
-        else:
-            count, size = count_and_size(target)
-        self._check_match(input, count, size, mask is not None and isinstance(target, Tensor))
+        target = self._checked_target(input, target, mask is not None)
         if mask is not None:
             self._check_masked()
-            mask = _checked_mask(mask, input)
-        if input.dtype != torch.float64:  # whose type the result has
-            target = target.map(_narrowed) if isinstance(target, EncodedTarget) else _narrowed(target)
+            mask = _for_graphs(_checked_mask(mask, input))
         if self._gradient_in_forward(input, target, mask):
             target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
-            total: Tensor = _LossWithGradient.apply(input, self, target, None if mask is None else _for_graphs(mask))
+            total: Tensor = _LossWithGradient.apply(input, self, target, mask)
         else:
             total = self._compare_parts(input, target, mask)
         if self.reduction == "none":
@@ -173,12 +167,25 @@ class _FeatureLoss(nn.Module):
             return total
         return {"mean": Tensor.mean, "sum": Tensor.sum}[self.reduction](total)
 
-    def _check_match(self, input: Tensor, count: int, size: tuple[int, int], masked: bool = False) -> None:
-        """Check that `count` targets of that size fit the input: as many as images, or one, of a valid size."""
+    def _checked_target(
+        self, input: Tensor, target: Tensor | EncodedTarget, masked: bool = False
+    ) -> Tensor | EncodedTarget:
+        """The target, which fits the input: as many images or one, of a valid size, and in a type no wider."""
+        if isinstance(input, EncodedTarget):
+            raise InputError("the input is an encoded target: give images, and what was encoded as the target")
+        if isinstance(target, EncodedTarget):
+            if target.made_by != self._signature:
+                raise InputError(f"this target was encoded by {target.made_by}; this is {self._signature}")
+            count, size = len(target), target.size
+        else:
+            count, size = count_and_size(target)
         images, own_size = count_and_size(input)
         if count not in (1, images):
             raise InputError(f"{images} images against {count} targets: expected as many, or one for all")
-        self._check_sizes(own_size, size, masked)
+        self._check_sizes(own_size, size, masked and isinstance(target, Tensor))
+        if input.dtype == torch.float64:
+            return target
+        return target.map(_narrowed) if isinstance(target, EncodedTarget) else _narrowed(target)
 
     def _check_masked(self) -> None:
         if heads := [name for name in self.layer_weights if name in self.features.arch.head_names]:
@@ -314,7 +321,9 @@ class _FeatureLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        named = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "function")
+        named = self.criterion
+        if not isinstance(named, str):
+            named = getattr(named, "__name__", type(named).__name__)
         return f"criterion={named}, reduction={self.reduction}, layer_weights={self.layer_weights}"
 
 
@@ -378,7 +387,8 @@ class _LossWithGradient(torch.autograd.Function):
 def _keeps_graph() -> bool:
     """Whether the backward that is running was asked with `retain_graph`."""
     asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return asked is None or bool(asked())
+    # torch's compiled backward cannot trace the question, and makes each backward once
+    return asked is None or torch.compiler.is_compiling() or bool(asked())
 
 
 def _narrowed(tensor: Tensor) -> Tensor:
@@ -391,7 +401,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _for_graphs(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of an inference tensor: autograd takes none."""
-    return tensor.clone() if tensor.is_inference() else tensor
+    return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
 
 
 class PerceptualLoss(_FeatureLoss):
@@ -422,7 +432,8 @@ class PerceptualLoss(_FeatureLoss):
         layer_weights: one for each layer, in order or by name; 1 by default.
         criterion: `"mse"`, `"l1"`, `"charbonnier"` (ε = 1e-3), `"cosine"` (1 - cos of the channel vectors at each
             position), or a function of two feature tensors (N,C,h,w) that gives values (N,…), elementwise; if it
-            gives a scalar, that is the loss, whatever the reduction.
+            gives a scalar, that is the loss, for `reduction="mean"` and `"sum"` alike. A module keeps its parameters,
+            which are then the loss's, too.
         arch: the network; None means the weights' own, and vgg16 where nothing implies one.
         weights: see `vggfeat.weights.load`.
         normalize_features: bring the channel vector at each position to unit length first, as LPIPS does.
@@ -450,6 +461,28 @@ class PerceptualLoss(_FeatureLoss):
             raise InputError("a perceptual target is encoded whole; give the mask to the comparison")
         return super().encode(target)
 
+    def maps(self, input: Tensor, target: Tensor | EncodedTarget) -> dict[str, Tensor]:
+        """The distance at each position of each layer, (N,h,w); the sum of their means is the distance.
+
+        Args:
+            input: (N,3,H,W), floating, in `input_range`.
+            target: the same shape, or (1,3,H,W), or what `encode` made of such images.
+
+        Raises:
+            InputError: images that the features refuse, shapes that do not match, or a criterion or layer that has no
+                positions.
+        """
+        target = self._checked_target(input, target)
+        theirs = target.values if isinstance(target, EncodedTarget) else self._represent(target, None)
+        maps: dict[str, Tensor] = {}
+        for name, ours in self._represent(input, None).items():
+            with no_autocast(input.device):
+                values = self._values(name, ours, theirs[name])
+            if values.ndim != 4:
+                raise InputError(f"there is no map of {name}: its values have the shape {tuple(values.shape)}")
+            maps[name] = self.layer_weights[name] * values.mean(1)
+        return maps
+
     def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
         return tap
 
@@ -469,7 +502,8 @@ class PerceptualLoss(_FeatureLoss):
         values = self._values(name, ours, theirs)
         if mask is not None:
             if values.ndim != 4 or values.shape[2:] != mask.shape[2:]:
-                raise InputError(f"a mask needs a criterion that gives (N,C,h,w), got shape {tuple(values.shape)}")
+                got = tuple(values.shape)
+                raise InputError(f"a mask needs a criterion that gives (N,C,h,w) or (N,1,h,w), got shape {got}")
         return masked_mean(values, mask)
 
     def _distance_and_gradient(

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vggfeat.errors import InputError
-from vggfeat.features import count_and_size, per_channel
+from vggfeat.features import per_channel
 from vggfeat.losses import PerceptualLoss
 from vggfeat.weight_files import read
 from vggfeat.weights import DEFAULT, WeightsLike, resolved
@@ -77,20 +77,6 @@ class LPIPS(PerceptualLoss):
         arch = self.features.arch
         if any(arch.layer(name).channels != len(values) for name, values in calibration.items()):
             raise InputError(f"LPIPS is made for VGG-16 at full width, got {arch.name} with {arch.channels} channels")
-
-    def maps(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The distance at each position of each layer, (N,h,w); the sum of their means is the distance.
-
-        Args:
-            input: (N,3,H,W), floating, in `input_range`.
-            target: the same shape, or (1,3,H,W).
-
-        Raises:
-            InputError: images that the features refuse, or shapes that do not match.
-        """
-        self._check_match(input, *count_and_size(target))
-        ours, theirs = self.features(input), self.features(target)
-        return {name: self._values(name, ours[name], theirs[name]).mean(1) for name in ours}
 
     def extra_repr(self) -> str:
         """What `print` shows."""

@@ -50,8 +50,11 @@ def in_forward_mode() -> bool:
 
 
 def values_are_hidden() -> bool:
-    """Whether numbers cannot be read: the code is being traced, or mapped over."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or in_functorch()
+    """Whether numbers cannot be read: the code is being traced or mapped over, or tensors are fake."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or in_functorch():
+        return True
+    modes: Any = torch._C
+    return modes._get_dispatch_mode(modes._TorchDispatchModeKey.FAKE) is not None
 
 
 def needs_composite_ops() -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vggfeat.arch import Arch, layer_names
 from vggfeat.errors import InputError, WeightsError
-from vggfeat.features import VGGFeatures
-from vggfeat.functional import mse, unit_normalize, upcast
+from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, as_picture, to_pil
+from vggfeat.losses import PerceptualLoss
 from vggfeat.metrics import LPIPS, fit_for_lpips
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG, eval_mode, network_from_weights
@@ -92,15 +92,12 @@ def distance(
         relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
         layers = loaded.served({name[:5]: name for name in relus}.values())
     layers = layer_names(layers)
-    for name in layers:
-        loaded.arch.layer(name)
+    channels = {name: loaded.arch.layer(name).channels for name in layers}  # the mean over them becomes the sum
+    loss = PerceptualLoss(layers, layer_weights=channels, normalize_features=True, weights=loaded)
+    if lpips:
+        loss = LPIPS(weights=loaded)
     with torch.no_grad():
-        if lpips:
-            maps = {name: each[0] for name, each in LPIPS(weights=loaded).maps(first, second).items()}
-        else:
-            features = VGGFeatures(layers, weights=loaded)
-            ours, theirs = features(first), features(second)
-            maps = {name: mse(unit_normalize(ours[name]), unit_normalize(theirs[name])).sum(1)[0] for name in ours}
+        maps = {name: each[0] for name, each in loss.maps(first, second).items()}
     values = {name: float(each.mean()) for name, each in maps.items()}
     full = (first.shape[2], first.shape[3])
     heats = {name: spread(each, full) for name, each in maps.items()}
