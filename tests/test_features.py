@@ -651,7 +651,7 @@ def test_precision(state, precision, images, autocast, expected):
     x = batch(dtype=torch.float64).to(images)
     f = VGGFeatures(["relu2_1", "fc6"], weights=state, precision=precision)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        assert trunk_dtype(precision, x) == expected
+        assert trunk_dtype(precision, x.device, x.dtype) == expected
         taps = f(x)
     assert {tap.dtype for tap in taps.values()} == {expected}
     x.requires_grad_()

@@ -164,9 +164,8 @@ def compare(trunk, names, pooling="max", padding="zeros", keep="bits", shape=(2,
     filters = trunk.filters(plan, x.device, x.dtype)
     a, b, c = (x.clone().requires_grad_() for _ in range(3))
     ours = run(a, filters, plan, keep=keep)
-    theirs = reference(b, trunk.state, trunk.arch, names, pooling, padding)
+    theirs = reference(b, trunk.state, trunk.arch, plan.by_depth, pooling, padding)
     simple = plain(c, filters, plan)
-    simple = [simple[i] for i in plan.order]
     chosen = random.Random(seed).sample(range(len(names)), (len(names) + 1) // 2)
     grads = [images(*theirs[i].shape, seed=seed + 1 + i) for i in chosen]
     for tap, other, third in zip(ours, theirs, simple, strict=True):
@@ -425,7 +424,7 @@ def test_vmap_of_grad_equals_a_loop(trunks, arch, keep):
     mapped = torch.func.vmap(torch.func.grad(score))(batch)
     for x, grad in zip(batch, mapped, strict=True):
         x = x.clone().requires_grad_()
-        taps = reference(x[None], trunks(arch).state, arch, plan.names)
+        taps = reference(x[None], trunks(arch).state, arch, plan.by_depth)
         sum(tap.square().mean() for tap in taps[1:]).backward()
         torch.testing.assert_close(grad, x.grad)
     torch.testing.assert_close(torch.func.vmap(score)(batch), torch.stack([score(x) for x in batch]))
@@ -554,7 +553,7 @@ def test_nothing_past_the_deepest_tap_is_run(trunks, monkeypatch, arch, names, f
     extra = arch.batch_norm * sum("conv" in name for name in names)  # a second, unfolded convolution
     assert len(calls) == (forward + extra if names != ("conv1_1",) else 1)
     calls.clear()
-    taps[0].sum().backward()
+    taps[-1].sum().backward()
     assert len(calls) == forward
 
 
@@ -865,7 +864,7 @@ def test_plan_code_reads_back(arch):
     arch = ARCHS[arch]
     plan = Plan(arch, ("relu3_1", "conv1_1"), "l2", "reflect")
     assert Plan.decode(plan.code) == plan
-    assert plan.order == (1, 0)
+    assert plan.by_depth == ("conv1_1", "relu3_1")
 
 
 # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -143,6 +143,7 @@ def capture(step: Step, *inputs: Tensor) -> Step:
         raise
     here.wait_stream(aside)
 
+    # `reads` keeps alive what the step works on, where the graph will look for it
     def replay(*inputs: Tensor, reads: Step = step) -> tuple[Tensor, ...]:
         for mine, value in zip(fixed, inputs, strict=True):
             mine.copy_(value)

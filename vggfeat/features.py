@@ -83,7 +83,7 @@ class VGGFeatures(nn.Module):
             raise InputError(f"input_range must rise and be finite, got ({low:g}, {high:g})")
         loaded = load(weights, arch, classifier=not HEAD_NAMES.isdisjoint(names))
         loaded.require(names)
-        if resolved(weights) == "auto" and not loaded.label.startswith("imagenet"):
+        if resolved(weights) == "auto" and loaded.name != "imagenet":
             warn(f"weights='auto' resolved to {loaded.label}")
         self.layers = names
         self.weights = loaded.label
@@ -248,11 +248,10 @@ class VGGFeatures(nn.Module):
 
     def _run(self, x: Tensor, filters: list[Tensor]) -> dict[str, Tensor]:
         if exporting() or x.device.type not in CUSTOM_BACKWARD_DEVICES:
-            deep = _trunk.plain(x, filters, self.plan)
-            values = [deep[i] for i in self.plan.order]
+            values = _trunk.plain(x, filters, self.plan)
         else:
             values = _trunk.run(x, filters, self.plan, keep=self.keep)
-        taps = dict(zip(self.plan.names, values, strict=True))
+        taps = dict(zip(self.plan.by_depth, values, strict=True))
         if self._head:
             taps |= self._run_head(taps["pool5"])
         return {name: taps[name] for name in self.layers}
@@ -273,7 +272,7 @@ class VGGFeatures(nn.Module):
         linear = [LINEAR[name] for name in self._head if name in LINEAR]
         # an exported graph serves any size
         size = None if exporting() else (images.shape[2], images.shape[3])
-        dtype = trunk_dtype(self.precision, images)
+        dtype = trunk_dtype(self.precision, images.device, images.dtype)
         return self.trunk.filters(self.plan, images.device, dtype, linear, size)
 
     def _run_head(self, x: Tensor) -> dict[str, Tensor]:
@@ -381,20 +380,19 @@ def count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
     return images.shape[0], (images.shape[2], images.shape[3])
 
 
-def trunk_dtype(precision: str, images: Tensor) -> torch.dtype:
-    """What the trunk computes in, for a policy of `PRECISIONS` and the images at hand.
+def trunk_dtype(precision: str, device: torch.device, images: torch.dtype = torch.float32) -> torch.dtype:
+    """What the trunk computes in, for a policy of `PRECISIONS`, on a device, for images of a type.
 
     float16 is never used: it ends at 65504, which Gram matrices of Oxford's weights exceed.
     """
-    kind = images.device.type
     if precision == "bfloat16":
         return torch.bfloat16
-    if images.dtype == torch.float64:
+    if images == torch.float64:
         return torch.float64
     if precision == "auto":
-        return torch.bfloat16 if bfloat16_is_fast(images.device) else torch.float32
-    if kind != "meta" and torch.is_autocast_enabled(kind):  # meta has none
-        wanted = torch.get_autocast_dtype(kind)
-        if wanted == torch.bfloat16 or (wanted == torch.float16 and bfloat16_is_fast(images.device)):
+        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # meta has none
+        wanted = torch.get_autocast_dtype(device.type)
+        if wanted == torch.bfloat16 or (wanted == torch.float16 and bfloat16_is_fast(device)):
             return torch.bfloat16
     return torch.float32

@@ -346,9 +346,8 @@ def _metadata(kind: str, settings: dict[str, Any] | None) -> dict[str, Any]:
     if settings is None:
         return {}
     try:
-        text = json.dumps(
-            _finite(settings), allow_nan=False
-        )  # pure ASCII, which is all that EXIF allows: "ü" is written \u00fc
+        # pure ASCII, which is all that EXIF allows: "ü" is written \u00fc
+        text = json.dumps(_finite(settings), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"expected settings that JSON can hold, got {settings!r:.200}: {error}") from error
     if kind == "PNG":

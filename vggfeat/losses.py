@@ -129,6 +129,9 @@ class _FeatureLoss(nn.Module):
         Args:
             target: (N,3,H,W).
             mask: as for `forward`; only a style loss can use one here.
+
+        Raises:
+            InputError: images that the features refuse.
         """
         _, size = count_and_size(target)
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be trained against
@@ -456,6 +459,9 @@ class PerceptualLoss(_FeatureLoss):
         Args:
             target: (N,3,H,W).
             mask: must be None: a mask belongs to the comparison, give it to `forward`.
+
+        Raises:
+            InputError: images that the features refuse, or a mask.
         """
         if mask is not None:
             raise InputError("a perceptual target is encoded whole; give the mask to the comparison")
@@ -541,6 +547,9 @@ class StyleLoss(_FeatureLoss):
         Args:
             target: (N,3,H,W), of any size.
             mask: (N,1,H,W) or (1,1,H,W) weights of its positions.
+
+        Raises:
+            InputError: images that the features refuse, or a mask that does not fit them.
         """
         return super().encode(target, None if mask is None else _checked_mask(mask, target))
 

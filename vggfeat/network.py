@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vggfeat.arch import INITS, LRN, Arch, Layer, channels_at, layer_names, parse
 from vggfeat.convolution import Conv2d
-from vggfeat.errors import InputError, check_choice
+from vggfeat.errors import InputError, WeightsError, check_choice
 
 if TYPE_CHECKING:
     from vggfeat.weights import Weights, WeightsLike
@@ -101,7 +101,7 @@ class VGG(nn.Module):
             arXiv:1604.06174). Batch statistics are still updated once per step.
 
     Raises:
-        InputError: a dropout outside [0,1) or an unknown init.
+        InputError: a dropout outside [0,1), an unknown init, or an `arch` without a head.
     """
 
     def __init__(self, arch: Arch, dropout: float = 0.5, init: str = "kaiming") -> None:
@@ -293,9 +293,17 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
 
 
 def network_from_weights(weights: Weights) -> VGG:
-    """The network that the weights belong to, with its classifier, which they must hold."""
+    """The network that the weights belong to, with its classifier.
+
+    Raises:
+        WeightsError: they hold none.
+    """
     from vggfeat.weights import load_weights
 
+    if weights.arch.head is None:
+        raise WeightsError(
+            f"weights {weights.label} hold no classifier: give imagenet or the folder of a run of `vggfeat train`"
+        )
     with torch.device("meta"):
         net = VGG(weights.arch)
     return load_weights(net, weights)

@@ -346,7 +346,7 @@ def plot_receptive_fields(
     sides: Any = figure.subfigures(1, 2, width_ratios=(size, columns * panel))
     left, right = sides
     _draw_squares(left, f"{title}\ndotted: the effective field", picture, drawn, fields, (across, down), colors)
-    label = short(loaded.label.split(" (")[0], 40) if loaded is not None else ""
+    label = short(loaded.name, 40) if loaded is not None else ""
     _draw_gradients(
         right, f"Effective receptive fields: mean |gradient|\nweights {label}", fields, (rows, columns), colors
     )

@@ -111,16 +111,23 @@ class Weights:
         state: torchvision's keys, float32, the first convolution in RGB order.
         mean: per channel R, G, B, of images in [0,1], to subtract.
         std: per channel, to divide by.
-        label: what users are told was used.
+        name: what titles call them: a set, or the name of a file.
         key: equal for two loads of the same numbers in one process; networks with equal keys share one copy of them.
+        note: what else there is to say of them: the file of a published set, or what they stand in for.
     """
 
     arch: Arch
     state: dict[str, Tensor] = field(repr=False)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    label: str
+    name: str
     key: tuple[object, ...]
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """What users are told was used."""
+        return f"{self.name} ({self.note})" if self.note else self.name
 
     def require(self, names: Iterable[str]) -> None:
         """Check that everything up to the deepest of `names` is there.
@@ -220,7 +227,7 @@ def load(
             loaded = load("random" if other else "bundled", arch, classifier=classifier)
             # no paths of this machine, as pictures store labels; `vggfeat weights fetch` gives the details
             why = "are unavailable" if isinstance(error, WeightsUnavailableError) else "are damaged"
-            return replace(loaded, label=f"{loaded.label} (imagenet weights for {parse(arch or default).name} {why})")
+            return replace(loaded, note=f"imagenet weights for {parse(arch or default).name} {why}")
     if weights == "bundled":
         return _read_state(read(BUNDLED), arch, IMAGENET, "bundled", file_key(BUNDLED))
     if weights == "random":
@@ -234,8 +241,7 @@ def load(
         bundled = arch is None or parse(arch).name == "vgg19"
         arch = parse(arch or default)
         published, path = _published(weights, arch), find(weights, arch.name, bundled=bundled)
-        label = f"{weights} ({published.filename})"
-        return _read_state(read(path), arch, published.convention, label, file_key(path))
+        return _read_state(read(path), arch, published.convention, weights, file_key(path), published.filename)
     return _load_path(os.fspath(weights), arch)
 
 
@@ -277,8 +283,8 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     if published:
         verify(path, published.digest)
     convention = CAFFE if caffe or is_keras(path) else published.convention if published else IMAGENET
-    label = "caffe:" * caffe + (path.name if path == given else f"{given.name}/{path.name}")
-    return _read_state(read(path), arch, convention, label, (*file_key(path), convention))
+    name = "caffe:" * caffe + (path.name if path == given else f"{given.name}/{path.name}")
+    return _read_state(read(path), arch, convention, name, (*file_key(path), convention))
 
 
 def _of_run(path: Path) -> Path:
@@ -290,9 +296,11 @@ def _read_state(
     raw: Mapping[str, Any],
     arch: str | Arch | None,
     convention: Convention,
-    label: str,
+    name: str,
     key: tuple[object, ...] | None = None,
+    note: str = "",
 ) -> Weights:
+    label = f"{name} ({note})" if note else name
     state = map_keys(raw, label)
     if key is None:  # the caller's own tensors, which may go on training
         state = {name: value.to("cpu", copy=True) for name, value in state.items()}
@@ -308,7 +316,7 @@ def _read_state(
             inferred = wanted
     shift = {"features.0.weight": state["features.0.weight"].flip(1)} if convention.bgr else {}
     # a first convolution that took 0..255 still does: its std of 1/255 travels along
-    return Weights(inferred, state | shift, convention.mean, convention.std, label, key)
+    return Weights(inferred, state | shift, convention.mean, convention.std, name, key, note)
 
 
 def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
@@ -327,6 +335,7 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
         `net`.
 
     Raises:
+        InputError: `net` is something else.
         WeightsError: as `load`, and where the classifier or its number of classes does not fit.
     """
     if not isinstance(getattr(net, "arch", None), Arch):
@@ -369,7 +378,11 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
 
 
 def run_metadata(weights: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `vggfeat.train` recorded in weights it wrote (classes, size, scales); empty for any others."""
+    """What `vggfeat.train` recorded in weights it wrote (classes, size, scales); empty for any others.
+
+    Raises:
+        WeightsError: a damaged file.
+    """
     weights = resolved(weights)
     path = _of_run(Path(weights).expanduser())
     if path.suffix.lower() != ".safetensors" or not path.is_file():

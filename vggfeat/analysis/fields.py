@@ -143,7 +143,7 @@ def effective_field(
         seed: of the noise.
 
     Raises:
-        InputError: a layer that the convolutional part lacks, or no samples.
+        InputError: a layer that the convolutional part lacks, or too few samples.
         WeightsError: weights that are unavailable or do not reach the layer.
     """
     import torch

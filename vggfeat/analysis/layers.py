@@ -320,19 +320,9 @@ def _trunk_rows(arch: Arch, height: int, width: int) -> Iterable[Row]:
         elif layer.kind == "pool":
             saved += INDEX * values
             kept = 3 * -(-values // 8)
-        yield Row(
-            layer.name,
-            layer.kind,
-            (layer.channels, height, width),
-            params,
-            weights,
-            macs,
-            FLOAT * values,
-            saved,
-            kept,
-            layer.receptive_field,
-            layer.stride,
-        )
+        shape, counts = (layer.channels, height, width), {"params": params, "weights": weights, "macs": macs}
+        field, stride = layer.receptive_field, layer.stride
+        yield _row(layer.name, layer.kind, shape, field, stride, saved_bytes=saved, kept_bytes=kept, **counts)
 
 
 def _head_rows(arch: Arch, height: int, width: int) -> Iterable[Row]:

@@ -21,11 +21,10 @@ from torch.utils.data import Dataset
 from vggfeat.devices import triton_kernels
 from vggfeat.errors import DependencyError, ImageError, InputError, RunError, first_line
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet, loaded, scaled
+from vggfeat.training.data import LEAVE_OUT, ImageSet, loaded, scaled
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
-LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 TRIES = 1000  # images drawn in the place of one that cannot be read
 _Crop = tuple[int, Tensor | None, list[str]]  # number, pixels, what could not be read before it
 _FILL = tuple(round(255 * value) for value in IMAGENET.mean)  # what is nearest to 0 once it is normalised
@@ -168,7 +167,11 @@ class Batches:
         self.turns = torch.rand(len(images), generator=seeded(config.seed), device="cpu") < 0.5
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
-        """The batches of an epoch from step `first` on, each as its `accumulate` parts."""
+        """The batches of an epoch from step `first` on, each as its `accumulate` parts.
+
+        Raises:
+            RunError: an image that cannot be read; with `bad_images="skip"` only where no other takes its place.
+        """
         order = torch.randperm(len(self.images), generator=seeded(self.config.seed, epoch), device="cpu")
         chosen = order[: self.steps * self.config.batch_size].view(self.steps, -1)[:, self.own]  # (steps,n)
         steps = range(first, self.steps)

@@ -132,9 +132,7 @@ def _batch(batch: Any, labels_key: bytes) -> _Part:
 def _set(label: str, pixels: Tensor, labels: list[int], names: list[str] | None) -> CifarSet:
     classes = names or [str(i) for i in range(max(labels) + 1)]
     if len(pixels) != len(labels) or not all(0 <= each < len(classes) for each in labels):
-        content = (
-            f"{len(pixels)} images, {len(labels)} labels up to {max(labels, default=0)}, {len(classes)} class names"
-        )
-        raise InputError(f"{label} is not CIFAR as published: {content}")
+        given = f"{len(labels)} labels up to {max(labels, default=0)}, {len(classes)} class names"
+        raise InputError(f"{label} is not CIFAR as published: {len(pixels)} images, {given}")
     images = pixels.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()
     return CifarSet(label, classes, torch.tensor(labels, device="cpu"), images)

@@ -63,7 +63,11 @@ def redundant_biases(net: VGG) -> list[Tensor]:
 
 
 def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer, with two learning rates; biases and batch normalisation do not decay unless asked for."""
+    """The optimizer, with two learning rates; biases and batch normalisation do not decay unless asked for.
+
+    Raises:
+        InputError: nothing in the network learns.
+    """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, value in net.named_parameters():
         if value.requires_grad:

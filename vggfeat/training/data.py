@@ -29,6 +29,7 @@ from vggfeat.training.cifar import cifar_files, read_cifar
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
+LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 NAMED = 5  # unreadable images that a message names
 ALONE = 2000  # images that are read by one process: so many take half a second
 
@@ -298,7 +299,7 @@ def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> 
         named = "; ".join(message for _, message in bad[:NAMED])
         raise InputError(
             f"{len(bad)} of {len(images)} images cannot be read: {named}{' …' * (len(bad) > NAMED)}; "
-            "fix or remove them, or leave them out with bad_images='skip' (--bad-images skip)"
+            f"fix or remove them, or {LEAVE_OUT}"
         )
     images.skipped = [images.names[i] for i, _ in bad]
     if bad:

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.devices import autocast_dtype
-from vggfeat.errors import InputError, RunError, WeightsError, check_choice, whole_number
+from vggfeat.errors import InputError, RunError, check_choice, whole_number
 from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.settings import PRECISIONS, to_types
 from vggfeat.tables import Column, Report, Table
-from vggfeat.training.batches import LEAVE_OUT, normalised, scale_for, split_holdout
-from vggfeat.training.data import ImageSet, ScaledImages, load_test_images, loaded
+from vggfeat.training.batches import normalised, scale_for, split_holdout
+from vggfeat.training.data import LEAVE_OUT, ImageSet, ScaledImages, load_test_images, loaded
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
 from vggfeat.weights import WeightsLike, load as load_set, run_metadata
 
@@ -152,7 +152,8 @@ def evaluate(
     Raises:
         InputError: data that cannot be read, another number of classes than the weights', or images that are too small.
         WeightsError: weights that are unavailable or have no classifier.
-        RunError: an image that cannot be read on the way, with `bad_images="fail"`.
+        RunError: an image that cannot be read on the way, with `bad_images="fail"`, none that can, or scores that are
+            not finite.
     """
     if not isinstance(views, Views | None):
         raise InputError(f"views must be a Views, such as vggfeat.Views(flip=True), got {type(views).__name__}")
@@ -169,7 +170,7 @@ def evaluate(
             if "size" in facts:
                 scales = tuple(facts["scales"]) if views.size is None else None
                 views = replace(views, size=views.size or facts["size"], scales=views.scales or scales)
-        net = _network(weights, arch)
+        net = network_from_weights(load_set(weights, arch)).to(memory_format=torch.channels_last)
     # what was held out is told by the images that could be read, which depends on how they were
     resize = held.pop("resize") if held else None
     if resize or not isinstance(data, ImageSet):
@@ -213,14 +214,6 @@ def _held_out(images: ImageSet, share: float, seed: int, digest: str, data: str)
             "not known any more; test it on other images"
         )
     return None
-
-
-def _network(weights: WeightsLike, arch: str | None) -> VGG:
-    loaded = load_set(weights, arch)
-    if loaded.arch.head is None:
-        raise WeightsError(f"weights {loaded.label} have no classifier to test")
-    net: VGG = network_from_weights(loaded).to(memory_format=torch.channels_last)
-    return net
 
 
 @torch.inference_mode()

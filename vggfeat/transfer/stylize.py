@@ -176,7 +176,7 @@ def stylize(
     config.shares("style_blend", len(styles))
     device = resolve(config.device)
     weights = resolved(config.weights)
-    dtype = trunk_dtype(config.precision, torch.empty(0, dtype=torch.float32, device=device))
+    dtype = trunk_dtype(config.precision, device)
     features = VGGFeatures(
         (*config.style_layers, *config.content_layers),
         weights=load(weights, config.arch, default="vgg19"),

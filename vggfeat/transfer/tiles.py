@@ -74,11 +74,9 @@ class Tile:
 
     def own(self, tap: Tensor, stride: int) -> Tensor:
         """Of a layer's values on what was read (N,C,h,w), those that count; a view."""
-        return (
-            tap
-            if tap.ndim == 2
-            else tap[:, :, self.rows.counts(stride, self.rows.start), self.columns.counts(stride, self.columns.start)]
-        )
+        if tap.ndim == 2:
+            return tap
+        return tap[:, :, self.rows.counts(stride, self.rows.start), self.columns.counts(stride, self.columns.start)]
 
     def of(self, whole: Tensor, stride: int) -> Tensor:
         """The same positions of a layer's values on the whole picture; a view."""
@@ -133,13 +131,9 @@ def side_for(
     if any(name in arch.head_names for name in layers):
         return 0  # a classifier sees the picture as a whole
     itemsize = 4 if emulates(dtype, device) else dtype.itemsize
-    maps = (
-        IN_STRIPS
-        if device.type == "cpu" and itemsize > 2
-        else MAPS
-        if device.type in CUSTOM_BACKWARD_DEVICES
-        else 2 * MAPS
-    )
+    maps = MAPS if device.type in CUSTOM_BACKWARD_DEVICES else 2 * MAPS
+    if device.type == "cpu" and itemsize > 2:
+        maps = IN_STRIPS
     channels = arch.layer("conv1_1").channels
     free, each = SHARE * memory, maps * itemsize * channels
     # cuDNN counts a map's values in 32 bits, or is slow

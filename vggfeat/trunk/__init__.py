@@ -18,7 +18,7 @@ made of sums over positions, `vjp_by_rows`. All are the walk of `walk.py`, forwa
 from vggfeat.trunk.autograd import run
 from vggfeat.trunk.filters import PickledTrunk, Trunk
 from vggfeat.trunk.plain import plain
-from vggfeat.trunk.plan import Plan, Stage
+from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import OnTap
 from vggfeat.trunk.walk import TapGradOf, TapGradOfRows, forward, vjp, vjp_by_rows
 
@@ -28,7 +28,6 @@ __all__ = [
     "OnTap",
     "TapGradOf",
     "TapGradOfRows",
-    "Stage",
     "Trunk",
     "forward",
     "plain",

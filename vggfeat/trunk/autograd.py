@@ -16,7 +16,7 @@ from vggfeat.trunk.walk import reread
 
 
 def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits") -> list[Tensor]:
-    """The taps in the order of `plan.names`; gradients flow to `x` only.
+    """The taps in the order of `plan.by_depth`; gradients flow to `x` only.
 
     Args:
         x: normalised images (N,3,H,W), float32 for bfloat16 filters, else in the filters' type.
@@ -30,7 +30,7 @@ def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits")
         taps = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep, x.device), *filters)
     else:
         taps = trunk_forward(x, filters, plan.code, "none")
-    return [taps[i] for i in plan.order]
+    return list(taps[: len(plan.names)])  # what is kept follows them
 
 
 class _Trunk(torch.autograd.Function):

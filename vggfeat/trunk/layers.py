@@ -67,9 +67,8 @@ def conv_backward(
     if not folded:
         return full
     like = full.new_empty(full.shape[0], full.shape[1], height, width)
-    fold = (
-        torch.ops.aten.reflection_pad2d_backward if padding == "reflect" else torch.ops.aten.replication_pad2d_backward
-    )
+    aten = torch.ops.aten
+    fold = aten.reflection_pad2d_backward if padding == "reflect" else aten.replication_pad2d_backward
     return channels_last(fold(full, like, [pad] * 4))
 
 

@@ -48,7 +48,7 @@ class Plan:
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("padding", self.padding, PADDINGS)
         # computed now, since torch.compile cannot follow a cached property's first use (it takes a lock in Python 3.11)
-        _ = self.code, self.stages, self._first_block, self.by_depth, self.order, self.min_size
+        _ = self.code, self.stages, self._first_block, self.by_depth, self.min_size
 
     @functools.cached_property
     def code(self) -> str:
@@ -113,11 +113,6 @@ class Plan:
         """For each stage the names of its taps, by kind."""
         names = iter(self.by_depth)
         return tuple({kind: next(names) for kind in stage.taps} for stage in self.stages)
-
-    @functools.cached_property
-    def order(self) -> tuple[int, ...]:
-        """Position of each name among the taps, shallow to deep."""
-        return tuple(self.by_depth.index(name) for name in self.names)
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width that each stage works at, for images of that size."""

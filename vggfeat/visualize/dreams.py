@@ -136,6 +136,7 @@ def dream(
     Raises:
         InputError: an unknown layer, channel, unit or choice, or a size too small for the layer.
         WeightsError: weights that are unavailable or do not reach the layer.
+        KeyboardInterrupt: at Ctrl-C before the first step has ended.
     """
     check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     steps, jitter = whole_number("steps", steps), whole_number("jitter", jitter, least=0)
@@ -143,7 +144,7 @@ def dream(
     seed = whole_number("seed", seed, least=0)
     if seed >= 2**63:
         raise InputError(f"seed must be below 2^63, got {seed}")
-    if not learning_rate > 0:
+    if not 0 < learning_rate < math.inf:
         raise InputError(f"learning_rate must be a positive number, got {learning_rate}")
     device, loaded = resolve(device), load(weights, arch, classifier=layer in HEAD_NAMES)
     if loaded.arch.head is None and layer in HEAD_NAMES:
@@ -179,17 +180,15 @@ def dream(
         if not done:
             raise
     pictures = [to_pil(image) for image in canvas.images()]
+    after = torch.cat([to_tensor(each) for each in pictures]).to(device)
     with torch.no_grad():
-        start, end = (
-            activation(images).tolist()
-            for images in (before, torch.cat([to_tensor(each) for each in pictures]).to(device))
-        )
+        start, end = activation(before).tolist(), activation(after).tolist()
     settings = {
         "picture": "dream", "layer": layer, "channels": shown, "activations": end, "parametrization": parametrization,
         "steps": done, "seed": seed, "arch": loaded.arch.name, "weights": loaded.label,
     }  # fmt: skip
     single = len(shown) == 1
-    title = "" if single else f"What excites {layer} of {net_label(loaded.arch.name, loaded.label)} most"
+    title = "" if single else f"What excites {layer} of {net_label(loaded.arch.name, loaded.name)} most"
     labels = [] if single else [str(channel) for channel in shown]
     sheet = Sheet(pictures, labels, title, settings=settings)
     return Dream(pictures, shown, end, start, sheet, interrupted=done < steps)
@@ -263,9 +262,8 @@ class _Pixels:
     """The values themselves, blurred now and then, less and less as the run goes on."""
 
     def __init__(self, shape: tuple[int, ...], rate: float, generator: torch.Generator, device: torch.device) -> None:
-        self.pixels = (0.5 + 0.05 * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")).to(
-            device
-        )
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        self.pixels = (0.5 + 0.05 * noise).to(device)
         self.optimizer = Adam(rate / 3)
         self.count = 0
 

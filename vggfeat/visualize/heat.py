@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vggfeat.arch import Arch, layer_names
-from vggfeat.errors import InputError, WeightsError
+from vggfeat.errors import InputError
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, as_picture, to_pil
 from vggfeat.losses import PerceptualLoss
@@ -111,7 +111,7 @@ def distance(
         "picture": "distance", "lpips": lpips, "total": sum(values.values()), "layers": values,
         "arch": loaded.arch.name, "weights": loaded.label,
     }  # fmt: skip
-    title = f"{what} {sum(values.values()):.3g}, {net_label(loaded.arch.name, loaded.label)}"
+    title = f"{what} {sum(values.values()):.3g}, {net_label(loaded.arch.name, loaded.name)}"
     sheet = Sheet(tiles, labels, title, settings=settings)
     return Distance(sum(values.values()), values, maps, total, sheet)
 
@@ -211,11 +211,6 @@ def cam(
     label = "a network in memory"
     if net is None:
         loaded = load(weights, arch)
-        if loaded.arch.head is None:
-            raise WeightsError(
-                f"weights {loaded.label} hold no classifier, which class activation maps need: give imagenet or the "
-                "folder of a run of `vggfeat train`"
-            )
         names = facts.get("classes") if names is None else names
         label = loaded.label
         net = network_from_weights(loaded)

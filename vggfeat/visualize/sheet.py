@@ -213,7 +213,7 @@ def overlay(image: Tensor, heat: Tensor, colors: str = "turbo") -> Tensor:
 
 def net_label(arch: str, weights: str) -> str:
     """A network and its weights, as titles name them: `vgg19 (bundled)`."""
-    return f"{arch} ({short(weights.split(' (')[0])})"
+    return f"{arch} ({short(weights)})"
 
 
 def spread(values: Tensor, size: tuple[int, int]) -> Tensor:
