@@ -850,10 +850,23 @@ def test_a_run_that_goes_on_leaves_other_plots_alone(vgg, labelled):
 def test_a_reader_of_the_messages_that_goes_away_costs_no_picture(tmp_path):
     pictures = [str(REPO / "examples" / name) for name in ("content.jpg", "style.jpg")]
     words = [*pictures, "--size", "48", "--steps", "6", "--weights", "bundled", "-o", str(tmp_path / "p.png")]
+    assert unheard("style", words) == 0
+    assert (tmp_path / "p.png").stat().st_size > 500
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
+def test_a_reader_of_the_messages_that_goes_away_ends_no_run(labelled):
+    assert unheard("main", ["train", "set.zip", *SMALL, "-o", "run"]) == 0
+    assert len(Path("run/log.csv").read_text().splitlines()) == 3
+    assert unheard("main", ["dream", "--weights", "random", "--layer", "conv1_2", "--steps=2", "--size=32"]) == 0
+    assert unheard("main", ["dream", "--layer", "nothing"]) == 2
+
+
+def unheard(module, words):
+    """The exit status of a command whose stderr nobody reads any more."""
     read, write = os.pipe()
-    code = "from vggfeat_cli.style import main; main()"
+    code = f"from vggfeat_cli.{module} import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=write, stdout=subprocess.DEVNULL)
     os.close(write)
     os.close(read)
-    process.wait(timeout=120)
-    assert (tmp_path / "p.png").stat().st_size > 500
+    return process.wait(timeout=120)

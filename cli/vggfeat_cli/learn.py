@@ -22,7 +22,7 @@ from vggfeat_cli.reports import (
     overwrite_option,
     plot_option,
 )
-from vggfeat_cli.run import INTERRUPTED, keep_memory
+from vggfeat_cli.run import INTERRUPTED, keep_memory, progress_bar
 
 if TYPE_CHECKING:
     from vggfeat.training.loop import TrainStep
@@ -128,11 +128,8 @@ class _Progress:
     """A progress bar, and a line for each finished epoch."""
 
     def __init__(self, epochs: int, disable: bool) -> None:
-        from tqdm import tqdm
-
-        shape = "{desc} {percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}{postfix}"
-        self.disabled, hidden = disable, disable or not sys.stderr.isatty()  # in a log, a line per epoch suffices
-        self.bar = tqdm(total=float(epochs), bar_format=shape, disable=hidden, desc="", leave=False)
+        self.disabled = disable
+        self.bar = progress_bar(epochs, disable, named=True)  # hidden in a log, where a line per epoch suffices
 
     def __enter__(self) -> _Progress:
         return self

@@ -6,7 +6,6 @@ import inspect
 import itertools
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import click
 
 import vggfeat
 from vggfeat_cli.options import Values
-from vggfeat_cli.run import FAILED, INTERRUPTED, Target
+from vggfeat_cli.run import FAILED, INTERRUPTED, Target, progress_bar
 
 Command = Callable[..., Any]
 
@@ -185,7 +184,7 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
     options["weights"] = load(options["weights"], options["arch"], classifier=options["layer"] in HEAD_NAMES)
     if classes is not None and options["weights"].arch.head == "slim":
         options["layer"] = "fc"
-    with _bar(options["steps"], quiet) as bar:
+    with progress_bar(options["steps"], quiet) as bar:
         result = dream(**options, callback=lambda _: bar.update())
     for channel, start, end in zip(result.channels, result.start, result.activations, strict=True):
         click.echo(f"{options['layer']} {channel}: {start:.4g} → {end:.4g}", err=True)
@@ -234,7 +233,7 @@ def invert(
     interrupted = False
     for group in groups:
         try:
-            with _bar(1.0, quiet) as bar:
+            with progress_bar(1.0, quiet) as bar:
                 results.append(invert(image, group, **options, callback=lambda step: bar.update(step.progress - bar.n)))
         except KeyboardInterrupt:  # before this one's first step
             if not results:
@@ -349,13 +348,6 @@ def _ended(written: Path | None, trouble: str, interrupted: bool = False) -> int
         click.echo("vggfeat: interrupted; this is what there is so far", err=True)
         return INTERRUPTED
     return 0
-
-
-def _bar(total: float, quiet: bool) -> Any:
-    from tqdm import tqdm
-
-    shape = "{percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}"
-    return tqdm(total=total, bar_format=shape, disable=quiet or not sys.stderr.isatty(), leave=False)
 
 
 COMMANDS = (filters, maps, dream, invert, distance, cam)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import click
 
@@ -32,6 +32,11 @@ def finish(command: click.Command) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")  # × and → are not in every code page
+    with contextlib.redirect_stderr(_Unheard(sys.stderr)):
+        _finish(command, name)
+
+
+def _finish(command: click.Command, name: str) -> None:
     try:
         with on_termination(_interrupt):
             code = command.main(prog_name=name, standalone_mode=False)
@@ -49,6 +54,35 @@ def finish(command: click.Command) -> None:
         said = " ".join(str(error).split())[:300] or "no details are known"
         fail(name, f"{type(error).__name__}: {said}", FAILED)
     sys.exit(code or 0)
+
+
+class _Unheard:
+    """stderr, whose reader may leave (`2>&1 | head`): no reason to end a run, or to lose its result."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def progress_bar(total: float, quiet: bool, named: bool = False) -> Any:
+    """tqdm's bar on a terminal's stderr, of floating-point progress; `named` shows a description and figures, too."""
+    from tqdm import tqdm
+
+    shape = "{percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}"
+    shape = "{desc} " + shape + "{postfix}" if named else shape
+    hidden = quiet or not sys.stderr.isatty()
+    return tqdm(total=float(total), bar_format=shape, disable=hidden, leave=False)
 
 
 def _with_flags(message: str, command: click.Command) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 import vggfeat
 from vggfeat.transfer.config import CHOICES, StyleConfig
 from vggfeat_cli.options import settings
-from vggfeat_cli.run import FAILED, INTERRUPTED, Target, finish
+from vggfeat_cli.run import FAILED, INTERRUPTED, Target, finish, progress_bar
 
 if TYPE_CHECKING:
     from vggfeat.transfer.stylize import StyleStep
@@ -93,25 +92,17 @@ class _Bar:
     """The progress bar: scale, step, losses, time left."""
 
     def __init__(self, disable: bool) -> None:
-        from tqdm import tqdm
-
-        shape = "{desc} {percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}{postfix}"
-        self.quiet, hidden = disable, disable or not sys.stderr.isatty()  # in a log, a line per scale suffices
-        self.begun = False
-        self.bar = tqdm(total=1.0, bar_format=shape, disable=hidden, desc="loading", leave=False)
+        self.quiet, self.begun = disable, False
+        self.bar = progress_bar(1.0, disable, named=True)  # hidden in a log, where a line per scale suffices
+        self.bar.set_description_str("loading")
 
     def __enter__(self) -> _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
+        self.bar.close()
 
     def __call__(self, step: StyleStep) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the reader has gone: no reason to lose the picture
-            self._show(step)
-
-    def _show(self, step: StyleStep) -> None:
         if not self.begun:  # before the wait, not after it
             self.bar.write(f"weights: {step.weights}", file=sys.stderr)
         if not self.begun and (step.scale, step.step) != (1, 1):
