@@ -32,7 +32,6 @@ import vggfeat
 from vggfeat import StyleConfig, weights
 from vggfeat.image import FORMATS, read_settings, to_pil
 from vggfeat.transfer import stylize as stylize_module
-from vggfeat.transfer.config import CHOICES
 from vggfeat.transfer.objective import Objective
 
 REPO = Path(__file__).resolve().parents[1]
@@ -190,7 +189,10 @@ def test_every_flag_sets_its_setting():
         **{"style_scale": "1.5", "learning_rate": "0.5", "style_blend": "2,1", "tile": "256"},
         **{"style_layers": "relu1_1, conv2_2", "content_layers": "conv4_2", "style_layer_weights": "1,0.5"},
         **{"content_layer_weights": "3", "keep_color": None},
-        **{name: next(c for c in choices if c != getattr(StyleConfig(), name)) for name, choices in CHOICES.items()},
+        **{
+            name: next(c for c in choices if c != getattr(StyleConfig(), name))
+            for name, choices in StyleConfig.CHOICES.items()
+        },
     }
     assert words.keys() == {field.name for field in dataclasses.fields(StyleConfig)}
     flags = [[f"--{name.replace('_', '-')}", *([value] if value else [])] for name, value in words.items()]

@@ -167,6 +167,7 @@ ROOMS = {
         "settings",
         "tables",
         "training.batches",
+        "training.config",
         "training.data",
         "training.distributed",
         "weights",

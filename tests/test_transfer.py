@@ -18,7 +18,6 @@ from vggfeat import InputError, RunError, StyleConfig, VGGFeatures, WeightsError
 from vggfeat.arch import Arch, parse
 from vggfeat.image import fit, read_settings, resize, to_pil, to_tensor
 from vggfeat.transfer import objective as objective_module, stylize as stylize_module, tiles as tiles_module
-from vggfeat.transfer.config import CHOICES
 from vggfeat.transfer.objective import Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, FourierPreconditioner
 from vggfeat.transfer.tiles import _spans, side_for
@@ -149,7 +148,7 @@ def objective(state, config, content, styles, side=0, keep="values"):
     return Objective(VGGFeatures(layers, **options), config, content, styles, side)
 
 
-@pytest.mark.parametrize("normalization", CHOICES["normalization"])
+@pytest.mark.parametrize("normalization", StyleConfig.CHOICES["normalization"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -195,7 +194,7 @@ def test_terms_in_float32_at_full_width(config):
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-2  # a ReLU at its corner falls to either side
 
 
-@pytest.mark.parametrize("normalization", CHOICES["normalization"])
+@pytest.mark.parametrize("normalization", StyleConfig.CHOICES["normalization"])
 def test_gradient_is_the_finite_difference(state, config, normalization):
     config = config(normalization=normalization, style_blend=(1, 2), tv_weight=0.7)
     content, image = scene(16, 12, seed=1).double(), scene(16, 12, seed=2).double()
@@ -481,7 +480,7 @@ BAD = [
     *[("tile", value) for value in (-1, 0.5, "x")],
     *[(name, value) for name in ("weights", "init", "device") for value in (3, None)],
     *[("arch", value) for value in (3, "vgg99", "resnet50")],
-    *[(name, value) for name in CHOICES for value in ("nonsense", None, 1, [])],
+    *[(name, value) for name in StyleConfig.CHOICES for value in ("nonsense", None, 1, [])],
     *[("style_layers", value) for value in ((), "relu1_1", 5, (1,), None, ("relu1_1", "relu1_1"))],
     *[("content_layers", value) for value in ("relu1_1", 5, (1,), None, ("relu1_1", "relu1_1"))],
     *[
@@ -801,8 +800,8 @@ def test_starts(config, pair, tmp_path, monkeypatch):
 # ── stylize: what comes out ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
-@pytest.mark.parametrize("normalization", CHOICES["normalization"])
+@pytest.mark.parametrize("optimizer", StyleConfig.CHOICES["optimizer"])
+@pytest.mark.parametrize("normalization", StyleConfig.CHOICES["normalization"])
 def test_the_objective_of_the_saved_file(state, config, pair, tmp_path, optimizer, normalization):
     config = config(optimizer=optimizer, normalization=normalization, content_weight=1e-3, tv_weight=0.01, steps=40)
     result = stylize(*pair, config)
@@ -1176,7 +1175,7 @@ def unspoilt():
     return {}
 
 
-@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+@pytest.mark.parametrize("optimizer", StyleConfig.CHOICES["optimizer"])
 @pytest.mark.parametrize(
     "how",
     [
@@ -1198,7 +1197,7 @@ def test_a_spoilt_step_costs_little(config, pair, optimizer, how, ahead, unspoil
     assert result.losses["total"] < 2 * wanted and result.losses["total"] < 0.3 * result.history[0]["total"]
 
 
-@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+@pytest.mark.parametrize("optimizer", StyleConfig.CHOICES["optimizer"])
 def test_when_nothing_helps_the_best_picture_stays(config, pair, optimizer, ahead, monkeypatch):
     spoilt(monkeypatch, range(8, 1000), lambda total, grad: (total * math.nan, math.nan, grad * math.nan))
     result = stylize(*pair, config(optimizer=optimizer, steps=40))

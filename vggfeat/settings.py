@@ -7,12 +7,12 @@ import functools
 import os
 import reprlib
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
-from vggfeat.errors import InputError
+from vggfeat.errors import InputError, check_choice
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 WORDS = {str: "a string", bool: "True or False", int: "a whole number", float: "a number"}
@@ -105,20 +105,30 @@ def _kind(hint: Any) -> Kind:
     return Kind(get_args(held)[0] if many else held, many, types.NoneType in parts, state)
 
 
-def to_types(config: Any) -> None:
-    """Bring every field of a frozen dataclass of settings to the type that it is declared with.
+@dataclass(frozen=True)
+class Settings:
+    """What frozen dataclasses of settings have in common.
+
+    Attributes:
+        CHOICES: by field, the words that it takes.
 
     Raises:
-        InputError: a value that is none of that type.
+        InputError: a value that is not of the type that its field is declared with, or none of the words.
     """
-    for name, kind in kinds(config.__class__).items():
-        object.__setattr__(config, name, kind.value(name, getattr(config, name)))
 
+    CHOICES: ClassVar[Mapping[str, Sequence[str]]] = {}
 
-def plain(config: Any) -> dict[str, Any]:
-    """A dataclass of settings as plain values, for JSON; a state dict becomes the words that it is one."""
-    values = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
-    return {name: repr(value) if isinstance(value, StateDict) else value for name, value in values.items()}
+    def __post_init__(self) -> None:
+        own: Any = type(self)
+        for name, kind in kinds(own).items():
+            object.__setattr__(self, name, kind.value(name, getattr(self, name)))
+        for name, choices in self.CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for JSON; a state dict becomes the words that it is one."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return {name: repr(value) if isinstance(value, StateDict) else value for name, value in values.items()}
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:

@@ -12,7 +12,7 @@ import click
 
 import vggfeat
 from vggfeat.settings import PRECISIONS
-from vggfeat.training.config import CHOICES, RECIPES, TrainConfig, recipe
+from vggfeat.training.config import RECIPES, TrainConfig, recipe
 from vggfeat_cli.options import Values, settings
 from vggfeat_cli.reports import (
     check_outputs,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace an existing plot.")
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-@settings(TrainConfig, CHOICES, defaults=False)
+@settings(TrainConfig, defaults=False)
 def train(
     data: str,
     test: str | None,
@@ -177,7 +177,7 @@ class _Progress:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option(
     "--bad-images",
-    type=click.Choice(CHOICES["bad_images"]),
+    type=click.Choice(TrainConfig.CHOICES["bad_images"]),
     default="fail",
     show_default=True,
     help="What to do with an image that cannot be read.",

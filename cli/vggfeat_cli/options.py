@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -27,10 +27,8 @@ class Values(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gener
             self.fail(f"expected numbers between commas, got {value!r}", param, ctx)
 
 
-def settings(
-    config: type, choices: Mapping[str, Sequence[str]], *, defaults: bool = True
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A flag for every field of a dataclass; without `defaults`, those not given are None."""
+def settings(config: Any, *, defaults: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A flag for every field of a class of `Settings`; without `defaults`, those not given are None."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed(dataclasses.fields(config)):
@@ -40,8 +38,8 @@ def settings(
                 flag += f"/--no-{flag[2:]}"
             default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             kind: Any = Values(held.item) if held.many else held.item
-            if field.name in choices:
-                kind = click.Choice(choices[field.name])
+            if field.name in config.CHOICES:
+                kind = click.Choice(config.CHOICES[field.name])
             command = click.option(
                 flag,
                 field.name,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import vggfeat
-from vggfeat.transfer.config import CHOICES, StyleConfig
+from vggfeat.transfer.config import StyleConfig
 from vggfeat_cli.options import settings
 from vggfeat_cli.run import FAILED, INTERRUPTED, Target, finish, progress_bar
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-@settings(StyleConfig, CHOICES)
+@settings(StyleConfig)
 @click.version_option(vggfeat.__version__)
 def command(
     content: str,

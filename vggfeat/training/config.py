@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from vggfeat.arch import HEADS, INITS, channels_at, parse
 from vggfeat.errors import InputError, check_choice
-from vggfeat.settings import PRECISIONS, option, plain, to_types
-
-CHOICES = {
-    "head": HEADS,
-    "init": INITS,
-    "optimizer": ("sgd", "adam", "adamw", "muon"),
-    "schedule": ("constant", "step", "linear", "cosine", "onecycle"),
-    "flip": ("none", "random", "alternating"),
-    "pad_mode": ("zeros", "reflect"),
-    "precision": (*PRECISIONS, "float16"),
-    "bad_images": ("fail", "skip"),
-}
+from vggfeat.settings import PRECISIONS, Settings, option
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Settings of `train`; each is a flag of `vggfeat train` with the same name in dashes.
 
     The defaults are those of a plain run; `recipe("fast")` and its like set many at once.
@@ -89,6 +78,17 @@ class TrainConfig:
         InputError: a value that is out of range or not among the choices.
     """
 
+    CHOICES: ClassVar[Mapping[str, Sequence[str]]] = {
+        "head": HEADS,
+        "init": INITS,
+        "optimizer": ("sgd", "adam", "adamw", "muon"),
+        "schedule": ("constant", "step", "linear", "cosine", "onecycle"),
+        "flip": ("none", "random", "alternating"),
+        "pad_mode": ("zeros", "reflect"),
+        "precision": (*PRECISIONS, "float16"),
+        "bad_images": ("fail", "skip"),
+    }
+
     arch: str | None = option(None, "vgg16_bn (default), vgg11, …; with --weights, their own.")
     head: str = option("slim", "Classifier.")
     width: float = option(1.0, "Factor on every channel count.")
@@ -136,9 +136,7 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
 
     def __post_init__(self) -> None:
-        to_types(self)
-        for name, choices in CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+        super().__post_init__()
         if self.arch is not None:
             parse(self.arch)
         channels_at(self.width)  # raises
@@ -170,10 +168,6 @@ class TrainConfig:
             raise InputError("weights have their own width: leave width at 1")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise InputError("nesterov is for SGD with momentum")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for JSON."""
-        return plain(self)
 
 
 def _within(config: TrainConfig, name: str, low: float, high: float) -> None:

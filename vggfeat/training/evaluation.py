@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from vggfeat.devices import autocast_dtype
 from vggfeat.errors import InputError, RunError, check_choice, whole_number
 from vggfeat.network import VGG, eval_mode, network_from_weights
-from vggfeat.settings import PRECISIONS, to_types
+from vggfeat.settings import PRECISIONS, Settings
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import normalised, scale_for, split_holdout
+from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import LEAVE_OUT, ImageSet, ScaledImages, load_test_images, loaded
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
 from vggfeat.weights import WeightsLike, load as load_set, run_metadata
@@ -28,7 +29,7 @@ _percent = "{:.2f} %".format
 
 
 @dataclass(frozen=True)
-class Views:
+class Views(Settings):
     """What a network sees of each test image; the probabilities of all views are averaged (paper, section 3.2).
 
     Attributes:
@@ -51,7 +52,7 @@ class Views:
     dense: bool = False
 
     def __post_init__(self) -> None:
-        to_types(self)
+        super().__post_init__()
         if self.grid < 1 or (self.size is not None and self.size < 32):
             raise InputError(f"expected grid of at least 1 and size of at least 32, got {self.grid} and {self.size}")
         if self.scales is not None and (not self.scales or min(self.scales) < 32):
@@ -158,7 +159,7 @@ def evaluate(
     if not isinstance(views, Views | None):
         raise InputError(f"views must be a Views, such as vggfeat.Views(flip=True), got {type(views).__name__}")
     batch_size, workers = whole_number("batch_size", batch_size), whole_number("workers", workers, least=0)
-    check_choice("bad_images", bad_images, ("fail", "skip"))
+    check_choice("bad_images", bad_images, TrainConfig.CHOICES["bad_images"])
     check_choice("precision", precision, PRECISIONS)
     names, held, views = None, None, views or Views()
     if isinstance(weights, VGG):

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from vggfeat.arch import PADDINGS, POOLINGS, parse
-from vggfeat.errors import InputError, check_choice, whole_number
-from vggfeat.settings import PRECISIONS, option, plain, to_types
-
-CHOICES = {
-    "normalization": ("scale-free", "gatys"),
-    "pooling": POOLINGS,
-    "padding": PADDINGS,
-    "optimizer": ("lbfgs", "adam"),
-    "precision": PRECISIONS,
-}
+from vggfeat.errors import InputError, whole_number
+from vggfeat.settings import PRECISIONS, Settings, option
 
 
 @dataclass(frozen=True)
-class StyleConfig:
+class StyleConfig(Settings):
     """Settings of `stylize`; each is a flag of `vggstyle` with the same name in dashes.
 
     Attributes:
@@ -59,6 +51,14 @@ class StyleConfig:
         InputError: a value out of range or not among the choices.
     """
 
+    CHOICES: ClassVar[Mapping[str, Sequence[str]]] = {
+        "normalization": ("scale-free", "gatys"),
+        "pooling": POOLINGS,
+        "padding": PADDINGS,
+        "optimizer": ("lbfgs", "adam"),
+        "precision": PRECISIONS,
+    }
+
     size: int = option(512, "Long side of the result in pixels.")
     weights: str | Mapping[str, Any] = option(
         "auto", "imagenet, caffe, bundled, random, auto, a .pth, .safetensors or .h5 file, or a run's folder."
@@ -90,9 +90,7 @@ class StyleConfig:
     tile: int | None = option(None, "Side of the tiles for a large picture; 0 for none.  [default: by free memory]")
 
     def __post_init__(self) -> None:
-        to_types(self)
-        for name, choices in CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+        super().__post_init__()
         if self.arch is not None:
             parse(self.arch)
         for name in ("style_layers", "content_layers"):
@@ -148,7 +146,3 @@ class StyleConfig:
         if len(values) != count:
             raise InputError(f"{name} has {len(values)} numbers for {count} images")
         return tuple(value / sum(values) for value in values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for JSON."""
-        return plain(self)
