@@ -161,6 +161,7 @@ ROOMS = {
     },
     "vggfeat.training.distributed": {"devices"},
     "vggfeat.training.evaluation": {
+        "arch",
         "errors",
         "network",
         "devices",
@@ -204,6 +205,7 @@ ROOMS = {
         "training.data",
     },
     "vggfeat.training.loop": {
+        "arch",
         "checkpoint",
         "errors",
         "modes",

@@ -275,7 +275,7 @@ def test_schedules():
     cosine = rates(config(schedule="cosine"))
     assert cosine[50] == pytest.approx(0.5) and cosine[0] == 1.0 and cosine[-1] < 1e-3
     one = rates(config(schedule="onecycle", warmup=2.0))
-    assert max(one) == pytest.approx(1.0, abs=0.01) and abs(one.index(max(one)) - 20) <= 1
+    assert one[20] == max(one) == pytest.approx(1.0, rel=1e-9)
     assert one[0] == pytest.approx(1 / 25) and one[-1] < 2e-3
     warm = rates(config(schedule="cosine", warmup=2.0))
     assert warm[:20] == pytest.approx([(i + 1) / 20 - i / 20 / 20 for i in range(20)], abs=1e-9)
@@ -1214,6 +1214,12 @@ def test_going_on_with_another_test_set_is_refused(tmp_path):
 def test_one_cycle_of_any_length(steps):
     found = rates(TrainConfig(**TINY | {"schedule": "onecycle", "epochs": 1}), steps)
     assert len(found) == steps and all(0 < rate <= TINY["lr"] * (1 + 1e-6) for rate in found)
+    top = max(1, round(0.2 * steps))
+    if steps > 1:
+        assert found[top] == pytest.approx(TINY["lr"], rel=1e-9)
+        assert found == sorted(found[:top]) + sorted(found[top:], reverse=True)
+    late = rates(TrainConfig(**TINY | {"schedule": "onecycle", "epochs": 1, "warmup": 0.99}), steps)
+    assert late == sorted(late) and (steps == 1 or late[-1] == pytest.approx(TINY["lr"], rel=1e-9))
 
 
 def test_the_average_of_a_count_is_the_count(data, tmp_path):

@@ -34,6 +34,7 @@ LRN_AFTER = {"A-LRN": "conv1_1"}  # local response normalisation follows this co
 LRN = (5, 5e-4, 0.75, 2.0)
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
 HIDDEN = 4096
+MIN_SIDE = 2**5  # pixels that an image needs at least on each side, for five pools
 
 # common names; the letter of the paper's table works too, and "_bn" after either
 ARCHS = {"vgg11": "A", "vgg11-lrn": "A-LRN", "vgg13": "B", "vgg16-c": "C", "vgg16": "D", "vgg19": "E"}

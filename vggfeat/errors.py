@@ -14,6 +14,7 @@ Each message says what was expected, what came, and what to try. The commands tu
 from __future__ import annotations
 
 import difflib
+import importlib
 import operator
 import sys
 import warnings
@@ -96,6 +97,18 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     if number < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {number}")
     return number
+
+
+def optional(module: str, otherwise: str) -> Any:
+    """A module of an optional package.
+
+    Raises:
+        DependencyError: it is missing; the message is `otherwise`.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DependencyError(otherwise) from error
 
 
 _INSIDE = ("vggfeat", "torch", "contextlib")  # the last turns contexts into decorators

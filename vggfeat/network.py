@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is one, but not a BatchNorm2d
 from torch.utils.checkpoint import checkpoint
 
-from vggfeat.arch import INITS, LRN, Arch, Layer, channels_at, layer_names, parse
+from vggfeat.arch import INITS, LRN, MIN_SIDE, Arch, Layer, channels_at, layer_names, parse
 from vggfeat.convolution import Conv2d
 from vggfeat.errors import InputError, WeightsError, check_choice
 
@@ -173,8 +173,10 @@ class VGG(nn.Module):
         Raises:
             InputError: images that are too small.
         """
-        if min(x.shape[2:]) < 32:
-            raise InputError(f"images of {x.shape[3]}×{x.shape[2]} are too small: at least 32 pixels on each side")
+        if min(x.shape[2:]) < MIN_SIDE:
+            raise InputError(
+                f"images of {x.shape[3]}×{x.shape[2]} are too small: at least {MIN_SIDE} pixels on each side"
+            )
         x = self.features(x)
         if self.arch.head == "paper" and min(x.shape[2:]) < 7:
             raise InputError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vggfeat.analysis import Comparison, Description, EffectiveField, Net, Stacked, effective_field, stacked_3x3
 from vggfeat.arch import Arch, Layer, layer_names, parse
-from vggfeat.errors import DependencyError, InputError
+from vggfeat.errors import InputError, optional
 from vggfeat.files import check_path, written
 from vggfeat.tables import apart, short
 
@@ -50,12 +50,8 @@ def check_plot(path: PathLike, *, overwrite: bool = False, inputs: Iterable[Path
 
 
 def _figure_class() -> type[Figure]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError("plots need matplotlib: pip install 'vggfeat[plot]'") from error
-    figure_class: type[Figure] = Figure
-    return figure_class
+    figure: type[Figure] = optional("matplotlib.figure", "plots need matplotlib: pip install 'vggfeat[plot]'").Figure
+    return figure
 
 
 def _figure(width: float, height: float) -> Figure:

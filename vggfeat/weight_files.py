@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vggfeat.arch import Arch
-from vggfeat.errors import DependencyError, WeightsError, WeightsUnavailableError, first_line
+from vggfeat.errors import WeightsError, WeightsUnavailableError, first_line, optional
 
 
 def read(path: Path) -> Mapping[str, Any]:
@@ -70,10 +70,7 @@ def is_keras(path: Path) -> bool:
 
 def _read_keras(path: Path) -> dict[str, Tensor]:
     """Keras' VGG files: block1_conv1 … block5_conv4, fc1, fc2, predictions; kernels as (H,W,in,out), HWC flattening."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise DependencyError(f"{path.name} is a Keras file, which needs h5py: pip install 'vggfeat[h5]'") from error
+    h5py = optional("h5py", f"{path.name} is a Keras file, which needs h5py: pip install 'vggfeat[h5]'")
     arrays: dict[str, dict[int, Tensor]] = {}
 
     def visit(name: str, item: Any) -> None:

@@ -95,12 +95,12 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
     """The learning rate schedule, by steps."""
     total, warmup = config.epochs * steps, round(config.warmup * steps)
     if config.schedule == "onecycle":
-        rise = warmup or (1 if total == 4 else 0.2 * total)  # where it would take 0.8 of 4 steps, torch divides by zero
+        rise = max(1, min(warmup or round(0.2 * total), total - 1))  # steps until the highest rate, which is used
         return lr_scheduler.OneCycleLR(
             optimizer,
             [group["lr"] for group in optimizer.param_groups],
             total_steps=total + 1,  # the last step is made before the rate's end, not after it
-            pct_start=rise / total,
+            pct_start=(rise + 1) / (total + 1),  # torch takes one step off
             cycle_momentum=False,
         )
     main: lr_scheduler.LRScheduler

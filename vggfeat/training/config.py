@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vggfeat.arch import HEADS, INITS, channels_at, parse
+from vggfeat.arch import HEADS, INITS, MIN_SIDE, channels_at, parse
 from vggfeat.errors import InputError, check_choice
 from vggfeat.settings import PRECISIONS, Settings, option
 
@@ -155,8 +155,8 @@ class TrainConfig(Settings):
             raise InputError(f"warmup ({self.warmup:g} epochs) must be shorter than epochs ({self.epochs})")
         if self.batch_size % self.accumulate:
             raise InputError(f"batch_size {self.batch_size} is not divisible by accumulate = {self.accumulate}")
-        if self.size is not None and self.size < 32:
-            raise InputError(f"size must be at least 32, five pools' stride, got {self.size}")
+        if self.size is not None and self.size < MIN_SIDE:
+            raise InputError(f"size must be at least {MIN_SIDE}, five pools' stride, got {self.size}")
         if self.resize is not None:
             if len(self.resize) not in (1, 2) or not 0 < self.resize[0] <= self.resize[-1]:
                 raise InputError(f"resize must be a number of pixels, or a rising pair, got {self.resize}")

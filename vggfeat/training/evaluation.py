@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vggfeat.arch import MIN_SIDE
 from vggfeat.devices import autocast_dtype
 from vggfeat.errors import InputError, RunError, check_choice, whole_number
 from vggfeat.network import VGG, eval_mode, network_from_weights
@@ -53,10 +54,11 @@ class Views(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.grid < 1 or (self.size is not None and self.size < 32):
-            raise InputError(f"expected grid of at least 1 and size of at least 32, got {self.grid} and {self.size}")
-        if self.scales is not None and (not self.scales or min(self.scales) < 32):
-            raise InputError(f"scales must be shorter sides of at least 32 pixels, got {self.scales}")
+        whole_number("grid", self.grid)
+        if self.size is not None:
+            whole_number("size", self.size, least=MIN_SIDE)
+        if self.scales is not None and (not self.scales or min(self.scales) < MIN_SIDE):
+            raise InputError(f"scales must be shorter sides of at least {MIN_SIDE} pixels, got {self.scales}")
         if self.dense and self.grid > 1:
             raise InputError("dense looks at the whole image: leave grid at 1")
 
@@ -282,9 +284,9 @@ def _metrics(labels: Tensor, scores: Tensor, classes: list[str], views: int, ski
 def _crops(images: Tensor, size: int, grid: int, label: str) -> Iterator[Tensor]:
     """Crops of (n,3,H,W) on a regular grid that reaches the borders; for `grid` 1 the centre."""
     height, width = images.shape[2:]
-    if size < 32:
+    if size < MIN_SIDE:
         raise InputError(
-            f"images of {label} at {size} pixels are smaller than 32, five pools' stride: set size and scales"
+            f"images of {label} at {size} pixels are smaller than {MIN_SIDE}, five pools' stride: set size and scales"
         )
     if min(height, width) < size:
         raise InputError(f"images of {label} are {width}×{height}, smaller than size {size}: scale them up with scales")

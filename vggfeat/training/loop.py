@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vggfeat import checkpoint
+from vggfeat.arch import MIN_SIDE
 from vggfeat.devices import autocast_dtype, emulates
 from vggfeat.errors import InputError, RunError
 from vggfeat.modes import with_gradients
@@ -186,9 +187,9 @@ class _Run:
         self.config, self.images, self.test, self.world = config, images, test, world
         self.folder, self.callback, self.announce = folder, callback, announce
         self.size = config.size or images.side
-        if self.size < 32:
+        if self.size < MIN_SIDE:
             raise InputError(
-                f"images of {self.size} pixels are smaller than 32, five pools' stride: set resize and size"
+                f"images of {self.size} pixels are smaller than {MIN_SIDE}, five pools' stride: set resize and size"
             )
         self.dtype = autocast_dtype(config.precision, world.device)
         self.batches = Batches(images, config, self.size, world)

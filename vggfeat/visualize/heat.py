@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vggfeat.arch import Arch, layer_names
+from vggfeat.arch import MIN_SIDE, Arch, layer_names
 from vggfeat.errors import InputError
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, as_picture, to_pil
@@ -206,8 +206,9 @@ def cam(
     else:
         seen = shown = size
     x = load_image(image, seen)
-    if min(x.shape[2:]) < 32:
-        raise InputError(f"a classifier needs at least 32 pixels on each side, got {x.shape[3]}×{x.shape[2]}")
+    if min(x.shape[2:]) < MIN_SIDE:
+        got = f"{x.shape[3]}×{x.shape[2]}"
+        raise InputError(f"a classifier needs at least {MIN_SIDE} pixels on each side, got {got}")
     label = "a network in memory"
     if net is None:
         loaded = load(weights, arch)

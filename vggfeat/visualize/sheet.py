@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.errors import DependencyError, check_choice
+from vggfeat.errors import check_choice, optional
 from vggfeat.image import FORMATS, check_output, fit, new_file, save_image
 from vggfeat.tables import short
 
@@ -167,12 +167,9 @@ def check_sheet(
 
 
 def _figure_class() -> type[Figure]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError("PDF and SVG need matplotlib: pip install 'vggfeat[plot]', or write a .png") from error
-    figure_class: type[Figure] = Figure
-    return figure_class
+    otherwise = "PDF and SVG need matplotlib: pip install 'vggfeat[plot]', or write a .png"
+    figure: type[Figure] = optional("matplotlib.figure", otherwise).Figure
+    return figure
 
 
 # ── colours ───────────────────────────────────────────────────────────────────────────────────────────────────────────
