@@ -223,7 +223,7 @@ def test_class_names_must_fit(folder, tmp_path):
 def test_weights_without_a_classifier(folder):
     with pytest.raises(WeightsError, match="no classifier"):
         vggfeat.evaluate("bundled", folder, **ONE)
-    with pytest.raises(WeightsError):
+    with pytest.raises(WeightsError, match="no weights at nowhere.pth"):
         vggfeat.evaluate("nowhere.pth", folder, **ONE)
 
 
@@ -260,10 +260,19 @@ def test_images_of_several_sizes_one_of_them_damaged(tmp_path, workers):
     assert [sum(row) for row in lost] == [0, 0, 1]
 
 
-def test_views_that_cannot_be():
-    for options in ({"grid": 0}, {"size": 8}, {"scales": ()}, {"scales": (16,)}, {"dense": True, "grid": 2}):
-        with pytest.raises(InputError):
-            Views(**options)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"grid": 0}, "grid must be a whole number of at least 1, got 0"),
+        ({"size": 8}, "size must be a whole number of at least 32, got 8"),
+        ({"scales": ()}, r"at least 32 pixels, got \(\)"),
+        ({"scales": (64, 16)}, r"at least 32 pixels, got \(64, 16\)"),
+        ({"dense": True, "grid": 2}, "leave grid at 1"),
+    ],
+)
+def test_views_that_cannot_be(options, said):
+    with pytest.raises(InputError, match=said):
+        Views(**options)
 
 
 def test_classes_with_a_bar_in_a_markdown_table():

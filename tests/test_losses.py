@@ -879,7 +879,8 @@ def test_the_environment_chooses_the_default_weights(pair, tmp_path, monkeypatch
     loss = vggfeat.PerceptualLoss(["relu2_2"])
     assert loss.features.weights == "mine.pth"
     close(loss(*pair), perceptual()(*pair))
-    with pytest.raises(vggfeat.WeightsUnavailableError):  # it changes the default, not what is asked for
+    # it changes the default, not what is asked for
+    with pytest.raises(vggfeat.WeightsUnavailableError, match="imagenet weights for vgg16 are unavailable"):
         vggfeat.PerceptualLoss(["relu2_2"], weights="imagenet")
 
 

@@ -758,7 +758,7 @@ def test_both_timeouts_are_used(monkeypatch):
     monkeypatch.setattr(
         http.client.HTTPConnection, "getresponse", lambda c: reads.append(c.sock.gettimeout()) or answer(c)
     )
-    with serving(b"") as (url, _), pytest.raises(WeightsError):
+    with serving(b"") as (url, _), pytest.raises(WeightsError, match="sha256"):
         W.fetch(f"{url}/vgg16-01234567.pth", hub())
     assert calls == [5.0]
     assert reads == [7.0]
@@ -803,7 +803,7 @@ def test_environment_names_the_default(tmp_path, monkeypatch, state):
                 WeightsUnavailableError, match="VGGFEAT_WEIGHTS is 'bundeld': expected imagenet, .*found none"
             ):
                 W.load(default)
-    with pytest.raises(WeightsUnavailableError):
+    with pytest.raises(WeightsUnavailableError, match="imagenet weights for vgg16 are unavailable"):
         W.load("imagenet")  # said outright, it is not the default
     monkeypatch.delenv("VGGFEAT_WEIGHTS")
     with pytest.raises(WeightsUnavailableError, match="imagenet weights for vgg16 are unavailable"):
