@@ -947,7 +947,7 @@ def test_a_compiled_backward(pair, loss):
     torch._dynamo.reset()
     (wanted,) = torch.autograd.grad(loss(x, y), x)
     value = loss(x, y)
-    with torch._dynamo.utils.maybe_enable_compiled_autograd(True):
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
         value.backward()
     close(x.grad, wanted)
 
