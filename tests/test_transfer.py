@@ -537,7 +537,7 @@ def test_weights_may_be_a_state_dict(config, pair, state, tmp_path, monkeypatch)
     with pytest.raises(InputError, match="size must be a whole number, got "):
         StyleConfig(size=state)
     # a checkpoint knows other numbers, and these
-    monkeypatch.setattr(stylize_module, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
     stylize(*pair, settings, checkpoint=tmp_path / "run.pt")
     assert stylize(*pair, settings, checkpoint=tmp_path / "run.pt").image.tobytes() == result.image.tobytes()
     other = {key: value * 1.01 for key, value in state.items()}
@@ -1031,7 +1031,7 @@ def test_a_killed_run_goes_on_to_the_same_picture(config, pair, tmp_path, monkey
     monkeypatch.setattr(stylize_module, "lookahead", lambda device: late)
     settings = config(start_size=24, steps=6, **changes)
     whole = stylize(*pair, settings)
-    monkeypatch.setattr(stylize_module, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
     path = tmp_path / "run.pt"
     for count in (1, 2, 1, 2, 5):  # the last time at the second scale
         with pytest.raises(Killed):
@@ -1077,7 +1077,7 @@ def test_ctrl_c_brings_the_checkpoint_up_to_date(config, pair, tmp_path, ahead):
 
 
 def test_a_checkpoint_is_of_one_run(config, state, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(stylize_module, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
     own = tmp_path / "w.safetensors"
     save_file(state, own)
     path, settings = tmp_path / "run.pt", config(steps=3, weights=str(own))
@@ -1115,7 +1115,7 @@ def test_a_full_disk_costs_the_checkpoint_alone(config, pair, tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stylize_module, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
     monkeypatch.setattr(stylize_module.checkpoints, "write", full)
     with pytest.warns(UserWarning, match=r"cannot write checkpoint .*run\.pt: No space left on device"):
         result = stylize(*pair, config(steps=3), checkpoint=tmp_path / "run.pt")

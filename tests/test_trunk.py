@@ -1077,36 +1077,36 @@ needs_onednn = pytest.mark.skipif(not direct._onednn_takes(torch.zeros(1)), reas
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_weight_is_the_same_weight(dtype):
+def test_a_reordered_weight_is_the_same_weight(dtype):
     weight = images(288, 256, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    if dtype == torch.bfloat16 and not direct.benefits_from_packing(weight):
+    if dtype == torch.bfloat16 and not direct.benefits_from_reordering(weight):
         pytest.skip("this processor does not multiply bfloat16")
-    assert direct.benefits_from_packing(weight) and not direct.benefits_from_packing(weight[:128])
+    assert direct.benefits_from_reordering(weight) and not direct.benefits_from_reordering(weight[:128])
     maps = [images(n, 256, h, w, dtype=dtype) for n, h, w in ((1, 2, 2), (3, 4, 4), (8, 7, 9), (1, 40, 33))]
     before = [direct.convolve(x, weight, None, 1, relu=True) for x in maps]
-    direct.pack(weight)
-    assert not direct.benefits_from_packing(weight) and direct._packed[weight].layout == torch._mkldnn
+    direct.reorder(weight)
+    assert not direct.benefits_from_reordering(weight) and direct._reordered[weight].layout == torch._mkldnn
     for x, wanted in zip(maps, before, strict=True):
         torch.testing.assert_close(direct.convolve(x, weight, None, 1, relu=True), wanted)
-    count = len(direct._packed)
+    count = len(direct._reordered)
     del weight
-    assert len(direct._packed) == count - 1
+    assert len(direct._reordered) == count - 1
 
 
 @needs_onednn
-def test_small_maps_are_convolved_by_packed_weights(monkeypatch):
+def test_small_maps_are_convolved_by_reordered_weights(monkeypatch):
     """Forward and back, those of 256 channels and more; not on larger maps, and not the same weight twice."""
     arch = Arch("A", channels=(4, 4, 256, 8, 8), head=None)
-    trunk, packed = Trunk(arch, make_state(arch), ("packed",)), []
-    keep = direct.pack
-    monkeypatch.setattr(direct, "pack", lambda weight: packed.append(tuple(weight.shape)) or keep(weight))
+    trunk, reordered = Trunk(arch, make_state(arch), ("reordered",)), []
+    real = direct.reorder
+    monkeypatch.setattr(direct, "reorder", lambda weight: reordered.append(tuple(weight.shape)) or real(weight))
     monkeypatch.setattr(layers.winograd, "is_faster", lambda *_: False)
     plan, x = Plan(arch, ("relu3_2",)), images(2, 3, 36, 40, dtype=torch.float32)
     trunk.filters(plan, x.device, x.dtype, size=(160, 160))
-    assert packed == []
+    assert reordered == []
     for _ in range(2):
         filters = trunk.filters(plan, x.device, x.dtype, size=(36, 40))
-    assert packed == [(256, 256, 3, 3)] * 2  # the second convolution's; the first has 4 channels
+    assert reordered == [(256, 256, 3, 3)] * 2  # the second convolution's; the first has 4 channels
     leaf = x.clone().requires_grad_()
     (tap,) = run(leaf, filters, plan)
     wanted = reference(x.double().requires_grad_(), trunk.state, arch, plan.names)[0]

@@ -57,14 +57,14 @@ def verify(path: Path, digest: str = "", *, record: bool = True) -> str:
             f"{path} is damaged or was changed: its sha256 starts with {actual[:8]}, expected {digest[:8]}; "
             "delete it and it is fetched again"
         )
-    recorded = _recorded(note)
-    if recorded and recorded != actual:
+    known = _recorded(note)
+    if known and known != actual:
         again = "; delete both and it is fetched again" if digest else ""
         raise WeightsError(
             f"{path} was changed since it was first checked: its sha256 is {actual}, recorded in {note.name} is "
-            f"{recorded}{again}"
+            f"{known}{again}"
         )
-    if record and recorded is None:
+    if record and known is None:
         _record(path, actual)
     return actual
 

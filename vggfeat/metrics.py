@@ -15,7 +15,7 @@ from vggfeat.weights import DEFAULT, WeightsLike, resolved
 CALIBRATION = Path(__file__).with_name("assets") / "lpips-vgg16.safetensors"  # LICENSE-lpips.txt is beside it
 
 
-def fit_for_lpips(weights: WeightsLike) -> WeightsLike:
+def lpips_weights(weights: WeightsLike) -> WeightsLike:
     """ImageNet's for `"auto"`, which may end in random ones, whose result would pass for LPIPS; others as they are."""
     return "imagenet" if resolved(weights) == "auto" else weights
 
@@ -64,7 +64,7 @@ class LPIPS(PerceptualLoss):
         super().__init__(
             list(calibration),
             arch="vgg16",
-            weights=fit_for_lpips(weights),
+            weights=lpips_weights(weights),
             normalize_features=True,
             input_range=input_range,
             reduction=reduction,

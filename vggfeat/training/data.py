@@ -133,7 +133,7 @@ def _load(
 ) -> tuple[ImageSet, ImageSet | None]:
     if isinstance(data, ImageSet):
         if resize is not None:
-            _keep(data := copy.copy(data), resize, bad_images)
+            _read_into_memory(data := copy.copy(data), resize, bad_images)
         return data, None
     if not isinstance(data, str | os.PathLike):
         raise InputError(f"data is a path, or an ImageSet of vggfeat.load_images, got {type(data).__name__}")
@@ -147,7 +147,7 @@ def _load(
     sets = sets or [_class_folders(path, part) for part in _parts(path)]
     sets = sets[-1:] if last else sets
     for each in sets:
-        _keep(each, resize, bad_images)
+        _read_into_memory(each, resize, bad_images)
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
@@ -273,7 +273,7 @@ class _Reader:
         return open_image(self.path / name, io.BytesIO(content))
 
 
-def _keep(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> None:
+def _read_into_memory(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> None:
     """Bring a set into memory, in place, if its images have one size and take at most a quarter of the memory."""
     if images.pixels is not None and resize is None:
         return

@@ -41,7 +41,7 @@ EXPLODED = 4.0  # a total this many times the best of its scale counts as diverg
 FIRST, LATER = 0.03, 0.02  # first step of L-BFGS at the coarsest scale and at others, as a mean change of a value
 HISTORY, SHORT = 20, 8  # pairs that L-BFGS remembers: for whole pictures, and for tiled ones, to save memory
 RESTARTS = 5  # per scale, before it ends with its best picture
-KEEP_EVERY = 60.0  # seconds between checkpoints, which hold all that L-BFGS remembers: 40 pictures in float32
+CHECKPOINT_EVERY = 60.0  # seconds between checkpoints, which hold all that L-BFGS remembers: 40 pictures in float32
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def stylize(
     run = _Run(features, config, picture, styles, device, dtype, callback)
     if checkpoint is not None:
         given = (content, *several, config.init)
-        run.keep_in(checkpoint, [each for each in given if isinstance(each, str | os.PathLike)])
+        run.resume_from(checkpoint, [each for each in given if isinstance(each, str | os.PathLike)])
     try:
         run.go()
         return run.result()
@@ -199,7 +199,7 @@ def stylize(
         run.interrupted = True
         result = run.result()
         with contextlib.suppress(KeyboardInterrupt):
-            run.keep()
+            run.write_checkpoint()
         return result
 
 
@@ -277,7 +277,7 @@ class _Run:
         self.objective: Objective | None = None
         self.checkpoint: Path | None = None
         self.identity: dict[str, Any] = {}  # what distinguishes it from another run
-        self.kept = time.monotonic()  # when the checkpoint was written
+        self.written_at = time.monotonic()  # when the checkpoint was written
         self.state: dict[str, Any] = {}  # after the last complete step
         self.before: dict[str, Any] = {}  # what the run resumes from
 
@@ -365,7 +365,7 @@ class _Run:
             scale.begun += 1
             scale.image = scale.optimizer.step(image, grad)
             waiting.append((scale.begun, image, AsyncScalars(numbers), self._state(scale)))
-            due = self.checkpoint is not None and time.monotonic() - self.kept >= KEEP_EVERY
+            due = self.checkpoint is not None and time.monotonic() - self.written_at >= CHECKPOINT_EVERY
             while len(waiting) > (0 if due or scale.begun == steps else lookahead(self.device)):
                 step, image, reading, state = waiting.popleft()
                 value, *parts = reading.get()
@@ -378,7 +378,7 @@ class _Run:
                 self._tell(number, step, steps, {"total": sum(parts)} | dict(zip(TERMS, parts, strict=True)))
                 self.state = state and state | {"best": scale.best} | self._progress()
             if due:
-                self.keep()
+                self.write_checkpoint()
 
     def _judge(self, scale: _Scale, step: int, value: float, image: Tensor) -> bool:
         """Keep the best picture; after a diverged step restart from it. False ends the scale."""
@@ -416,7 +416,7 @@ class _Run:
 
     # ── what a killed run resumes from ────────────────────────────────────────────────────────────────────────────────
 
-    def keep_in(self, path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
+    def resume_from(self, path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
         """Save the run in a file from here on, and resume from what is in it."""
         self.checkpoint = check_path(path, overwrite=True, inputs=inputs)
         self.identity = self._identity()
@@ -452,11 +452,11 @@ class _Run:
         elapsed = time.perf_counter() - self.started
         return {"picture": self.image, "told": len(self.history), "done": self.done, "elapsed": elapsed}
 
-    def keep(self) -> None:
+    def write_checkpoint(self) -> None:
         """Write the checkpoint; a failure only warns, since the picture is worth more."""
         if self.checkpoint is None or not self.state:
             return
-        self.kept = time.monotonic()
+        self.written_at = time.monotonic()
         try:
             history = self.history[: self.state["told"]]
             checkpoints.write(self.checkpoint, self.identity | self.state | {"history": history})

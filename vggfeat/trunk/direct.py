@@ -13,28 +13,28 @@ LARGEST = 1 << 31  # values cuDNN can count in a map; torch splits larger ones i
 SMALL_MAP = 1024  # positions; on a larger map the convolution takes many times as long as reordering its weight
 LARGE_WEIGHT = 9 << 16  # values: of a 3×3 kernel for 256 channels in and out
 
-_packed = WeakTensorKeyDictionary()  # by weight, the same in oneDNN's own layout
+_reordered = WeakTensorKeyDictionary()  # by weight, the same in oneDNN's own layout
 
 
-def benefits_from_packing(weight: Tensor) -> bool:
-    """Whether to `pack` a frozen 3×3 weight that is used on small maps, and is not packed yet."""
+def benefits_from_reordering(weight: Tensor) -> bool:
+    """Whether to `reorder` a frozen 3×3 weight that is used on small maps, and is not yet."""
     return (
         weight.numel() >= LARGE_WEIGHT
         and weight.device.type == "cpu"
         and _onednn_takes(weight)
         and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
         and not emulates(weight.dtype, weight.device)
-        and weight not in _packed
+        and weight not in _reordered
     )
 
 
-def pack(weight: Tensor) -> None:
+def reorder(weight: Tensor) -> None:
     """Keep a 3×3 weight in oneDNN's own layout too, as long as it lives.
 
     Otherwise oneDNN reorders it at every use, which on a map of 4×4 takes up to twice as long as convolving.
     """
     ones, images = [1, 1], [1, weight.shape[1], 8, 8]  # the layout is the same for other sizes, or it is reordered then
-    _packed[weight] = torch.ops.mkldnn._reorder_convolution_weight(weight, ones, ones, ones, 1, images)
+    _reordered[weight] = torch.ops.mkldnn._reorder_convolution_weight(weight, ones, ones, ones, 1, images)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: bool = False) -> Tensor:
@@ -54,7 +54,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: 
     if _onednn_takes(x):
         attr = "relu" if relu else "none"
         ones, pads = [1, 1], [pad, pad]
-        weight = _packed.get(weight, weight)
+        weight = _reordered.get(weight, weight)
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pads, ones, ones, 1, attr, [], "")  # type: ignore[no-any-return]
     if relu and _cudnn_takes(x, weight):
         # unfused, bias and ReLU pass over the map twice each

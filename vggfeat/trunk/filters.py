@@ -101,7 +101,7 @@ class Trunk:
             size: height and width of the images, which decide what is faster; None if unknown.
         """
         keys: list[Key] = []
-        packed: list[Key] = []  # of convolutions on maps so small that oneDNN's own layout pays
+        reordered: list[Key] = []  # of convolutions on maps so small that oneDNN's own layout pays
         sizes = plan.sizes(*size) if size else [(0, 0)] * len(plan.stages)
         for stage, (height, width) in zip(plan.stages, sizes, strict=True):
             layer = plan.arch.layer(stage.conv)
@@ -110,8 +110,8 @@ class Trunk:
             for folded in ["bn" in stage.steps] + [False] * stage.unfolded:
                 keys += [(stage.conv, folded, "forward"), (stage.conv, folded, "winograd" if tiled else "backward")]
                 if layer.kernel == 3 and not tiled and 0 < height * width <= direct.SMALL_MAP:
-                    packed.append((stage.conv, folded, "packed"))
-        tensors = self._get((*keys, *packed, *map(_linear, linear)), device, dtype)
+                    reordered.append((stage.conv, folded, "reordered"))
+        tensors = self._get((*keys, *reordered, *map(_linear, linear)), device, dtype)
         return [value for values in tensors[: len(keys)] for value in values]
 
     def linear(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -136,10 +136,10 @@ class Trunk:
         if part == "linear":
             return tuple(self.state[f"{name}.{each}"].to(device, dtype) for each in ("weight", "bias"))
         weight, bias = self._kernel(name, folded)
-        if part == "packed":  # requested after the two that it reorders; contributes no tensors
+        if part == "reordered":  # requested after the two that it reorders; contributes no tensors
             for each in ("forward", "backward"):
-                if direct.benefits_from_packing(packable := self._ready[device, dtype][name, folded, each][0]):
-                    direct.pack(packable)
+                if direct.benefits_from_reordering(prepared := self._ready[device, dtype][name, folded, each][0]):
+                    direct.reorder(prepared)
             return ()
         if part == "winograd":
             # in bfloat16 too: they are used where products are in float32 anyway

@@ -15,7 +15,7 @@ from vggfeat.errors import InputError
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, as_picture, to_pil
 from vggfeat.losses import PerceptualLoss
-from vggfeat.metrics import LPIPS, fit_for_lpips
+from vggfeat.metrics import LPIPS, lpips_weights
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.visualize.inputs import load_image
@@ -86,7 +86,7 @@ def distance(
         (h, w), (k, v) = first.shape[2:], second.shape[2:]
         raise InputError(f"the images differ in size, {w}×{h} and {v}×{k}: scale or crop one of them first")
     if lpips:
-        weights, arch = fit_for_lpips(weights), arch or "vgg16"
+        weights, arch = lpips_weights(weights), arch or "vgg16"
     loaded = load(weights, arch)
     if layers is None:
         relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
