@@ -857,7 +857,9 @@ def test_a_reader_of_the_messages_that_goes_away_costs_no_picture(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
-def test_a_reader_of_the_messages_that_goes_away_ends_no_run(labelled):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # for which click writes elsewhere
+def test_a_reader_of_the_messages_that_goes_away_ends_no_run(labelled, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
     assert unheard("main", ["train", "set.zip", *SMALL, "-o", "run"]) == 0
     assert len(Path("run/log.csv").read_text().splitlines()) == 3
     assert unheard("main", ["dream", "--weights", "random", "--layer", "conv1_2", "--steps=2", "--size=32"]) == 0

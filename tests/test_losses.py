@@ -398,8 +398,21 @@ def test_the_scale_of_a_mask_does_not_matter(pair, make, criterion):
     loss, (x, y) = make(criterion=criterion), pair
     mask = torch.rand(2, 1, *x.shape[2:])
     x.requires_grad_()
-    for scale in (1e-15, 1e6):
-        close(loss(x, y, scale * mask), loss(x, y, mask), rtol=1e-5)
+    mask.requires_grad_()
+    wanted = loss(x, y, mask)
+    to_x, to_mask = torch.autograd.grad(wanted, (x, mask))
+    for scale in (1e-30, 1e-15, 1e6, 1e35):
+        value = loss(x, y, scale * mask.detach())
+        close(value, wanted, rtol=1e-5)
+        close(torch.autograd.grad(value, x)[0], to_x, rtol=1e-4, atol=1e-6 * to_x.abs().max().item())
+    exact = mask.detach().double().requires_grad_()
+    other = make(criterion=criterion)
+    given = torch.autograd.grad(other(x.detach().double(), y.double(), exact), exact)[0]
+    assert (to_mask - given).norm() < 1e-3 * given.norm()
+    step = 1e-5 * torch.randn_like(exact)
+    with torch.no_grad():
+        ahead, behind = (other(x.double(), y.double(), exact + side * step) for side in (1, -1))
+    assert float(ahead - behind) / 2 == pytest.approx(float((given * step).sum()), rel=1e-4)
 
 
 def test_a_mask_made_in_inference_mode(pair):
@@ -425,6 +438,8 @@ def test_maps(pair):
     encoded = loss.maps(x, loss.encode(y))
     assert all(torch.equal(encoded[name], each) for name, each in maps.items())
     assert all(each.dtype == torch.float32 for each in loss.maps(x, y.double()).values())
+    plane = perceptual(["relu1_1"], criterion=lambda a, b: (a - b).square().mean(1))  # (N,h,w)
+    close(plane.maps(x, y)["relu1_1"], perceptual(["relu1_1"]).maps(x, y)["relu1_1"])
     with pytest.raises(vggfeat.InputError, match=r"no map of relu1_1: its values have the shape \(\)"):
         perceptual(["relu1_1"], criterion=F.mse_loss).maps(x, y)
     with pytest.raises(vggfeat.InputError, match="the input is an encoded target"):
@@ -955,7 +970,7 @@ def test_a_compiled_backward(pair, loss):
 def test_fake_tensors(loss):
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.rand(2, 3, 32, 32, requires_grad=True)
-        value = loss(x, torch.rand(2, 3, 32, 32))
+        value = loss(x, torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32))
         value.backward()
         assert isinstance(value, FakeTensor) and value.shape == () and x.grad.shape == x.shape
 

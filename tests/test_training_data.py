@@ -164,7 +164,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path, kind):
     with pytest.raises(InputError, match=r"2 of 9 images cannot be read: .*ant/1\.png.*cow/0\.png.*--bad-images skip"):
         load_images(path)
     found, _ = load_images(path, bad_images="skip")
-    assert found.skipped == ["ant/1.png", "cow/0.png"]
+    assert found.skipped == {"ant/1.png": 0, "cow/0.png": 2}
     assert len(found) == len(found.names) == 7 and found.labels.bincount().tolist() == [2, 3, 2]
     number = found.names.index("ant/2.png")
     assert numpy.array_equal(found.pixels[number].numpy(), numpy.asarray(found.read(number)))
@@ -199,7 +199,7 @@ def test_many_images_are_read_by_several_processes(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(data_module, "loaded", lambda *given: readers.append(given[2]) or loaded(*given))
     several, _ = load_images(path, bad_images="skip")
     assert readers == [2]
-    assert several.skipped == alone.skipped == ["bee/33.png"] and several.names == alone.names
+    assert several.skipped == alone.skipped == {"bee/33.png": 1} and several.names == alone.names
     assert torch.equal(several.pixels, alone.pixels) and len(alone.pixels) == 3 * 70 - 1
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(InputError, match=r"1 of 210 images cannot be read: .*bee/33.png"):
@@ -483,6 +483,19 @@ def test_a_split_set_is_the_whole(tmp_path):
         i = 3
         assert numpy.array_equal(part.pixels[i].numpy(), numpy.asarray(part.read(i)))
         assert part.names[i].startswith(found.classes[part.labels[i]])
+
+
+@pytest.mark.parametrize("bad", ["bee/3.png", "ant/0.png", "cow/7.png"])
+def test_a_split_does_not_depend_on_what_can_be_read(tmp_path, bad):
+    from vggfeat.training.batches import split_holdout
+
+    whole, _ = load_images(pictures.folder(tmp_path / "s", pictures.tree(8)))
+    parts = split_holdout(whole, 0.25, 0)
+    (tmp_path / "s" / bad).write_bytes(b"no image")
+    found, _ = load_images(tmp_path / "s", bad_images="skip")
+    for part, less in zip(parts, split_holdout(found, 0.25, 0), strict=True):
+        assert less.names == [name for name in part.names if name != bad]
+        assert [*less.skipped] == [bad] * (bad in part.names) and less.digest == part.digest
 
 
 def test_settings_that_cannot_be():

@@ -380,14 +380,14 @@ def count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
     return images.shape[0], (images.shape[2], images.shape[3])
 
 
-def trunk_dtype(precision: str, device: torch.device, images: torch.dtype = torch.float32) -> torch.dtype:
+def trunk_dtype(precision: str, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.dtype:
     """What the trunk computes in, for a policy of `PRECISIONS`, on a device, for images of a type.
 
     float16 is never used: it ends at 65504, which Gram matrices of Oxford's weights exceed.
     """
     if precision == "bfloat16":
         return torch.bfloat16
-    if images == torch.float64:
+    if dtype == torch.float64:
         return torch.float64
     if precision == "auto":
         return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32

@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 EPS = 1e-10
-LEAST_WEIGHT = 1e-15  # what a mask's sum is taken for if it is less, so that one of zeros gives 0
 CHARBONNIER_EPS = 1e-3
 TINY = 1e-36  # added under a root whose gradient at 0 would be infinite
 
@@ -62,7 +61,7 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
         return _products(features) / (channels * features.shape[2] * features.shape[3])
     root = (mask.to(torch.promote_types(upcast(mask).dtype, features.dtype)) + TINY).sqrt().to(features.dtype)
     weights = upcast(root).square()  # of the rounded roots, as they are applied
-    total = weights.sum((1, 2, 3)).clamp_min(LEAST_WEIGHT)
+    total = weights.sum((1, 2, 3)).clamp_min(EPS)
     return _products(features * root) / (channels * total[:, None, None])
 
 
@@ -265,7 +264,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
         return values.mean(tuple(range(1, values.ndim))) if values.ndim > 1 else values
     weight = mask.to(values.dtype).expand(values.shape[0], 1, *values.shape[2:])
     total = weight.sum((1, 2, 3)) * values.shape[1]
-    return (values * weight).sum((1, 2, 3)) / total.clamp_min(LEAST_WEIGHT)
+    return (values * weight).sum((1, 2, 3)) / total.clamp_min(EPS)
 
 
 def _mse_and_derivative(difference: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,7 +324,7 @@ def distance_and_gradient(
     share: float | Tensor = 1 / max(1, c * h * w)
     if mask is not None:
         mask = mask.to(total.dtype).expand(n, 1, h, w)
-        share = mask / (c * mask.sum((1, 2, 3), keepdim=True)).clamp_min(LEAST_WEIGHT)
+        share = mask / (c * mask.sum((1, 2, 3), keepdim=True)).clamp_min(EPS)
     rows = max(1, BAND // max(1, n * c * w)) if ours.device.type == "cpu" else max(1, h)
     for top in range(0, h, rows):
         here = slice(top, top + rows)

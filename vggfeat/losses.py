@@ -158,7 +158,7 @@ class _FeatureLoss(nn.Module):
         target = self._checked_target(input, target, mask is not None)
         if mask is not None:
             self._check_masked()
-            mask = _for_graphs(_checked_mask(mask, input))
+            mask = _checked_mask(mask, input)
         if self._gradient_in_forward(input, target, mask):
             target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
             total: Tensor = _LossWithGradient.apply(input, self, target, mask)
@@ -390,7 +390,7 @@ class _LossWithGradient(torch.autograd.Function):
 def _keeps_graph() -> bool:
     """Whether the backward that is running was asked with `retain_graph`."""
     asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    # torch's compiled backward cannot trace the question, and makes each backward once
+    # torch's compiled backward cannot trace the question; a gradient that is kept costs memory alone
     return asked is None or torch.compiler.is_compiling() or bool(asked())
 
 
@@ -404,7 +404,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _for_graphs(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of an inference tensor: autograd takes none."""
-    return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class PerceptualLoss(_FeatureLoss):
@@ -484,9 +484,9 @@ class PerceptualLoss(_FeatureLoss):
         for name, ours in self._represent(input, None).items():
             with no_autocast(input.device):
                 values = self._values(name, ours, theirs[name])
-            if values.ndim != 4:
+            if ours.ndim != 4 or values.shape[-2:] != ours.shape[2:] or values.ndim not in (3, 4):
                 raise InputError(f"there is no map of {name}: its values have the shape {tuple(values.shape)}")
-            maps[name] = self.layer_weights[name] * values.mean(1)
+            maps[name] = self.layer_weights[name] * (values if values.ndim == 3 else values.mean(1))
         return maps
 
     def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
@@ -603,4 +603,6 @@ def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
         if not (low >= 0 and high < math.inf):
             reach = f"{float(low):.4g} to {float(high):.4g}"
             raise InputError(f"a mask has finite values of at least 0, this one from {reach}")
-    return mask
+    # only proportions matter: brought to 1, sums of very large or small ones stay in range
+    peak = mask.detach().amax((1, 2, 3), keepdim=True)
+    return mask / torch.where(peak > 0, peak, 1)

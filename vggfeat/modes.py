@@ -50,7 +50,7 @@ def in_forward_mode() -> bool:
 
 
 def values_are_hidden() -> bool:
-    """Whether numbers cannot be read: the code is being traced or mapped over, or tensors are fake."""
+    """Whether numbers cannot be read: the code is being traced or mapped over, or a FakeTensorMode is on."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or in_functorch():
         return True
     modes: Any = torch._C

@@ -303,7 +303,7 @@ def _read_state(
     label = f"{name} ({note})" if note else name
     state = map_keys(raw, label)
     if key is None:  # the caller's own tensors, which may go on training
-        state = {name: value.to("cpu", copy=True) for name, value in state.items()}
+        state = {each: value.to("cpu", copy=True) for each, value in state.items()}
         key = ("state", _digest(state))
     inferred = infer_arch(state, label)
     if arch is not None:

@@ -59,6 +59,8 @@ def _finish(command: click.Command, name: str) -> None:
 class _Unheard:
     """stderr, whose reader may leave (`2>&1 | head`): no reason to end a run, or to lose its result."""
 
+    buffer = None  # or else click would write to the stream's own where that is not of UTF-8
+
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 

@@ -49,24 +49,31 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def split_holdout(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """A stratified split into training and held-out images.
+    """A stratified split into training and held-out images, the same whichever of them can be read.
 
     Raises:
         InputError: a share below one image of every class.
     """
-    order = torch.randperm(len(images), generator=seeded(seed, -2), device="cpu")
-    out = []
-    for number in range(len(images.classes)):
-        mine = order[images.labels[order] == number]
-        out.append(mine[: min(round(share * len(mine)), len(mine) - 1)])
-    chosen = torch.cat(out).sort().values
-    if not len(chosen):
+    everything = images.everything
+    members: list[list[int]] = [[] for _ in images.classes]
+    for i in torch.randperm(len(everything), generator=seeded(seed, -2), device="cpu").tolist():
+        members[everything[i][1]].append(i)
+    held = {i for mine in members for i in mine[: min(round(share * len(mine)), len(mine) - 1)]}
+    train, test = (
+        _part(images, [row for i, row in enumerate(everything) if (i in held) == wanted]) for wanted in (False, True)
+    )
+    if not len(test):
         raise InputError(f"holdout {share} of {len(images)} images sets aside no image: raise it")
-    rest = torch.ones(len(images), dtype=torch.bool, device="cpu")
-    rest[chosen] = False
-    train = images.subset(rest.nonzero().flatten())
-    train.skipped, train.others = images.skipped, images.others  # of one part, so that they are reported once
-    return train, images.subset(chosen)
+    train.others = images.others  # of one part, so that they are reported once
+    return train, test
+
+
+def _part(images: ImageSet, rows: list[tuple[str, int, int]]) -> ImageSet:
+    """The images of some rows of `ImageSet.everything`."""
+    numbers = sorted(number for *_, number in rows if number >= 0)
+    part = images.subset(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
+    part.skipped = {name: label for name, label, number in rows if number < 0}
+    return part
 
 
 def normalised(pixels: Tensor) -> Tensor:

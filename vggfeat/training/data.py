@@ -45,7 +45,7 @@ class ImageSet:
         names: of the images, for messages.
         read: gives image number i, RGB.
         pixels: (N,H,W,3) uint8 where all of them are in memory, else None.
-        skipped: names of those that could not be read and were left out.
+        skipped: of those that could not be read and were left out, the label by name.
         others: files in class folders that lack an image suffix.
     """
 
@@ -55,7 +55,7 @@ class ImageSet:
     names: Sequence[str] = field(repr=False)
     read: Callable[[int], Image.Image] = field(repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
-    skipped: list[str] = field(default_factory=list, repr=False)
+    skipped: dict[str, int] = field(default_factory=dict, repr=False)
     others: list[str] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
@@ -67,9 +67,15 @@ class ImageSet:
         return 224 if self.pixels is None else min(self.pixels.shape[1:3])
 
     @property
+    def everything(self) -> list[tuple[str, int, int]]:
+        """Name, label and number of all images, sorted; those that were left out have the number -1."""
+        read = zip(self.names, self.labels.tolist(), range(len(self)), strict=True)
+        return sorted([*read, *((name, label, -1) for name, label in self.skipped.items())])
+
+    @property
     def digest(self) -> str:
-        """A hash of names and labels, to tell sets apart."""
-        rows = (f"{name}\0{label}\n" for name, label in zip(self.names, self.labels.tolist(), strict=True))
+        """A hash of names and labels, to tell sets apart, whether all of their images can be read or not."""
+        rows = (f"{name}\0{label}\n" for name, label, _ in self.everything)
         return hashlib.sha256("".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
 
     def subset(self, chosen: Tensor) -> ImageSet:
@@ -121,11 +127,9 @@ def load_images(
     return train, tested
 
 
-def load_test_images(
-    data: str | os.PathLike[str] | ImageSet, *, resize: tuple[int, ...] | None = None, bad_images: str = "fail"
-) -> ImageSet:
+def load_test_images(data: str | os.PathLike[str] | ImageSet, *, bad_images: str = "fail") -> ImageSet:
     """The test set of what `load_images` knows, where it has one, else all of it; the rest is not read."""
-    return _load(data, resize, bad_images, last=True)[0]
+    return _load(data, None, bad_images, last=True)[0]
 
 
 def _load(
@@ -301,7 +305,7 @@ def _read_into_memory(images: ImageSet, resize: tuple[int, ...] | None, bad_imag
             f"{len(bad)} of {len(images)} images cannot be read: {named}{' …' * (len(bad) > NAMED)}; "
             f"fix or remove them, or {LEAVE_OUT}"
         )
-    images.skipped = [images.names[i] for i, _ in bad]
+    images.skipped |= {images.names[i]: int(images.labels[i]) for i, _ in bad}
     if bad:
         images.read = _Some(images.read, good)
         images.labels, images.names = images.labels[torch.tensor(good, device="cpu")], [images.names[i] for i in good]

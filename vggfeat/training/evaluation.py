@@ -171,13 +171,11 @@ def evaluate(
             facts = run_metadata(weights)
             names, held = facts.get("classes"), facts.get("holdout")
             if "size" in facts:
-                scales = tuple(facts["scales"]) if views.size is None else None
+                scales = facts["scales"] and tuple(facts["scales"]) if views.size is None else None
                 views = replace(views, size=views.size or facts["size"], scales=views.scales or scales)
         net = network_from_weights(load_set(weights, arch)).to(memory_format=torch.channels_last)
-    # what was held out is told by the images that could be read, which depends on how they were
-    resize = held.pop("resize") if held else None
-    if resize or not isinstance(data, ImageSet):
-        data = load_test_images(data, resize=resize and tuple(resize), bad_images=bad_images)
+    if not isinstance(data, ImageSet):
+        data = load_test_images(data, bad_images=bad_images)
     if len(data.classes) != net.arch.num_classes:
         raise InputError(
             f"{data.label} has {len(data.classes)} classes, the network {net.arch.num_classes}: "
@@ -260,7 +258,7 @@ def evaluate_network(
     if not good.any():
         raise RunError(f"no image of {images.label} could be read")
     labels, scores = images.labels[good], scores.cpu()[good] / count
-    skipped = images.skipped + [images.names[i] for i in (~good).nonzero().flatten().tolist()]
+    skipped = [*images.skipped] + [images.names[i] for i in (~good).nonzero().flatten().tolist()]
     return replace(_metrics(labels, scores, images.classes, count, skipped), data=images.label)
 
 

@@ -131,11 +131,12 @@ def begin(
             raise InputError(
                 f"the run in {folder} was on other images than {images.label}: their names or labels differ"
             )
-        if state["test"] != (test and test.digest):
-            tested = f"is not {test.label}" if test is not None else "is missing"
-            raise InputError(
-                f"the run in {folder} has another test set, which {tested}: pass it again as --test (test=)"
-            )
+        now = test and test.digest
+        if (before := state.get("test", now)) != now:
+            if before is None:
+                raise InputError(f"the run in {folder} has no test set: go on without one, or begin anew")
+            given = f"not {test.label}" if test is not None else "and now there is none"
+            raise InputError(f"the run in {folder} has another test set, {given}: pass the same one")
     else:
         text = json.dumps({"classes": images.classes, "data": images.label} | config.to_dict(), indent=2)
         try:

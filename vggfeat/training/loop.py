@@ -186,6 +186,7 @@ class _Run:
     ) -> None:
         self.config, self.images, self.test, self.world = config, images, test, world
         self.folder, self.callback, self.announce = folder, callback, announce
+        self.digests = {"digest": images.digest, "test": test and test.digest}  # once: a million names take a second
         self.size = config.size or images.side
         if self.size < MIN_SIDE:
             raise InputError(
@@ -207,11 +208,11 @@ class _Run:
         ]
         # tested at the scale of training, the largest of several
         scale = images.side if images.pixels is not None else (config.resize or (scale_for(self.size),))[-1]
-        self.views = Views(self.size, (scale,))
         if test is not None and scale < self.size:
             raise InputError(
                 f"images are tested {scale} pixels high or wide, smaller than size {self.size}: set resize"
             )
+        self.views = Views(self.size, (scale,) if scale >= self.size else None)
         self.scheduler = schedule(self.learner.optimizer, config, self.batches.steps)
         self.mix = mixing(config, len(images.classes))
         self.epoch = self.step = 0  # done so far; steps of the epoch in progress
@@ -256,7 +257,7 @@ class _Run:
         yield f"{length}, {precision} on {device}{several}"
         for each in (self.images, self.test):
             if each is not None and each.skipped:
-                named = ", ".join(each.skipped[:5]) + " …" * (len(each.skipped) > 5)
+                named = ", ".join([*each.skipped][:5]) + " …" * (len(each.skipped) > 5)
                 count = f"{len(each.skipped)} image{'s' * (len(each.skipped) > 1)}"
                 yield f"left out {count} of {each.label} that cannot be read: {named}"
             if each is not None and each.others:
@@ -275,26 +276,28 @@ class _Run:
             return
         if not all(bool(value.isfinite().all()) for value in self.net.state_dict().values()):
             raise self._diverged(self.step)
-        state = {
-            "config": self.config.to_dict(),
-            "classes": self.images.classes,
-            "images": len(self.images),
-            "size": self.size,
-            "digest": self.images.digest,
-            "test": self.test and self.test.digest,
-            "epoch": self.epoch,
-            "step": self.step,
-            "net": self.net.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "sums": sums,
-            "lr": self.lr,
-            "loss": self.loss,
-            "seconds": self.seconds,
-            "skipped": sorted(self.batches.skipped),
-            "history": [asdict(epoch) for epoch in self.history],
-        } | self.learner.state_dict()
+        state = (
+            {
+                "config": self.config.to_dict(),
+                "classes": self.images.classes,
+                "images": len(self.images),
+                "size": self.size,
+                "epoch": self.epoch,
+                "step": self.step,
+                "net": self.net.state_dict(),
+                "ema": None if self.ema is None else self.ema.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "sums": sums,
+                "lr": self.lr,
+                "loss": self.loss,
+                "seconds": self.seconds,
+                "skipped": sorted(self.batches.skipped),
+                "history": [asdict(epoch) for epoch in self.history],
+            }
+            | self.digests
+            | self.learner.state_dict()
+        )
         checkpoint.save(self.folder / "checkpoints", self.done, state)
 
     def load(self, state: dict[str, Any]) -> None:
@@ -498,7 +501,6 @@ class _Run:
             facts["holdout"] = {
                 "share": config.holdout,
                 "seed": config.seed,
-                "resize": config.resize,
                 "digest": self.test.digest,
                 "data": place_of(self.images.label),
             }

@@ -188,7 +188,7 @@ def dream(
         "steps": done, "seed": seed, "arch": loaded.arch.name, "weights": loaded.label,
     }  # fmt: skip
     single = len(shown) == 1
-    title = "" if single else f"What excites {layer} of {net_label(loaded.arch.name, loaded.name)} most"
+    title = "" if single else f"What excites {layer} of {net_label(loaded)} most"
     labels = [] if single else [str(channel) for channel in shown]
     sheet = Sheet(pictures, labels, title, settings=settings)
     return Dream(pictures, shown, end, start, sheet, interrupted=done < steps)

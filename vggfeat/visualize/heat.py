@@ -92,10 +92,12 @@ def distance(
         relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
         layers = loaded.served({name[:5]: name for name in relus}.values())
     layers = layer_names(layers)
-    channels = {name: loaded.arch.layer(name).channels for name in layers}  # the mean over them becomes the sum
-    loss = PerceptualLoss(layers, layer_weights=channels, normalize_features=True, weights=loaded)
+    loss: PerceptualLoss
     if lpips:
         loss = LPIPS(weights=loaded)
+    else:
+        channels = {name: loaded.arch.layer(name).channels for name in layers}  # the mean over them becomes the sum
+        loss = PerceptualLoss(layers, layer_weights=channels, normalize_features=True, weights=loaded)
     with torch.no_grad():
         maps = {name: each[0] for name, each in loss.maps(first, second).items()}
     values = {name: float(each.mean()) for name, each in maps.items()}
@@ -111,7 +113,7 @@ def distance(
         "picture": "distance", "lpips": lpips, "total": sum(values.values()), "layers": values,
         "arch": loaded.arch.name, "weights": loaded.label,
     }  # fmt: skip
-    title = f"{what} {sum(values.values()):.3g}, {net_label(loaded.arch.name, loaded.name)}"
+    title = f"{what} {sum(values.values()):.3g}, {net_label(loaded)}"
     sheet = Sheet(tiles, labels, title, settings=settings)
     return Distance(sum(values.values()), values, maps, total, sheet)
 
@@ -170,7 +172,7 @@ def cam(
         class_index: which class; None means the top-ranked one.
         layer: whose maps; None means the last ReLU, as in the paper.
         size: long side to resize the image to, in pixels; None leaves it. `auto` means 224, or with the weights of a
-            run of `train` whatever brings the shorter side to its training size.
+            run of `train` whatever brings the shorter side to the scale it was tested at.
         colors: `grey` or a colour map of kornia's.
         names: of all classes, for the label; None means those stored with the weights of a run of `train`, if any.
         net: your own network of `vggfeat.vgg`; it is run in eval mode and left as it was.
@@ -198,7 +200,7 @@ def cam(
     seen: int | None
     shown: int | None
     if size == "auto":
-        trained = max(facts.get("scales", [0]))
+        trained = max(facts.get("scales") or [facts.get("size", 0)])
         seen = round(trained * max(picture.size) / min(picture.size)) if trained else 224
         shown = max(224, seen)  # what a network for small images sees is hard to make out
     elif isinstance(size, str):

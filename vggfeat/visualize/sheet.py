@@ -25,6 +25,8 @@ from vggfeat.tables import short
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vggfeat.weights import Weights
+
 VECTOR = (".pdf", ".svg")
 MARGIN, GAP, SMALL, LARGE = 12, 6, 13, 18  # pixels; the last two are letter heights
 DPI = 100
@@ -208,9 +210,9 @@ def overlay(image: Tensor, heat: Tensor, colors: str = "turbo") -> Tensor:
     return torch.lerp(grey, colored(heat[None], colors), opacity)
 
 
-def net_label(arch: str, weights: str) -> str:
+def net_label(weights: Weights) -> str:
     """A network and its weights, as titles name them: `vgg19 (bundled)`."""
-    return f"{arch} ({short(weights)})"
+    return f"{weights.arch.name} ({short(weights.name)})"
 
 
 def spread(values: Tensor, size: tuple[int, int]) -> Tensor:

@@ -68,7 +68,7 @@ def filters(
     spec = loaded.arch.layer(layer)
     loaded.require([layer])
     pick = functools.partial(chosen, channels, count, order=order, what=f"{layer} of {loaded.arch.name}")
-    net = net_label(loaded.arch.name, loaded.name)
+    net = net_label(loaded)
     if several:
         tensors = [load_image(image, size) for image in several]
         shown, tiles = _patch_tiles(loaded, spec, tensors, whole_number("patches", patches), tile, pick)
@@ -170,7 +170,7 @@ def maps(
     which = f", {len(shown)} of {len(tap)}"
     if channels is None and len(shown) < len(tap):
         which = f", the {order} {len(shown)} of {len(tap)}"
-    net = net_label(loaded.arch.name, loaded.name)
+    net = net_label(loaded)
     title = f"Feature maps of {layer}, {net}{which}, {tap.shape[2]} x {tap.shape[1]}"
     return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
 
