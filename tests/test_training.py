@@ -947,6 +947,8 @@ def test_what_was_held_out_is_found_again_whatever_could_not_be_read(tmp_path):
     assert found.loss == pytest.approx(result.evaluation.loss, rel=1e-5)
     images, _ = vggfeat.load_images(source, bad_images="skip")
     assert images.pixels is None and not images.skipped  # sizes differ: the damaged one was not met
+    copied, _ = vggfeat.load_images(images, resize=(32,), bad_images="skip")
+    assert copied.skipped == {"bee/3.png": 1} and not images.skipped
     assert vggfeat.evaluate(tmp_path / "r", images, bad_images="skip", precision="float32").loss == found.loss
     images, _ = vggfeat.load_images(source, resize=(48,), bad_images="skip")
     assert images.pixels is not None and images.skipped == {"bee/3.png": 1}

@@ -95,9 +95,8 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
     """The learning rate schedule, by steps."""
     total, warmup = config.epochs * steps, round(config.warmup * steps)
     if config.schedule == "onecycle":
-        rise = max(
-            1, min(warmup or round(0.2 * total), total - 1)
-        )  # steps before the one at the highest rate; a single step has none
+        # steps before the one at the highest rate, which is the last at most
+        rise = max(1, min(warmup or round(0.2 * total), total - 1))
         return lr_scheduler.OneCycleLR(
             optimizer,
             [group["lr"] for group in optimizer.param_groups],

@@ -305,7 +305,8 @@ def _read_into_memory(images: ImageSet, resize: tuple[int, ...] | None, bad_imag
             f"{len(bad)} of {len(images)} images cannot be read: {named}{' …' * (len(bad) > NAMED)}; "
             f"fix or remove them, or {LEAVE_OUT}"
         )
-    images.skipped |= {images.names[i]: int(images.labels[i]) for i, _ in bad}
+    # a new one, since a copy of the set shares the old
+    images.skipped = images.skipped | {images.names[i]: int(images.labels[i]) for i, _ in bad}
     if bad:
         images.read = _Some(images.read, good)
         images.labels, images.names = images.labels[torch.tensor(good, device="cpu")], [images.names[i] for i in good]

@@ -131,7 +131,7 @@ def begin(
             raise InputError(
                 f"the run in {folder} was on other images than {images.label}: their names or labels differ"
             )
-        now = test and test.digest
+        now = None if test is None else test.digest
         if (before := state.get("test", now)) != now:
             if before is None:
                 raise InputError(f"the run in {folder} has no test set: go on without one, or begin anew")

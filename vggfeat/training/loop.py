@@ -186,7 +186,8 @@ class _Run:
     ) -> None:
         self.config, self.images, self.test, self.world = config, images, test, world
         self.folder, self.callback, self.announce = folder, callback, announce
-        self.digests = {"digest": images.digest, "test": test and test.digest}  # once: a million names take a second
+        # once: a million names take a second
+        self.digests = {"digest": images.digest, "test": None if test is None else test.digest}
         self.size = config.size or images.side
         if self.size < MIN_SIDE:
             raise InputError(
