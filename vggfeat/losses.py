@@ -243,7 +243,7 @@ class _FeatureLoss(nn.Module):
 
     def _compare(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> Tensor:
         ours = self._represent(input, mask)
-        theirs = target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
+        theirs = self._representation_of(target, mask)
         with no_autocast(input.device):
             parts = [
                 weight * self._distance(name, ours[name], theirs[name], self._mask_of(name, mask))
@@ -255,7 +255,7 @@ class _FeatureLoss(nn.Module):
         self, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The losses (N,) and their gradients in the images' shape, by the trunk's pullback."""
-        theirs = dict(target.values if isinstance(target, EncodedTarget) else self._represent(target, mask))
+        theirs = dict(self._representation_of(target, mask))
         # in float16, small gradients would be lost: they are not scaled yet
         _, pullback = self.features.vjp(self.features.checked(upcast(images.detach())))
         values: dict[str, Tensor] = {}
@@ -291,6 +291,10 @@ class _FeatureLoss(nn.Module):
         """By layer, what images are compared by."""
         taps = self.features(images)
         return {name: self._representation(tap, self._mask_of(name, mask)) for name, tap in taps.items()}
+
+    def _representation_of(self, target: Tensor | EncodedTarget, mask: Tensor | None) -> Mapping[str, Tensor]:
+        """The same of targets, which may have been encoded."""
+        return target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
 
     def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
         """What is compared of a tap."""
@@ -479,7 +483,7 @@ class PerceptualLoss(_FeatureLoss):
                 positions.
         """
         target = self._checked_target(input, target)
-        theirs = target.values if isinstance(target, EncodedTarget) else self._represent(target, None)
+        theirs = self._representation_of(target, None)
         maps: dict[str, Tensor] = {}
         for name, ours in self._represent(input, None).items():
             with no_autocast(input.device):

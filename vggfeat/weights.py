@@ -127,7 +127,7 @@ class Weights:
     @property
     def label(self) -> str:
         """What users are told was used."""
-        return f"{self.name} ({self.note})" if self.note else self.name
+        return _label(self.name, self.note)
 
     def require(self, names: Iterable[str]) -> None:
         """Check that everything up to the deepest of `names` is there.
@@ -172,6 +172,10 @@ class Weights:
                 break
             reached.append(name)
         return reached
+
+
+def _label(name: str, note: str) -> str:
+    return f"{name} ({note})" if note else name
 
 
 # ── load ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -300,7 +304,7 @@ def _read_state(
     key: tuple[object, ...] | None = None,
     note: str = "",
 ) -> Weights:
-    label = f"{name} ({note})" if note else name
+    label = _label(name, note)
     state = map_keys(raw, label)
     if key is None:  # the caller's own tensors, which may go on training
         state = {each: value.to("cpu", copy=True) for each, value in state.items()}

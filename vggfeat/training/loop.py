@@ -277,28 +277,25 @@ class _Run:
             return
         if not all(bool(value.isfinite().all()) for value in self.net.state_dict().values()):
             raise self._diverged(self.step)
-        state = (
-            {
-                "config": self.config.to_dict(),
-                "classes": self.images.classes,
-                "images": len(self.images),
-                "size": self.size,
-                "epoch": self.epoch,
-                "step": self.step,
-                "net": self.net.state_dict(),
-                "ema": None if self.ema is None else self.ema.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "rng": torch.get_rng_state(),
-                "sums": sums,
-                "lr": self.lr,
-                "loss": self.loss,
-                "seconds": self.seconds,
-                "skipped": sorted(self.batches.skipped),
-                "history": [asdict(epoch) for epoch in self.history],
-            }
-            | self.digests
-            | self.learner.state_dict()
-        )
+        state = {
+            "config": self.config.to_dict(),
+            "classes": self.images.classes,
+            "images": len(self.images),
+            **self.digests,
+            "size": self.size,
+            "epoch": self.epoch,
+            "step": self.step,
+            "net": self.net.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "sums": sums,
+            "lr": self.lr,
+            "loss": self.loss,
+            "seconds": self.seconds,
+            "skipped": sorted(self.batches.skipped),
+            "history": [asdict(epoch) for epoch in self.history],
+        } | self.learner.state_dict()
         checkpoint.save(self.folder / "checkpoints", self.done, state)
 
     def load(self, state: dict[str, Any]) -> None:
