@@ -62,6 +62,20 @@ def _sealed(request, tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Images of a few pixels are no work for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def _drawn_once(request, monkeypatch):
     """Random weights are drawn and calibrated once for all tests but their own: at full width that takes a second."""
     draw = weights.random_state

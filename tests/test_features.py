@@ -24,15 +24,7 @@ from vggfeat.weights import Weights, load
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # torchvision's documentation
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 REPO = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Images this small are no work for two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(config="D", **options):

@@ -9,11 +9,6 @@ from vggfeat import functional as VF
 ELEMENTWISE = {"mse": VF.mse, "l1": VF.l1, "charbonnier": VF.charbonnier}
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def looped_gram(features, mask=None):
     """Σ over positions of weight · F_i F_j, one pair of channels and one position after the other, in float64."""
     features = features.double()

@@ -79,11 +79,6 @@ class Host(nn.Module):
         return output if target is None else self.loss(output, target)
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def pair():
     return torch.rand(2, 3, 24, 32), torch.rand(2, 3, 24, 32)

@@ -149,7 +149,7 @@ ROOMS = {
     "vggfeat.training.__main__": set(),
     "vggfeat.training.config": {"arch", "errors", "settings"},
     "vggfeat.training.cifar": {"errors"},
-    "vggfeat.training.data": {"errors", "image", "devices", "signals", "training.cifar"},
+    "vggfeat.training.data": {"errors", "files", "image", "devices", "signals", "training.cifar"},
     "vggfeat.training.batches": {
         "devices",
         "errors",
@@ -163,6 +163,7 @@ ROOMS = {
     "vggfeat.training.evaluation": {
         "arch",
         "errors",
+        "files",
         "network",
         "devices",
         "settings",
@@ -208,6 +209,7 @@ ROOMS = {
         "arch",
         "checkpoint",
         "errors",
+        "files",
         "modes",
         "network",
         "devices",

@@ -39,6 +39,8 @@ ARCHS = {
     "odd": Arch("D", channels=scaled(5), head=None),
     "uneven": Arch("D", head=None, channels=(3, 8, 5, 6, 4)),
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 POOLINGS = ("max", "average", "l2")
 PADDINGS = ("zeros", "reflect", "replicate")
 KEEPS = ("bits", "values")
@@ -130,15 +132,6 @@ def reference(x, state, arch, names, pooling="max", padding="zeros"):
         if set(names) <= found.keys():
             return [found[name] for name in names]
     raise AssertionError(f"{names} not in {arch}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Images this small are no work for two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

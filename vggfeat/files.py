@@ -20,15 +20,17 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
+PathLike = str | os.PathLike[str]
+
 TEMPORARY = ".vggfeat-*.tmp"  # what a file is called while it is being written
 
 
 def check_path(
-    path: str | os.PathLike[str],
+    path: PathLike,
     suffixes: Collection[str] = (),
     *,
     overwrite: bool = False,
-    inputs: Iterable[str | os.PathLike[str]] = (),
+    inputs: Iterable[PathLike] = (),
     error: type[InputError] = InputError,
 ) -> Path:
     """`path`, after checking that a file can be written there: call it before any long work.
@@ -72,14 +74,14 @@ def check_path(
     return path
 
 
-def free_name(path: str | os.PathLike[str]) -> Path:
+def free_name(path: PathLike) -> Path:
     """`path` itself where nothing is there yet, else the first free one of name-2.png, name-3.png and so on."""
     path = Path(path)
     names = itertools.chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2)))
     return next(name for name in names if not os.path.lexists(name))
 
 
-def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+def same_file(path: PathLike, other: PathLike) -> bool:
     """Whether two names mean one file, existing or not."""
     try:
         return os.path.samefile(path, other)
@@ -89,7 +91,7 @@ def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bo
         return False
 
 
-def _is_in(path: Path, folder: str | os.PathLike[str]) -> bool:
+def _is_in(path: Path, folder: PathLike) -> bool:
     """Whether an existing file is anywhere in a folder."""
     return os.path.isdir(folder) and os.path.exists(path) and path.resolve().is_relative_to(Path(folder).resolve())
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vggfeat import files
 from vggfeat.errors import ImageError, InputError
-from vggfeat.files import check_path, taken
+from vggfeat.files import PathLike, check_path, taken
 
 __all__ = [
     "FORMATS",
@@ -32,7 +32,7 @@ __all__ = [
     "as_picture",
     "check_output",
     "fit",
-    "new_file",
+    "new_image_file",
     "open_image",
     "pixels_of",
     "read_settings",
@@ -42,7 +42,7 @@ __all__ = [
     "to_tensor",
 ]
 
-ImageLike = str | os.PathLike[str] | Image.Image | Tensor
+ImageLike = PathLike | Image.Image | Tensor
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 
@@ -70,7 +70,7 @@ _TURNS = {
 _WHITE = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 
 
-def open_image(path: str | os.PathLike[str], file: IO[bytes] | None = None) -> Image.Image:
+def open_image(path: PathLike, file: IO[bytes] | None = None) -> Image.Image:
     """Read a picture as it is meant to look: upright, sRGB, 8 bit, over white; of an animation the first frame.
 
     Args:
@@ -162,10 +162,10 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def check_output(
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     overwrite: bool = False,
-    inputs: Iterable[str | os.PathLike[str]] = (),
+    inputs: Iterable[PathLike] = (),
     formats: Collection[str] = tuple(FORMATS),
 ) -> Path:
     """`path`, after checking that a file can be written there: call it before any long work.
@@ -184,7 +184,7 @@ def check_output(
 
 def save_image(
     image: Image.Image | Tensor,
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     settings: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -205,13 +205,13 @@ def save_image(
     image = to_pil(image) if isinstance(image, Tensor) else _to_rgb(image)
     kind = FORMATS[path.suffix.lower()]
     options = _QUALITY[kind] | _metadata(kind, settings)
-    with new_file(path, overwrite=overwrite) as file:
+    with new_image_file(path, overwrite=overwrite) as file:
         image.save(file, kind, **options)
     return path
 
 
 @contextmanager
-def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
+def new_image_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
     """A file to write to, which appears whole or not at all; `check_output` has checked the name.
 
     Raises:
@@ -227,7 +227,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
         raise ImageError(f"cannot write {path}: {reason}; check the free space, or try another format") from error
 
 
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_settings(path: PathLike) -> dict[str, Any] | None:
     """The settings that `save_image` stored in a file; None where there are none.
 
     Raises:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vggfeat.analysis import Comparison, Description, EffectiveField, Net, Stacked, effective_field, stacked_3x3
 from vggfeat.arch import Arch, Layer, layer_names, parse
 from vggfeat.errors import InputError, optional
-from vggfeat.files import check_path, written
+from vggfeat.files import PathLike, check_path, written
 from vggfeat.tables import apart, short
 
 if TYPE_CHECKING:
@@ -33,8 +32,6 @@ SUFFIXES = (".png", ".pdf", ".svg")
 # colours that colour-blind people can tell apart (Okabe and Ito 2008)
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
 SKY, YELLOW, RED, GREY = "#56b4e9", "#f0e442", "#d55e00", "#777777"
-
-PathLike = str | os.PathLike[str]
 
 
 def check_plot(path: PathLike, *, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Path:

@@ -97,9 +97,9 @@ def compare(
 
     VGGs, and any torchvision classifier. Without a name: vgg16, resnet50, efficientnet_b0.
     """
-    for name, value in (("batch", batch), ("device", device)):
-        if value is not None and not measure:
-            raise vggfeat.InputError(f"--{name} says how to measure: add --measure")
+    measuring = {name: value for name, value in (("batch", batch), ("device", device)) if value is not None}
+    if measuring and not measure:
+        raise vggfeat.InputError(f"--{next(iter(measuring))} says how to measure: add --measure")
     check_outputs(output, plot, overwrite)
     tell: Callable[[str], None] | None = (lambda name: click.echo(f"measuring {name}", err=True)) if measure else None
     names = networks or ("vgg16", "resnet50", "efficientnet_b0")
@@ -108,8 +108,7 @@ def compare(
         from vggfeat.plots import published
 
         published(vggfeat.compare(names, **options))  # before measuring and writing: whether there is enough to draw
-    options |= {} if batch is None else {"batch": batch}
-    report = vggfeat.compare(names, **options, measure=measure, device=device, callback=tell)
+    report = vggfeat.compare(names, **options | measuring, measure=measure, callback=tell)
     finish_report(report, form, output, overwrite)
     if plot is not None:
         from vggfeat.plots import plot_comparison

@@ -157,7 +157,7 @@ def compare(
     input_size: int | None = None,
     measure: bool = False,
     batch: int = 8,
-    device: str | None = None,
+    device: str = "auto",
     seconds: float = 1.0,
     callback: Callable[[str], None] | None = None,
 ) -> Comparison:
@@ -173,7 +173,7 @@ def compare(
         input_size: side of the image in pixels; None means what each network's published weights were tested at.
         measure: run each network, randomly initialised, for latency, throughput and peak memory.
         batch: images at a time when measured.
-        device: where to measure; None means a CUDA device if there is one.
+        device: where to measure; `auto` means a CUDA device if there is one.
         seconds: how long to repeat each of the three timings, at least three times.
         callback: called with each network's name before work on it begins.
 
@@ -193,7 +193,7 @@ def compare(
         from vggfeat.devices import resolve
         from vggfeat.modes import with_gradients
 
-        place = resolve(device or "auto")
+        place = resolve(device)
     nets = []
     for label, look, build in builders:
         if callback:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.devices import UNKNOWN, total_memory
 from vggfeat.errors import ImageError, InputError
+from vggfeat.files import PathLike
 from vggfeat.image import open_image, pixels_of
 from vggfeat.signals import ignore_termination
 from vggfeat.training.cifar import cifar_files, read_cifar
@@ -95,8 +96,8 @@ class ImageSet:
 
 
 def load_images(
-    data: str | os.PathLike[str] | ImageSet,
-    test: str | os.PathLike[str] | ImageSet | None = None,
+    data: PathLike | ImageSet,
+    test: PathLike | ImageSet | None = None,
     *,
     resize: tuple[int, ...] | None = None,
     bad_images: str = "fail",
@@ -127,13 +128,13 @@ def load_images(
     return train, tested
 
 
-def load_test_images(data: str | os.PathLike[str] | ImageSet, *, bad_images: str = "fail") -> ImageSet:
+def load_test_images(data: PathLike | ImageSet, *, bad_images: str = "fail") -> ImageSet:
     """The test set of what `load_images` knows, where it has one, else all of it; the rest is not read."""
     return _load(data, None, bad_images, last=True)[0]
 
 
 def _load(
-    data: str | os.PathLike[str] | ImageSet, resize: tuple[int, ...] | None, bad_images: str, last: bool = False
+    data: PathLike | ImageSet, resize: tuple[int, ...] | None, bad_images: str, last: bool = False
 ) -> tuple[ImageSet, ImageSet | None]:
     if isinstance(data, ImageSet):
         if resize is not None:

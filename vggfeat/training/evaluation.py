@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from vggfeat.arch import MIN_SIDE
 from vggfeat.devices import autocast_dtype
 from vggfeat.errors import InputError, RunError, check_choice, whole_number
+from vggfeat.files import PathLike
 from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.settings import PRECISIONS, Settings
 from vggfeat.tables import Column, Report, Table
@@ -127,7 +128,7 @@ class Evaluation(Report):
 
 def evaluate(
     weights: VGG | WeightsLike,
-    data: str | os.PathLike[str] | ImageSet,
+    data: PathLike | ImageSet,
     views: Views | None = None,
     *,
     arch: str | None = None,

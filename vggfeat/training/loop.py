@@ -22,6 +22,7 @@ from vggfeat import checkpoint
 from vggfeat.arch import MIN_SIDE
 from vggfeat.devices import autocast_dtype, emulates
 from vggfeat.errors import InputError, RunError
+from vggfeat.files import PathLike
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG
 from vggfeat.signals import on_termination
@@ -34,7 +35,6 @@ from vggfeat.training.evaluation import Evaluation, Views, evaluate_network, pla
 from vggfeat.training.folder import Board, Epoch, begin, check, write_log, write_weights
 from vggfeat.training.learner import Learner
 
-PathLike = str | os.PathLike[str]
 SAVE_AFTER = 10.0  # seconds from one epoch's checkpoint to another's
 
 

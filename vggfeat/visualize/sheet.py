@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.errors import check_choice, optional
-from vggfeat.image import FORMATS, check_output, fit, new_file, save_image
+from vggfeat.image import FORMATS, check_output, fit, new_image_file, save_image
 from vggfeat.tables import short
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Sheet:
         if path.suffix.lower() not in VECTOR:
             return save_image(self.image, path, settings=self.settings or None, overwrite=overwrite)
         figure = self.figure()
-        with new_file(path, overwrite=overwrite) as file:
+        with new_image_file(path, overwrite=overwrite) as file:
             figure.savefig(file, format=path.suffix.lower()[1:])
         return path
 
