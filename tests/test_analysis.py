@@ -65,7 +65,7 @@ def on_meta(arch):
 
 
 def rows(description):
-    return {row.name: row for row in description.rows}
+    return {row.name: row for row in description.layers}
 
 
 # ── describe: the facts ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -91,7 +91,7 @@ def test_vgg16_split():
     split = describe("vgg16").split
     assert (split["conv"]["params"], split["fc"]["params"]) == (14_714_688, 123_642_856)
     assert [round(100 * split[kind]["params_share"], 2) for kind in ("conv", "fc")] == [10.64, 89.36]
-    assert sum(row.params - row.weights for row in describe("vgg16").rows) == 13_416
+    assert sum(row.params - row.weights for row in describe("vgg16").layers) == 13_416
     assert describe("vgg16").flops / 1e9 == pytest.approx(30.94, abs=5e-3)
     assert describe("vgg16").training_flops / 1e9 == pytest.approx(92.65, abs=5e-3)
 
@@ -164,8 +164,8 @@ def test_rows_are_those_of_the_network(arch, size):
     for name, module in names.items():
         module.register_forward_hook(lambda _, __, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
     net(torch.empty(1, 3, *size, device="meta"))
-    assert {row.name: row.shape for row in found.rows[1:]} == shapes
-    for row in found.rows[1:]:
+    assert {row.name: row.shape for row in found.layers[1:]} == shapes
+    for row in found.layers[1:]:
         sizes = {name: p.numel() for name, p in names[row.name].named_parameters()}
         assert (row.params, row.weights) == (sum(sizes.values()), sizes.get("weight", 0))
     own = sum(v.numel() * v.element_size() for v in [*net.parameters(), *net.buffers()])
@@ -215,7 +215,7 @@ def test_kept_is_what_the_trunk_keeps(arch, size):
             filters += [weight, torch.empty(layer.channels, device="meta"), weight.transpose(0, 1)]
         image = torch.empty(2, 3, *size, device="meta")
         _, *kept = torch.ops.vggfeat.trunk(image, filters, plan.code, "bits")
-        told = describe(arch, input_size=size).rows
+        told = describe(arch, input_size=size).layers
         above = told[: [row.name for row in told].index(tap) + (tap == "pool5")]
         expected = image.numel() * 4 + sum(value.numel() * value.element_size() for value in kept)
         assert expected == 2 * sum(row.kept_bytes for row in above)
@@ -257,7 +257,7 @@ def test_peak_of_a_forward(arch, size):
 
 def test_without_a_head():
     found = describe("vgg16", head=None)
-    assert found.rows[-1].name == "pool5" and found.params == 14_714_688 and "fc" not in found.split
+    assert found.layers[-1].name == "pool5" and found.params == 14_714_688 and "fc" not in found.split
     assert saved_for_backward(on_meta(Arch()).features, torch.empty(1, 3, 224, 224, device="meta")) == found.saved_bytes
 
 
@@ -269,9 +269,9 @@ def test_formats():
     data = json.loads(found.to_json())
     assert data == found.to_dict()
     assert data["totals"]["params"] == found.params and data["memory"]["saved_bytes"] == found.saved_bytes
-    assert data["input_size"] == [64, 96] and len(data["layers"]) == len(found.rows)
+    assert data["input_size"] == [64, 96] and len(data["layers"]) == len(found.layers)
     table = list(csv.DictReader(io.StringIO(found.to_csv())))
-    assert [row["name"] for row in table] == [row.name for row in found.rows]
+    assert [row["name"] for row in table] == [row.name for row in found.layers]
     assert sum(int(row["macs"]) for row in table) == found.macs
     text = str(found)
     assert "conv1_1  64×64×96" in text and "batch norm" in text and "training with adam, 2 images" in text
@@ -724,7 +724,11 @@ def test_describe_command(call, tmp_path):
     assert call("describe", "D", "--head", "none", "--format", "csv", "-o", "report.json", "--overwrite")[0] == 0
     assert (tmp_path / "report.json").read_text().startswith("name,shape")
     assert call("describe", "A", "--format", "markdown")[1] == describe("A").to_markdown() + "\n"
-    assert os.listdir(tmp_path) == ["report.json"]
+    assert call("describe", "A", "--json")[1] == describe("A").to_json() + "\n"
+    for name, text in (("a.md", describe("A").to_markdown()), ("a.CSV", describe("A").to_csv())):
+        assert call("describe", "A", "-o", name) == (0, f"{name}\n", "")
+        assert Path(name).read_text().rstrip("\n") == text.rstrip("\n")
+    assert sorted(os.listdir(tmp_path)) == ["a.CSV", "a.md", "report.json"]
 
 
 def test_compare_and_stacked_commands(call, tmp_path):

@@ -5,6 +5,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,13 @@ def test_values_normalised_before_warn(state):
     f = VGGFeatures(["relu1_1"], weights=state)
     with pytest.warns(UserWarning, match="give them before their normalisation, which the features do themselves, or"):
         f(batch() * 4 - 2)
+
+
+def test_what_was_said_in_a_replica_of_data_parallel_is_not_said_again(state):
+    f = VGGFeatures(["relu1_1"], weights=state)
+    with pytest.warns(UserWarning, match="far outside"):
+        f._replicate_for_data_parallel()(batch() * 255)
+    f._replicate_for_data_parallel()(batch() * 255)  # filterwarnings = error
 
 
 @pytest.mark.parametrize(("span", "scale"), [((0, 1), 255), ((0, 255), 1)])
@@ -457,6 +465,20 @@ def test_equal_weights_share_one_trunk(state):
     random = VGGFeatures(["relu1_1"], weights="random")
     assert VGGFeatures(["relu4_1"], weights="random").trunk is random.trunk
     assert random.trunk is not f.trunk
+
+
+def test_weights_modified_since_they_were_loaded():
+    """They are what is computed with, and nobody else's are."""
+    unmodified = VGGFeatures(["relu1_1"], weights="random")
+    loaded = load("random")
+    assert torch.equal(VGGFeatures(["relu1_1"], weights=loaded)(batch())["relu1_1"], unmodified(batch())["relu1_1"])
+    loaded.state["features.0.weight"].zero_()
+    silent = VGGFeatures(["relu1_1"], weights=loaded)
+    assert silent(batch())["relu1_1"].std((0, 2, 3)).max() < 1e-6  # the biases alone
+    replaced = replace(loaded, state={key: torch.zeros_like(value) for key, value in loaded.state.items()})
+    assert not VGGFeatures(["relu1_1"], weights=replaced)(batch())["relu1_1"].any()
+    del unmodified
+    assert VGGFeatures(["relu1_1"], weights="random")(batch())["relu1_1"].std() > 0.1
 
 
 def test_a_trunk_is_freed_with_its_last_module():

@@ -85,6 +85,14 @@ def test_a_constant_mask_changes_nothing(dtype):
     assert relative(VF.gram(features, torch.full((1, 1, 32, 32), 0.3)), VF.gram(features)) < tolerance
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-16, 1e30])
+def test_the_scale_of_a_mask_does_not_matter(scale):
+    features, mask = torch.rand(2, 4, 8, 8), torch.rand(2, 1, 8, 8)
+    assert relative(VF.gram(features, scale * mask), looped_gram(features, mask)) < 1e-5
+    expected = (features * mask).double().sum((1, 2, 3)) / mask.double().sum((1, 2, 3)) / 4
+    assert relative(VF.masked_mean(features, scale * mask), expected) < 1e-6
+
+
 def test_gram_where_the_mask_is_all_zero():
     features = (1e3 * torch.randn(2, 4, 3, 3)).requires_grad_()
     mask = torch.stack([torch.zeros(1, 3, 3), torch.ones(1, 3, 3)])
@@ -227,6 +235,11 @@ def test_cosine_of_known_angles():
     assert torch.allclose(found.flatten(), torch.tensor([0.0, 1.0, 2.0, 0.5]), atol=1e-6)
     zero = torch.zeros(1, 2, 1, 4)
     assert torch.equal(VF.cosine(a, zero), torch.ones(1, 1, 1, 4))
+    many = torch.randn(2, 64, 16, 16)
+    assert VF.cosine(many, many).min() >= 0 and VF.cosine(many, many).max() < 1e-10
+    near = many + 1e-4 * torch.randn(many.shape)  # at an angle of 1e-4, whose cosine float32 rounds to 1
+    exact = 1 - torch.nn.functional.cosine_similarity(many.double(), near.double(), dim=1)[:, None]
+    assert relative(VF.cosine(many, near), exact) < 1e-3
     assert torch.equal(VF.cosine(zero, zero), torch.ones(1, 1, 1, 4))
 
 

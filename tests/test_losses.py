@@ -464,6 +464,9 @@ def test_sizes_that_do_not_match(pair):
                 loss(x, target)
         with pytest.raises(vggfeat.InputError, match="1 images against 2 targets"):
             loss(x[:1], y)
+        for target in (y.to("meta"), loss.encode(y).to("meta")):
+            with pytest.raises(vggfeat.InputError, match=r"input is on cpu, the target on meta: target.to\('cpu'\)"):
+                loss(x, target)
     with pytest.raises(vggfeat.InputError, match=r"loss.encode\(target, its_mask\)"):
         style()(x, y[..., :30], torch.ones(1, 1, 24, 32))
     with pytest.raises(vggfeat.InputError, match="give the mask to the comparison"):

@@ -266,7 +266,7 @@ def test_torch_fx_traces_it():
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, "got -0.1"),
         ({"init": "xavier"}, "unknown init 'xavier': choose from kaiming, paper"),
-        ({"head": None}, "a network needs a head"),
+        ({"head": None}, "unknown head None: choose from paper, slim"),
         ({"head": "fat"}, "unknown head 'fat'"),
         ({"width": 0}, "width must be a positive number"),
         ({"num_classes": 0}, "num_classes must be a whole number of at least 1"),

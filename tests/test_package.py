@@ -124,7 +124,6 @@ ROOMS = {
         "image",
         "modes",
         "devices",
-        "state_dicts",
         "transfer.config",
         "transfer.optimize",
         "transfer.stylize",
@@ -230,7 +229,7 @@ ROOMS = {
     "vggfeat_cli.style": {"", "files", "image", "transfer.config"},
     "vggfeat_cli.analyse": {"", "image", "plots", "weights"},
     "vggfeat_cli.learn": {"", "files", "plots", "settings", "training.config", "training.evaluation"},
-    "vggfeat_cli.pictures": {"", "state_dicts", "visualize", "weights"},
+    "vggfeat_cli.pictures": {"", "arch", "visualize", "weights"},
     "vggfeat_cli.main": {"", "fetch", "weights"},
 }
 # modules that must not need more than this to be imported

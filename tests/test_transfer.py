@@ -581,9 +581,10 @@ def test_bad_images_are_input_errors(config, pair, content, style, says):
 def test_settings_that_do_not_fit_the_images(config, pair):
     with pytest.raises(InputError, match="style_blend has 3 numbers for 2"):
         stylize(pair[0], [pair[1], pair[1]], config(style_blend=(1, 2, 3)))
-    with pytest.raises(InputError, match=r"48×2.* 4 pixels"):
+    with pytest.raises(InputError, match=r"48×2.* 4 pixels on each side; choose a size of 96 or more"):
         stylize(scene(48, 2), pair[1], config())
-    with pytest.raises(InputError, match="somewhere"):
+    stylize(scene(48, 2), pair[1], config(size=96, steps=1))
+    with pytest.raises(InputError, match="init is content, noise or an image file: there is none at somewhere.png"):
         stylize(*pair, config(init="somewhere.png"))
     for device in ("nonsense", "cuda:99"):
         with pytest.raises(InputError, match=device) as info:
@@ -671,6 +672,12 @@ def test_a_picture_by_tiles_is_the_same(config, pair):
     whole, tiled = (stylize(*pair, config(start_size=24, steps=5, tile=tile)) for tile in (0, 16))
     assert tiled.losses == pytest.approx(whole.losses, rel=1e-3) and tiled.config.tile == 16
     assert (to_tensor(tiled.image) - to_tensor(whole.image)).abs().max() < 0.02
+
+
+def test_a_classifier_is_not_computed_in_tiles():
+    StyleConfig(content_layers=("fc8",), tile=0)
+    with pytest.raises(InputError, match="fc8 sees the picture as a whole, not in tiles: leave tile out"):
+        StyleConfig(content_layers=("fc8",), tile=32)
 
 
 def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
@@ -1133,6 +1140,21 @@ def test_what_no_memory_can_hold_is_refused_at_once(config, pair, monkeypatch, o
     monkeypatch.setattr(stylize_module, "total_memory", lambda device: 2 * each * pixels - 2)
     with pytest.raises(InputError, match=r"is 48×36, which takes 0\.0 GiB of memory or more; the device has 0\.0 GiB"):
         stylize(*pair, settings)
+
+
+def test_an_error_of_the_callback(config, pair, tmp_path):
+    """It is the caller's, a lack of memory too, and what was painted is in the checkpoint."""
+
+    def fail(step):
+        if step.scale == 2 and step.step == 2:
+            raise MemoryError("of my own")
+
+    settings = config(start_size=24, steps=4)
+    with pytest.raises(MemoryError, match="of my own"):
+        stylize(*pair, settings, callback=fail, checkpoint=tmp_path / "run.pt")
+    steps = []
+    stylize(*pair, settings, callback=steps.append, checkpoint=tmp_path / "run.pt")
+    assert (steps[0].scale, steps[0].step) == (2, 2)  # the first that was not over
 
 
 def test_the_callback_is_a_function(pair):

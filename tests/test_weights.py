@@ -105,6 +105,26 @@ def test_safetensors_file(tmp_path, net, state):
     assert_same(W.load(str(tmp_path / "w.safetensors")), net)
 
 
+def test_files_with_a_wrong_suffix(tmp_path, net, state):
+    from safetensors.torch import save_file
+
+    save_file(dict(state), tmp_path / "w.pth")
+    assert_same(W.load(tmp_path / "w.pth"), net)
+    torch.save(dict(state), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="no safetensors file: .*; it seems to be torch's: name it .pth"):
+        W.load(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_state_dict_of_the_features_alone(batch_norm):
+    net = small("B", batch_norm=batch_norm)
+    loaded = W.load(net.features.state_dict())
+    assert loaded.arch == replace(net.arch, head=None, num_classes=loaded.arch.num_classes)
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in loaded.state.items())
+    with pytest.raises(WeightsError, match="not a VGG's: expected keys like features.0.weight"):
+        W.load(net.classifier[0].state_dict(prefix="0."))
+
+
 def test_batch_norm_state_dict():
     """Its counters are tensors without dimensions."""
     net = small("B", batch_norm=True)
@@ -803,7 +823,8 @@ def test_environment_names_the_default(tmp_path, monkeypatch, state):
                 WeightsUnavailableError, match="VGGFEAT_WEIGHTS is 'bundeld': expected imagenet, .*found none"
             ):
                 W.load(default)
-    with pytest.raises(WeightsUnavailableError, match="imagenet weights for vgg16 are unavailable"):
+    ways = "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='bundled'"
+    with pytest.raises(WeightsUnavailableError, match=f"imagenet weights for vgg16 are unavailable.*{ways}"):
         W.load("imagenet")  # said outright, it is not the default
     monkeypatch.delenv("VGGFEAT_WEIGHTS")
     with pytest.raises(WeightsUnavailableError, match="imagenet weights for vgg16 are unavailable"):

@@ -15,7 +15,8 @@ from vggfeat.errors import InputError, check_choice, nearest, whole_number
 
 POOLINGS = ("max", "average", "l2")
 PADDINGS = ("zeros", "reflect", "replicate")
-HEADS = ("paper", "slim")  # three linear layers; one after global pooling
+HEADS = {"paper": ("fc6", "relu6", "fc7", "relu7", "fc8"), "slim": ("fc",)}  # by layer; slim follows global pooling
+HEAD_NAMES = frozenset(name for names in HEADS.values() for name in names)
 INITS = ("kaiming", "paper")  # how weights to be trained are drawn
 
 # convolutions in each of the five blocks, and the kernel of those that are not 3×3
@@ -150,7 +151,7 @@ class Arch:
     @property
     def head_names(self) -> tuple[str, ...]:
         """Names of the head's layers."""
-        return {"paper": ("fc6", "relu6", "fc7", "relu7", "fc8"), "slim": ("fc",), None: ()}[self.head]
+        return HEADS[self.head] if self.head else ()
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:

@@ -77,11 +77,15 @@ def check_choice(what: str, value: object, choices: Iterable[str], or_else: str 
 def nearest(name: object, choices: Iterable[str]) -> str:
     """The end of an error message: the nearest of `choices`, or all of them if none is near."""
     choices = list(choices)
-    plain = {choice: choice.lower().replace("-", "_") for choice in choices}
-    close = [choice for choice in choices if plain[choice] == str(name).lower().replace("-", "_")]
+    close = [choice for choice in choices if _letters(choice) == _letters(name)]
     close = close or difflib.get_close_matches(str(name), choices, n=3, cutoff=0.6)
     rest = "" if len(choices) <= MANY else f", … ({len(choices)} in all)"
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices[:MANY])}{rest}"
+
+
+def _letters(name: object) -> str:
+    """A name as far as it is told apart: VGG-16 and vgg_16 are vgg16."""
+    return str(name).lower().translate(str.maketrans("", "", "-_ "))
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vggfeat import trunk as _trunk
-from vggfeat.arch import Arch, layer_names
+from vggfeat.arch import HEAD_NAMES, Arch, layer_names
 from vggfeat.devices import bfloat16_is_fast
 from vggfeat.errors import InputError, check_choice, warn
 from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
-from vggfeat.state_dicts import HEAD_NAMES, LINEAR
+from vggfeat.state_dicts import LINEAR
 from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk
-from vggfeat.weights import DEFAULT, WeightsLike, load, resolved
+from vggfeat.weights import DEFAULT, Weights, WeightsLike, digest, load, resolved
 
 # devices on which the trunk's own walk runs; elsewhere ordinary operations do
 CUSTOM_BACKWARD_DEVICES = ("cpu", "cuda")
+
+RANGE = "range"  # the warning about it
 
 Pullback = Callable[[TapGradOf], Tensor]
 PullbackByRows = Callable[[TapGradOfRows], Tensor]
@@ -104,14 +106,16 @@ class VGGFeatures(nn.Module):
             for key, value in loaded.state.items()
             if key[: key.rindex(".") + 1] in held or (self._head and key.startswith("classifier."))
         }
-        self.trunk = Trunk.shared(arch, state, loaded.key)
+        # what the caller holds may have been modified since it was loaded
+        key = ("state", digest(loaded.state)) if isinstance(weights, Weights) else loaded.key
+        self.trunk = Trunk.shared(arch, state, key)
         self._held, self._mean, self._std = tuple(sorted(state)), loaded.mean, loaded.std
         # (x - low) / (high - low), then (· - mean) / std, as one factor and one shift per channel
         span = high - low
         self._scale = tuple(1 / (span * std) for std in loaded.std)
         self._shift = tuple(-(low / span + mean) / std for mean, std in zip(loaded.mean, loaded.std, strict=True))
-        self._looked = False
-        self._warned = False
+        # what was said once, and on which devices values were looked at; one set for all replicas of a DataParallel
+        self._done: set[str | torch.device] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"trunk": self.trunk.pickled(self._held)}
@@ -138,7 +142,7 @@ class VGGFeatures(nn.Module):
 
         Raises:
             InputError: another shape or channel count, integers, images too small for the deepest layer, or NaN or
-                infinite values (off the CPU checked in the first batch only, and not under `torch.compile` and
+                infinite values (off the CPU checked in a device's first batch only, and not under `torch.compile` and
                 `torch.func`: there they make the taps NaN).
         """
         return self.taps(self.checked(images))
@@ -310,17 +314,19 @@ class VGGFeatures(nn.Module):
         return images
 
     def _check_values(self, images: Tensor) -> None:
-        if images.device.type == "meta" or (images.device.type != "cpu" and self._looked):
-            return  # reading two numbers back at every step would stall the device: only the first batch is checked
-        self._looked = True
-        if not images.numel():
+        if images.device.type == "meta" or not images.numel():
             return
+        if images.device.type != "cpu":
+            # reading two numbers back at every step would stall the device: only its first batch is checked
+            if images.device in self._done:
+                return
+            self._done.add(images.device)
         low, high = (float(value) for value in torch.aminmax(images.detach()))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(
                 "the images hold NaN or infinite values: check what produced them, such as too long a step"
             )
-        if self._warned:
+        if RANGE in self._done:
             return
         floor, ceiling = self.input_range
         span = ceiling - floor
@@ -328,13 +334,13 @@ class VGGFeatures(nn.Module):
         if low < floor - span / 2 or high > ceiling + span / 2:
             normalised = span == 1 and -2.2 < low < -0.5 and high < 2.7  # as by ImageNet's mean and standard deviation
             hint = "give them before their normalisation, which the features do themselves, or " if normalised else ""
-            self._warned = True
+            self._done.add(RANGE)
             warn(
                 f"{reach}, far outside input_range=({floor:g}, {ceiling:g}); "
                 f"{hint}say what they are, e.g. input_range=(-1, 1) or (0, 255)"
             )
         elif span >= 255 and 0 < high - floor <= span / 200:
-            self._warned = True
+            self._done.add(RANGE)
             warn(f"{reach}, a small part of input_range=({floor:g}, {ceiling:g}); say what they are, e.g. (0, 1)")
 
     def extra_repr(self) -> str:

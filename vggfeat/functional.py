@@ -39,6 +39,12 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def peak_at_1(mask: Tensor) -> Tensor:
+    """Each image's mask (N,1,h,w) by its largest value: only proportions count, and sums of them stay in range."""
+    peak = mask.detach().amax((1, 2, 3), keepdim=True)
+    return mask / torch.where(peak > 0, peak, 1)
+
+
 # ── Gram matrices ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -59,9 +65,10 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     channels = features.shape[1]
     if mask is None:
         return _products(features) / (channels * features.shape[2] * features.shape[3])
-    root = (mask.to(torch.promote_types(upcast(mask).dtype, features.dtype)) + TINY).sqrt().to(features.dtype)
+    mask = peak_at_1(mask.to(torch.promote_types(upcast(mask).dtype, features.dtype)))
+    root = (mask + TINY).sqrt().to(features.dtype)
     weights = upcast(root).square()  # of the rounded roots, as they are applied
-    total = weights.sum((1, 2, 3)).clamp_min(EPS)
+    total = weights.sum((1, 2, 3)).clamp_min(EPS)  # of a mask that is 0 everywhere
     return _products(features * root) / (channels * total[:, None, None])
 
 
@@ -191,7 +198,14 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
     A vector of zeros is at 90° to every vector, itself included; gradients are finite there.
     """
-    return 1 - (unit_normalize(a) * unit_normalize(b)).sum(1, keepdim=True)
+    # 1 - ⟨u, v⟩ as ½‖u - v‖² + ½(1 - ‖u‖²) + ½(1 - ‖v‖²): without cancellation, and so never below 0
+    apart = (unit_normalize(a) - unit_normalize(b)).square().sum(1, keepdim=True)
+    return (apart + _shortfall(a) + _shortfall(b)) / 2
+
+
+def _shortfall(features: Tensor) -> Tensor:
+    """1 - ‖u‖² of channel vectors brought to unit length, which are shorter by the guard alone: ε / (‖F‖² + ε)."""
+    return EPS / (upcast(features).square().sum(1, keepdim=True) + EPS)
 
 
 CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -211,7 +225,8 @@ def unit_normalize(features: Tensor) -> Tensor:
         features: (N,C,…).
 
     Returns:
-        The same shape, in float32 (float64 for float64 features), each vector along C at length 1, zeros at 0.
+        The same shape, in float32 (float64 for float64 features), each vector along C at length 1; one of length l,
+        if as short as the guard, at l / √(l² + 1e-10), and zeros at 0.
     """
     # a compiler fuses them anyway, and with dynamic=True takes EPS for an input, which a Function cannot have
     if in_forward_mode() or torch.compiler.is_compiling():
@@ -262,7 +277,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if mask is None:
         return values.mean(tuple(range(1, values.ndim))) if values.ndim > 1 else values
-    weight = mask.to(values.dtype).expand(values.shape[0], 1, *values.shape[2:])
+    weight = peak_at_1(mask.to(values.dtype)).expand(values.shape[0], 1, *values.shape[2:])
     total = weight.sum((1, 2, 3)) * values.shape[1]
     return (values * weight).sum((1, 2, 3)) / total.clamp_min(EPS)
 

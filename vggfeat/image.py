@@ -101,7 +101,8 @@ def as_picture(image: ImageLike) -> Image.Image:
         return picture
     if isinstance(image, str | os.PathLike):
         return open_image(image)
-    raise InputError(f"expected a file, a PIL image or a tensor (1,3,H,W) or (3,H,W), got {type(image).__name__}")
+    hint = "; PIL.Image.fromarray makes one of an array of bytes" if isinstance(image, numpy.ndarray) else ""
+    raise InputError(f"expected a file, a PIL image or a tensor (1,3,H,W) or (3,H,W), got {type(image).__name__}{hint}")
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -22,6 +22,7 @@ from vggfeat.functional import (
     distance_and_gradient,
     gram,
     masked_mean,
+    peak_at_1,
     unit_normalize,
     upcast,
 )
@@ -180,9 +181,13 @@ class _FeatureLoss(nn.Module):
             if target.made_by != self._signature:
                 raise InputError(f"this target was encoded by {target.made_by}; this is {self._signature}")
             count, size = len(target), target.size
+            place = next(iter(target.values.values())).device
         else:
             count, size = count_and_size(target)
+            place = target.device
         images, own_size = count_and_size(input)
+        if place != input.device:
+            raise InputError(f"the input is on {input.device}, the target on {place}: target.to({str(input.device)!r})")
         if count not in (1, images):
             raise InputError(f"{images} images against {count} targets: expected as many, or one for all")
         self._check_sizes(own_size, size, masked and isinstance(target, Tensor))
@@ -607,6 +612,4 @@ def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
         if not (low >= 0 and high < math.inf):
             reach = f"{float(low):.4g} to {float(high):.4g}"
             raise InputError(f"a mask has finite values of at least 0, this one from {reach}")
-    # only proportions matter: brought to 1, sums of very large or small ones stay in range
-    peak = mask.detach().amax((1, 2, 3), keepdim=True)
-    return mask / torch.where(peak > 0, peak, 1)
+    return peak_at_1(mask)  # now: the means over a layer's pixels are sums, too

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is one, but not a BatchNorm2d
 from torch.utils.checkpoint import checkpoint
 
-from vggfeat.arch import INITS, LRN, MIN_SIDE, Arch, Layer, channels_at, layer_names, parse
+from vggfeat.arch import HEADS, INITS, LRN, MIN_SIDE, Arch, Layer, channels_at, layer_names, parse
 from vggfeat.convolution import Conv2d
 from vggfeat.errors import InputError, WeightsError, check_choice
 
@@ -110,7 +110,7 @@ class VGG(nn.Module):
             raise InputError(f"dropout must be in [0, 1), got {dropout}")
         check_choice("init", init, INITS)
         if arch.head is None:
-            raise InputError("a network needs a head: choose 'paper' or 'slim'")
+            raise InputError("a network to train needs a head: choose 'paper' or 'slim'")
         self.arch = arch
         self.features = nn.Sequential(*map(_module, arch.layers))
         channels = arch.layers[-1].channels
@@ -266,6 +266,7 @@ def vgg(
             convolutions only).
     """
     arch = parse(config)
+    check_choice("head", head, HEADS)
     arch = Arch(arch.config, batch_norm or arch.batch_norm, channels_at(width), head, num_classes)
     if weights is None:
         return VGG(arch, dropout, init)
@@ -304,7 +305,8 @@ def network_from_weights(weights: Weights) -> VGG:
 
     if weights.arch.head is None:
         raise WeightsError(
-            f"weights {weights.label} hold no classifier: give imagenet or the folder of a run of `vggfeat train`"
+            f"weights {weights.label} hold no classifier: give imagenet, the folder of a run of `vggfeat train`, or a "
+            "file with one"
         )
     with torch.device("meta"):
         net = VGG(weights.arch)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggfeat.arch import HEADS, Arch, Layer, scaled
+from vggfeat.arch import Arch, Layer, scaled
 from vggfeat.errors import WeightsError
 
 LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # where the head's layers are in `classifier`
-HEAD_NAMES = frozenset(name for head in HEADS for name in Arch(head=head).head_names)
 
 
 def keys_of(layer: Layer) -> list[str]:
@@ -27,6 +26,8 @@ def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model_state_dict", "model", "net"):  # the last is that of our own checkpoints
         if isinstance(raw.get(wrapper), Mapping):
             raw = raw[wrapper]
+    if getattr(raw.get("0.weight"), "ndim", 0) == 4:  # of a network's `features` alone
+        raw = {f"features.{key}": value for key, value in raw.items()}
     prefixes = {key.removesuffix("features.0.weight") for key in raw if str(key).endswith("features.0.weight")}
     if len(prefixes) > 1:
         shown = ", ".join(sorted(repr(each) for each in prefixes))
@@ -49,9 +50,10 @@ def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
             f"weights {label} are not a VGG's: expected keys like features.0.weight (conv1_1), found {shown}"
         )
     for key, value in state.items():
-        if value.is_meta or (key.endswith("weight") and not value.is_floating_point()):
-            what = "no values" if value.is_meta else f"{value.dtype} values, expected floating-point ones"
-            raise WeightsError(f"weights {label} cannot be used: {key} has {what}")
+        if value.is_meta or value.layout != torch.strided or (key.endswith("weight") and not value.is_floating_point()):
+            what = f"{value.dtype} values, expected floating-point ones"
+            what = "sparse values: give it dense" if value.layout != torch.strided else what
+            raise WeightsError(f"weights {label} cannot be used: {key} has {'no values' if value.is_meta else what}")
         if key.startswith("features.") and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise WeightsError(f"weights {label} are damaged: {key} holds NaN or infinite values")
     return state

@@ -26,15 +26,16 @@ def read(path: Path) -> Mapping[str, Any]:
     """
     if is_keras(path):
         return _read_keras(path)
-    if path.suffix.lower() == ".safetensors":
+    magic = _magic(path)
+    if magic[8:] == b"{" or path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise WeightsError(f"{path} is damaged or no safetensors file: {error}") from error
-    magic = _magic(path)
+            hint = "; it seems to be torch's: name it .pth" if magic.startswith(b"PK") else ""
+            raise WeightsError(f"{path} is damaged or no safetensors file: {error}{hint}") from error
     try:
         # a file in torch's zip format is mapped: layers that nobody asks for are never read
         with warnings.catch_warnings():  # about a pickle's protocol, which a caller cannot change
@@ -46,7 +47,7 @@ def read(path: Path) -> Mapping[str, Any]:
                 f"{path} was not loaded: it holds more than tensors, and unpickling that could run code; "
                 "save the state dict alone: torch.save(net.state_dict(), path)"
             ) from error
-        raise WeightsError(f"{path} is damaged or no torch file: it starts with {magic!r}") from error
+        raise WeightsError(f"{path} is damaged or no torch file: it starts with {magic[:8]!r}") from error
     except Exception as error:  # flipped bits make zip and pickle readers raise errors of any kind
         why = f"its reader failed with {type(error).__name__}" if isinstance(error, LookupError) else first_line(error)
         raise WeightsError(f"{path} is damaged or no torch file: {why}") from error
@@ -58,14 +59,16 @@ def read(path: Path) -> Mapping[str, Any]:
 def _magic(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(8)
+            return file.read(
+                9
+            )  # which tells HDF5, a zip and safetensors (a length and the beginning of its JSON) apart
     except OSError as error:
         raise WeightsUnavailableError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def is_keras(path: Path) -> bool:
     """Whether a file is one of Keras', which means HDF5, by its suffix or first bytes."""
-    return path.suffix.lower() in (".h5", ".hdf5") or _magic(path) == b"\x89HDF\r\n\x1a\n"
+    return path.suffix.lower() in (".h5", ".hdf5") or _magic(path)[:8] == b"\x89HDF\r\n\x1a\n"
 
 
 def _read_keras(path: Path) -> dict[str, Tensor]:

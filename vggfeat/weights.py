@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import Tensor
 
-from vggfeat.arch import BLOCK_CHANNELS, Arch, parse
+from vggfeat.arch import BLOCK_CHANNELS, HEAD_NAMES, Arch, parse
 from vggfeat.checkpoint import saved
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest
 from vggfeat.fetch import fetch, file_key, published_digest, verify
 from vggfeat.random_weights import random_state
-from vggfeat.state_dicts import HEAD_NAMES, LINEAR, fitted, infer_arch, keys_of, map_keys, misfits, widths
+from vggfeat.state_dicts import LINEAR, fitted, infer_arch, keys_of, map_keys, misfits, widths
 from vggfeat.weight_files import is_keras, read
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class Weights:
         mean: per channel R, G, B, of images in [0,1], to subtract.
         std: per channel, to divide by.
         name: what titles call them: a set, or the name of a file.
-        key: equal for two loads of the same numbers in one process; networks with equal keys share one copy of them.
+        key: equal for two loads of the same numbers in one process, as they were loaded; networks with equal keys
+            share one copy of them.
         note: what else there is to say of them: the file of a published set, or what they stand in for.
     """
 
@@ -242,9 +243,8 @@ def load(
             state = random_state(chosen)
         return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", ("random", chosen))
     if isinstance(weights, str) and weights in SETS:
-        bundled = arch is None or parse(arch).name == "vgg19"
         arch = parse(arch or default)
-        published, path = _published(weights, arch), find(weights, arch.name, bundled=bundled)
+        published, path = _published(weights, arch), find(weights, arch.name)
         return _read_state(read(path), arch, published.convention, weights, file_key(path), published.filename)
     return _load_path(os.fspath(weights), arch)
 
@@ -260,7 +260,8 @@ def resolved(weights: WeightsLike) -> Any:
     return told
 
 
-def _digest(state: Mapping[str, Tensor]) -> str:
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A sha256 of all values, with their keys, types and shapes."""
     sha = hashlib.sha256()
     for key in sorted(state):
         sha.update(f"{key}{state[key].dtype}{tuple(state[key].shape)}".encode())
@@ -275,6 +276,7 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     path = _of_run(given)
     if not path.exists():
         hint = "" if path.suffix or len(path.parts) > 1 else f"; or a weight set: {nearest(text, NAMES)}"
+        hint = "; fetch a URL's file first" if "://" in text else hint
         raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}")
     if path.is_dir():
         if kept := saved(path / "checkpoints"):
@@ -308,7 +310,7 @@ def _read_state(
     state = map_keys(raw, label)
     if key is None:  # the caller's own tensors, which may go on training
         state = {each: value.to("cpu", copy=True) for each, value in state.items()}
-        key = ("state", _digest(state))
+        key = ("state", digest(state))
     inferred = infer_arch(state, label)
     if arch is not None:
         wanted = parse(arch)
@@ -418,13 +420,12 @@ def folders() -> list[Path]:
     return [*([Path(own).expanduser()] if own else []), Path(torch.hub.get_dir()) / "checkpoints"]
 
 
-def find(name: str, arch: str = "vgg16", *, bundled: bool = False) -> Path:
+def find(name: str, arch: str = "vgg16") -> Path:
     """The verified file of a published set: from VGGFEAT_WEIGHTS_DIR, torch.hub's cache, or fetched into the latter.
 
     Args:
         name: a key of `SETS`.
         arch: the network's name.
-        bundled: whether to suggest the bundled weights instead.
 
     Raises:
         WeightsUnavailableError: it is not here and cannot be fetched; the message lists the alternatives.
@@ -443,10 +444,7 @@ def find(name: str, arch: str = "vgg16", *, bundled: bool = False) -> Path:
         return fetch(published.url, folders()[-1])
     except WeightsUnavailableError as error:
         looked = " and ".join(map(str, folders()))
-        ways = ["give a path", "set VGGFEAT_WEIGHTS_DIR to a folder that has the file"]
-        if bundled:
-            ways.append("use weights='bundled'")
         raise WeightsUnavailableError(
-            f"{name} weights for {arch} are unavailable: {published.filename} is not in {looked}, {error}; "
-            f"{', '.join(ways[:-1])} or {ways[-1]}"
+            f"{name} weights for {arch} are unavailable: {published.filename} is not in {looked}, {error}; give a "
+            "path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='bundled' (a slim VGG-19)"
         ) from None

@@ -29,8 +29,10 @@ from vggfeat.modes import constant_when_traced, no_autocast
 TILE = 4
 POINT = 2 / 3
 FLIPPED = [5, 3, 4, 1, 2, 0]  # where each of the points 0, p, -p, 1/p, -1/p, ∞ goes when a kernel is flipped
-WORKSPACE = 1 << 18  # values per thread in each buffer of the workspace, 1 MB: a band has as many tiles as fit,
-LEAST = 96  # but no fewer per thread, since every band reads all weights once
+# a band has as many tiles as fit into so many values of a workspace's buffer for each thread (1 MB), but no fewer than
+# `LEAST`, since every band reads all weights once: with 512 channels that takes 7 MB
+WORKSPACE = 1 << 18
+LEAST = 96
 SUMMED = 256  # tiles of a band for a weight's gradient, since every band reads and writes all of it once
 
 
@@ -119,13 +121,22 @@ def _workspace(count: int, size: int) -> Tensor:
     return workspace[: count * size].view(count, size)
 
 
-def _room(memory: Tensor, *shape: int) -> Tensor:
+def _view(memory: Tensor, *shape: int) -> Tensor:
+    """The beginning of a buffer in that shape."""
     return memory[: math.prod(shape)].view(shape)
 
 
 @dataclass(frozen=True)
 class _Bands:
-    """How maps are cut into tiles, and the tiles into bands: rows of tiles of an image, or several images whole."""
+    """How maps are cut into tiles, and the tiles into bands: rows of tiles of an image, or several images whole.
+
+    Attributes:
+        images: of the batch.
+        down: rows of tiles of an image.
+        across: tiles of a row.
+        several: images of a band.
+        rows: rows of tiles of a band, in each of its images.
+    """
 
     images: int
     down: int
@@ -178,7 +189,7 @@ class _Inputs:
         image, line, pixel, _ = self.band.stride()
         size, steps = (bands.several, bands.rows, bands.across, c), (image, TILE * line, TILE * pixel, 1)
         self.windows = self.band.as_strided((6, 6, *size), (line, pixel, *steps))
-        self.inputs, self.halfway = (_room(where, 6, 6, padded * c) for where in (one, two))
+        self.inputs, self.halfway = (_view(where, 6, 6, padded * c) for where in (one, two))
         self.gathered = self.inputs.view(6, 6, padded, c)[:, :, : bands.count].view(6, 6, *size)
         self.points = self.inputs.view(36, padded, c)
 
@@ -203,7 +214,7 @@ class _Inputs:
 
 def convolve(
     x: Tensor,
-    points_of_weight: Tensor,
+    transformed_weight: Tensor,
     bias: Tensor | None,
     pad: int,
     *,
@@ -215,27 +226,30 @@ def convolve(
 
     Args:
         x: (N,C,H,W), float32, or bfloat16 to be computed in float32 and rounded at the end.
-        points_of_weight: of `transformed`, float32.
+        transformed_weight: of `transformed`, float32.
         bias: (K,) or None.
         pad: zeros on each side.
         relu: apply it.
         transposed: with the kernel flipped and its channels exchanged, as the input's gradient needs it.
         overwrite: `x` is no longer needed: the output may take its place, where it fits.
+
+    Returns:
+        (N,K,H+2·pad-2,W+2·pad-2) in the type of `x`.
     """
     to_points, back = _bases(transposed)
     if transposed:
-        points_of_weight = points_of_weight.transpose(1, 2)
+        transformed_weight = transformed_weight.transpose(1, 2)
     images = x.permute(0, 2, 3, 1)  # (N,H,W,C)
     n, h, w, c = images.shape
-    k = points_of_weight.shape[2]
+    k = transformed_weight.shape[2]
     height, width = h + 2 * pad - 2, w + 2 * pad - 2
     fits = max(LEAST, WORKSPACE // (36 * max(c, k))) * torch.get_num_threads()
     bands = _Bands.of(n, height, width, fits)
     one, two = _workspace(2, 36 * bands.padded * max(c, k))
     inputs = _Inputs(images, pad, bands, to_points, one, two)
     # each in a buffer that has been read by then: (36,tiles,K) to (6,4,tiles·K) to (4,4,tiles·K)
-    products, halfway = _room(two, 36, bands.padded, k), _room(one, 6, 4, bands.padded * k)
-    outputs = _room(two, 4, 4, bands.padded * k)
+    products, halfway = _view(two, 36, bands.padded, k), _view(one, 6, 4, bands.padded * k)
+    outputs = _view(two, 4, 4, bands.padded * k)
     size = (bands.several, bands.rows, bands.across, k)
     values = outputs.view(4, 4, bands.padded, k)[:, :, : bands.count].view(4, 4, *size)
     values = values.permute(2, 3, 0, 4, 1, 5)  # (images,rows,4,across,4,K), as they lie in `out`
@@ -243,7 +257,7 @@ def convolve(
     out = images if fitting else x.new_empty(n, height, width, k)
     beyond = x.new_empty(bands.several, TILE * bands.rows, TILE * bands.across, k)
     for which, top in bands:
-        torch.bmm(inputs.read(which, top), points_of_weight, out=products)
+        torch.bmm(inputs.read(which, top), transformed_weight, out=products)
         _along_both_axes(back, products.view(6, 6, -1), halfway, outputs)
         here = out[which, top : top + beyond.shape[1]]
         target = here if here.shape == beyond.shape else beyond  # where tiles hang over the border, it is cut off
@@ -276,8 +290,8 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
     one, two, three = _workspace(3, 36 * bands.padded * max(c, k))
     inputs = _Inputs(x.permute(0, 2, 3, 1), pad, bands, to_points, one, two)
     # (4,4,tiles·K) to (4,6,tiles·K) to (6,6,tiles·K)
-    given, halfway = _room(two, 4, 4, bands.padded * k), _room(three, 4, 6, bands.padded * k)
-    at_points = _room(two, 6, 6, bands.padded * k)
+    given, halfway = _view(two, 4, 4, bands.padded * k), _view(three, 4, 6, bands.padded * k)
+    at_points = _view(two, 6, 6, bands.padded * k)
     gathered = given.view(4, 4, bands.padded, k)[:, :, : bands.count]
     gathered = gathered.view(4, 4, bands.several, bands.rows, bands.across, k)
     beyond = grad.new_zeros(bands.several, TILE * bands.rows, TILE * bands.across, k)

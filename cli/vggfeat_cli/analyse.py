@@ -53,7 +53,7 @@ def describe(
     head: str,
     width: float,
     batch: int,
-    form: str,
+    form: str | None,
     output: str | None,
     overwrite: bool,
 ) -> None:
@@ -76,7 +76,7 @@ def describe(
 @click.option("--classes", type=int, default=1000, show_default=True, help="Outputs.")
 @click.option("--measure", is_flag=True, help="Run them: latency, throughput and peak memory on this machine.")
 @click.option("--batch", type=int, help="Images at a time when measuring.  [default: 8]")
-@click.option("--device", help="Where to measure.  [default: cuda if available]")
+@click.option("--device", help="Where to measure.  [default: auto: cuda, else the CPU]")
 @plot_option
 @format_option
 @output_option
@@ -89,7 +89,7 @@ def compare(
     batch: int | None,
     device: str | None,
     plot: str | None,
-    form: str,
+    form: str | None,
     output: str | None,
     overwrite: bool,
 ) -> None:
@@ -122,7 +122,7 @@ def compare(
 @format_option
 @output_option
 @overwrite_option
-def stacked(n: int, plot: str | None, form: str, output: str | None, overwrite: bool) -> None:
+def stacked(n: int, plot: str | None, form: str | None, output: str | None, overwrite: bool) -> None:
     """Show why VGG stacks 3×3 convolutions.
 
     N of them, by default 3, against one (2N+1)×(2N+1).

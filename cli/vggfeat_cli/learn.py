@@ -196,7 +196,7 @@ def evaluate(
     flip: bool,
     dense: bool,
     plot: str | None,
-    form: str,
+    form: str | None,
     output: str | None,
     overwrite: bool,
     **options: Any,

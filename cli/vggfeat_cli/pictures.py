@@ -175,7 +175,7 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
             if options[field] is not None:
                 raise vggfeat.InputError(f"give {other} or --class, not both")
         options |= {"channels": classes, "layer": "fc8"}
-    from vggfeat.state_dicts import HEAD_NAMES
+    from vggfeat.arch import HEAD_NAMES
     from vggfeat.visualize import dream
     from vggfeat.weights import load
 
@@ -187,7 +187,7 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
     with progress_bar(options["steps"], quiet) as bar:
         result = dream(**options, callback=lambda _: bar.update())
     for channel, start, end in zip(result.channels, result.start, result.activations, strict=True):
-        click.echo(f"{options['layer']} {channel}: {start:.4g} → {end:.4g}", err=True)
+        click.echo(f"{options['layer']} {channel}: {start + 0.0:.4g} → {end:.4g}", err=True)
     return _saved(result, target, result.sheet.settings["weights"], result.interrupted)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,22 +13,25 @@ from vggfeat.errors import InputError
 if TYPE_CHECKING:
     from vggfeat.tables import Report
 
+SUFFIXES = {".md": "markdown", ".json": "json", ".csv": "csv"}
 FORMATS = {"text": "__str__", "markdown": "to_markdown", "json": "to_json", "csv": "to_csv"}
 
 output_option = click.option("-o", "--output", type=click.Path(), help="Write to this file, not to the terminal.")
-format_option = click.option(
-    "--format",
-    "form",
-    type=click.Choice([*FORMATS]),
-    default="text",
-    show_default=True,
-    help="Format of the report; CSV holds only its first table.",
-)
+
+
+def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--format`, and `--json` as other commands have it."""
+    command = click.option("--json", "form", flag_value="json", help="The same as --format json.")(command)
+    told = "Format of the report; CSV holds only its first table.  [default: by the output's suffix, or text]"
+    return click.option("--format", "form", type=click.Choice([*FORMATS]), help=told)(command)
+
+
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
 plot_option = click.option("--plot", type=click.Path(), help="Also draw it: PNG, PDF or SVG.")
 
 
-def finish_report(report: Report, form: str, output: str | None, overwrite: bool) -> None:
+def finish_report(report: Report, form: str | None, output: str | None, overwrite: bool) -> None:
+    form = form or SUFFIXES.get(Path(output or "").suffix.lower(), "text")
     text = getattr(report, FORMATS[form])()
     if output is None:
         click.echo(text.rstrip("\n"))

@@ -63,14 +63,14 @@ class Description(Report):
         height: of the image in pixels.
         width: of the image in pixels.
         batch: images at a time.
-        rows: the layers, shallow to deep, for one image.
+        layers: shallow to deep, for one image.
     """
 
     arch: Arch
     height: int
     width: int
     batch: int
-    rows: tuple[Row, ...]
+    layers: tuple[Row, ...]
 
     @property
     def label(self) -> str:
@@ -80,12 +80,12 @@ class Description(Report):
     @property
     def params(self) -> int:
         """Trainable parameters."""
-        return sum(row.params for row in self.rows)
+        return sum(row.params for row in self.layers)
 
     @property
     def macs(self) -> int:
         """MACs of one image's forward."""
-        return sum(row.macs for row in self.rows)
+        return sum(row.macs for row in self.layers)
 
     @property
     def flops(self) -> int:
@@ -95,12 +95,12 @@ class Description(Report):
     @property
     def training_flops(self) -> int:
         """FLOPs of one image's forward and backward: three forwards, less the gradient of the image."""
-        return 3 * self.flops - next(row.flops for row in self.rows if row.macs)
+        return 3 * self.flops - next(row.flops for row in self.layers if row.macs)
 
     @property
     def activation_bytes(self) -> int:
         """Of one image: itself and the outputs of convolutions, pools and fully connected layers, as papers count."""
-        return sum(row.output_bytes for row in self.rows if row.kind in ("input", "conv", "pool", "fc"))
+        return sum(row.output_bytes for row in self.layers if row.kind in ("input", "conv", "pool", "fc"))
 
     @property
     def saved_bytes(self) -> int:
@@ -108,18 +108,18 @@ class Description(Report):
 
         A dropout's mask is four bytes a value there (one on CUDA), and BN keeps mean and deviation of the batch.
         """
-        statistics = 2 * FLOAT * sum(row.shape[0] for row in self.rows if row.kind == "bn")
-        return self.batch * sum(row.saved_bytes for row in self.rows) + statistics
+        statistics = 2 * FLOAT * sum(row.shape[0] for row in self.layers if row.kind == "bn")
+        return self.batch * sum(row.saved_bytes for row in self.layers) + statistics
 
     @property
     def index_bytes(self) -> int:
         """The part of `saved_bytes` that is int64 positions of the pools' winners."""
-        return self.batch * sum(INDEX * math.prod(row.shape) for row in self.rows if row.kind == "pool")
+        return self.batch * sum(INDEX * math.prod(row.shape) for row in self.layers if row.kind == "pool")
 
     @property
     def kept_bytes(self) -> int:
         """What our frozen trunk keeps of the whole batch for a tap at pool5, `keep="bits"`, the images included."""
-        return self.batch * sum(row.kept_bytes for row in self.rows)
+        return self.batch * sum(row.kept_bytes for row in self.layers)
 
     @property
     def peak_bytes(self) -> int:
@@ -127,9 +127,9 @@ class Description(Report):
 
         Local response normalisation has two more tensors of its size live.
         """
-        image = self.rows[0].output_bytes
+        image = self.layers[0].output_bytes
         peak = below = 0
-        for row in self.rows[1:]:
+        for row in self.layers[1:]:
             here = row.output_bytes * (3 if row.kind == "lrn" else 1)
             peak, below = max(peak, image + below + here), row.output_bytes
         return self.batch * peak
@@ -139,7 +139,7 @@ class Description(Report):
         """Parameters and MACs of the convolutions, of batch normalisation, and of the fully connected layers."""
         parts: dict[str, dict[str, float]] = {}
         for kind in ("conv", "bn", "fc"):
-            rows = [row for row in self.rows if row.kind == kind]
+            rows = [row for row in self.layers if row.kind == kind]
             if rows:
                 params, macs = sum(row.params for row in rows), sum(row.macs for row in rows)
                 shares = {"params_share": params / self.params, "macs_share": macs / self.macs}
@@ -154,7 +154,7 @@ class Description(Report):
         fixed part (`sgd_fixed`: weights, gradients, and its state), and the whole with `saved_bytes` (`sgd`).
         """
         params = FLOAT * self.params
-        buffers = sum(2 * FLOAT * row.shape[0] + INDEX for row in self.rows if row.kind == "bn")
+        buffers = sum(2 * FLOAT * row.shape[0] + INDEX for row in self.layers if row.kind == "bn")
         sizes = {"parameters": params, "buffers": buffers, "weights": params + buffers}
         sizes["inference"] = sizes["weights"] + self.peak_bytes
         for name, state in OPTIMIZERS.items():
@@ -176,9 +176,9 @@ class Description(Report):
             "num_classes": self.arch.num_classes,
             "input_size": [self.height, self.width],
             "batch": self.batch,
-            "layers": [asdict(row) | {"shape": list(row.shape), "flops": row.flops} for row in self.rows],
+            "layers": [asdict(row) | {"shape": list(row.shape), "flops": row.flops} for row in self.layers],
             "totals": {name: getattr(self, name) for name in totals}
-            | {"weights_without_biases": sum(row.weights for row in self.rows)},
+            | {"weights_without_biases": sum(row.weights for row in self.layers)},
             "split": self.split,
             "memory": self.memory | {name: getattr(self, name) for name in whole},
         }
@@ -207,7 +207,7 @@ class Description(Report):
             [
                 (row.name, "×".join(map(str, row.shape)), row.params, row.weights, row.macs, row.flops)
                 + (row.output_bytes, row.saved_bytes, row.kept_bytes, row.receptive_field, row.stride)
-                for row in self.rows
+                for row in self.layers
             ],
         )
         share = "{:.2%}".format

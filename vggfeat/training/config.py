@@ -79,7 +79,7 @@ class TrainConfig(Settings):
     """
 
     CHOICES: ClassVar[Mapping[str, Sequence[str]]] = {
-        "head": HEADS,
+        "head": (*HEADS,),
         "init": INITS,
         "optimizer": ("sgd", "adam", "adamw", "muon"),
         "schedule": ("constant", "step", "linear", "cosine", "onecycle"),

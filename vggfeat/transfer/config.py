@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vggfeat.arch import PADDINGS, POOLINGS, parse
+from vggfeat.arch import HEAD_NAMES, PADDINGS, POOLINGS, parse
 from vggfeat.errors import InputError, whole_number
 from vggfeat.settings import PRECISIONS, Settings, option
 
@@ -105,6 +105,10 @@ class StyleConfig(Settings):
             whole_number(name, getattr(self, name))
         if self.tile is not None:
             whole_number("tile", self.tile, least=0)
+            if self.tile and (heads := HEAD_NAMES.intersection(self.style_layers + self.content_layers)):
+                raise InputError(
+                    f"{min(heads)} sees the picture as a whole, not in tiles: leave tile out, or set it to 0"
+                )
         if not 0 < self.style_scale <= 100:
             raise InputError(f"style_scale must be a positive number of at most 100, got {self.style_scale}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
@@ -144,5 +148,5 @@ class StyleConfig(Settings):
         """
         values = getattr(self, name) or (1.0,) * count
         if len(values) != count:
-            raise InputError(f"{name} has {len(values)} numbers for {count} images")
+            raise InputError(f"{name} has {len(values)} numbers for {count} image{'s' * (count != 1)}")
         return tuple(value / sum(values) for value in values)

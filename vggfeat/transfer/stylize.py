@@ -152,9 +152,10 @@ def stylize(
         content: a file, a PIL image, or a tensor (1,3,H,W) in [0,1].
         style: likewise, or several, blended by `config.style_blend`.
         config: the settings.
-        callback: called after each step.
-        checkpoint: a file written once a minute and on Ctrl-C. If it exists, the run resumes from it, and ends in the
-            picture of an uninterrupted run, up to rounding. It is not deleted at the end.
+        callback: called after each step. It may raise KeyboardInterrupt to end the run as Ctrl-C does; its other errors
+            end it without a picture.
+        checkpoint: a file written once a minute, on Ctrl-C and at an error. If it exists, the run resumes from it, and
+            ends in the picture of an uninterrupted run, up to rounding. It is not deleted at the end.
 
     Raises:
         InputError: an image that cannot be read, settings that do not fit, images too small for the network, or a
@@ -201,6 +202,10 @@ def stylize(
         with contextlib.suppress(KeyboardInterrupt):
             run.write_checkpoint()
         return result
+    except Exception:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            run.write_checkpoint()
+        raise
 
 
 @dataclass
@@ -255,12 +260,15 @@ class _Run:
         self.sizes = _scales(content, config, features.plan.min_size)
         self.history: list[dict[str, float]] = []
         self.interrupted = False
+        self.telling = False  # an error now is the callback's own
         self.failure: str | None = None
         self.started = time.perf_counter()
         self.work = sum(w * h * self._steps(number) for number, (w, h) in enumerate(self.sizes, start=1))
         self.done = 0
         # the picture to begin with; a file is read now, since every scale needs it and it may be gone by then
         starts = {"content": content, "noise": None}
+        if config.init not in starts and not os.path.lexists(config.init):
+            raise InputError(f"init is content, noise or an image file: there is none at {config.init}")
         self.start = starts[config.init] if config.init in starts else open_image(config.init)
         self.image = self._initial(*self.sizes[0])
         # measured before any work: memory that one scale took is free for the next, though the system counts it as used
@@ -338,7 +346,7 @@ class _Run:
                     scale.load_state_dict(_to(before, self.device))
                 self._improve(scale, self.objective)
         except (MemoryError, RuntimeError) as error:
-            if number == 1 or not lacks_memory(error):
+            if number == 1 or self.telling or not lacks_memory(error):
                 raise
             self._gave_up(error, width, height)
 
@@ -389,7 +397,8 @@ class _Run:
         if scale.best == math.inf:
             if scale.number == 1:
                 raise RunError(
-                    f"the loss is {value} at the start; try precision='float32' (--precision float32) or other weights"
+                    f"the loss is {value} at the start; try precision='float32' (--precision float32), other weights "
+                    "of the network, or smaller ones of style and content"
                 )
             return False  # keep the picture of the coarser scales
         scale.restarts += 1
@@ -408,7 +417,9 @@ class _Run:
             elapsed, progress = time.perf_counter() - self.started, self.done / self.work
             where = (number, len(self.sizes), step, steps, width, height)
             picture = functools.partial(self._picture, self.image)
+            self.telling = True
             self.callback(StyleStep(*where, losses, elapsed, progress, self.features.weights, picture))
+            self.telling = False
 
     def _picture(self, image: Tensor) -> Image.Image:
         picture = to_pil(image)
@@ -513,9 +524,10 @@ def _scales(content: Image.Image, config: StyleConfig, least: int) -> list[tuple
     """Width and height of each scale, coarse to fine, a factor of about 2 apart."""
     full = fit(content.width, content.height, config.size)
     if min(full) < least:
+        needed = math.ceil(least * max(content.size) / min(content.size))
         raise InputError(
             f"at size {config.size} the picture is {full[0]}×{full[1]}, too small for the deepest layer, which needs "
-            f"{least} pixels on each side; choose a larger size or shallower layers"
+            f"{least} pixels on each side; choose a size of {needed} or more, or shallower layers"
         )
     count = max(0, math.ceil(math.log2(max(1, config.size / config.start_size)) - 0.25))
     sizes = [

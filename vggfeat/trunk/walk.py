@@ -132,7 +132,8 @@ def backward(
                 stage.backward(flow, functools.partial(of_kind, names), kept.pop(), *sizes[number])
         if held:
             flow.replace(backward_in_strips(flow.grad, held, size, recompute))
-    # an image's NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest tap
+    # an image's NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest tap,
+    # and its gradient, unless that is of |a - b|, where NaN has the sign 0, to torch as well
     return flow.grad if flow.grad is None or finite is None else torch.where(finite, flow.grad, torch.nan)
 
 

@@ -14,14 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.arch import Arch, layer_names
+from vggfeat.arch import HEAD_NAMES, Arch, layer_names
 from vggfeat.devices import resolve
 from vggfeat.errors import InputError, WeightsError, check_choice, whole_number
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, to_pil, to_tensor
 from vggfeat.modes import with_gradients
-from vggfeat.state_dicts import HEAD_NAMES
 from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.optimize import Adam
 from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize

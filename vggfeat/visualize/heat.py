@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vggfeat.arch import MIN_SIDE, Arch, layer_names
 from vggfeat.errors import InputError
 from vggfeat.functional import upcast
-from vggfeat.image import ImageLike, as_picture, to_pil
+from vggfeat.image import ImageLike, as_picture, fit, resize, to_pil
 from vggfeat.losses import PerceptualLoss
 from vggfeat.metrics import LPIPS, lpips_weights
 from vggfeat.modes import with_gradients
@@ -21,6 +22,8 @@ from vggfeat.network import VGG, eval_mode, network_from_weights
 from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, net_label, overlay, spread
 from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, load, run_metadata
+
+SHOWN = 640  # pixels of the longer side of a picture on the sheet of distances
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Distance:
         layers: the distance in each layer: the mean of its map.
         maps: the distance at each position of each layer, (h,w).
         map: (H,W), the sum of the layers' maps spread over the image.
-        sheet: both images, the heat of all layers together, and each layer's.
+        sheet: both images, the heat of all layers together, and each layer's, with at most 640 pixels a side.
     """
 
     total: float
@@ -104,9 +107,9 @@ def distance(
     full = (first.shape[2], first.shape[3])
     heats = {name: spread(each, full) for name, each in maps.items()}
     total = torch.stack(list(heats.values())).sum(0)
-    tiles, labels = [to_pil(first), to_pil(second)], [_name(a, "A"), _name(b, "B")]
+    tiles, labels = [_shown(first), _shown(second)], [_name(a, "A"), _name(b, "B")]
     for label, heat, value in [("all layers", total, sum(values.values()))] + [(n, heats[n], values[n]) for n in heats]:
-        tiles.append(to_pil(overlay(first, heat / heat.max().clamp_min(1e-6), colors)))
+        tiles.append(_shown(overlay(first, heat / heat.max().clamp_min(1e-6), colors)))
         labels.append(f"{label}: mean {value:.3g}, max {float(heat.max()):.3g}")
     what = "LPIPS" if lpips else "Perceptual distance"
     settings = {
@@ -116,6 +119,12 @@ def distance(
     title = f"{what} {sum(values.values()):.3g}, {net_label(loaded)}"
     sheet = Sheet(tiles, labels, title, settings=settings)
     return Distance(sum(values.values()), values, maps, total, sheet)
+
+
+def _shown(image: Tensor) -> Image.Image:
+    """The picture as on a sheet, whose labels stay legible."""
+    picture = to_pil(image)
+    return resize(picture, *fit(*picture.size, min(SHOWN, max(picture.size))))
 
 
 def _name(image: ImageLike, otherwise: str) -> str:
