@@ -4,6 +4,7 @@ Most tests call `main()` in this process, because each new one would import torc
 Ctrl-C, what `--help` imports) starts one.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -156,6 +157,35 @@ def test_json_is_all_there_is_on_stdout(vggstyle, folder, tiny):
     assert losses.items() <= (read_settings("content-style.png") or {})["losses"].items()
 
 
+def test_pictures_on_the_way(vggstyle, folder):
+    words = ("content.jpg", "style.png", "--start-size", "20", "--save-every", "2", "-o", "out.jpg")
+    assert vggstyle(*words)[:2] == (0, "out.jpg\n")
+    sizes = {"out-1-0002.jpg": (20, 15), "out-2-0002.jpg": (40, 30), "out-2-0004.jpg": (40, 30)}
+    assert {path.name for path in folder.glob("out*")} == {"out.jpg", *sizes}
+    pictures = {}
+    for name, size in sizes.items():
+        with Image.open(name) as picture:
+            assert picture.size == size
+            pictures[name] = picture.tobytes()
+    assert pictures["out-2-0002.jpg"] != pictures["out-2-0004.jpg"]
+    assert vggstyle(*words, "--overwrite")[0] == 0 and len(list(folder.glob("out*"))) == 4
+    os.remove("out.jpg")
+    assert vggstyle(*words)[0] == 0 and Path("out-1-0002-2.jpg").is_file()  # nothing is replaced
+    assert "--save-every" in one_line(vggstyle(*PAIR, "--save-every", "0")[2])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_full_stdout_does_not_hide_the_picture(vggstyle, folder, monkeypatch, more):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = vggstyle(*PAIR, "--quiet", *more)
+        with contextlib.suppress(OSError):  # what is left to write
+            full.close()
+    assert code == 1 and "vggstyle: cannot print to stdout: No space left on device; the picture is in" in err
+    assert "content-style.png" in err.splitlines()[-1] and Path("content-style.png").is_file()
+
+
 def test_a_log_has_a_line_for_each_scale_and_quiet_has_none(vggstyle, folder):
     loud, quiet = (vggstyle(*PAIR, "--start-size", "20", *more)[2] for more in ([], ["--quiet"]))
     assert re.findall("^scale .*$", loud, re.MULTILINE) == ["scale 1/2 20×15, 2 steps", "scale 2/2 40×30, 4 steps"]
@@ -164,7 +194,7 @@ def test_a_log_has_a_line_for_each_scale_and_quiet_has_none(vggstyle, folder):
 
 # ── vggstyle: flags ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-OWN_FLAGS = {"checkpoint", "output", "overwrite", "as_json", "quiet", "help", "version"}
+OWN_FLAGS = {"checkpoint", "save_every", "output", "overwrite", "as_json", "quiet", "help", "version"}
 
 
 def parsed(*words):

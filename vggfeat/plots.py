@@ -133,10 +133,14 @@ def _area(net: Net) -> float:
 
 def _name(axes: Axes, nets: Sequence[Net], costs: Sequence[float], dots: float) -> None:
     """Write each name beside its disc, where it least covers other names and centres."""
-    data = [(cost, next(iter(net.published.values()))[0]) for net, cost in zip(nets, costs, strict=True)]
-    points = [tuple(float(v) / dots for v in axes.transData.transform(xy)) for xy in data]
+    scores = [[top1 for top1, _ in net.published.values()] for net in nets]
+    data = [(cost, each[0]) for each, cost in zip(scores, costs, strict=True)]
+    rings = [(cost, each[-1]) for each, cost in zip(scores, costs, strict=True)]  # or the disc again
+    points, above = (
+        [tuple(float(v) / dots for v in axes.transData.transform(xy)) for xy in each] for each in (data, rings)
+    )
     inner = [max(4, 0.7 * (_area(net) / math.pi) ** 0.5) for net in nets]  # about a square inside the disc
-    taken = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(points, inner, strict=True)]
+    taken = [(x - r, y - r, x + r, top + r) for (x, y), (_, top), r in zip(points, above, inner, strict=True)]
     left, _, right, _ = (float(edge) / dots for edge in axes.bbox.extents)
     for net, xy, (x, y) in sorted(zip(nets, data, points, strict=True), key=lambda each: -each[2][1]):
         radius, width = (_area(net) / math.pi) ** 0.5 + 3, 5.6 * len(net.name)
@@ -149,7 +153,8 @@ def _name(axes: Axes, nets: Sequence[Net], costs: Sequence[float], dots: float) 
             best = min(best, (hidden + 100 * (max(0, left - x0) + max(0, x1 - right)), (dx, dy)), key=lambda b: b[0])
         dx, dy = best[1]
         taken.append((x + dx, y + dy - 5, x + dx + width, y + dy + 5))
-        axes.annotate(net.name, xy, (dx, dy), textcoords="offset points", va="center", fontsize=9)
+        line = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0}
+        axes.annotate(net.name, xy, (dx, dy), textcoords="offset points", va="center", fontsize=9, arrowprops=line)
 
 
 # where a name can stand: to the right of its disc, to the left, above, below, and in the corners

@@ -14,7 +14,7 @@ import click
 
 import vggfeat
 from vggfeat_cli.options import Values
-from vggfeat_cli.run import FAILED, INTERRUPTED, Target, progress_bar
+from vggfeat_cli.run import FAILED, INTERRUPTED, Target, print_result, progress_bar
 
 Command = Callable[..., Any]
 
@@ -311,7 +311,7 @@ def distance(
 def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> int:
     """Where the classifier sees a class in IMAGE (Grad-CAM).
 
-    It needs weights with a classifier: imagenet, or a run's folder.
+    It needs weights with a classifier: imagenet, a run's folder, or a file with one.
     """
     target = _target(output, f"{Path(image).stem}-cam.png", overwrite, [image])
     from vggfeat.visualize import cam
@@ -336,7 +336,7 @@ def _saved(picture: Any, target: Target, weights: str, interrupted: bool = False
     """Save the picture, print where it is, and return the exit status."""
     written, trouble = target.save(picture)
     click.echo(f"weights: {weights}", err=True)
-    click.echo(str(written))
+    print_result(str(written), written)
     return _ended(written, trouble, interrupted)
 
 

@@ -145,6 +145,18 @@ class Target:
             return picture.save(rescue), str(error)
 
 
+def print_result(text: str, written: Path) -> None:
+    """Print what a command is asked for on stdout, after its picture was written.
+
+    Raises:
+        RunError: nobody reads it, or its disk is full; the message says where the picture is.
+    """
+    try:
+        click.echo(text)
+    except OSError as error:
+        raise RunError(f"cannot print to stdout: {error.strerror}; the picture is in {written}") from error
+
+
 def keep_memory() -> None:
     """Have glibc keep freed memory: large tensors otherwise come from the system page by page at every step."""
     trim_threshold, mmap_max = -1, -4  # glibc's malloc.h

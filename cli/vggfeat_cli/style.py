@@ -12,7 +12,7 @@ import click
 import vggfeat
 from vggfeat.transfer.config import StyleConfig
 from vggfeat_cli.options import settings
-from vggfeat_cli.run import FAILED, INTERRUPTED, Target, finish, progress_bar
+from vggfeat_cli.run import FAILED, INTERRUPTED, Target, finish, print_result, progress_bar
 
 if TYPE_CHECKING:
     from vggfeat.transfer.stylize import StyleStep
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 @click.option(
     "--checkpoint",
     type=click.Path(),
-    help="Save the run in this file once a minute; the same command resumes it. Removed when the picture is done.",
+    help="Save the run in this file once a minute and on Ctrl-C; the same command resumes it. Removed when the picture "
+    "is done.",
+)
+@click.option(
+    "--save-every",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Also save the picture as it stands after so many steps of each scale, as OUTPUT-SCALE-STEP.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -38,6 +45,7 @@ def command(
     output: str | None,
     overwrite: bool,
     checkpoint: str | None,
+    save_every: int | None,
     as_json: bool,
     quiet: bool,
     **values: Any,
@@ -47,8 +55,8 @@ def command(
     Ctrl-C stops early and saves the best picture so far.
     """
     config = StyleConfig(**values)
-    from vggfeat.files import same_file
-    from vggfeat.image import check_output
+    from vggfeat.files import free_name, same_file
+    from vggfeat.image import check_output, save_image
 
     target = Target(output, "-".join(Path(path).stem for path in (content, *style)) + ".png", overwrite)
     resumed = checkpoint is not None and Path(checkpoint).exists()
@@ -59,13 +67,21 @@ def command(
     if checkpoint is not None and same_file(checkpoint, target.path()):
         raise vggfeat.InputError(f"--checkpoint and the picture are both {checkpoint}: give them two names")
     with _Bar(disable=quiet) as bar:
-        result = vggfeat.stylize(content, list(style), config, callback=bar, checkpoint=checkpoint)
+
+        def on_step(step: StyleStep) -> None:
+            bar(step)
+            if save_every and step.step % save_every == 0:
+                path = target.path()
+                path = path.with_name(f"{path.stem}-{step.scale}-{step.step:04}{path.suffix}")
+                save_image(step.image(), path if overwrite else free_name(path), overwrite=overwrite)
+
+        result = vggfeat.stylize(content, list(style), config, callback=on_step, checkpoint=checkpoint)
     written, trouble = target.save(result)
     if as_json:
         summary = {"output": str(written), "content": content, "style": list(style)} | result.to_dict()
-        click.echo(json.dumps(summary, indent=2))
+        print_result(json.dumps(summary, indent=2), written)
     else:
-        click.echo(str(written))
+        print_result(str(written), written)
     seconds = f"{result.elapsed:.1f} s"
     size = f"{result.image.width}×{result.image.height}"
     click.echo(f"{size}, {len(result.history)} steps, {seconds}, {result.arch} in {result.precision}", err=True)

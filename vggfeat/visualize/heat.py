@@ -23,7 +23,7 @@ from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, net_label, overlay, spread
 from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, load, run_metadata
 
-SHOWN = 640  # pixels of the longer side of a picture on the sheet of distances
+SHOWN = 400  # pixels of the longer side of a picture on the sheet of distances
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Distance:
         layers: the distance in each layer: the mean of its map.
         maps: the distance at each position of each layer, (h,w).
         map: (H,W), the sum of the layers' maps spread over the image.
-        sheet: both images, the heat of all layers together, and each layer's, with at most 640 pixels a side.
+        sheet: both images, the heat of all layers together, and each layer's, with at most 400 pixels a side.
     """
 
     total: float
