@@ -59,7 +59,7 @@ ROOMS = {
     "vggfeat.trunk.plain": {"trunk.filters", "trunk.layers", "trunk.plan"},
     "vggfeat.trunk.stage": {"devices", "trunk.bits", "trunk.filters", "trunk.layers", "trunk.plan"},
     "vggfeat.trunk.strips": {"trunk.plan", "trunk.stage"},
-    "vggfeat.trunk.walk": {"modes", "trunk.layers", "trunk.plan", "trunk.stage", "trunk.strips"},
+    "vggfeat.trunk.walk": {"modes", "trunk.filters", "trunk.layers", "trunk.plan", "trunk.stage", "trunk.strips"},
     "vggfeat.trunk.operators": {"trunk.bits", "trunk.plan", "trunk.stage", "trunk.walk"},
     "vggfeat.trunk.autograd": {"modes", "trunk.operators", "trunk.plain", "trunk.plan", "trunk.walk"},
     "vggfeat.features": {"arch", "devices", "errors", "modes", "settings", "state_dicts", "trunk", "weights"},

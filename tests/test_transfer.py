@@ -235,8 +235,9 @@ def test_gradient_is_what_autograd_makes_of_the_terms(state, config, side, keep,
     both = objective(state, config, content, [scene(30, 44, seed=3).double()], side, keep)
     leaf, sums = image.clone().requires_grad_(), {}
     for tile in both.tiles:
+        add = both._by_part(leaf, tile, lambda part: both._add(sums, ("style", "content"), part))
         for name, tap in both.features(tile.read(leaf)).items():
-            both._add(sums, ("style", "content"), leaf, tile, name, tap, slice(0, tap.shape[2]))
+            add(name, tap, slice(0, tap.shape[2]))
     total = sum(both._terms(sums, leaf).values())
     (wanted,) = torch.autograd.grad(total, leaf)
     found, _, grad = both.value_and_grad(image)

@@ -648,7 +648,7 @@ def check_vjp(trunk, plan, x):
     grads = [images(*tap.shape, seed=i) for i, tap in enumerate(theirs)]
     slopes = dict(zip(plan.by_depth, grads, strict=True))
     with torch.no_grad():
-        taps, pullback = walk.vjp(x, trunk.filters(plan, x.device, x.dtype), plan, keep="taps")
+        taps, pullback = walk.Walk(trunk.filters(plan, x.device, x.dtype), plan, "taps").vjp(x)
         for name, other in zip(plan.by_depth, theirs, strict=True):
             torch.testing.assert_close(taps[name], other, rtol=1e-9, atol=1e-10)
         found = pullback(lambda name, tap: slopes[name])
@@ -674,11 +674,11 @@ def check_vjp_by_rows(trunk, plan, x, keep="taps"):
 
     with torch.no_grad():
         filters = trunk.filters(plan, x.device, x.dtype)
-        pullback = walk.vjp_by_rows(x, filters, plan, seen, keep=keep)
+        pullback = walk.Walk(filters, plan, keep).vjp_by_rows(x, seen)
         assert {name: [*range(tap.shape[2])] for name, tap in known.items()} == shown
         assert [*shown] == [*plan.by_depth]
         found = pullback(slope)
-        assert walk.forward(x, filters, plan, "none", seen) == [({}, {})] * len(plan.stages)
+        assert walk.Walk(filters, plan, "none").forward(x, seen) == [({}, {})] * len(plan.stages)
     assert all(rows == 2 * [*range(known[name].shape[2])] for name, rows in shown.items())
     (expected,) = torch.autograd.grad(theirs, leaf, grads)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * expected.abs().max().item())
@@ -712,7 +712,7 @@ def test_what_is_never_whole_by_rows(thin, trunks, monkeypatch):
     seen, wholes, whole = [], [], ByRows.whole
     monkeypatch.setattr(ByRows, "whole", lambda self: wholes.append(self.tap.shape) or whole(self))
     with torch.no_grad(), _Sizes() as sizes:
-        pullback = walk.vjp_by_rows(x, filters, plan, lambda name, part, rows: seen.append(rows), keep="taps")
+        pullback = walk.Walk(filters, plan, "taps").vjp_by_rows(x, lambda name, part, rows: seen.append(rows))
         pullback(lambda name, part, rows: seen.append(rows) or torch.ones_like(part))
     assert 64 not in sizes.seen and {8, 10, 12} <= sizes.seen
     assert wholes == [(1, 32, 16, 5)]
@@ -815,7 +815,7 @@ def test_no_map_of_the_first_block_is_made_whole(thin, trunks, keep):
         if cut:
             thin(22)
         with torch.no_grad(), _Sizes() as sizes:
-            taps, pullback = walk.vjp(x, filters, plan, keep=keep)
+            taps, pullback = walk.Walk(filters, plan, keep).vjp(x)
             pullback(lambda name, tap: torch.ones_like(tap))
         assert expected <= sizes.seen and (64 in sizes.seen) == (not cut)
         # the gradient of 8 rows is made of 10 and 12, and the way there of 10

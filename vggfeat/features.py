@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from vggfeat.errors import InputError, check_choice, warn
 from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
 from vggfeat.state_dicts import LINEAR
-from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk
+from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk, Walk
 from vggfeat.weights import DEFAULT, Weights, WeightsLike, digest, load, resolved
 
 # devices on which the trunk's own walk runs; elsewhere ordinary operations do
@@ -168,10 +169,8 @@ class VGGFeatures(nn.Module):
         """
         if not self._walks(images):
             return self._vjp_by_autograd(images.detach())
-        filters = self._filters(images)
-        with torch.no_grad(), no_autocast(images.device):
-            x = self._normalised(images.detach())
-            taps, pullback = _trunk.vjp(x, filters, self.plan, keep=self._walk_keep)
+        with self._outside_autograd(images) as (x, walk):
+            taps, pullback = walk.vjp(x)
         return taps, functools.partial(self._image_grad, pullback, images.dtype)
 
     def vjp_by_rows(self, image: Tensor, on_tap: OnTap) -> PullbackByRows:
@@ -194,30 +193,31 @@ class VGGFeatures(nn.Module):
             for name, tap in taps.items():
                 on_tap(name, tap, _every_row(tap))
             return lambda tap_grad: whole(lambda name, tap: tap_grad(name, tap, _every_row(tap)))
-        filters = self._filters(image)
-        with torch.no_grad(), no_autocast(image.device):
-            x = self._normalised(image.detach())
-            pullback = _trunk.vjp_by_rows(x, filters, self.plan, on_tap, keep=self._walk_keep)
+        with self._outside_autograd(image) as (x, walk):
+            pullback = walk.vjp_by_rows(x, on_tap)
         return functools.partial(self._image_grad, pullback, image.dtype)
 
     def taps_by_rows(self, image: Tensor, on_tap: OnTap) -> None:
         """The taps of one image (1,3,H,W) as `vjp_by_rows` gives them to `on_tap`, and no pullback."""
-        with torch.no_grad():
-            if not self._walks(image):
+        if not self._walks(image):
+            with torch.no_grad():
                 for name, tap in self.taps(image).items():
                     on_tap(name, tap, _every_row(tap))
-                return
-            filters = self._filters(image)
-            with no_autocast(image.device):
-                _trunk.forward(self._normalised(image), filters, self.plan, "none", on_tap)
+            return
+        with self._outside_autograd(image, backward=False) as (x, walk):
+            walk.forward(x, on_tap)
 
     def _walks(self, images: Tensor) -> bool:
         """Whether the trunk's own walk runs instead of autograd."""
         return not self._head and images.device.type in CUSTOM_BACKWARD_DEVICES
 
-    @property
-    def _walk_keep(self) -> str:
-        return "taps" if self.keep == "bits" else "values"
+    @contextmanager
+    def _outside_autograd(self, images: Tensor, backward: bool = True) -> Iterator[tuple[Tensor, Walk]]:
+        """The normalised images and the walk for them, with or without a backward."""
+        keep = "none" if not backward else "taps" if self.keep == "bits" else "values"
+        walk = Walk(self._filters(images), self.plan, keep)
+        with torch.no_grad(), no_autocast(images.device):  # autocast's choice is already in the filters' type
+            yield self._normalised(images.detach()), walk
 
     @torch.no_grad()
     def _image_grad(self, pullback: Callable[[Any], Tensor], dtype: torch.dtype, tap_grad: Any) -> Tensor:

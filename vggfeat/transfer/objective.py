@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,40 @@ from vggfeat.transfer.tiles import Tile, tiles
 Sums = dict[tuple[str, str], Tensor]  # by term and layer
 TERMS = ("style", "content", "tv")
 RANGE_WEIGHT = 10.0  # of the mean squared distance of a value to [0,1], where the terms begin at about 1
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a layer on a tile of a picture.
+
+    Attributes:
+        name: of the layer.
+        values: of the rows, (1,C,h,w), or a classifier's (1,C).
+        tile: what they are of the picture.
+        stride: of the layer.
+        size: height and width of the layer on the picture.
+    """
+
+    name: str
+    values: Tensor
+    tile: Tile
+    stride: int
+    size: tuple[int, int]
+
+    @property
+    def own(self) -> Tensor:
+        """The values that count; a view."""
+        return self.tile.own(self.values, self.stride)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The same positions of the layer on the whole picture; a view."""
+        return self.tile.of(whole, self.stride)
+
+    @property
+    def share(self) -> float:
+        """Which share of the layer's positions counts."""
+        own = self.own
+        return own.shape[2] * own.shape[3] / (self.size[0] * self.size[1])
 
 
 class Objective:
@@ -59,11 +95,11 @@ class Objective:
         )
         with torch.no_grad():
             self.content: dict[str, Tensor] = {}
-            self._each_part(content, functools.partial(self._hold, content))
+            self._each_part(content, self._hold)
             self.style = dict.fromkeys(config.style_layers, torch.zeros((), device=content.device))
             for share, image in zip(config.shares("style_blend", len(styles)), styles, strict=True):
                 grams: Sums = {}
-                self._each_part(features.checked(image), functools.partial(self._add, grams, ("style",), image))
+                self._each_part(features.checked(image), functools.partial(self._add, grams, ("style",)))
                 self.style = {name: value + share * grams["style", name] for name, value in self.style.items()}
             self._content_norms = {name: _norm(upcast(value)) for name, value in self.content.items()}
             self._style_norms = {name: _norm(value) for name, value in self.style.items()}
@@ -75,78 +111,67 @@ class Objective:
         height, width = image.shape[2:]
         return tiles(self.features.arch, self.features.layers, height, width, self.side)
 
-    def _stride(self, name: str) -> int:
-        arch = self.features.arch
-        return 1 if name in arch.head_names else arch.layer(name).stride
-
-    def _shape(self, name: str, image: Tensor) -> tuple[int, int]:
-        """Height and width of a convolutional layer on an image."""
-        height, width = (side // self._stride(name) for side in image.shape[2:])
-        return height, width
-
-    def _each_part(self, image: Tensor, on_part: Callable[[Tile, str, Tensor, slice], None]) -> None:
-        """Call for every layer of an image with a tile, the layer, some rows, and which these are."""
+    def _each_part(self, image: Tensor, use: Callable[[_Part], object]) -> None:
+        """Use every layer of an image, a part at a time."""
         for tile in self._tiles(image):
-            self.features.taps_by_rows(tile.read(image), functools.partial(on_part, tile))
+            self.features.taps_by_rows(tile.read(image), self._by_part(image, tile, use))
 
-    def _counting(self, tile: Tile, name: str, part: Tensor, rows: slice) -> tuple[Tensor, Tile]:
-        """The values that count in some rows of a layer on a tile, and where they belong."""
-        stride = self._stride(name)
-        tile = tile.part(rows, stride) if part.ndim == 4 else tile
-        return tile.own(part, stride), tile
+    def _by_part(self, image: Tensor, tile: Tile, use: Callable[[_Part], Any]) -> Callable[[str, Tensor, slice], Any]:
+        """A function of some rows of a layer on a tile of an image, as the features call it."""
+        arch = self.features.arch
 
-    def _hold(self, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> None:
+        def on_rows(name: str, values: Tensor, rows: slice) -> Any:
+            if name in arch.head_names:
+                return use(_Part(name, values, tile, 1, (1, 1)))
+            stride = arch.layer(name).stride
+            size = (image.shape[2] // stride, image.shape[3] // stride)
+            return use(_Part(name, values, tile.part(rows, stride), stride, size))
+
+        return on_rows
+
+    def _hold(self, part: _Part) -> None:
         """Store the content features."""
-        if name not in self.content_shares:
+        if part.name not in self.content_shares:
             return
-        own, tile = self._counting(tile, name, part, rows)
-        if name not in self.content:
-            if own.ndim == 2 or own.shape[2:] == self._shape(name, image):
-                self.content[name] = own
+        own = part.own
+        if part.name not in self.content:
+            if own.ndim == 2 or own.shape[2:] == part.size:
+                self.content[part.name] = own
                 return
-            shape = (1, own.shape[1], *self._shape(name, image))
-            self.content[name] = torch.empty(
+            shape = (1, own.shape[1], *part.size)
+            self.content[part.name] = torch.empty(
                 shape, dtype=own.dtype, device=own.device, memory_format=torch.channels_last
             )
-        tile.of(self.content[name], self._stride(name)).copy_(own)
+        part.of(self.content[part.name]).copy_(own)
 
-    def _add(
-        self, sums: Sums, terms: Collection[str], image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice
-    ) -> None:
-        """Add the share of some rows: in the Gram matrix for the style, the squared error for the content."""
-        own, tile = self._counting(tile, name, part, rows)
+    def _add(self, sums: Sums, terms: Collection[str], part: _Part) -> None:
+        """Add its share: in the Gram matrix for the style, the squared error for the content."""
         own_sums: Sums = {}
-        if "style" in terms and name in self.style_shares and own.numel():
-            own_sums["style", name] = gram(own) * self._share(name, own, image)
-        if "content" in terms and name in self.content_shares:
-            own_sums["content", name] = self._error(name, own, tile).square().sum()
+        if "style" in terms and part.name in self.style_shares and part.own.numel():
+            own_sums["style", part.name] = gram(part.own) * part.share
+        if "content" in terms and part.name in self.content_shares:
+            own_sums["content", part.name] = self._error(part).square().sum()
         for key, value in own_sums.items():
             sums[key] = sums[key] + value if key in sums else value
 
-    def _share(self, name: str, own: Tensor, image: Tensor) -> float:
-        """What share of the layer's positions these are."""
-        height, width = self._shape(name, image)
-        return own.shape[2] * own.shape[3] / (height * width)
+    def _error(self, part: _Part) -> Tensor:
+        return upcast(part.own) - upcast(part.of(self.content[part.name]))
 
-    def _error(self, name: str, own: Tensor, tile: Tile) -> Tensor:
-        return upcast(own) - upcast(tile.of(self.content[name], self._stride(name)))
-
-    def _tap_grad(self, sum_grads: Sums, image: Tensor, tile: Tile, name: str, part: Tensor, rows: slice) -> Tensor:
-        """The total's gradient with respect to some rows of a layer, from those with respect to the sums."""
-        own, tile = self._counting(tile, name, part, rows)
-        grads = []
-        if name in self.style_shares and own.numel():
-            grads.append(gram_backward(own, sum_grads["style", name] * self._share(name, own, image)))
-        if name in self.content_shares:
-            grads.append(self._error(name, own, tile).mul_(2 * sum_grads["content", name]).to(own.dtype))
+    def _tap_grad(self, sum_grads: Sums, part: _Part) -> Tensor:
+        """The total's gradient with respect to the values, from those with respect to the sums."""
+        own, grads = part.own, []
+        if part.name in self.style_shares and own.numel():
+            grads.append(gram_backward(own, sum_grads["style", part.name] * part.share))
+        if part.name in self.content_shares:
+            grads.append(self._error(part).mul_(2 * sum_grads["content", part.name]).to(own.dtype))
         if not grads:  # a layer in no term, or all of it around the tile
-            return torch.zeros_like(part)
+            return torch.zeros_like(part.values)
         grad = functools.reduce(torch.add, grads)
-        if own.shape == part.shape:
+        if own.shape == part.values.shape:
             return grad
-        whole = torch.zeros_like(part)
-        tile.own(whole, self._stride(name)).copy_(grad)
-        return whole
+        whole = replace(part, values=torch.zeros_like(part.values))
+        whole.own.copy_(grad)
+        return whole.values
 
     def _terms(self, sums: Sums, image: Tensor) -> dict[str, Tensor]:
         paper = self.config.normalization == "gatys"
@@ -166,7 +191,7 @@ class Objective:
     def terms(self, image: Tensor) -> dict[str, Tensor]:
         """The weighted terms of an image (1,3,H,W), which may leave [0,1], by the names of `TERMS`."""
         sums: Sums = {}
-        self._each_part(image, functools.partial(self._add, sums, TERMS, image))
+        self._each_part(image, functools.partial(self._add, sums, TERMS))
         return self._terms(sums, image)
 
     def value_and_grad(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -176,10 +201,10 @@ class Objective:
         image close to the picture that can be saved.
         """
         image, sums = image.detach(), Sums()
-        add = functools.partial(self._add, sums, TERMS, image)
+        add = functools.partial(self._add, sums, TERMS)
         with torch.no_grad():
             if single := len(self.tiles) == 1:
-                back = self.features.vjp_by_rows(image, functools.partial(add, self.tiles[0]))
+                back = self.features.vjp_by_rows(image, self._by_part(image, self.tiles[0], add))
             else:
                 self._each_part(image, add)
         leaf = image.detach().requires_grad_()
@@ -188,12 +213,12 @@ class Objective:
         outside = (leaf - image.clamp(0, 1)).square().mean()
         total = sum(terms.values(), self._range_weight * outside)
         grad, *of_sums = torch.autograd.grad(total, [leaf, *leaves.values()])
-        sum_grads = dict(zip(leaves, of_sums, strict=True))
+        tap_grad = functools.partial(self._tap_grad, dict(zip(leaves, of_sums, strict=True)))
         with torch.no_grad():
             for tile in self.tiles:
                 if not single:  # again, now that each sum's gradient is known
                     back = self.features.vjp_by_rows(tile.read(image), _ignore)
-                tile.read(grad).add_(back(functools.partial(self._tap_grad, sum_grads, image, tile)))
+                tile.read(grad).add_(back(self._by_part(image, tile, tap_grad)))
                 del back  # and what it holds on to, before the next tile
         return total.detach(), {name: value.detach() for name, value in terms.items()}, grad
 

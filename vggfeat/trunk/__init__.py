@@ -9,10 +9,10 @@ Everything runs in channels_last, in which these convolutions are fastest on CPU
 computation in ordinary differentiable operations: for second derivatives, for export, and to test against.
 
 From the outside in: `plan.py` says what to run and `filters.py` with which weights. Autograd goes through `autograd.py`
-and the two operators of `operators.py`; callers that need the gradient immediately bypass it by `vjp`, or, for what is
-made of sums over positions, `vjp_by_rows`. All are the walk of `walk.py`, forward and backward: stage after stage
-(`stage.py`), the first block strip by strip (`strips.py`). It is made of the operations of `layers.py`, convolutions of
-`direct.py` and, by Winograd's algorithm, of `vggfeat/winograd.py`, and the packed signs of `bits.py`.
+and the two operators of `operators.py`; callers that need the gradient immediately bypass it by `Walk.vjp`, or, for
+what is made of sums over positions, `Walk.vjp_by_rows`. All are the walk of `walk.py`, forward and backward: stage
+after stage (`stage.py`), the first block strip by strip (`strips.py`). It is made of the operations of `layers.py`,
+convolutions of `direct.py` and, by Winograd's algorithm, of `vggfeat/winograd.py`, and the packed signs of `bits.py`.
 """
 
 from vggfeat.trunk.autograd import run
@@ -20,7 +20,7 @@ from vggfeat.trunk.filters import PickledTrunk, Trunk
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import OnTap
-from vggfeat.trunk.walk import TapGradOf, TapGradOfRows, forward, vjp, vjp_by_rows
+from vggfeat.trunk.walk import TapGradOf, TapGradOfRows, Walk
 
 __all__ = [
     "PickledTrunk",
@@ -29,9 +29,7 @@ __all__ = [
     "TapGradOf",
     "TapGradOfRows",
     "Trunk",
-    "forward",
+    "Walk",
     "plain",
     "run",
-    "vjp",
-    "vjp_by_rows",
 ]

@@ -11,13 +11,13 @@ from torch import Tensor
 from vggfeat.trunk.bits import bytes_of
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import kept_of
-from vggfeat.trunk.walk import backward, forward, kept_by_stage
+from vggfeat.trunk.walk import Walk
 
 
 @torch.library.custom_op("vggfeat::trunk", mutates_args=())
 def trunk_forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor]:
     """The trunk: taps, shallow to deep, then what the backward needs as `keep` says: "none", "bits" or "values"."""
-    stages = forward(x, filters, Plan.decode(code), keep)
+    stages = Walk(filters, Plan.decode(code), keep).forward(x)
     return [tap for taps, _ in stages for tap in taps.values()] + [
         value for _, kept in stages for value in kept.values()
     ]
@@ -48,8 +48,8 @@ def trunk_backward(
     """
     plan = Plan.decode(code)
     incoming = {plan.by_depth[i]: grad for i, grad in zip(present, grads, strict=True)}
-    memory = kept_by_stage(plan, keep, filters[0].device, taps, kept)
-    image_grad = backward(incoming.get, memory, filters, (shape[2], shape[3]), plan, keep)
+    walk = Walk(filters, plan, keep)
+    image_grad = walk.backward(incoming.get, walk.kept_by_stage(taps, kept), (shape[2], shape[3]))
     return grads[0].new_zeros(tuple(shape)) if image_grad is None else image_grad
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from vggfeat.devices import triton_kernels
 from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bands, pack, unpack
-from vggfeat.trunk.filters import Filters, by_stage
+from vggfeat.trunk.filters import Filters
 from vggfeat.trunk.plan import Plan, Stage
 
 ByName = dict[str, Tensor]  # taps of a stage by their kind, or what is kept of it by the names of `kept_of`
@@ -88,21 +88,6 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
     if pool == "max" and not tapped:
         return winners
     return ("relu" if keep == "values" or (keep == "taps" and tapped) else "sign", *winners)
-
-
-def ready(plan: Plan, filters: Sequence[Tensor], keep: Keep) -> list[ReadyStage]:
-    """The stages of a plan with their filters.
-
-    Args:
-        plan: what to run.
-        filters: of `Trunk.filters` for the plan.
-        keep: what the backward will find.
-    """
-    device = filters[0].device
-    return [
-        ReadyStage(plan, stage, folded, unfolded, kept_of(plan, number, keep, device))
-        for number, (stage, (folded, unfolded)) in enumerate(zip(plan.stages, by_stage(plan, filters), strict=True))
-    ]
 
 
 @dataclass(frozen=True, eq=False)
