@@ -16,9 +16,9 @@ from torch import nn
 import vggfeat
 from vggfeat import features as features_module
 from vggfeat.arch import Arch
-from vggfeat.devices import bfloat16_is_fast
+from vggfeat.devices import bfloat16_is_fast, trunk_dtype
 from vggfeat.errors import InputError, WeightsError
-from vggfeat.features import VGGFeatures, trunk_dtype
+from vggfeat.features import VGGFeatures
 from vggfeat.trunk import Trunk, strips
 from vggfeat.weights import Weights, load
 
@@ -675,7 +675,7 @@ def test_precision(state, precision, images, autocast, expected):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_goes_by_what_the_device_can(state, monkeypatch, fast):
-    monkeypatch.setattr("vggfeat.features.bfloat16_is_fast", lambda device: fast)
+    monkeypatch.setattr("vggfeat.devices.bfloat16_is_fast", lambda device: fast)
     f = VGGFeatures(["relu2_1", "fc6"], weights=state, precision="auto")
     wanted = torch.bfloat16 if fast else torch.float32
     for enabled in (False, True):

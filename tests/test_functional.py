@@ -35,7 +35,7 @@ def relative(a, b):
 def test_both_ways_to_a_gram_matrix(add, monkeypatch):
     """Whichever is the faster one here: both are the double loop, in pieces that do not divide the height."""
     monkeypatch.setattr(VF, "_convolution_is_faster", lambda: add is VF._add_by_convolution)
-    monkeypatch.setattr(VF._Products, "CHUNK", 5 * 7 * 2)
+    monkeypatch.setattr(VF, "BAND", 5 * 7 * 2)
     features = torch.randn(3, 5, 9, 7)
     assert torch.allclose(VF.gram(features).double(), looped_gram(features), rtol=1e-5, atol=1e-6)
 

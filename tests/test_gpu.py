@@ -70,7 +70,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(autograd_module, "trunk_backward", operators.trunk_backward._init_fn)
     monkeypatch.setattr(filters_module, "without_modes", contextlib.nullcontext)  # so that weights become fake, too
     monkeypatch.setattr(features_module, "without_modes", contextlib.nullcontext)
-    for module in (features_module, functional_module):
+    for module in (devices, functional_module):
         monkeypatch.setattr(module, "bfloat16_is_fast", lambda device: True)
     # which fake tensors know nothing of
     monkeypatch.setattr(direct_module, "_cudnn_takes", lambda x, weight: False)

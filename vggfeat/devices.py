@@ -73,6 +73,24 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
+def trunk_dtype(precision: str, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.dtype:
+    """What the trunk computes in, for a policy of `PRECISIONS`, on a device, for images of a type.
+
+    float16 is never used: it ends at 65504, which Gram matrices of Oxford's weights exceed.
+    """
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if dtype == torch.float64:
+        return torch.float64
+    if precision == "auto":
+        return autocast_dtype("auto", device)
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # meta has none
+        wanted = torch.get_autocast_dtype(device.type)
+        if wanted == torch.bfloat16 or (wanted == torch.float16 and bfloat16_is_fast(device)):
+            return torch.bfloat16
+    return torch.float32
+
+
 def triton_kernels(device: torch.device, dtype: torch.dtype) -> Any:
     """The module `kernels` if a trial on a map of four pixels succeeds, else None.
 

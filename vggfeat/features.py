@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vggfeat import trunk as _trunk
 from vggfeat.arch import HEAD_NAMES, Arch, layer_names
-from vggfeat.devices import bfloat16_is_fast
+from vggfeat.devices import trunk_dtype
 from vggfeat.errors import InputError, check_choice, warn
 from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
@@ -384,21 +384,3 @@ def count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
             hints[3] = "; channels come first, after the batch dimension: image.permute(2, 0, 1)[None]"
         raise InputError(f"expected images (N,3,H,W), got shape {tuple(images.shape)}{hints.get(images.ndim, '')}")
     return images.shape[0], (images.shape[2], images.shape[3])
-
-
-def trunk_dtype(precision: str, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.dtype:
-    """What the trunk computes in, for a policy of `PRECISIONS`, on a device, for images of a type.
-
-    float16 is never used: it ends at 65504, which Gram matrices of Oxford's weights exceed.
-    """
-    if precision == "bfloat16":
-        return torch.bfloat16
-    if dtype == torch.float64:
-        return torch.float64
-    if precision == "auto":
-        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # meta has none
-        wanted = torch.get_autocast_dtype(device.type)
-        if wanted == torch.bfloat16 or (wanted == torch.float16 and bfloat16_is_fast(device)):
-            return torch.bfloat16
-    return torch.float32

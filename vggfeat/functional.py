@@ -31,6 +31,7 @@ __all__ = [
 
 EPS = 1e-10
 CHARBONNIER_EPS = 1e-3
+BAND = 1 << 20  # values of one image's features in float32 at a time on a CPU, 4 MB
 TINY = 1e-36  # added under a root whose gradient at 0 would be infinite
 
 
@@ -102,8 +103,6 @@ def _spread(features: Tensor, grad: Tensor) -> Tensor:
 class _Products(torch.autograd.Function):
     """F Fᵀ, summed in float32, and back by `_spread`: on a CPU over pieces that stay in the cache."""
 
-    CHUNK = 1 << 20  # values converted to float32 at a time
-
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
         ctx.save_for_backward(features)
@@ -120,7 +119,7 @@ class _Products(torch.autograd.Function):
         # which is faster is measured, and another process may measure otherwise
         tried = not torch.are_deterministic_algorithms_enabled() and _convolution_is_faster()
         add = _add_by_convolution if tried else _add_by_matmul
-        rows = max(1, _Products.CHUNK // (c * w))
+        rows = max(1, BAND // (c * w))
         for image, total in zip(_images(features), out, strict=True):
             for top in range(0, h, rows):
                 add(total, upcast(image[:, :, top : top + rows]))
@@ -230,18 +229,21 @@ def unit_normalize(features: Tensor) -> Tensor:
     """
     # a compiler fuses them anyway, and with dynamic=True takes EPS for an input, which a Function cannot have
     if in_forward_mode() or torch.compiler.is_compiling():
-        return upcast(features) * _inverse_norm(upcast(features))
+        return _unit(features)[0]
     normalized: Tensor = _UnitNormalize.apply(features)
     return normalized
 
 
-def _inverse_norm(features: Tensor) -> Tensor:
+def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Channel vectors at unit length, y = F r, and r = 1/√(‖F‖² + ε)."""
+    features = upcast(features)
     norm: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    return (norm.square() + EPS).rsqrt()
+    r = (norm.square() + EPS).rsqrt()
+    return features * r, r
 
 
 class _UnitNormalize(torch.autograd.Function):
-    """y = F r with r = 1/√(‖F‖² + ε); backward r (g - y ⟨y, g⟩).
+    """y = F r as by `_unit`; backward r (g - y ⟨y, g⟩).
 
     A few passes over the features where autograd takes a dozen, and only the unconverted features are saved.
     """
@@ -250,7 +252,7 @@ class _UnitNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(features: Tensor) -> Tensor:
-        return upcast(features) * _inverse_norm(upcast(features))
+        return _unit(features)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -259,8 +261,7 @@ class _UnitNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
-        r = _inverse_norm(upcast(features))
-        y = upcast(features) * r
+        y, r = _unit(features)
         along = (y * grad).sum(1, keepdim=True)
         return torch.addcmul(grad, y, along, value=-1).mul_(r).to(features.dtype)
 
@@ -302,7 +303,6 @@ DERIVATIVES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "l1": _l1_and_derivative,
     "charbonnier": _charbonnier_and_derivative,
 }
-BAND = 1 << 20  # values of one image's features in float32 at a time on a CPU, 4 MB
 
 
 def distance_and_gradient(
@@ -345,8 +345,7 @@ def distance_and_gradient(
         here = slice(top, top + rows)
         a, b = upcast(ours[:, :, here]), upcast(theirs[:, :, here])
         if normalize:
-            factor = _inverse_norm(a)
-            a, b = a * factor, b * _inverse_norm(b)
+            (a, factor), (b, _) = _unit(a), _unit(b)
         values, derivative = DERIVATIVES[criterion](a - b)
         if channel_weights is not None:
             values, derivative = values.mul_(channel_weights), derivative.mul_(channel_weights)

@@ -117,23 +117,25 @@ class _FeatureLoss(nn.Module):
         if not callable(criterion):
             check_choice("criterion", criterion, CRITERIA, " (or pass a function)")
         check_choice("reduction", reduction, REDUCTIONS)
-        self.features = VGGFeatures(layers, arch, weights, pooling, padding, precision, input_range, repeat_grey, keep)
+        self.features = VGGFeatures(
+            layers,
+            arch,
+            weights,
+            pooling=pooling,
+            padding=padding,
+            precision=precision,
+            input_range=input_range,
+            repeat_grey=repeat_grey,
+            keep=keep,
+        )
         self.layer_weights = _weights_by_layer(self.features.layers, layer_weights)
         self._checksum = self.features.checksum()  # now: a compiler could not trace it
         self.criterion = criterion
         self.normalize_features = normalize_features
         self.reduction = reduction
 
-    def encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
-        """What the loss needs of target images, computed once.
-
-        Args:
-            target: (N,3,H,W).
-            mask: as for `forward`; only a style loss can use one here.
-
-        Raises:
-            InputError: images that the features refuse.
-        """
+    def _encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
+        """What the loss needs of target images."""
         _, size = count_and_size(target)
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be trained against
             values = self._represent(target.detach(), mask)
@@ -474,7 +476,7 @@ class PerceptualLoss(_FeatureLoss):
         """
         if mask is not None:
             raise InputError("a perceptual target is encoded whole; give the mask to the comparison")
-        return super().encode(target)
+        return self._encode(target)
 
     def maps(self, input: Tensor, target: Tensor | EncodedTarget) -> dict[str, Tensor]:
         """The distance at each position of each layer, (N,h,w); the sum of their means is the distance.
@@ -560,7 +562,7 @@ class StyleLoss(_FeatureLoss):
         Raises:
             InputError: images that the features refuse, or a mask that does not fit them.
         """
-        return super().encode(target, None if mask is None else _checked_mask(mask, target))
+        return self._encode(target, None if mask is None else _checked_mask(mask, target))
 
     def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
         if tap.ndim != 4:

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat import checkpoint as checkpoints
 from vggfeat.cuda_graphs import AsyncScalars, captured_and_checked, lookahead
-from vggfeat.devices import free_memory, lacks_memory, resolve, total_memory
+from vggfeat.devices import free_memory, lacks_memory, resolve, total_memory, trunk_dtype
 from vggfeat.errors import InputError, RunError, first_line, warn
-from vggfeat.features import VGGFeatures, trunk_dtype
+from vggfeat.features import VGGFeatures
 from vggfeat.files import check_path
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.modes import with_gradients

@@ -57,14 +57,13 @@ def conv_backward(
     `weight` is the `weight_backward` of its `Filters`; with `overwrite` the result may take the place of `grad`.
     """
     kernel = 3 if _is_winograd(weight) else weight.shape[-1]
-    folded = padding != "zeros" and pad > 0
-    # of the padded input, where the padding copies the input
-    pads = kernel - 1 - (0 if folded else pad)
+    copies = padding != "zeros" and pad > 0  # of the input make the padding: the gradient is that of the padded input
+    pads = kernel - 1 - (0 if copies else pad)
     if _is_winograd(weight):
         full = winograd.convolve(grad, weight, None, pads, transposed=True, overwrite=overwrite)
     else:
         full = direct.convolve(grad, weight, None, pads)
-    if not folded:
+    if not copies:
         return full
     like = full.new_empty(full.shape[0], full.shape[1], height, width)
     aten = torch.ops.aten

@@ -48,7 +48,7 @@ class Plan:
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("padding", self.padding, PADDINGS)
         # computed now, since torch.compile cannot follow a cached property's first use (it takes a lock in Python 3.11)
-        _ = self.code, self.stages, self._first_block, self.by_depth, self.min_size
+        _ = self.code, self.stages, self._first_block, self.by_depth, self.tapped, self.min_size
 
     @functools.cached_property
     def code(self) -> str:
