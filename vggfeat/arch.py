@@ -246,7 +246,8 @@ def parse(name: str | Arch) -> Arch:
     if isinstance(name, Arch):
         return name
     if not isinstance(name, str):
-        raise InputError(f"an architecture is a name such as 'vgg16', got {type(name).__name__}")
+        hint = "; give its .arch" if hasattr(name, "arch") else ""
+        raise InputError(f"an architecture is a name such as 'vgg16', got {type(name).__name__}{hint}")
     plain = name[:-3] if name.lower().endswith("_bn") else name
     config = ARCHS.get(plain.lower(), plain.upper())
     if config not in BLOCKS:

@@ -124,7 +124,10 @@ def _working(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, on a CPU reclaimable page cache included."""
+    """Bytes that can still be allocated on a CPU, reclaimable page cache included, or on CUDA or MPS.
+
+    Of other devices nothing is known: for them it is the CPU's.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -148,8 +151,8 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether an error says that an allocation failed, on any device."""
-    said = ("can't allocate memory", "could not create a primitive")  # the latter is oneDNN's
+    """Whether an error says that an allocation failed, on any device, or may mean it."""
+    said = ("can't allocate memory", "could not create a primitive")  # oneDNN says the latter of shapes, too
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in said)
 
 

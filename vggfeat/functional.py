@@ -174,17 +174,17 @@ def _convolution_is_faster() -> bool:
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
-    """(a - b)², same shape."""
+    """(a - b)² of tensors of one shape, or of shapes that broadcast."""
     return (upcast(a) - upcast(b)).square()
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b|, same shape; the gradient at equality is 0."""
+    """|a - b|, as `mse`; the gradient at equality is 0."""
     return (upcast(a) - upcast(b)).abs()
 
 
 def charbonnier(a: Tensor, b: Tensor, eps: float = CHARBONNIER_EPS) -> Tensor:
-    """√((a - b)² + ε²) - ε, same shape, 0 at equality: l1 with a round bottom.
+    """√((a - b)² + ε²) - ε, as `mse`, 0 at equality: l1 with a round bottom.
 
     Charbonnier et al. 1994; ε as in Lai et al. 2017 (arXiv:1704.03915), who leave the constant -ε out.
     """
@@ -218,7 +218,8 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def unit_normalize(features: Tensor) -> Tensor:
     """Channel vectors at unit length, as in LPIPS (Zhang et al. 2018, arXiv:1801.03924, eq. 1).
 
-    The guard against zeros stands under the root, so that the gradient at a vector of zeros is finite.
+    The guard against zeros, 1e-10, stands under the root, so that the gradient at a vector of zeros is finite; LPIPS's
+    own code adds it to the root.
 
     Args:
         features: (N,C,…).
@@ -360,9 +361,15 @@ def distance_and_gradient(
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels, down and across, (N,C,H,W) to (N,).
+    """Mean squared difference of neighbouring pixels, down and across.
 
     The V² of Mahendran and Vedaldi 2015 (arXiv:1412.0035), eq. 2 with β = 2, as a mean so that size does not matter.
+
+    Args:
+        images: (N,C,H,W).
+
+    Returns:
+        (N,), float32 (float64 for float64 images).
     """
     images = upcast(images)
     down = (images[:, :, 1:] - images[:, :, :-1]).square()

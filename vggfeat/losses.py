@@ -58,7 +58,11 @@ class EncodedTarget:
         return len(next(iter(self.values.values())))
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> EncodedTarget:
-        """Some of the images, for mini-batches: a position, a slice, or a tensor or list of positions."""
+        """Some of the images, for mini-batches: a position, a slice, or a tensor or list of positions.
+
+        Raises:
+            InputError: an index of more than the images.
+        """
         if index is None or isinstance(index, tuple):
             raise InputError(f"an encoded target is indexed by its images alone, got {index!r}")
         if isinstance(index, int) or getattr(index, "ndim", 1) == 0:

@@ -72,7 +72,9 @@ class StyleConfig(Settings):
     content_layer_weights: tuple[float, ...] | None = option(None, "One number for each content layer.")
     style_weight: float | None = option(None, "Weight of the style; 1, or 1000 with --normalization gatys.")
     content_weight: float | None = option(None, "Weight of the content; 0.05, or 1 with --normalization gatys.")
-    tv_weight: float = option(0.0, "Weight of the total variation: higher is smoother.")
+    tv_weight: float = option(
+        0.0, "Weight of the total variation: higher is smoother. 0.1 calms colours, and keeps long runs from grain."
+    )
     style_blend: tuple[float, ...] | None = option(None, "One number for each style image.")
     style_scale: float = option(1.0, "Size of the style images relative to the result: larger gives coarser strokes.")
     normalization: str = option("scale-free", "How errors are scaled.")

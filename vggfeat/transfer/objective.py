@@ -62,7 +62,8 @@ class Objective:
 
         style    Σ w_l ‖G_l - A_l‖² / ‖A_l‖²        content    Σ w_l ‖F_l - P_l‖² / ‖P_l‖²
 
-    so that one setting serves every size, network and weight set. With `normalization="gatys"` they are the paper's:
+    so that one setting serves every size, network and weight set; this normalisation is our own. With
+    `normalization="gatys"` they are the paper's:
     eq. 4, Σ w_l ‖G_l - A_l‖² / (4 N² M²) with G = F Fᵀ, and eq. 1, ½ ‖F - P‖².
 
     Args:
@@ -71,6 +72,9 @@ class Objective:
         content: (1,3,H,W) in [0,1].
         styles: (1,3,h,w) each, in [0,1].
         side: of the tiles that images are computed in, in pixels, to the same values and gradients; 0 for none.
+
+    Raises:
+        InputError: images that the features refuse, or shares that do not fit in number.
     """
 
     def __init__(
@@ -199,6 +203,12 @@ class Objective:
 
         The total holds one thing more than the terms: a penalty on values outside [0,1], which keeps the optimiser's
         image close to the picture that can be saved.
+
+        Args:
+            image: (1,3,H,W).
+
+        Returns:
+            Scalars, the terms by the names of `TERMS`, and (1,3,H,W).
         """
         image, sums = image.detach(), Sums()
         add = functools.partial(self._add, sums, TERMS)

@@ -36,7 +36,7 @@ class FourierPreconditioner:
     At 512 pixels a style allows broad patterns steps up to fifty times as long as fine ones, which the usual multiple
     of the identity ignores. Here H₀ is diagonal in the Fourier domain, with a factor for each band, separately for
     brightness and colour: √(Σ|S|² / Σ|Y|²) over the spectra of the last few steps s and gradient changes y. The overall
-    scale is left to the optimiser.
+    scale is left to the optimiser. (Our own.)
 
     Args:
         image: (N,C,H,W); only its shape and device matter.

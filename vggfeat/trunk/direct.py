@@ -46,6 +46,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: 
         bias: (K,) or None.
         pad: zeros on each side.
         relu: apply it.
+
+    Returns:
+        (N,K,H+2·pad-h+1,W+2·pad-w+1).
     """
     if emulates(x.dtype, x.device):
         # the same numbers: products of bfloat16 are exact in float32, and in hardware too the sum is rounded once
