@@ -570,7 +570,7 @@ def plots(narrow):
         "fields": lambda path: vggfeat.plot_receptive_fields(
             content, "vgg16", ["conv2_2", "conv1_2", "pool2"], path, weights="random", samples=1
         ),
-        "squares": lambda path: vggfeat.plot_receptive_fields(content, "E", ["pool5"], path, measure=False),
+        "squares": lambda path: vggfeat.plot_receptive_fields(content, "E", ["pool5"], path, samples=0),
     }
 
 
@@ -663,7 +663,7 @@ def test_fields_over_small_and_narrow_pictures(tmp_path, width, height):
     """pool5 of vgg16 sees 212 pixels: there is room around the picture for its square, in its colour."""
     pytest.importorskip("matplotlib")
     picture = Image.new("RGB", (width, height), "white")
-    path = vggfeat.plot_receptive_fields(picture, "vgg16", ["pool5"], tmp_path / "a.png", measure=False)
+    path = vggfeat.plot_receptive_fields(picture, "vgg16", ["pool5"], tmp_path / "a.png", samples=0)
     with Image.open(path) as drawn:
         pixels = torch.frombuffer(bytearray(drawn.convert("RGB").tobytes()), dtype=torch.uint8)
         square = (pixels.view(drawn.height, drawn.width, 3) == torch.tensor([240, 228, 66])).all(2)

@@ -280,15 +280,14 @@ def plot_receptive_fields(
     layers: Sequence[str] | None,
     path: PathLike,
     *,
-    measure: bool = True,
     weights: WeightsLike = "auto",
     samples: int = 4,
     overwrite: bool = False,
 ) -> Path:
     """What a unit in the middle of each layer sees, drawn over an image at the image's own size.
 
-    The architecture's squares are drawn solid; with `measure`, what the unit actually depends on
-    (`vggfeat.analysis.effective_field`) is drawn dotted, and a panel for each layer shows the gradient itself.
+    The architecture's squares are drawn solid, what the unit actually depends on (`vggfeat.analysis.effective_field`)
+    dotted, and a panel for each layer shows the gradient itself.
 
     Args:
         image: a file, a PIL image or a tensor (1,3,H,W) in [0,1].
@@ -296,9 +295,8 @@ def plot_receptive_fields(
         layers: names of the convolutional part, at most seven; None means the last convolution of blocks 1 to 4, and
             pool5, as far as the weights reach.
         path: where to; `.png`, `.pdf` or `.svg`.
-        measure: add the measured fields.
         weights: what to measure with.
-        samples: noise images to average over, see `effective_field`.
+        samples: noise images to average over, see `effective_field`; 0 draws the architecture's squares alone.
         overwrite: replace an existing file.
 
     Raises:
@@ -312,7 +310,7 @@ def plot_receptive_fields(
     path = check_plot(path, overwrite=overwrite)
     picture = as_picture(image)  # before the weights, which may need fetching
     loaded = None
-    if measure:
+    if samples:
         from vggfeat.weights import load
 
         loaded = load(weights, arch)

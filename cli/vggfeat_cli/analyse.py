@@ -145,7 +145,8 @@ def stacked(n: int, plot: str | None, form: str | None, output: str | None, over
     "--layer",
     "layers",
     type=Values(str),
-    help="Comma-separated.  [default: the last convolution of blocks 1 to 4, and pool5, as far as the weights reach]",
+    help="At most seven, comma-separated.  [default: the last convolution of blocks 1 to 4, and pool5, as far as the "
+    "weights reach]",
 )
 @click.option("--weights", help="What to measure the effective fields with.  [default: auto]")
 @click.option(
@@ -176,11 +177,11 @@ def fields(
         raise vggfeat.InputError("--weights says what to measure with: leave --samples above 0")
     check_plot(output, overwrite=overwrite, inputs=[image])
     picture = open_image(image)  # before the weights, which may need fetching
-    options: dict[str, Any] = {"measure": False}
+    options: dict[str, Any] = {"samples": samples}
     if samples:
         from vggfeat.weights import load
 
-        options = {"weights": load("auto" if weights is None else weights, arch), "samples": samples}
+        options["weights"] = load("auto" if weights is None else weights, arch)
     written = plot_receptive_fields(picture, arch, layers, output, **options, overwrite=overwrite)
     if samples:
         click.echo(f"weights: {options['weights'].label}", err=True)
