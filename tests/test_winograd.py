@@ -258,6 +258,14 @@ def features(monkeypatch):
     return VGGFeatures(["relu3_1"], "vgg16", "random")
 
 
+def test_weights_that_only_ordinary_operations_need_are_not_copied(features):
+    cpu = torch.device("cpu")
+    filters = features.trunk.filters(features.plan, cpu, torch.float32, size=(64, 64))
+    tiled = [weight for weight, back in zip(filters[::3], filters[2::3], strict=True) if back.ndim == 3]
+    originals = {value.data_ptr() for value in features.trunk.state.values()}
+    assert len(tiled) == 3 and all(weight.data_ptr() in originals for weight in tiled)
+
+
 def test_second_derivatives(features):
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
 

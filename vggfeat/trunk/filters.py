@@ -108,7 +108,8 @@ class Trunk:
             shape = (layer.in_channels, layer.channels, height, width)
             tiled = layer.kernel == 3 and winograd.is_faster(device, dtype, *shape)
             for folded in ["bn" in stage.steps] + [False] * stage.unfolded:
-                keys += [(stage.conv, folded, "forward"), (stage.conv, folded, "winograd" if tiled else "backward")]
+                forward = "original" if tiled and not folded else "forward"
+                keys += [(stage.conv, folded, forward), (stage.conv, folded, "winograd" if tiled else "backward")]
                 if layer.kernel == 3 and not tiled and 0 < height * width <= direct.SMALL_MAP:
                     reordered.append((stage.conv, folded, "reordered"))
         tensors = self._get((*keys, *reordered, *map(_linear, linear)), device, dtype)
@@ -135,6 +136,9 @@ class Trunk:
         name, folded, part = key
         if part == "linear":
             return tuple(self.state[f"{name}.{each}"].to(device, dtype) for each in ("weight", "bias"))
+        if part == "original":  # for `plain` alone: no copy of 80 MB
+            layer = f"features.{self.arch.layer(name).index}"
+            return tuple(self.state[f"{layer}.{each}"].to(device, dtype) for each in ("weight", "bias"))
         weight, bias = self._kernel(name, folded)
         if part == "reordered":  # requested after the two that it reorders; contributes no tensors
             for each in ("forward", "backward"):
