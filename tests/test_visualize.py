@@ -316,6 +316,8 @@ def test_a_shared_scale_compares_maps(small):
     sheet = maps(image, "relu1_1", order="first", scale="shared", colors="grey", size=None, weights=small)
     means = torch.tensor([pixels(tile).float().mean() for tile in sheet.tiles])
     assert means.argsort().tolist() == tap.mean((1, 2)).argsort().tolist()
+    low, high = float(tap.min()), float(tap.flatten().sort().values[math.ceil(0.995 * tap.numel()) - 1])
+    assert sheet.title.endswith(f", colours from {low:.3g} to {high:.3g}")
 
 
 def test_maps_refuse_what_is_not_there(small):

@@ -141,8 +141,8 @@ def maps(
         count: how many, at most as many as there are.
         order: `strongest` (by the mean of the positive part) or `first`.
         scale: `each` spans the colours from a map's lowest value to the one that 1 in 200 of its values exceed, since a
-            few peaks would leave the rest dark; `shared` does so over all maps shown. A constant map has the lowest
-            colour.
+            few peaks would leave the rest dark; `shared` does so over all maps shown, and the title says
+            from where to where. A constant map has the lowest colour.
         colors: `grey` or a colour map of kornia's.
         size: long side to resize the image to, in pixels; None leaves it.
         tile: long side of a map on the sheet, in pixels, roughly.
@@ -164,7 +164,9 @@ def maps(
     what = f"{layer} of {features.arch.name}"
     shown = chosen(channels, count, tap.clamp_min(0).mean((1, 2)), order, what)
     values = tap[shown]
-    pictures = colored(_stretched(values.flatten(1) if scale == "each" else values.view(1, -1)).view_as(values), colors)
+    rows = values.flatten(1) if scale == "each" else values.view(1, -1)
+    low, high = _limits(rows)
+    pictures = colored(((rows - low) / torch.where(high > low, high - low, 1)).view_as(values), colors)
     tiles = [enlarged(to_pil(picture), tile) for picture in pictures]
     settings = {"picture": "maps", "layer": layer, "arch": features.arch.name, "weights": features.weights}
     which = f", {len(shown)} of {len(tap)}"
@@ -172,6 +174,7 @@ def maps(
         which = f", the {order} {len(shown)} of {len(tap)}"
     net = net_label(loaded)
     title = f"Feature maps of {layer}, {net}{which}, {tap.shape[2]} x {tap.shape[1]}"
+    title += f", colours from {float(low):.3g} to {float(high):.3g}" if scale == "shared" else ""
     return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
 
 
@@ -181,13 +184,11 @@ def _tap(features: VGGFeatures, layer: str, image: Tensor) -> Tensor:
         return upcast(features(image)[layer])[0].contiguous()
 
 
-def _stretched(rows: Tensor) -> Tensor:
-    """Rows of values with the lowest at 0 and the 99.5th percentile at 1; a constant row is 0."""
-    count = rows.shape[1]
+def _limits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest value of each row and its 99.5th percentile, (n,1); the highest where that is the lowest."""
     low, top = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    high = rows.kthvalue(math.ceil(0.995 * count), dim=1, keepdim=True).values
-    high = torch.where(high > low, high, top)
-    return (rows - low) / torch.where(high > low, high - low, 1)
+    high = rows.kthvalue(math.ceil(0.995 * rows.shape[1]), dim=1, keepdim=True).values
+    return low, torch.where(high > low, high, top)
 
 
 def _peaks(tap: Tensor, layer: Layer, count: int) -> tuple[Tensor, Tensor]:
