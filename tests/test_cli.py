@@ -174,16 +174,32 @@ def test_pictures_on_the_way(vggstyle, folder):
     assert "--save-every" in one_line(vggstyle(*PAIR, "--save-every", "0")[2])
 
 
+def test_pictures_on_the_way_replace_nothing_that_is_read(vggstyle, folder):
+    os.rename("content.jpg", "out-1-0002.jpg")
+    before = Path("out-1-0002.jpg").read_bytes()
+    words = ("out-1-0002.jpg", "style.png", "--save-every", "2", "-o", "out.jpg", "--overwrite")
+    assert vggstyle(*words)[:2] == (0, "out.jpg\n")
+    assert Path("out-1-0002.jpg").read_bytes() == before and Path("out-1-0002-2.jpg").is_file()
+
+
+def test_pictures_on_the_way_that_cannot_be_written(vggstyle, folder):
+    name = "a" * 249 + ".jpg"
+    code, out, err = vggstyle(*PAIR, "--save-every", "1", "-o", name)
+    assert (code, out) == (0, f"{name}\n") and Path(name).is_file()
+    assert err.count("File name too long; choose another name; no more pictures along the way") == 1
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_full_stdout_does_not_hide_the_picture(vggstyle, folder, monkeypatch, more):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        code, _, err = vggstyle(*PAIR, "--quiet", *more)
+        code, _, err = vggstyle(*PAIR, "--quiet", "--checkpoint", "run.pt", *more)
         with contextlib.suppress(OSError):  # what is left to write
             full.close()
-    assert code == 1 and "vggstyle: cannot print to stdout: No space left on device; the picture is in" in err
-    assert "content-style.png" in err.splitlines()[-1] and Path("content-style.png").is_file()
+    assert code == 1 and Path("content-style.png").is_file() and not Path("run.pt").exists()
+    said = "vggstyle: cannot print to stdout: No space left on device; the picture is in content-style.png"
+    assert err.splitlines()[-1] == said
 
 
 def test_a_log_has_a_line_for_each_scale_and_quiet_has_none(vggstyle, folder):

@@ -584,7 +584,7 @@ def test_settings_that_do_not_fit_the_images(config, pair):
         stylize(pair[0], [pair[1], pair[1]], config(style_blend=(1, 2, 3)))
     with pytest.raises(InputError, match=r"48×2.* 4 pixels on each side; choose a size of 96 or more"):
         stylize(scene(48, 2), pair[1], config())
-    stylize(scene(48, 2), pair[1], config(size=96, steps=1))
+    assert stylize(scene(48, 2), pair[1], config(size=96, steps=1)).image.size == (96, 4)
     with pytest.raises(InputError, match="init is content, noise or an image file: there is none at somewhere.png"):
         stylize(*pair, config(init="somewhere.png"))
     for device in ("nonsense", "cuda:99"):
@@ -1144,18 +1144,40 @@ def test_what_no_memory_can_hold_is_refused_at_once(config, pair, monkeypatch, o
 
 
 def test_an_error_of_the_callback(config, pair, tmp_path):
-    """It is the caller's, a lack of memory too, and what was painted is in the checkpoint."""
+    """It is the caller's, a lack of memory too, and what was painted since is in the checkpoint, if there was one."""
 
-    def fail(step):
-        if step.scale == 2 and step.step == 2:
-            raise MemoryError("of my own")
+    def raising(error, scale, step):
+        def callback(state):
+            if (state.scale, state.step) == (scale, step):
+                raise error
 
-    settings = config(start_size=24, steps=4)
+        return callback
+
+    settings, file = config(start_size=24, steps=4), tmp_path / "run.pt"
+    own = raising(MemoryError("of my own"), 2, 2)
     with pytest.raises(MemoryError, match="of my own"):
-        stylize(*pair, settings, callback=fail, checkpoint=tmp_path / "run.pt")
+        stylize(*pair, settings, callback=own, checkpoint=file)
+    assert not file.exists()  # where it would be in the way of other settings
+    assert stylize(*pair, settings, callback=raising(KeyboardInterrupt(), 1, 2), checkpoint=file).interrupted
+    with pytest.raises(MemoryError, match="of my own"):
+        stylize(*pair, settings, callback=own, checkpoint=file)
     steps = []
-    stylize(*pair, settings, callback=steps.append, checkpoint=tmp_path / "run.pt")
+    stylize(*pair, settings, callback=steps.append, checkpoint=file)
     assert (steps[0].scale, steps[0].step) == (2, 2)  # the first that was not over
+
+
+def test_a_lack_of_memory_for_a_picture_on_the_way_is_the_runs(config, pair, monkeypatch):
+    def full(self, image):
+        raise MemoryError
+
+    def callback(step):
+        if step.scale == 2:
+            with monkeypatch.context() as patched:
+                patched.setattr(stylize_module._Run, "_picture", full)
+                step.image()
+
+    result = stylize(*pair, config(start_size=24, steps=4), callback=callback)
+    assert result.failure == "not enough memory for 48×36: MemoryError" and result.image.size == (48, 36)
 
 
 def test_the_callback_is_a_function(pair):

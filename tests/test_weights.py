@@ -115,6 +115,17 @@ def test_files_with_a_wrong_suffix(tmp_path, net, state):
         W.load(tmp_path / "w.safetensors")
 
 
+def test_an_address_is_no_path():
+    with pytest.raises(WeightsUnavailableError, match="^https://a.b/c.pth is an address: download the file"):
+        W.load("https://a.b/c.pth")
+
+
+def test_tensors_that_are_not_dense(state):
+    sparse = {key: value.to_sparse() if value.ndim == 4 else value for key, value in state.items()}
+    with pytest.raises(WeightsError, match="features.0.weight has values of layout torch.sparse_coo: give it dense"):
+        W.load(sparse)
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_the_state_dict_of_the_features_alone(batch_norm):
     net = small("B", batch_norm=batch_norm)

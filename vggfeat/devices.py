@@ -151,7 +151,7 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether an error says that an allocation failed, on any device, or may mean it."""
+    """Whether an error says that an allocation failed, on any device, or is one that a failed allocation can cause."""
     said = ("can't allocate memory", "could not create a primitive")  # oneDNN says the latter of shapes, too
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in said)
 

@@ -84,7 +84,7 @@ def nearest(name: object, choices: Iterable[str]) -> str:
 
 
 def _letters(name: object) -> str:
-    """A name as far as it is told apart: VGG-16 and vgg_16 are vgg16."""
+    """A name as far as it matters in comparing: VGG-16 and vgg_16 are vgg16."""
     return str(name).lower().translate(str.maketrans("", "", "-_ "))
 
 

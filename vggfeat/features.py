@@ -21,7 +21,7 @@ from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidde
 from vggfeat.settings import PRECISIONS
 from vggfeat.state_dicts import LINEAR
 from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk, Walk
-from vggfeat.weights import DEFAULT, Weights, WeightsLike, digest, load, resolved
+from vggfeat.weights import DEFAULT, WeightsLike, load, resolved
 
 # devices on which the trunk's own walk runs; elsewhere ordinary operations do
 CUSTOM_BACKWARD_DEVICES = ("cpu", "cuda")
@@ -107,9 +107,7 @@ class VGGFeatures(nn.Module):
             for key, value in loaded.state.items()
             if key[: key.rindex(".") + 1] in held or (self._head and key.startswith("classifier."))
         }
-        # what the caller holds may have been modified since it was loaded
-        key = ("state", digest(loaded.state)) if isinstance(weights, Weights) else loaded.key
-        self.trunk = Trunk.shared(arch, state, key)
+        self.trunk = Trunk.shared(arch, state, loaded.current_key)
         self._held, self._mean, self._std = tuple(sorted(state)), loaded.mean, loaded.std
         # (x - low) / (high - low), then (· - mean) / std, as one factor and one shift per channel
         span = high - low

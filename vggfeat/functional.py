@@ -279,7 +279,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if mask is None:
         return values.mean(tuple(range(1, values.ndim))) if values.ndim > 1 else values
-    weight = peak_at_1(mask.to(values.dtype)).expand(values.shape[0], 1, *values.shape[2:])
+    weight = peak_at_1(upcast(mask)).to(values.dtype).expand(values.shape[0], 1, *values.shape[2:])
     total = weight.sum((1, 2, 3)) * values.shape[1]
     return (values * weight).sum((1, 2, 3)) / total.clamp_min(EPS)
 
@@ -339,7 +339,7 @@ def distance_and_gradient(
     total = ours.new_zeros(n, dtype=torch.promote_types(ours.dtype, torch.float32))
     share: float | Tensor = 1 / max(1, c * h * w)
     if mask is not None:
-        mask = mask.to(total.dtype).expand(n, 1, h, w)
+        mask = peak_at_1(mask.to(total.dtype)).expand(n, 1, h, w)
         share = mask / (c * mask.sum((1, 2, 3), keepdim=True)).clamp_min(EPS)
     rows = max(1, BAND // max(1, n * c * w)) if ours.device.type == "cpu" else max(1, h)
     for top in range(0, h, rows):

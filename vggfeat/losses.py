@@ -61,7 +61,7 @@ class EncodedTarget:
         """Some of the images, for mini-batches: a position, a slice, or a tensor or list of positions.
 
         Raises:
-            InputError: an index of more than the images.
+            InputError: an index into anything but the images.
         """
         if index is None or isinstance(index, tuple):
             raise InputError(f"an encoded target is indexed by its images alone, got {index!r}")

@@ -110,7 +110,7 @@ class VGG(nn.Module):
             raise InputError(f"dropout must be in [0, 1), got {dropout}")
         check_choice("init", init, INITS)
         if arch.head is None:
-            raise InputError("a network to train needs a head: choose 'paper' or 'slim'")
+            raise InputError("this network needs a head: choose 'paper' or 'slim'")
         self.arch = arch
         self.features = nn.Sequential(*map(_module, arch.layers))
         channels = arch.layers[-1].channels

@@ -52,7 +52,7 @@ def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
     for key, value in state.items():
         if value.is_meta or value.layout != torch.strided or (key.endswith("weight") and not value.is_floating_point()):
             what = f"{value.dtype} values, expected floating-point ones"
-            what = "sparse values: give it dense" if value.layout != torch.strided else what
+            what = f"values of layout {value.layout}: give it dense" if value.layout != torch.strided else what
             raise WeightsError(f"weights {label} cannot be used: {key} has {'no values' if value.is_meta else what}")
         if key.startswith("features.") and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise WeightsError(f"weights {label} are damaged: {key} holds NaN or infinite values")

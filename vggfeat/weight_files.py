@@ -57,11 +57,10 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def _magic(path: Path) -> bytes:
+    """The first bytes, which tell HDF5, a zip and safetensors (a length, then JSON) apart."""
     try:
         with path.open("rb") as file:
-            return file.read(
-                9
-            )  # which tells HDF5, a zip and safetensors (a length and the beginning of its JSON) apart
+            return file.read(9)
     except OSError as error:
         raise WeightsUnavailableError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -112,9 +113,9 @@ class Weights:
         mean: per channel R, G, B, of images in [0,1], to subtract.
         std: per channel, to divide by.
         name: what titles call them: a set, or the name of a file.
-        key: equal for two loads of the same numbers in one process, as they were loaded; networks with equal keys
-            share one copy of them.
+        key: equal for two loads of the same numbers in one process; networks with equal keys share one copy of them.
         note: what else there is to say of them: the file of a published set, or what they stand in for.
+        loaded: the tensors that `key` stands for, with their versions.
     """
 
     arch: Arch
@@ -124,6 +125,14 @@ class Weights:
     name: str
     key: tuple[object, ...]
     note: str = ""
+    loaded: tuple[tuple[Tensor, int], ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def current_key(self) -> tuple[object, ...]:
+        """`key`, or where the state was modified or replaced since it was loaded, that of the numbers it holds now."""
+        same = [value for value, version in self.loaded if version >= 0 and value._version == version]
+        unmodified = len(same) == len(self.state) and all(map(operator.is_, same, self.state.values()))
+        return self.key if unmodified else ("state", _digest(self.state))
 
     @property
     def label(self) -> str:
@@ -241,7 +250,8 @@ def load(
         # the same numbers on any default device and under autocast
         with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             state = random_state(chosen)
-        return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", ("random", chosen))
+        key = ("random", chosen)
+        return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", key, loaded=_versions(state))
     if isinstance(weights, str) and weights in SETS:
         arch = parse(arch or default)
         published, path = _published(weights, arch), find(weights, arch.name)
@@ -260,7 +270,11 @@ def resolved(weights: WeightsLike) -> Any:
     return told
 
 
-def digest(state: Mapping[str, Tensor]) -> str:
+def _versions(state: Mapping[str, Tensor]) -> tuple[tuple[Tensor, int], ...]:
+    return tuple((value, -1 if value.is_inference() else value._version) for value in state.values())
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
     """A sha256 of all values, with their keys, types and shapes."""
     sha = hashlib.sha256()
     for key in sorted(state):
@@ -275,8 +289,9 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     given = Path(text.removeprefix("caffe:")).expanduser()
     path = _of_run(given)
     if not path.exists():
+        if "://" in text:
+            raise WeightsUnavailableError(f"{text} is an address: download the file, and give its path")
         hint = "" if path.suffix or len(path.parts) > 1 else f"; or a weight set: {nearest(text, NAMES)}"
-        hint = "; fetch a URL's file first" if "://" in text else hint
         raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}")
     if path.is_dir():
         if kept := saved(path / "checkpoints"):
@@ -310,7 +325,7 @@ def _read_state(
     state = map_keys(raw, label)
     if key is None:  # the caller's own tensors, which may go on training
         state = {each: value.to("cpu", copy=True) for each, value in state.items()}
-        key = ("state", digest(state))
+        key = ("state", _digest(state))
     inferred = infer_arch(state, label)
     if arch is not None:
         wanted = parse(arch)
@@ -322,7 +337,8 @@ def _read_state(
             inferred = wanted
     shift = {"features.0.weight": state["features.0.weight"].flip(1)} if convention.bgr else {}
     # a first convolution that took 0..255 still does: its std of 1/255 travels along
-    return Weights(inferred, state | shift, convention.mean, convention.std, name, key, note)
+    state |= shift
+    return Weights(inferred, state, convention.mean, convention.std, name, key, note, _versions(state))
 
 
 def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:

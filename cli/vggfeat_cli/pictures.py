@@ -336,7 +336,7 @@ def _saved(picture: Any, target: Target, weights: str, interrupted: bool = False
     """Save the picture, print where it is, and return the exit status."""
     written, trouble = target.save(picture)
     click.echo(f"weights: {weights}", err=True)
-    print_result(str(written), written)
+    trouble = print_result(str(written)) or trouble
     return _ended(written, trouble, interrupted)
 
 

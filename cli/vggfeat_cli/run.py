@@ -145,16 +145,13 @@ class Target:
             return picture.save(rescue), str(error)
 
 
-def print_result(text: str, written: Path) -> None:
-    """Print what a command is asked for on stdout, after its picture was written.
-
-    Raises:
-        RunError: nobody reads it, or its disk is full; the message says where the picture is.
-    """
+def print_result(text: str) -> str:
+    """Print what a command is asked for on stdout, once its picture is safe; returns what went wrong."""
     try:
         click.echo(text)
-    except OSError as error:
-        raise RunError(f"cannot print to stdout: {error.strerror}; the picture is in {written}") from error
+    except OSError as error:  # nobody reads it, or its disk is full
+        return f"cannot print to stdout: {error.strerror}"
+    return ""
 
 
 def keep_memory() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     "--save-every",
     type=click.IntRange(1),
     metavar="STEPS",
-    help="Also save the picture as it stands after so many steps of each scale, as OUTPUT-SCALE-STEP.",
+    help="Also save the picture every so many steps of each scale, as OUTPUT-SCALE-STEP.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -63,33 +63,40 @@ def command(
     if output is not None and resumed:
         # a resumed run's picture so far may be there: the next one takes another name rather than replace it
         target = Target(None, output, overwrite)
-    check_output(target.path(), overwrite=overwrite, inputs=(content, *style, config.init))
+    inputs = (content, *style, config.init)
+    check_output(target.path(), overwrite=overwrite, inputs=inputs)
     if checkpoint is not None and same_file(checkpoint, target.path()):
         raise vggfeat.InputError(f"--checkpoint and the picture are both {checkpoint}: give them two names")
     with _Bar(disable=quiet) as bar:
 
         def on_step(step: StyleStep) -> None:
+            nonlocal save_every
             bar(step)
-            if save_every and step.step % save_every == 0:
-                path = target.path()
-                path = path.with_name(f"{path.stem}-{step.scale}-{step.step:04}{path.suffix}")
-                save_image(step.image(), path if overwrite else free_name(path), overwrite=overwrite)
+            if not save_every or step.step % save_every:
+                return
+            path = target.path()
+            path = path.with_name(f"{path.stem}-{step.scale}-{step.step:04}{path.suffix}")
+            replaces = overwrite and not any(same_file(path, each) for each in (*inputs, checkpoint or ""))
+            try:
+                save_image(step.image(), path if replaces else free_name(path), overwrite=replaces)
+            except vggfeat.ImageError as error:
+                bar.say(f"{error}; no more pictures along the way")
+                save_every = None
 
         result = vggfeat.stylize(content, list(style), config, callback=on_step, checkpoint=checkpoint)
     written, trouble = target.save(result)
     if as_json:
         summary = {"output": str(written), "content": content, "style": list(style)} | result.to_dict()
-        print_result(json.dumps(summary, indent=2), written)
+        unheard = print_result(json.dumps(summary, indent=2))
     else:
-        print_result(str(written), written)
+        unheard = print_result(str(written))
     seconds = f"{result.elapsed:.1f} s"
     size = f"{result.image.width}×{result.image.height}"
     click.echo(f"{size}, {len(result.history)} steps, {seconds}, {result.arch} in {result.precision}", err=True)
     if output is not None and resumed and written != Path(output):
         click.echo(f"{output} already exists: the picture is {written}", err=True)
-    if trouble:
-        click.echo(f"vggstyle: {trouble}; the picture is in {written}", err=True)
-        return FAILED
+    for each in filter(None, (trouble, unheard)):
+        click.echo(f"vggstyle: {each}; the picture is in {written}", err=True)
     if result.failure:
         click.echo(
             f"vggstyle: {result.failure}; the picture is that of a coarser scale: lower --size or --tile", err=True
@@ -99,9 +106,11 @@ def command(
         on = f"; the same command resumes from {checkpoint}" if checkpoint and Path(checkpoint).exists() else ""
         click.echo(f"vggstyle: interrupted; this is the best picture so far{on}", err=True)
         return INTERRUPTED
-    if checkpoint is not None:  # the picture is safe
+    if trouble:
+        return FAILED
+    if checkpoint is not None:  # the picture is where it should be
         Path(checkpoint).unlink(missing_ok=True)
-    return 0
+    return FAILED if unheard else 0
 
 
 class _Bar:
@@ -118,11 +127,15 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.write(line, file=sys.stderr)
+
     def __call__(self, step: StyleStep) -> None:
         if not self.begun:  # before the wait, not after it
-            self.bar.write(f"weights: {step.weights}", file=sys.stderr)
+            self.say(f"weights: {step.weights}")
         if not self.begun and (step.scale, step.step) != (1, 1):
-            self.bar.write(f"resuming after step {step.step - 1} of scale {step.scale}/{step.scales}", file=sys.stderr)
+            self.say(f"resuming after step {step.step - 1} of scale {step.scale}/{step.scales}")
         self.begun = True
         if self.bar.disable and not self.quiet and step.step == 1:
             click.echo(f"scale {step.scale}/{step.scales} {step.width}×{step.height}, {step.steps} steps", err=True)

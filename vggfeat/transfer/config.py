@@ -73,7 +73,7 @@ class StyleConfig(Settings):
     style_weight: float | None = option(None, "Weight of the style; 1, or 1000 with --normalization gatys.")
     content_weight: float | None = option(None, "Weight of the content; 0.05, or 1 with --normalization gatys.")
     tv_weight: float = option(
-        0.0, "Weight of the total variation: higher is smoother. 0.1 calms colours, and keeps long runs from grain."
+        0.0, "Weight of the total variation: higher is smoother. 0.1 calms colours, and keeps long runs free of grain."
     )
     style_blend: tuple[float, ...] | None = option(None, "One number for each style image.")
     style_scale: float = option(1.0, "Size of the style images relative to the result: larger gives coarser strokes.")
@@ -150,5 +150,6 @@ class StyleConfig(Settings):
         """
         values = getattr(self, name) or (1.0,) * count
         if len(values) != count:
-            raise InputError(f"{name} has {len(values)} numbers for {count} image{'s' * (count != 1)}")
+            numbers, images = (f"{n} {each}{'s' * (n != 1)}" for n, each in ((len(values), "number"), (count, "image")))
+            raise InputError(f"{name} has {numbers} for {images}")
         return tuple(value / sum(values) for value in values)

@@ -152,10 +152,11 @@ def stylize(
         content: a file, a PIL image, or a tensor (1,3,H,W) in [0,1].
         style: likewise, or several, blended by `config.style_blend`.
         config: the settings.
-        callback: called after each step. It may raise KeyboardInterrupt to end the run as Ctrl-C does; its other errors
-            end it without a picture.
-        checkpoint: a file written once a minute, on Ctrl-C and at an error. If it exists, the run resumes from it, and
-            ends in the picture of an uninterrupted run, up to rounding. It is not deleted at the end.
+        callback: called after each step. It may raise KeyboardInterrupt to end the run as Ctrl-C does; any other error
+            ends the run without a picture.
+        checkpoint: a file written once a minute and on Ctrl-C, and where it was written before, at an error, too. If it
+            exists, the run resumes from it, and ends in the picture of an uninterrupted run, up to rounding. It is not
+            deleted at the end.
 
     Raises:
         InputError: an image that cannot be read, settings that do not fit, images too small for the network, or a
@@ -204,7 +205,10 @@ def stylize(
         return result
     except Exception:
         with contextlib.suppress(Exception):  # the first error is the one to tell
-            run.write_checkpoint()
+            if (
+                run.checkpoint is not None and run.checkpoint.exists()
+            ):  # a first one might be in the way of other settings
+                run.write_checkpoint()
         raise
 
 
@@ -416,7 +420,7 @@ class _Run:
         if self.callback is not None:
             elapsed, progress = time.perf_counter() - self.started, self.done / self.work
             where = (number, len(self.sizes), step, steps, width, height)
-            picture = functools.partial(self._picture, self.image)
+            picture = functools.partial(self._picture_on_demand, self.image)
             self.telling = True
             self.callback(StyleStep(*where, losses, elapsed, progress, self.features.weights, picture))
             self.telling = False
@@ -424,6 +428,13 @@ class _Run:
     def _picture(self, image: Tensor) -> Image.Image:
         picture = to_pil(image)
         return _with_colors_of(resize(self.content, *picture.size), picture) if self.config.keep_color else picture
+
+    def _picture_on_demand(self, image: Tensor) -> Image.Image:
+        """The same for a callback; a lack of memory in it is the run's own."""
+        telling, self.telling = self.telling, False
+        picture = self._picture(image)
+        self.telling = telling
+        return picture
 
     # ── what a killed run resumes from ────────────────────────────────────────────────────────────────────────────────
 

@@ -35,8 +35,8 @@ class Walk:
     """
 
     def __init__(self, filters: Sequence[Tensor], plan: Plan, keep: Keep) -> None:
-        self.plan, self.keep = plan, keep
-        self.first, self.device = filters[0], filters[0].device
+        self.filters, self.plan, self.keep = filters, plan, keep
+        self.device = filters[0].device
         self.stages = [
             ReadyStage(plan, stage, folded, unfolded, kept_of(plan, number, keep, self.device))
             for number, (stage, (folded, unfolded)) in enumerate(zip(plan.stages, by_stage(plan, filters), strict=True))
@@ -55,7 +55,7 @@ class Walk:
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, bool]:
         """Images as the first convolution takes them, and whether they are finite."""
-        return layers.channels_last(layers.split_bfloat16(x, self.first)), layers.stays_finite(x)
+        return layers.channels_last(layers.split_bfloat16(x, self.filters[0])), layers.stays_finite(x)
 
     def _forward(self, x: Tensor, finite: bool, on_tap: OnTap | None) -> list[tuple[ByName, ByName]]:
         by_stage: list[tuple[ByName, ByName]] = []
@@ -130,7 +130,7 @@ class Walk:
             if held:
                 flow.replace(backward_in_strips(flow.grad, held, size, recompute))
         # an image's NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest
-        # tap, and its gradient, unless that is of |a - b|, where NaN has the sign 0, to torch as well
+        # tap, and its gradient, except for |a - b|: to torch, too, the sign of NaN is 0
         return flow.grad if flow.grad is None or finite is None else torch.where(finite, flow.grad, torch.nan)
 
     def vjp(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[TapGradOf], Tensor]]:

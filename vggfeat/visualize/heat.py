@@ -35,7 +35,7 @@ class Distance:
         layers: the distance in each layer: the mean of its map.
         maps: the distance at each position of each layer, (h,w).
         map: (H,W), the sum of the layers' maps spread over the image.
-        sheet: both images, the heat of all layers together, and each layer's, with at most 400 pixels a side.
+        sheet: both images, the heat of all layers together, and each layer's, each at most 400 pixels long.
     """
 
     total: float
