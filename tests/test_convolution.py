@@ -111,6 +111,17 @@ def test_tiles_give_value_and_gradients(monkeypatch, bias):
         assert found.dtype == torch.float32 and (found - exact).norm() < 1e-5 * exact.norm()
 
 
+@pytest.mark.parametrize("side", [(8, 7), (4, 4), (2, 2)])
+def test_what_follows_may_work_in_place(monkeypatch, side):
+    """As after torch's own convolution."""
+    x, weight, bias = by_tiles(monkeypatch, n=300, side=side) if side[0] > 4 else example(side, n=300)
+    found, exact = convolve(x, weight, bias).relu_(), F.conv2d(x, weight, bias, padding=1).relu()
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+    grads = [torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (found, exact)]
+    for mine, theirs in zip(*grads, strict=True):
+        assert (mine - theirs).norm() < 1e-4 * theirs.norm()
+
+
 def test_tiles_give_one_gradient_without_the_others_and_second_derivatives(monkeypatch):
     x, weight, bias = by_tiles(monkeypatch)
     for wanted in (x, weight, bias):

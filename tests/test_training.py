@@ -611,6 +611,34 @@ def test_a_signal_ends_the_run_after_its_step(data, tmp_path, number):
     assert same(weights(run(data, tmp_path / "r", resume=True).folder), weights(whole.folder))
 
 
+@pytest.mark.usefixtures("real_signals")
+def test_a_signal_during_a_test_loses_no_epoch(data, tmp_path, monkeypatch):
+    """On a GPU, where epochs that take less than writing a checkpoint are not saved one by one."""
+    monkeypatch.setattr(loop._Run, "_epoch_saves", lambda self: False)
+
+    def callback(step):
+        if step.finished and step.epoch == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = run(data, tmp_path / "r", callback=callback, epochs=3)
+    assert result.interrupted and len(result.history) == 2
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", NEEDED)
+    assert (state["epoch"], state["step"], len(state["history"])) == (2, 0, 2)
+    monkeypatch.undo()
+    whole = run(data, tmp_path / "whole", epochs=3)
+    assert same(weights(run(data, tmp_path / "r", resume=True, epochs=3).folder), weights(whole.folder))
+
+
+def test_other_generators_are_left_alone(data, tmp_path, monkeypatch):
+    """Those of GPUs that a run on the CPU does not use."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(0)
+    seeded.clear()  # as torch's own function does
+    run(data, tmp_path / "r", epochs=1)
+    assert not seeded
+
+
 def environment():
     path = os.pathsep.join(map(str, (REPO, REPO / "cli")))
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import numpy
@@ -130,7 +131,7 @@ def test_a_test_set_of_other_classes_is_refused(tmp_path):
         load_images(pictures.folder(tmp_path / "a", pictures.tree(1)), pictures.folder(tmp_path / "b", other))
 
 
-def test_nothing_there(tmp_path):
+def test_nothing_there(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no images at"):
         load_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -139,6 +140,11 @@ def test_nothing_there(tmp_path):
     (tmp_path / "text.zip").write_text("no zip")
     with pytest.raises(InputError, match="no zip, or a damaged one"):
         load_images(tmp_path / "text.zip")
+    with tarfile.open(tmp_path / "other.tar", "w") as archive:
+        archive.add(tmp_path / "text.zip", "test/ant.png")
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", None)  # of a file that may be of any size
+    with pytest.raises(InputError, match="a tar without CIFAR's files, or a damaged one"):
+        load_images(tmp_path / "other.tar")
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -483,6 +489,23 @@ def test_a_split_set_is_the_whole(tmp_path):
         i = 3
         assert numpy.array_equal(part.pixels[i].numpy(), numpy.asarray(part.read(i)))
         assert part.names[i].startswith(found.classes[part.labels[i]])
+
+
+def test_a_split_that_leaves_nothing_to_train_on(tmp_path):
+    from vggfeat.training.batches import split_holdout
+
+    files = {name: content for name, content in pictures.tree(2).items()}
+    name = next(name for name in files if name.startswith("bee/"))
+    found, _ = load_images(pictures.folder(tmp_path / "s", files | {name: b"junk"}), bad_images="skip")
+    for seed in range(8):  # of which some hold out the good image
+        try:
+            train, _ = split_holdout(found, 0.5, seed)
+        except InputError as error:
+            assert "holdout 0.5 leaves no image of class bee that can be read to train on: lower it" in str(error)
+            break
+        assert set(train.labels.tolist()) == {0, 1, 2}
+    else:
+        pytest.fail("no seed held it out")
 
 
 @pytest.mark.parametrize("bad", ["bee/3.png", "ant/0.png", "cow/7.png"])

@@ -351,7 +351,8 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     Args:
         net: any network of `vggfeat.vgg`.
         weights: see `load`.
-        head: load the classifier too; False keeps the network's own, for a new set of classes.
+        head: load the classifier too; False keeps the network's own, for a new set of classes, as do random `Weights`
+            that hold none.
 
     Returns:
         `net`.
@@ -400,7 +401,7 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
 
 
 def run_metadata(weights: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `vggfeat.train` recorded in weights it wrote (classes, size, scales); empty for any others.
+    """What `vggfeat.train` recorded in weights it wrote (classes, size, scales, holdout); empty for any others.
 
     Raises:
         WeightsError: a damaged file.

@@ -254,7 +254,12 @@ def convolve(
     values = outputs.view(4, 4, bands.padded, k)[:, :, : bands.count].view(4, 4, *size)
     values = values.permute(2, 3, 0, 4, 1, 5)  # (images,rows,4,across,4,K), as they lie in `out`
     fitting = overwrite and images.shape == (n, height, width, k) and images.is_contiguous()
-    out = images if fitting else x.new_empty(n, height, width, k)
+    result = (
+        x
+        if fitting
+        else torch.empty((n, k, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    )
+    out = result.permute(0, 2, 3, 1)
     beyond = x.new_empty(bands.several, TILE * bands.rows, TILE * bands.across, k)
     for which, top in bands:
         torch.bmm(inputs.read(which, top), transformed_weight, out=products)
@@ -270,7 +275,7 @@ def convolve(
             here.copy_(beyond[: here.shape[0], : here.shape[1], :width])
         if relu:
             here.relu_()
-    return out.permute(0, 3, 1, 2)
+    return result
 
 
 def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:

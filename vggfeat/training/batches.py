@@ -52,7 +52,7 @@ def split_holdout(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, 
     """A stratified split into training and held-out images, the same whichever of them can be read.
 
     Raises:
-        InputError: a share below one image of every class.
+        InputError: a share that holds out no image, or leaves none of a class that can be read to train on.
     """
     everything = images.everything
     members: list[list[int]] = [[] for _ in images.classes]
@@ -64,6 +64,9 @@ def split_holdout(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, 
     )
     if not len(test):
         raise InputError(f"holdout {share} of {len(images)} images sets aside no image: raise it")
+    if lost := set(images.labels.tolist()) - set(train.labels.tolist()):
+        name = images.classes[min(lost)]
+        raise InputError(f"holdout {share} leaves no image of class {name} that can be read to train on: lower it")
     train.others = images.others  # of one part, so that they are reported once
     return train, test
 

@@ -31,6 +31,7 @@ _PYTHON = (
     (_TEN, ["test_batch"], "batches.meta", b"label_names", b"labels"),
     (["train"], ["test"], "meta", b"fine_label_names", b"fine_labels"),
 )
+_NAMES = {name for train, test, meta, *_ in (*_BINARY, *_PYTHON) for name in (*train, *test, meta)}
 _Part = tuple[Tensor, list[int]]  # (N,3072) uint8, labels
 
 
@@ -88,8 +89,9 @@ def cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                if file := archive.extractfile(member):
-                    contents[PurePosixPath(member.name).name] = file.read()
+                name = PurePosixPath(member.name).name
+                if name in _NAMES and (file := archive.extractfile(member)):  # others may be of any size
+                    contents[name] = file.read()
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise InputError(f"cannot read {path}: {error}; fetch it again") from error
     return {name: functools.partial(bytes, content) for name, content in contents.items()}

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from vggfeat.arch import Arch, channels_at, parse
 from vggfeat.devices import autocast_dtype, emulates
-from vggfeat.errors import InputError, WeightsError
+from vggfeat.errors import WeightsError
 from vggfeat.network import VGG
 from vggfeat.training.batches import transforms
 from vggfeat.training.config import TrainConfig
@@ -63,11 +63,7 @@ def redundant_biases(net: VGG) -> list[Tensor]:
 
 
 def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer, with two learning rates; biases and batch normalisation do not decay unless asked for.
-
-    Raises:
-        InputError: nothing in the network learns.
-    """
+    """The optimizer, with two learning rates; biases and batch normalisation do not decay unless asked for."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, value in net.named_parameters():
         if value.requires_grad:
@@ -75,8 +71,6 @@ def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
             decay = config.weight_decay if value.ndim > 1 or config.decay_all else 0.0
             groups.setdefault((rate, decay), []).append(value)
     parameters = [{"params": values, "lr": lr, "weight_decay": decay} for (lr, decay), values in groups.items()]
-    if not parameters:
-        raise InputError("every layer is frozen: there is nothing to train")
     device = next(net.parameters()).device
     fused = device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":

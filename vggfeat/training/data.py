@@ -9,6 +9,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -109,8 +110,12 @@ def load_images(
             of class folders, or a zip of one, read in place; or either of them with `train` and `test` (`val`) in it.
             A set that was read already is passed on.
         test: the same for the test set, where `data` holds none.
-        resize: shorter side that the images are brought to, one number or a range.
+        resize: shorter side that the images are brought to, in pixels, one number or a range; a range is drawn from in
+            every epoch, so that the set is not kept in memory.
         bad_images: `fail` or `skip`.
+
+    Returns:
+        The training set, and the test set or None.
 
     Raises:
         InputError: nothing there, no image, a class without one, other classes in the test set, or, with
@@ -187,7 +192,8 @@ def _parts(path: Path) -> list[_Tree]:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
         except (OSError, zipfile.BadZipFile) as error:
-            what = getattr(error, "strerror", None) or "no zip, or a damaged one"
+            kind = "a tar without CIFAR's files" if os.path.isfile(path) and tarfile.is_tarfile(path) else "no zip"
+            what = getattr(error, "strerror", None) or f"{kind}, or a damaged one"
             raise InputError(f"cannot read {path}: {what}; give a folder of class folders, or a zip of one") from error
         files = [name for name in names if not name.endswith("/")]
         folders = [name.rstrip("/") for name in names if name.endswith("/")]

@@ -153,6 +153,9 @@ def evaluate(
         bad_images: `fail` at an image that cannot be read, or `skip` it.
         workers: processes that read images which do not fit into memory.
 
+    Returns:
+        The report; it prints as tables.
+
     Raises:
         InputError: data that cannot be read, another number of classes than the weights', or images that are too small.
         WeightsError: weights that are unavailable or have no classifier.
@@ -225,9 +228,9 @@ def evaluate_network(
     views: Views,
     world: World,
     dtype: torch.dtype,
-    batch_size: int = 256,
-    bad_images: str = "fail",
-    workers: int = 0,
+    batch_size: int,
+    bad_images: str,
+    workers: int,
 ) -> Evaluation:
     """Test a network that is on `world.device`; every image once, shared among the processes."""
     size = views.size or images.side
@@ -235,12 +238,15 @@ def evaluate_network(
     net.eval()
     scores = torch.zeros(len(images), net.arch.num_classes, device=world.device)
     own = torch.arange(len(images), device="cpu")[world.rank :: world.size]
-    bad: set[int] = set()
+    missing = torch.zeros(len(images), device=world.device)
     count = 0
     with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
         for scale in scales:
             count += (1 if views.dense else views.grid**2) * (2 if views.flip else 1)
-            for numbers, pixels in _read(images, own, scale, batch_size, workers, bad_images, bad):
+            for numbers, pixels in _read(images, own, scale, batch_size, workers, bad_images):
+                if pixels is None:
+                    missing[numbers] = 1
+                    continue
                 whole = normalised(pixels.to(world.device))
                 for seen in (whole, whole.flip(3)) if views.flip else (whole,):
                     if views.dense:
@@ -249,8 +255,6 @@ def evaluate_network(
                     for crop in _crops(seen, size, views.grid, images.label):
                         crop = crop.contiguous(memory_format=torch.channels_last)
                         scores[numbers] += net(crop).float().softmax(1)
-    missing = torch.zeros(len(images), device=world.device)
-    missing[sorted(bad)] = 1
     all_reduce_sum(scores, world)
     all_reduce_sum(missing, world)
     if not scores.isfinite().all():
@@ -299,9 +303,12 @@ def _crops(images: Tensor, size: int, grid: int, label: str) -> Iterator[Tensor]
 
 
 def _read(
-    images: ImageSet, own: Tensor, scale: int | None, batch_size: int, workers: int, bad_images: str, bad: set[int]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Numbers and (n,H,W,3) uint8 of the images, `batch_size` at a time or as many of one size as there are in them."""
+    images: ImageSet, own: Tensor, scale: int | None, batch_size: int, workers: int, bad_images: str
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Numbers and (n,H,W,3) uint8 of the images, `batch_size` at a time or as many of one size as there are in them.
+
+    Those that cannot be read come one at a time, with None.
+    """
     if images.pixels is not None and scale in (None, images.side):
         for numbers in own.split(batch_size):
             yield numbers, images.pixels[numbers]
@@ -315,7 +322,7 @@ def _read(
             elif bad_images == "fail":
                 raise RunError(f"{pixels}; {LEAVE_OUT}")
             else:
-                bad.add(number)
+                yield torch.tensor([number], device="cpu"), None
         for group in shapes.values():
             chosen, pixels = zip(*group, strict=True)
             # by NumPy: torch's copy would take threads from the processes that read

@@ -135,8 +135,8 @@ def train(
                 raise InputError("there is a test set: leave holdout at 0, which sets images aside where there is none")
             images, test_images = split_holdout(images, config.holdout, config.seed)
         run = _Run(config, images, test_images, world, folder, callback if world.is_main else None, says)
-        with ExitStack() as alone:
-            state, damaged = run_on_main(lambda: begin(folder, config, images, test_images, resume, alone), world)
+        with ExitStack() as lock:
+            state, damaged = run_on_main(lambda: begin(folder, config, images, test_images, resume, lock), world)
             for text in run.summary(damaged):
                 says(text)
             if state is None and resume:
@@ -157,7 +157,7 @@ def _repeatable(config: TrainConfig, world: World) -> Iterator[None]:
     before, chosen = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     warns, workspace = torch.is_deterministic_algorithms_warn_only_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
-        torch.manual_seed(seeded(config.seed, -3).initial_seed())
+        _seed(world.device, config.seed, -3)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
             torch.use_deterministic_algorithms(True)
@@ -169,6 +169,18 @@ def _repeatable(config: TrainConfig, world: World) -> Iterator[None]:
             if workspace is None:
                 os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
             torch.backends.cudnn.benchmark = chosen
+
+
+def _seed(device: torch.device, *numbers: int) -> None:
+    """Seed the CPU's generator and the device's own, and no other that a program may be using."""
+    seed = seeded(*numbers).initial_seed()
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[
+            torch.cuda.current_device() if device.index is None else device.index
+        ].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 class _Run:
@@ -340,6 +352,9 @@ class _Run:
                 while self.epoch < self.config.epochs and not self.stop:
                     evaluation = self._epoch(board)
                     self._agree()
+                if self.stop and self.step == 0 and self.epoch < self.config.epochs:
+                    # it was asked for during a test, and the epoch before may not have been saved
+                    self.save()
         finally:
             self.learner.close()
         if complete := self.epoch == self.config.epochs:
@@ -424,10 +439,10 @@ class _Run:
             drawn = (self.config.seed, self.epoch, self.step, number)
             targets = labels
             if self.mix is not None:
-                torch.manual_seed(seeded(*drawn, 2).initial_seed())
+                _seed(self.world.device, *drawn, 2)
                 images, targets = (value[self.batches.extra :] for value in self.mix(images, labels))
                 labels = labels[self.batches.extra :]
-            torch.manual_seed(seeded(*drawn, 3, self.world.rank).initial_seed())
+            _seed(self.world.device, *drawn, 3, self.world.rank)
             loss, right = self.learner.step(images, labels, targets, last=number == len(parts))
             total += loss / len(parts)
             self.sums += torch.stack([loss * len(labels), right, torch.full_like(right, len(labels))])
