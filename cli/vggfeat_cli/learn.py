@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     type=click.Choice([*RECIPES]),
     default="fast",
     show_default=True,
-    help="Sets every flag not given.",
+    help="Sets every flag not given; the values are printed at the start.",
 )
 @click.option("-o", "--output", type=click.Path(), help="Folder of the run.  [default: ARCH-RECIPE, or WEIGHTS-RECIPE]")
 @click.option("--resume", is_flag=True, help="Resume the run in the --output folder.")
@@ -120,7 +120,9 @@ def train(
         click.echo("vggfeat train: interrupted; the same command with --output and --resume goes on", err=True)
         return INTERRUPTED
     if last is not None and last.test_accuracy is not None:
-        click.echo(f"test accuracy {100 * last.test_accuracy:.2f} % after {last.epoch} epochs", err=True)
+        click.echo(
+            f"test accuracy {100 * last.test_accuracy:.2f} % after {last.epoch} epoch{'s' * (last.epoch > 1)}", err=True
+        )
     return 0
 
 

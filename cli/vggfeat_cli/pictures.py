@@ -45,7 +45,9 @@ def _count(default: int) -> Callable[[Command], Command]:
 
 
 def _layer(default: str) -> Callable[[Command], Command]:
-    return click.option("--layer", default=default, show_default=True, help="Which layer.")
+    return click.option(
+        "--layer", default=default, show_default=True, help="Which layer; `vggfeat describe ARCH` lists them."
+    )
 
 
 def _size(default: int | None, what: str = "Long side of the image in pixels.") -> Callable[[Command], Command]:
@@ -74,9 +76,12 @@ def _common(command: Command) -> Command:
             "-o",
             "--output",
             type=click.Path(),
-            help="PNG, JPEG, WebP, TIFF, PDF or SVG file.  [default: named after what it shows; distance: none]",
+            help="PNG, JPEG, WebP, TIFF, PDF or SVG file.  [default: named after what it shows; of distance, none]",
         ),
-        click.option("--arch", help="Network: vgg16, vgg19, ….  [default: the weights', else vgg16; invert: vgg19]"),
+        click.option(
+            "--arch",
+            help="Network: vgg16, vgg19, ….  [default: the weights' own; of published ones vgg16, for invert vgg19]",
+        ),
         click.option(
             "--weights",
             default="auto",

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 @click.command("vggstyle", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("content", type=click.Path())
 @click.argument("style", type=click.Path(), nargs=-1, required=True)
-@click.option("-o", "--output", type=click.Path(), help="PNG, JPEG, WebP or TIFF file.  [default: CONTENT-STYLE.png]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="PNG, JPEG, WebP or TIFF file.  [default: CONTENT-STYLE.png, numbered if taken]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
 @click.option(
     "--checkpoint",
@@ -92,7 +97,8 @@ def command(
         unheard = print_result(str(written))
     seconds = f"{result.elapsed:.1f} s"
     size = f"{result.image.width}×{result.image.height}"
-    click.echo(f"{size}, {len(result.history)} steps, {seconds}, {result.arch} in {result.precision}", err=True)
+    steps = f"{len(result.history)} step{'s' * (len(result.history) > 1)}"
+    click.echo(f"{size}, {steps}, {seconds}, {result.arch} in {result.precision}", err=True)
     if output is not None and resumed and written != Path(output):
         click.echo(f"{output} already exists: the picture is {written}", err=True)
     for each in filter(None, (trouble, unheard)):

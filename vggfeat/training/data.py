@@ -149,7 +149,9 @@ def _load(
         raise InputError(f"data is a path, or an ImageSet of vggfeat.load_images, got {type(data).__name__}")
     path = Path(data)
     if not path.exists():
-        raise InputError(f"no images at {path}: give a folder of class folders, a zip of one, or CIFAR's folder")
+        raise InputError(
+            f"no images at {path}: give a folder of class folders, a zip of one, or CIFAR's folder or .tar.gz"
+        )
     sets = [
         ImageSet(part.label, part.classes, part.labels, _numbered(part.pixels), _Pixels(part.pixels), part.pixels)
         for part in read_cifar(path)

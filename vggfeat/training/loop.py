@@ -67,7 +67,7 @@ class TrainResult:
 
     Attributes:
         net: the network, in evaluation mode; with `ema`, the averaged one.
-        history: the epochs.
+        history: one `Epoch` for each.
         evaluation: of the last epoch's test; None without a test set or when the run was stopped.
         folder: of the run.
         interrupted: whether it was stopped before its end; `train(..., resume=True)` goes on.
