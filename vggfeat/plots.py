@@ -74,6 +74,11 @@ def plot_comparison(comparison: Comparison, path: PathLike, *, overwrite: bool =
 
     A ring above a disc is the same network trained by a newer recipe.
 
+    Args:
+        comparison: of `vggfeat.compare`.
+        path: where to; `.png`, `.pdf` or `.svg`.
+        overwrite: replace an existing file.
+
     Raises:
         InputError: fewer than two networks with a published accuracy, or a path that cannot be written.
         DependencyError: matplotlib is missing.
@@ -167,6 +172,11 @@ _PLACES = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0), (0.8, 0.7), (-0.8, 
 def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, overwrite: bool = False) -> Path:
     """Parameters and MACs of networks, convolutions and fully connected layers stacked, as horizontal bars.
 
+    Args:
+        descriptions: of `vggfeat.describe`, of one network each.
+        path: where to; `.png`, `.pdf` or `.svg`.
+        overwrite: replace an existing file.
+
     Raises:
         InputError: no network, or a path that cannot be written.
         DependencyError: matplotlib is missing.
@@ -209,6 +219,11 @@ def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, over
 
 def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -> Path:
     """A section through n stacked 3×3 convolutions, and the cost of n of them against a single one.
+
+    Args:
+        stacked: of `vggfeat.stacked_3x3`.
+        path: where to; `.png`, `.pdf` or `.svg`.
+        overwrite: replace an existing file.
 
     Raises:
         InputError: a path that cannot be written.
@@ -404,7 +419,7 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
 
     Args:
         runs: the epochs of each run, by name, as `vggfeat.train` returns them.
-        path: where to.
+        path: where to; `.png`, `.pdf` or `.svg`.
         overwrite: replace an existing file.
 
     Raises:
@@ -443,6 +458,11 @@ def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = 
     """The confusion matrix: for each true class (row), the share predicted as each class (column).
 
     With up to 25 classes the shares are written in, in per cent, and the classes are named.
+
+    Args:
+        evaluation: of `vggfeat.evaluate`.
+        path: where to; `.png`, `.pdf` or `.svg`.
+        overwrite: replace an existing file.
 
     Raises:
         InputError: a path that cannot be written.

@@ -90,6 +90,9 @@ def stacked_3x3(n: int) -> Stacked:
               2          5×5         5            18                25  28.0%      2          1
               3          7×7         7            27                49  44.9%      3          1
 
+    Args:
+        n: up to how many.
+
     Raises:
         InputError: n outside 1 to 50.
     """
