@@ -18,8 +18,8 @@ class TrainConfig(Settings):
     """Settings of `train`; each is a flag of `vggfeat train` with the same name in dashes.
 
     The defaults are those of a plain run; `recipe("fast")` and its like set many at once. `dropout`, `momentum`,
-    `label_smoothing`, `ema` and `holdout` are at least 0 and below 1; `lr`, `gamma` and `features_lr` are above 0; `pad`,
-    `cutout`, `size` and `resize` are in pixels.
+    `label_smoothing`, `ema` and `holdout` are at least 0 and below 1; `lr`, `gamma` and `features_lr` are above 0;
+    `pad`, `cutout`, `size` and `resize` are in pixels.
 
     Attributes:
         arch: `vgg16`, `vgg16_bn`, …; None means the weights' own, and vgg16_bn where there are none.
