@@ -226,9 +226,9 @@ ROOMS = {
     "vggfeat_cli.run": {"errors", "files", "signals"},
     "vggfeat_cli.options": {"settings"},
     "vggfeat_cli.reports": {"errors", "files", "plots"},
-    "vggfeat_cli.style": {"", "files", "image", "transfer.config"},
+    "vggfeat_cli.style": {"", "errors", "files", "image", "transfer.config"},
     "vggfeat_cli.analyse": {"", "image", "plots", "weights"},
-    "vggfeat_cli.learn": {"", "files", "plots", "settings", "training.config", "training.evaluation"},
+    "vggfeat_cli.learn": {"", "errors", "files", "plots", "settings", "training.config", "training.evaluation"},
     "vggfeat_cli.pictures": {"", "arch", "visualize", "weights"},
     "vggfeat_cli.main": {"", "fetch", "weights"},
 }

@@ -88,6 +88,11 @@ def _letters(name: object) -> str:
     return str(name).lower().translate(str.maketrans("", "", "-_ "))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: 1 image, 2 images."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def whole_number(name: str, value: Any, least: int = 1) -> int:
     """A setting as an int, NumPy's included.
 

@@ -50,10 +50,15 @@ def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
             f"weights {label} are not a VGG's: expected keys like features.0.weight (conv1_1), found {shown}"
         )
     for key, value in state.items():
-        if value.is_meta or value.layout != torch.strided or (key.endswith("weight") and not value.is_floating_point()):
+        what = ""
+        if value.is_meta:
+            what = "no values"
+        elif value.layout != torch.strided:
+            what = f"values of layout {value.layout}: give it dense"
+        elif key.endswith("weight") and not value.is_floating_point():
             what = f"{value.dtype} values, expected floating-point ones"
-            what = f"values of layout {value.layout}: give it dense" if value.layout != torch.strided else what
-            raise WeightsError(f"weights {label} cannot be used: {key} has {'no values' if value.is_meta else what}")
+        if what:
+            raise WeightsError(f"weights {label} cannot be used: {key} has {what}")
         if key.startswith("features.") and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise WeightsError(f"weights {label} are damaged: {key} holds NaN or infinite values")
     return state

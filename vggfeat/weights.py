@@ -335,9 +335,9 @@ def _read_state(
             if misfits(wanted, state):
                 raise WeightsError(f"weights {label} belong to {inferred.name}, not to {wanted.name}")
             inferred = wanted
-    shift = {"features.0.weight": state["features.0.weight"].flip(1)} if convention.bgr else {}
+    if convention.bgr:
+        state["features.0.weight"] = state["features.0.weight"].flip(1)
     # a first convolution that took 0..255 still does: its std of 1/255 travels along
-    state |= shift
     return Weights(inferred, state, convention.mean, convention.std, name, key, note, _versions(state))
 
 

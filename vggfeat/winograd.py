@@ -254,11 +254,8 @@ def convolve(
     values = outputs.view(4, 4, bands.padded, k)[:, :, : bands.count].view(4, 4, *size)
     values = values.permute(2, 3, 0, 4, 1, 5)  # (images,rows,4,across,4,K), as they lie in `out`
     fitting = overwrite and images.shape == (n, height, width, k) and images.is_contiguous()
-    result = (
-        x
-        if fitting
-        else torch.empty((n, k, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    )
+    shape, layout = (n, k, height, width), torch.channels_last
+    result = x if fitting else torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     out = result.permute(0, 2, 3, 1)
     beyond = x.new_empty(bands.several, TILE * bands.rows, TILE * bands.across, k)
     for which, top in bands:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import vggfeat
+from vggfeat.errors import counted
 from vggfeat.settings import PRECISIONS
 from vggfeat.training.config import RECIPES, TrainConfig, recipe
 from vggfeat_cli.options import Values, settings
@@ -120,9 +121,7 @@ def train(
         click.echo("vggfeat train: interrupted; the same command with --output and --resume goes on", err=True)
         return INTERRUPTED
     if last is not None and last.test_accuracy is not None:
-        click.echo(
-            f"test accuracy {100 * last.test_accuracy:.2f} % after {last.epoch} epoch{'s' * (last.epoch > 1)}", err=True
-        )
+        click.echo(f"test accuracy {100 * last.test_accuracy:.2f} % after {counted(last.epoch, 'epoch')}", err=True)
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import vggfeat
+from vggfeat.errors import counted
 from vggfeat.transfer.config import StyleConfig
 from vggfeat_cli.options import settings
 from vggfeat_cli.run import FAILED, INTERRUPTED, Target, finish, print_result, progress_bar
@@ -97,7 +98,7 @@ def command(
         unheard = print_result(str(written))
     seconds = f"{result.elapsed:.1f} s"
     size = f"{result.image.width}×{result.image.height}"
-    steps = f"{len(result.history)} step{'s' * (len(result.history) > 1)}"
+    steps = counted(len(result.history), "step")
     click.echo(f"{size}, {steps}, {seconds}, {result.arch} in {result.precision}", err=True)
     if output is not None and resumed and written != Path(output):
         click.echo(f"{output} already exists: the picture is {written}", err=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vggfeat.analysis.layers import describe
 from vggfeat.analysis.measure import Measured, machine, measure_net, saved_for_backward
 from vggfeat.arch import ARCHS, LRN_AFTER, Arch, parse
-from vggfeat.errors import DependencyError, InputError, check_choice, first_line, whole_number
+from vggfeat.errors import DependencyError, InputError, check_choice, counted, first_line, whole_number
 from vggfeat.tables import Column, Report, Table, mega
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def compare(
                 if "more than 1 value per channel" not in str(error):  # to normalise a batch by
                     raise
                 raise InputError(
-                    f"{label} cannot be trained on {batch} image{'s' * (batch > 1)} of {size}×{size} "
+                    f"{label} cannot be trained on {counted(batch, 'image')} of {size}×{size} "
                     f"({first_line(error)}): raise batch"
                 ) from error
         nets.append(net)

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from vggfeat import checkpoint
 from vggfeat.arch import MIN_SIDE
 from vggfeat.devices import autocast_dtype, emulates
-from vggfeat.errors import InputError, RunError
+from vggfeat.errors import InputError, RunError, counted
 from vggfeat.files import PathLike
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG
@@ -176,9 +176,8 @@ def _seed(device: torch.device, *numbers: int) -> None:
     seed = seeded(*numbers).initial_seed()
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.default_generators[
-            torch.cuda.current_device() if device.index is None else device.index
-        ].manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
 
@@ -266,17 +265,14 @@ class _Run:
             device += ", which computes it in loops: float32 is about ten times as fast"
         several = f", {self.world.size} processes" if self.world.size > 1 else ""
         epochs, steps = config.epochs, self.batches.steps
-        length = f"{epochs} epoch{'s' * (epochs > 1)} of {steps} step{'s' * (steps > 1)}"
-        yield f"{length}, {precision} on {device}{several}"
+        yield f"{counted(epochs, 'epoch')} of {counted(steps, 'step')}, {precision} on {device}{several}"
         for each in (self.images, self.test):
             if each is not None and each.skipped:
                 named = ", ".join([*each.skipped][:5]) + " …" * (len(each.skipped) > 5)
-                count = f"{len(each.skipped)} image{'s' * (len(each.skipped) > 1)}"
-                yield f"left out {count} of {each.label} that cannot be read: {named}"
+                yield f"left out {counted(len(each.skipped), 'image')} of {each.label} that cannot be read: {named}"
             if each is not None and each.others:
                 named = each.others[0] + " …" * (len(each.others) > 1)
-                count = f"{len(each.others)} file{'s' * (len(each.others) > 1)}"
-                yield f"left out {count} of {each.label} without an image suffix: {named}"
+                yield f"left out {counted(len(each.others), 'file')} of {each.label} without an image suffix: {named}"
         yield from damaged
 
     # ── the state ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vggfeat.arch import HEAD_NAMES, PADDINGS, POOLINGS, parse
-from vggfeat.errors import InputError, whole_number
+from vggfeat.errors import InputError, counted, whole_number
 from vggfeat.settings import PRECISIONS, Settings, option
 
 
@@ -150,6 +150,5 @@ class StyleConfig(Settings):
         """
         values = getattr(self, name) or (1.0,) * count
         if len(values) != count:
-            numbers, images = (f"{n} {each}{'s' * (n != 1)}" for n, each in ((len(values), "number"), (count, "image")))
-            raise InputError(f"{name} has {numbers} for {images}")
+            raise InputError(f"{name} has {counted(len(values), 'number')} for {counted(count, 'image')}")
         return tuple(value / sum(values) for value in values)

@@ -204,10 +204,9 @@ def stylize(
             run.write_checkpoint()
         return result
     except Exception:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
-            if (
-                run.checkpoint is not None and run.checkpoint.exists()
-            ):  # a first one might be in the way of other settings
+        # a first checkpoint might be in the way of other settings
+        if run.checkpoint is not None and run.checkpoint.exists():
+            with contextlib.suppress(Exception):  # the first error is the one to tell
                 run.write_checkpoint()
         raise
 

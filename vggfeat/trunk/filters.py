@@ -16,7 +16,8 @@ from vggfeat.modes import constant_when_traced, without_modes
 from vggfeat.trunk import direct
 from vggfeat.trunk.plan import Plan
 
-Key = tuple[str, bool, str]  # a convolution, whether batch normalisation is folded in, and which of its parts
+# a convolution, whether batch normalisation is folded in, and which of its parts; or what `_original` says
+Key = tuple[str, bool, str]
 
 
 class Filters(NamedTuple):
@@ -108,16 +109,19 @@ class Trunk:
             shape = (layer.in_channels, layer.channels, height, width)
             tiled = layer.kernel == 3 and winograd.is_faster(device, dtype, *shape)
             for folded in ["bn" in stage.steps] + [False] * stage.unfolded:
-                forward = "original" if tiled and not folded else "forward"
-                keys += [(stage.conv, folded, forward), (stage.conv, folded, "winograd" if tiled else "backward")]
+                # where it goes by tiles, only `plain` needs the weight itself: no copy of 80 MB
+                original = _original(f"features.{layer.index}") if tiled and not folded else None
+                keys.append(original or (stage.conv, folded, "forward"))
+                keys.append((stage.conv, folded, "winograd" if tiled else "backward"))
                 if layer.kernel == 3 and not tiled and 0 < height * width <= direct.SMALL_MAP:
                     reordered.append((stage.conv, folded, "reordered"))
-        tensors = self._get((*keys, *reordered, *map(_linear, linear)), device, dtype)
+        heads = [_original(f"classifier.{index}") for index in linear]
+        tensors = self._get((*keys, *reordered, *heads), device, dtype)
         return [value for values in tensors[: len(keys)] for value in values]
 
     def linear(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Weight and bias of `classifier.{index}`."""
-        return self._get((_linear(index),), device, dtype)[0]
+        return self._get((_original(f"classifier.{index}"),), device, dtype)[0]
 
     def _get(self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
         self._fill(keys, device, dtype)
@@ -134,11 +138,8 @@ class Trunk:
 
     def _prepare(self, key: Key, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         name, folded, part = key
-        if part == "linear":
+        if part == "original":
             return tuple(self.state[f"{name}.{each}"].to(device, dtype) for each in ("weight", "bias"))
-        if part == "original":  # for `plain` alone: no copy of 80 MB
-            layer = f"features.{self.arch.layer(name).index}"
-            return tuple(self.state[f"{layer}.{each}"].to(device, dtype) for each in ("weight", "bias"))
         weight, bias = self._kernel(name, folded)
         if part == "reordered":  # requested after the two that it reorders; contributes no tensors
             for each in ("forward", "backward"):
@@ -189,5 +190,6 @@ class PickledTrunk:
         return Trunk.shared, (trunk.arch, {name: trunk.state[name] for name in self.names}, trunk.key)
 
 
-def _linear(index: int) -> Key:
-    return f"classifier.{index}", False, "linear"
+def _original(prefix: str) -> Key:
+    """The weight and bias under that prefix of the state, as they are."""
+    return prefix, False, "original"
