@@ -367,24 +367,56 @@ def test_cutout_blanks_a_square(ramp):
     assert max(sizes) == 8 and min(sizes) < 8  # at the border it is cut
 
 
-def test_accumulation_parts_the_same_batch(ramp):
-    options = {"pad": 4, "flip": "random", "cutout": 4}
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_trivialaugment_alters_each_image_before_it_is_a_batch(tmp_path, monkeypatch, torchvision, in_memory):
+    from torchvision.transforms import v2
+
+    made = pictures.folder(tmp_path, pictures.tree(4))
+    images, _ = load_images(made)
+    if not in_memory:
+        images.pixels = None
+    options = {"resize": None if in_memory else (32,), "workers": 0}
+    plain = torch.cat([raw(b.images) for (b,) in epoch(images, **options)])
+    state = torch.get_rng_state()
+    several = [
+        torch.cat([raw(b.images) for (b,) in epoch(images, number, augment="trivialaugment", **options)])
+        for number in (0, 0, 1)
+    ]
+    assert torch.equal(torch.get_rng_state(), state)  # which is the caller's
+    assert torch.equal(several[0], several[1])
+    changed = (several[0] != plain).flatten(1).any(1)
+    assert changed.sum() > 4  # one operation is none, others may be of strength 0
+    sets = [{tuple(image.flatten().tolist()) for image in each} for each in several[1:]]
+    assert len(sets[0] & sets[1]) < 4
+
+    monkeypatch.setattr(v2.TrivialAugmentWide, "forward", lambda self, x: v2.functional.invert(x))
+    inverted = torch.cat([raw(b.images) for (b,) in epoch(images, augment="trivialaugment", **options)])
+    assert torch.equal(inverted, 255 - plain)
+
+
+@pytest.fixture(params=["none", "trivialaugment"])
+def options(request):
+    """Every augmentation there is."""
+    if request.param != "none":
+        request.getfixturevalue("torchvision")
+    return {"pad": 4, "flip": "random", "cutout": 4, "augment": request.param}
+
+
+def test_accumulation_parts_the_same_batch(ramp, options):
     for (whole,), parts in zip(epoch(ramp, **options), epoch(ramp, accumulate=2, **options), strict=True):
         assert [len(p.labels) for p in parts] == [2, 2]
         assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_part_the_same_batch(ramp, world):
-    options = {"pad": 4, "flip": "random", "cutout": 4}
+def test_processes_part_the_same_batch(ramp, options, world):
     parts = [epoch(ramp, rank=rank, world=world, **options) for rank in range(world)]
     for step, (whole,) in enumerate(epoch(ramp, **options)):
         assert torch.equal(torch.cat([part[step][0].images for part in parts]), whole.images)
         assert torch.equal(torch.cat([part[step][0].labels for part in parts]), whole.labels)
 
 
-def test_going_on_in_the_middle_of_an_epoch(ramp):
-    options = {"pad": 4, "flip": "random", "cutout": 4}
+def test_going_on_in_the_middle_of_an_epoch(ramp, options):
     whole = epoch(ramp, 3, **options)
     rest = epoch(ramp, 3, first=2, **options)
     assert len(rest) == 1 and torch.equal(rest[0][0].images, whole[2][0].images)

@@ -26,6 +26,7 @@ from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
 TRIES = 1000  # images drawn in the place of one that cannot be read
+OPERATIONS = 200  # of TrivialAugment, drawn for a set in memory in each epoch: images that share one go in one call
 _Crop = tuple[int, Tensor | None, list[str]]  # number, pixels, what could not be read before it
 _FILL = tuple(round(255 * value) for value in IMAGENET.mean)  # what is nearest to 0 once it is normalised
 
@@ -131,7 +132,7 @@ class Batches:
 
     Raises:
         InputError: fewer images than a batch, a batch size that does not divide, or images smaller than the crops.
-        DependencyError: a set that does not fit into memory, where torchvision does not work.
+        DependencyError: a set that does not fit into memory, or `augment`, where torchvision does not work.
     """
 
     def __init__(self, images: ImageSet, config: TrainConfig, size: int, world: World) -> None:
@@ -157,6 +158,7 @@ class Batches:
         self.skipped: set[str] = set()
         self.labels = images.labels.to(self.device)
         self.pixels = None if images.pixels is None else images.pixels.to(self.device).contiguous()
+        self.operation = _trivial_augment() if config.augment == "trivialaugment" else None
         if self.pixels is None:
             resize = config.resize or (scale_for(size),)
             if resize[0] + 2 * config.pad < size:
@@ -185,15 +187,29 @@ class Batches:
         order = torch.randperm(len(self.images), generator=seeded(self.config.seed, epoch), device="cpu")
         chosen = order[: self.steps * self.config.batch_size].view(self.steps, -1)[:, self.own]  # (steps,n)
         steps = range(first, self.steps)
-        batches = self._read(chosen, epoch, steps) if self.pixels is None else self._gathered(chosen, epoch, steps)
+        if self.pixels is None:
+            batches = self._read(chosen, epoch, steps)
+        else:
+            batches = self._gathered(self._altered(self.pixels, epoch), chosen, epoch, steps)
         for numbers, images in batches:
             images = images.contiguous(memory_format=torch.channels_last)
             labels = self.labels[numbers.to(self.device, non_blocking=True)]
             yield [Batch(*part) for part in zip(images.split(self.part), labels.split(self.part), strict=True)]
 
-    def _gathered(self, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
-        assert self.pixels is not None
-        config, sides = self.config, self.pixels.shape[1:3]
+    def _altered(self, pixels: Tensor, epoch: int) -> Tensor:
+        """The set in memory, with a random operation on each image if there are such."""
+        if self.operation is None:
+            return pixels
+        order = torch.randperm(len(pixels), generator=seeded(self.config.seed, epoch, -1), device="cpu")
+        altered = torch.empty_like(pixels)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(seeded(self.config.seed, epoch, -2).get_state())  # which torchvision draws from
+            for group in order.to(self.device).split(max(1, len(pixels) // OPERATIONS)):
+                altered[group] = self.operation(pixels[group].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return altered
+
+    def _gathered(self, pixels: Tensor, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
+        config, sides = self.config, pixels.shape[1:3]
         for step in steps:
             numbers, generator = chosen[step], seeded(config.seed, epoch, step, 0)
             tops, lefts = (
@@ -202,20 +218,19 @@ class Batches:
             )  # beyond the border where there is padding
             flips, corners = self._augmentation(numbers, epoch, step)
             if self.kernels is None:
-                yield numbers, self._augmented(self._cropped(numbers, tops, lefts), flips, corners)
+                yield numbers, self._augmented(self._cropped(pixels, numbers, tops, lefts), flips, corners)
                 continue
             drawn = torch.stack([numbers, tops, lefts, flips.long(), *corners]).to(self.device, non_blocking=True)
             zeros, convention = config.pad_mode == "zeros", _convention(self.device)
-            yield numbers, self.kernels.crops(self.pixels, drawn, self.size, config.cutout, zeros, *convention)
+            yield numbers, self.kernels.crops(pixels, drawn, self.size, config.cutout, zeros, *convention)
 
-    def _cropped(self, numbers: Tensor, tops: Tensor, lefts: Tensor) -> Tensor:
+    def _cropped(self, pixels: Tensor, numbers: Tensor, tops: Tensor, lefts: Tensor) -> Tensor:
         """Crops of images in memory, normalised."""
-        assert self.pixels is not None
-        height, width = self.pixels.shape[1:3]
+        height, width = pixels.shape[1:3]
         span = torch.arange(self.size, device=self.device)
         rows, columns = (first.to(self.device, non_blocking=True)[:, None] + span for first in (tops, lefts))
         places = _reflected(rows, height)[:, :, None], _reflected(columns, width)[:, None]
-        images = normalised(self.pixels[numbers.to(self.device, non_blocking=True)[:, None, None], *places])
+        images = normalised(pixels[numbers.to(self.device, non_blocking=True)[:, None, None], *places])
         if self.config.pad and self.config.pad_mode == "zeros":
             inside = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None]
             images = images * inside[:, None]
@@ -259,6 +274,11 @@ class Batches:
         return images
 
 
+def _trivial_augment() -> Any:
+    """A random operation on images (…,3,H,W) uint8, the same for all; what it moves in from outside is mean colour."""
+    return transforms().TrivialAugmentWide(fill=list(_FILL))
+
+
 def _drawn(low: int, high: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randint(low, high, size, generator=generator, device="cpu")
 
@@ -294,12 +314,10 @@ class _Crops(Dataset[Any]):
         mode = {"zeros": "constant", "reflect": "reflect"}[config.pad_mode]
         self.images, self.tries = images, 1 if config.bad_images == "fail" else TRIES
         self.shorter = range(resize[0], resize[-1] + 1)
-        self.transform = v2.Compose(
-            [
-                v2.RandomCrop(size, padding=config.pad or None, padding_mode=mode, fill=_FILL),
-                v2.PILToTensor(),
-            ]
-        )
+        steps = [v2.RandomCrop(size, padding=config.pad or None, padding_mode=mode, fill=_FILL), v2.PILToTensor()]
+        if config.augment == "trivialaugment":
+            steps.append(_trivial_augment())
+        self.transform = v2.Compose(steps)
 
     def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> _Crop:
         (number, seeds), bad = item, []

@@ -59,6 +59,8 @@ class TrainConfig(Settings):
         flip: `none`, `random`, or `alternating`: each image is mirrored in every second epoch (Jordan 2024,
             arXiv:2404.00498, section 3.6).
         cutout: side of a square set to the mean colour at a random place (DeVries and Taylor 2017, arXiv:1708.04552).
+        augment: `trivialaugment` changes each image by one of 14 operations, such as rotation, shear or contrast, of
+            random strength (Müller and Hutter 2021, arXiv:2103.10158); for long runs.
         ema: decay, per step, of a moving average of the weights, which is then what is tested and saved; 0 means none.
         precision: `auto` (bfloat16 where the device multiplies it in hardware: AMX, AVX512-BF16, CUDA from sm80; else
             float32), `float32`, `bfloat16`, `float16` (with a gradient scaler). Weights and their sums are float32 in
@@ -87,6 +89,7 @@ class TrainConfig(Settings):
         "schedule": ("constant", "step", "linear", "cosine", "onecycle"),
         "flip": ("none", "random", "alternating"),
         "pad_mode": ("zeros", "reflect"),
+        "augment": ("none", "trivialaugment"),
         "precision": (*PRECISIONS, "float16"),
         "bad_images": ("fail", "skip"),
     }
@@ -125,6 +128,7 @@ class TrainConfig(Settings):
     pad_mode: str = option("zeros", "What is added: the mean colour, or a reflection.")
     flip: str = option("random", "Mirroring.")
     cutout: int = option(0, "Side of a blanked square; 0 for none.")
+    augment: str = option("none", "Further augmentation.")
     ema: float = option(0.0, "Decay per step of an average of the weights; 0 for none.")
     precision: str = option("auto", "Precision of the network.")
     compile: bool = option(False, "Compile the network.")
