@@ -325,6 +325,51 @@ def test_the_distance_of_nan_is_that_images(device):
         assert found.isnan().tolist() == [False, True] and grad[0].isfinite().all() and grad[1, :, 2, 2].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["ieee"] if INTERPRETED else ["ieee", "tf32", "tf32x3"])
+@pytest.mark.parametrize("channels", [3, 20, 64, 160])
+def test_a_product_added_to_a_gradient_that_goes_through_a_relu(device, loops, dtype, channels, precision):
+    from vggfeat import kernels
+
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 by their bits, as integers")
+    x = maps((2, channels, 9, 17), dtype, device).relu_()
+    matrix = torch.randn(channels, channels, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    before = maps((2, channels, 9, 17), dtype, device, seed=2)
+    product = torch.einsum("nchw,cd->ndhw", x.double(), matrix.double())
+    for masked in (False, True):
+        for onto in (None, before):
+            wanted = product if onto is None else product + onto.double()
+            wanted = torch.where(x > 0, wanted, 0.0) if masked else wanted
+            given = None if onto is None else onto.clone(memory_format=torch.preserve_format)
+            found = kernels.add_product(x, matrix, given, masked=masked, precision=precision)
+            assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+            assert given is None or found is given
+            exact = dtype == torch.float32 and precision != "tf32"
+            assert relative(found, wanted) < (2e-6 if exact else 4e-3)
+    x[1, 1, 2, 3] = torch.nan
+    found = kernels.add_product(x, matrix, before.clone(), masked=True)
+    assert found[1, :, 2, 3].isnan().sum() == 1 + int((x[1, :, 2, 3] > 0).sum()) and not found[0].isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 3, 64, 40)])
+def test_images_in_two_halves(device, shape):
+    from vggfeat import kernels
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        found = kernels.split_bfloat16(given, 16)
+        high = x.bfloat16()
+        low = (x - high.float()).bfloat16()
+        wanted = F.pad(torch.cat([high, low, high], 1), (0, 0, 0, 0, 0, 7))
+        assert found.shape == wanted.shape and found.is_contiguous(memory_format=torch.channels_last)
+        if INTERPRETED:  # which cuts bits off where hardware rounds
+            assert torch.equal(found[:, :3], found[:, 6:9]) and not found[:, 9:].any()
+            assert relative(found[:, :3].double() + found[:, 3:6].double(), x.double()) < 2e-5
+        else:
+            assert torch.equal(found, wanted)
+
+
 @pytest.mark.gpu
 def test_losses_on_a_gpu_use_them(monkeypatch):
     """To the values of torch's operations there, but for rounding, which TF32 enlarges on the way back."""

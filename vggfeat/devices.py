@@ -91,6 +91,17 @@ def trunk_dtype(precision: str, device: torch.device, dtype: torch.dtype = torch
     return torch.float32
 
 
+def convolution_precision(device: torch.device) -> str:
+    """How cuDNN multiplies float32: "tf32" where the device can and torch allows it, as it does by default."""
+    if not bfloat16_is_fast(device):  # both came with sm80
+        return "ieee"
+    try:
+        return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    except RuntimeError:  # set by operator, which this reading refuses
+        conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        return "tf32" if conv.fp32_precision == "tf32" else "tf32x3"
+
+
 def triton_kernels(device: torch.device, dtype: torch.dtype) -> Any:
     """The module `kernels` if a trial on a map of four pixels succeeds, else None.
 

@@ -20,7 +20,7 @@ from vggfeat.errors import InputError, check_choice, warn
 from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
 from vggfeat.state_dicts import LINEAR
-from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk, Walk
+from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk, Walk, whole
 from vggfeat.weights import DEFAULT, WeightsLike, load, resolved
 
 # devices on which the trunk's own walk runs; elsewhere ordinary operations do
@@ -184,13 +184,14 @@ class VGGFeatures(nn.Module):
 
         Returns:
             The pullback: given a function `tap_grad(name, part, rows)` of the gradient with respect to these rows of a
-            tap, called as often as needed, it returns the gradient with respect to the image, in its type.
+            tap, called as often as needed, it returns the gradient with respect to the image, in its type. Off the CPU,
+            where a part is the whole, the function may give a `trunk.Product`.
         """
         if not self._walks(image):
-            taps, whole = self._vjp_by_autograd(image.detach())
+            taps, pull = self._vjp_by_autograd(image.detach())
             for name, tap in taps.items():
                 on_tap(name, tap, _every_row(tap))
-            return lambda tap_grad: whole(lambda name, tap: tap_grad(name, tap, _every_row(tap)))
+            return lambda tap_grad: pull(lambda name, tap: whole(tap_grad(name, tap, _every_row(tap))))
         with self._outside_autograd(image) as (x, walk):
             pullback = walk.vjp_by_rows(x, on_tap)
         return functools.partial(self._image_grad, pullback, image.dtype)
@@ -222,7 +223,7 @@ class VGGFeatures(nn.Module):
         """The gradient with respect to the images, in their type, by the pullback to the normalised ones."""
         grad = pullback(tap_grad)
         scale, _ = self._factors(grad)
-        return grad.mul_(scale).to(dtype)
+        return (grad * scale).to(dtype)
 
     def _vjp_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Pullback]:
         leaf = images.requires_grad_()

@@ -83,12 +83,26 @@ def _products(features: Tensor) -> Tensor:
 
 def gram_backward(features: Tensor, grad: Tensor) -> Tensor:
     """The gradient with respect to features (N,C,h,w), from that with respect to their `gram`, (N,C,C)."""
-    return _spread(features, grad / (features.shape[1] * features.shape[2] * features.shape[3]))
+    return _spread(features, _over_values(features, grad))
+
+
+def gram_backward_matrix(features: Tensor, grad: Tensor) -> Tensor:
+    """What features have to be multiplied by at each position for that, (N,C,C) in their type."""
+    return _both_ways(features, _over_values(features, grad))
+
+
+def _over_values(features: Tensor, grad: Tensor) -> Tensor:
+    return grad / (features.shape[1] * features.shape[2] * features.shape[3])
+
+
+def _both_ways(features: Tensor, grad: Tensor) -> Tensor:
+    """D + Dᵀ for the gradient D of F Fᵀ, in the type of F."""
+    return (grad + grad.mT).to(features.dtype)
 
 
 def _spread(features: Tensor, grad: Tensor) -> Tensor:
     """F·(D + Dᵀ) for the gradient D of F Fᵀ, on a CPU as a 1×1 convolution."""
-    kernel = (grad + grad.mT).to(features.dtype)
+    kernel = _both_ways(features, grad)
     with no_autocast(features.device):
         # on a CPU, too, where a second derivative was asked for, or many first ones at once
         if features.device.type != "cpu" or torch.is_grad_enabled() or is_batched(grad):

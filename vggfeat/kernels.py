@@ -1,7 +1,8 @@
 """Triton kernels for CUDA that do in few passes over memory what torch's operations need many for.
 
 Max pooling, forward and backward in one pass each (a dozen with torch's), and the same with the argmax as bits
-(`trunk/bits.py`); distances of features with their gradients, in one. Those that only training needs are in
+(`trunk/bits.py`); distances of features with their gradients, in one; products added to a gradient on its way through a
+ReLU; the first convolution's input in bfloat16. Those that only training needs are in
 `training/kernels.py`. `devices.triton_kernels` says where they work.
 
 Maps are (N,C,H,W), float32 or bfloat16, and laid out channels_last; other layouts are copied.
@@ -20,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 CHANNELS, VALUES = 128, 2048  # per block: adjacent channels, and values in total
+STAGES = 3  # loads under way at a time
+PRODUCT_ROWS = 128  # positions of a block of a product
 
 
 def columns_of(channels: int) -> int:
@@ -27,9 +30,9 @@ def columns_of(channels: int) -> int:
     return min(CHANNELS, int(triton.next_power_of_2(channels)))
 
 
-def empty_map(size: tuple[int, ...], like: Tensor) -> Tensor:
+def empty_map(size: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a map of that size, channels_last."""
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -376,3 +379,88 @@ def _distance(
     if UNIT:  # back through y = F r: r (g - y ⟨y, g⟩)
         slope = (slope - a * tl.sum(a * slope, 1)[:, None]) * factor
     tl.store(gradient + at, slope * share, there)
+
+
+# ── products, added to a gradient ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def add_product(x: Tensor, matrix: Tensor, onto: Tensor | None, *, masked: bool, precision: str = "ieee") -> Tensor:
+    """Add x · matrix, at each position, to a gradient in place, and take that back through the ReLU that gave x.
+
+    Args:
+        x: (N,C,h,w).
+        matrix: (C,C), in the type of x.
+        onto: (N,C,h,w) in the type of x, laid out channels_last; None for 0, in new memory.
+        masked: set it to 0 where x is not above 0.
+        precision: of products of float32: "ieee", "tf32", or "tf32x3", three of these, which come to that of float32.
+    """
+    x, matrix = laid_out(x), matrix.contiguous()
+    out = torch.empty_like(x) if onto is None else onto
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    places, channels = x.numel() // x.shape[1], x.shape[1]
+    columns = min(128, max(16, int(triton.next_power_of_2(channels))))  # a product of blocks takes 16 at least
+    inner = min(64 if x.dtype == torch.bfloat16 else 32, columns)
+    grid = triton.cdiv(places, PRODUCT_ROWS) * triton.cdiv(channels, columns), 1
+    how = onto is not None, masked, precision
+    sizes = places, channels, PRODUCT_ROWS, columns, inner, STAGES
+    launch(_add_product, x, grid, x, matrix, out, *how, *sizes, warps=max(4, columns // 16))
+    return out
+
+
+@triton.jit
+def _add_product(
+    x,
+    matrix,
+    out,
+    ONTO: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    places,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    parts = tl.cdiv(channels, COLUMNS)
+    place = tl.program_id(0) // parts * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = (place < places) & (channel < channels)
+    first = place.to(tl.int64) * channels
+    if ONTO:  # asked for early, so that it arrives in the meantime
+        before = tl.load(out + first + channel, there, 0.0)
+    if MASKED:
+        own = tl.load(x + first + channel, there, 0.0)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in tl.range(0, channels, INNER, num_stages=STAGES):
+        across = start + tl.arange(0, INNER)
+        value = tl.load(x + first + across[None, :], (place < places) & (across[None, :] < channels), 0.0)
+        within = (across[:, None] < channels) & (channel < channels)
+        factor = tl.load(matrix + across[:, None] * channels + channel, within, 0.0)
+        total = tl.dot(value, factor, total, input_precision=PRECISION)
+    if ONTO:
+        total += before.to(tl.float32)
+    if MASKED:
+        total = tl.where(own <= 0, 0.0, total)
+    tl.store(out + first + channel, total, there)
+
+
+# ── the first convolution's input ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def split_bfloat16(x: Tensor, channels: int) -> Tensor:
+    """Upper, lower and again upper halves of images (N,3,H,W) float32, and zeros: (N,channels,H,W) bfloat16."""
+    x = laid_out(x)
+    out = empty_map((len(x), channels, *x.shape[2:]), x, torch.bfloat16)
+    launch(_split, x, (triton.cdiv(out.numel(), VALUES), 1), x, out, out.numel(), channels, VALUES)
+    return out
+
+
+@triton.jit
+def _split(x, out, count, CHANNELS: tl.constexpr, N: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    channel = at % CHANNELS
+    value = tl.load(x + at // CHANNELS * 3 + channel % 3, (at < count) & (channel < 9), 0.0)
+    high = value.to(tl.bfloat16)
+    low = (value - high.to(tl.float32)).to(tl.bfloat16)
+    tl.store(out + at, tl.where((channel >= 3) & (channel < 6), low, high), at < count)

@@ -19,17 +19,19 @@ from vggfeat.trunk.autograd import run
 from vggfeat.trunk.filters import PickledTrunk, Trunk
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan
-from vggfeat.trunk.stage import OnTap
+from vggfeat.trunk.stage import OnTap, Product, whole
 from vggfeat.trunk.walk import TapGradOf, TapGradOfRows, Walk
 
 __all__ = [
     "PickledTrunk",
     "Plan",
     "OnTap",
+    "Product",
     "TapGradOf",
     "TapGradOfRows",
     "Trunk",
     "Walk",
     "plain",
     "run",
+    "whole",
 ]

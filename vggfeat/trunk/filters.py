@@ -16,6 +16,7 @@ from vggfeat.modes import constant_when_traced, without_modes
 from vggfeat.trunk import direct
 from vggfeat.trunk.plan import Plan
 
+IMAGE_CHANNELS = 8  # of the gradient with respect to images, as CUDA computes it: the rest are 0
 # a convolution, whether batch normalisation is folded in, and which of its parts; or what `_original` says
 Key = tuple[str, bool, str]
 
@@ -27,7 +28,8 @@ class Filters(NamedTuple):
         weight: (K,C,h,w).
         bias: (K,).
         weight_backward: of the convolution that gives the input's gradient: flipped, channels exchanged, (C,K,h,w);
-            or, where Winograd is faster, the transformed weight (36,C,K), used both ways (`winograd.py`).
+            or, where Winograd is faster, the transformed weight (36,C,K), used both ways (`winograd.py`). Of the first
+            convolution, on CUDA, to `IMAGE_CHANNELS`.
     """
 
     weight: Tensor
@@ -152,6 +154,9 @@ class Trunk:
         if part == "backward":
             # the gradient of a convolution is a convolution with the kernel flipped and channels exchanged
             flipped = weight.flip(2, 3).transpose(0, 1)
+            if device.type == "cuda" and self.arch.layer(name).index == 0:
+                # to 3 channels cuDNN may have no kernel on matrix units: an H200 took 10 times as long in float32
+                flipped = F.pad(flipped, (0, 0, 0, 0, 0, 0, 0, IMAGE_CHANNELS - len(flipped)))
             return (flipped.to(device, dtype).contiguous(memory_format=torch.channels_last).clone(),)
         if dtype == torch.bfloat16 and self.arch.layer(name).index == 0:
             high = weight.to(dtype).to(weight.dtype)

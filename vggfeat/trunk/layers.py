@@ -84,6 +84,8 @@ def split_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
     """
     if weight.dtype != torch.bfloat16 or weight.shape[1] < 9:
         return x
+    if x.dtype == torch.float32 and (kernels := triton_kernels(x.device, x.dtype)):
+        return kernels.split_bfloat16(x, weight.shape[1])  # type: ignore[no-any-return]
     high = x.to(weight.dtype)
     low = (x - high.to(x.dtype)).to(weight.dtype)
     split, channels = torch.cat([high, low, high], dim=1), weight.shape[1]
@@ -99,12 +101,13 @@ def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
     """The pooled tensor and, unless `keep` is "none", a max pool's argmax: packed for "bits", else a map."""
     if pooling != "max":
         return plain_pool(x, pooling), None
+    kernels = triton_kernels(x.device, x.dtype)
     if keep == "none":
-        return F.max_pool2d(x, 2), None
+        return kernels.max_pool(x)[0] if kernels else F.max_pool2d(x, 2), None
     if keep == "values" and x.device.type == "cpu":
         pooled: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
         return pooled
-    if kernels := triton_kernels(x.device, x.dtype):
+    if kernels:
         if keep == "values":
             return kernels.max_pool(x)  # type: ignore[no-any-return]
         if x.shape[1] % 8 == 0:

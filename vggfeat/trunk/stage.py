@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vggfeat.devices import triton_kernels
+from vggfeat.devices import convolution_precision, triton_kernels
 from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bands, pack, unpack
 from vggfeat.trunk.filters import Filters
@@ -49,7 +49,30 @@ class ByRows:
         return grad
 
 
-TapGrad = Tensor | ByRows | None  # the gradient with respect to a tap; None where it is 0
+@dataclass(frozen=True, eq=False)
+class Product:
+    """The gradient tap · matrix with respect to a tap (N,C,h,w), left to be computed where it is added: off the CPU.
+
+    Attributes:
+        tap: the tap.
+        matrix: (C,C), in its type.
+    """
+
+    tap: Tensor
+    matrix: Tensor
+
+    def whole(self) -> Tensor:
+        """Its values."""
+        rows = self.tap.permute(0, 2, 3, 1)
+        return (rows.flatten(1, 2) @ self.matrix).view(rows.shape).permute(0, 3, 1, 2)
+
+
+TapGrad = Tensor | ByRows | Product | None  # the gradient with respect to a tap; None where it is 0
+
+
+def whole(grad: Tensor | Product) -> Tensor:
+    """A gradient's values."""
+    return grad.whole() if isinstance(grad, Product) else grad
 
 
 def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[str, ...]:
@@ -200,10 +223,14 @@ class ReadyStage:
             if flow.grad is not None:
                 assert values is not None
                 flow.replace(layers.lrn_backward(flow.grad, values))
-        flow.add(tap_grad("relu"))
-        if flow.grad is not None and (values is not None or signs is not None):
-            flow.mask(values, signs)
-        values = signs = None
+        of_relu = tap_grad("relu")
+        if isinstance(of_relu, Product) and values is not None:  # which is the tap
+            flow.add_product(of_relu, masked=True)
+        else:
+            flow.add(of_relu)
+            if flow.grad is not None and (values is not None or signs is not None):
+                flow.mask(values, signs)
+        values = signs = of_relu = None
         flow.add(tap_grad("bn"))
 
         def through(flow: GradientAccumulator, filters: Filters) -> Tensor | None:
@@ -262,12 +289,27 @@ class GradientAccumulator:
                 self.replace(self.grad.clone())
             for rows, part in other.bands():
                 self.grad[:, :, rows].add_(part)
+        elif isinstance(other, Product):
+            self.add_product(other)
         elif self.grad is None:
             self.grad, self.owned = layers.channels_last(other), False
         elif self.owned:
             self.grad.add_(other)
         else:
             self.replace(self.grad + other)
+
+    def add_product(self, other: Product, masked: bool = False) -> None:
+        """Add a product; with `masked` let the sum through only where its tap, a ReLU's output, is positive."""
+        if kernels := triton_kernels(other.tap.device, other.tap.dtype):
+            if self.grad is not None and not self.owned:
+                self.replace(self.grad.clone())
+            onto = None if self.grad is None else layers.channels_last(self.grad)
+            precision = convolution_precision(other.tap.device)  # it meets the gradients of convolutions
+            self.replace(kernels.add_product(other.tap, other.matrix, onto, masked=masked, precision=precision))
+            return
+        self.add(other.whole())
+        if masked:
+            self.mask(other.tap, None)
 
     def mask(self, values: Tensor | None, packed: Tensor | None) -> None:
         """Let through only where the ReLU did."""

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from vggfeat.trunk.plan import Plan
-from vggfeat.trunk.stage import ByName, ByRows, GradientAccumulator, OnTap, ReadyStage, Rows, TapGrad, cut, length
+from vggfeat.trunk.stage import (
+    ByName,
+    ByRows,
+    GradientAccumulator,
+    OnTap,
+    Product,
+    ReadyStage,
+    Rows,
+    TapGrad,
+    cut,
+    length,
+)
 
 VALUES = 1 << 20  # of one map of a strip, for each thread
 ROWS = 32  # a strip has a multiple of it; each convolution computes up to two more on either side and discards them
@@ -82,7 +93,7 @@ def backward_in_strips(
         recompute: what the first stage's taps are recomputed from, where they were not returned.
     """
     given = [grad, *(tap_grad for _, tap_grads, _ in held for tap_grad in tap_grads.values())]
-    images = next((1 if isinstance(each, ByRows) else len(each) for each in given if each is not None), None)
+    images = next((len(each) if isinstance(each, Tensor) else 1 for each in given if each is not None), None)
     if images is None:
         return None
     height, width = size
@@ -154,6 +165,7 @@ class _Strip:
 
     def tap_grad(self, kind: str, grad: TapGrad, tap: Tensor | None, rows: Rows) -> Tensor | None:
         """The gradient with respect to some rows of a tap, given as `tap` or read."""
+        assert not isinstance(grad, Product)  # off the CPU, where nothing runs in strips
         if not isinstance(grad, ByRows):
             return None if grad is None else self.read(kind, grad, rows)
         if tap is None:

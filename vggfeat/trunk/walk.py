@@ -12,11 +12,23 @@ from vggfeat.modes import no_autocast
 from vggfeat.trunk import layers
 from vggfeat.trunk.filters import by_stage
 from vggfeat.trunk.plan import Plan
-from vggfeat.trunk.stage import ByName, ByRows, GradientAccumulator, Keep, OnTap, ReadyStage, Rows, TapGrad, kept_of
+from vggfeat.trunk.stage import (
+    ByName,
+    ByRows,
+    GradientAccumulator,
+    Keep,
+    OnTap,
+    Product,
+    ReadyStage,
+    Rows,
+    TapGrad,
+    kept_of,
+    whole,
+)
 from vggfeat.trunk.strips import Held, Recompute, backward_in_strips, forward_in_strips
 
 TapGradOf = Callable[[str, Tensor], Tensor]  # the gradient with respect to a tap, by the tap's name and value
-TapGradOfRows = Callable[[str, Tensor, Rows], Tensor]  # the same of some rows of one image's tap
+TapGradOfRows = Callable[[str, Tensor, Rows], Tensor | Product]  # the same of some rows of one image's tap
 
 
 def reread(plan: Plan, keep: Keep, device: torch.device) -> tuple[int, ...]:
@@ -117,7 +129,7 @@ class Walk:
             grad = tap_grad(names[kind]) if kind in names else None
             if grad is not None and first:
                 grad = grad.whole() if isinstance(grad, ByRows) else grad
-                first, finite = False, layers.finite_images(grad)
+                first, finite = False, layers.finite_images(grad) if isinstance(grad, Tensor) else None
             return grad
 
         with no_autocast(self.device):
@@ -129,6 +141,9 @@ class Walk:
                     stage.backward(flow, functools.partial(of_kind, names), kept.pop(), *sizes[number])
             if held:
                 flow.replace(backward_in_strips(flow.grad, held, size, recompute))
+        images = self.plan.arch.layers[0].in_channels
+        if flow.grad is not None and flow.grad.shape[1] > images:  # CUDA computes more
+            flow.replace(flow.grad[:, :images])
         # an image's NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest
         # tap, and its gradient, except for |a - b|: to torch, too, the sign of NaN is 0
         return flow.grad if flow.grad is None or finite is None else torch.where(finite, flow.grad, torch.nan)
@@ -165,13 +180,16 @@ class Walk:
             on_tap: gets every tap, as by `forward`.
 
         Returns:
-            A function of `tap_grad(name, part, rows)`, which gives the gradient with respect to some rows of a tap; it
-            returns the gradient with respect to `x`, in its type.
+            A function of `tap_grad(name, part, rows)`, which gives the gradient with respect to some rows of a tap, on
+            a GPU all of them; it returns the gradient with respect to `x`, in its type.
         """
         taps, pullback = self._vjp(x, on_tap)
 
-        def of(tap_grad: TapGradOfRows, name: str) -> ByRows:
-            return ByRows(functools.partial(tap_grad, name), taps.pop(name, None))
+        def of(tap_grad: TapGradOfRows, name: str) -> TapGrad:
+            tap = taps.pop(name, None)
+            if tap is None or tap.device.type == "cpu":
+                return ByRows(lambda part, rows: whole(tap_grad(name, part, rows)), tap)
+            return tap_grad(name, tap, slice(0, tap.shape[2]))
 
         return lambda tap_grad: pullback(functools.partial(of, tap_grad))
 
