@@ -5,9 +5,15 @@ neither. Autograd's engine does not run on them: the backward of the trunk is ca
 is watched on the CPU. What only a GPU can show is marked `gpu`.
 """
 
+import concurrent.futures
 import contextlib
+import copy
 import dataclasses
+import functools
 import math
+import pickle
+import time
+import types
 import warnings
 
 import pictures
@@ -30,6 +36,7 @@ from vggfeat import (
     evaluate,
     features as features_module,
     functional as functional_module,
+    losses as losses_module,
     stylize,
     train,
 )
@@ -296,6 +303,154 @@ def pretend(monkeypatch):
 
 def step_of(image):
     return image.sum().expand(2), image * 2
+
+
+class Events:
+    """Stands for `torch.cuda.Event`: all of a call's work takes the device so many times as long as the host."""
+
+    share = 1.0
+
+    def __init__(self, enable_timing=False):
+        self.at = 0.0
+
+    def record(self, stream):
+        self.at = time.perf_counter()
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, end):
+        return 1e3 * self.share * (end.at - self.at)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """`Replays` on the CPU, whose graphs are what is recorded of their capture: a list of functions and inputs."""
+    made = []
+
+    def record(step, *inputs):
+        made.append((step, inputs))
+        return lambda *inputs: tuple(value.clone() for value in step(*inputs))
+
+    monkeypatch.setattr(cuda_graphs, "supports_capture", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, *inputs: step(*inputs))
+    monkeypatch.setattr(cuda_graphs, "capture", record)
+    monkeypatch.setattr(losses_module, "supports_capture", lambda device: True)
+    stream = types.SimpleNamespace(wait_event=lambda event: None)
+    names = {
+        "is_current_stream_capturing": lambda: False,
+        "current_stream": lambda device: stream,
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda device: 0,
+        "Event": Events,
+    }
+    for name, stand_in in names.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return made
+
+
+def test_what_is_called_again_is_replayed(replays):
+    calls = cuda_graphs.Replays()
+    called = []
+
+    def function(x):
+        called.append(x)
+        return x * 2, x.sum()
+
+    for number in range(12):
+        x = torch.full((3,), float(number))
+        found = calls(function, [x], "a")
+        assert torch.equal(found[0], 2 * x) and found[1] == x.sum()
+        assert len(replays) == (number >= 5)
+    other = torch.ones(4)
+    for key in ("a", "b"):  # another size, other settings
+        assert torch.equal(calls(function, [other], key)[0], 2 * other) and len(replays) == 1
+
+
+def test_only_what_waits_for_the_host_is_replayed(replays, monkeypatch):
+    monkeypatch.setattr(Events, "share", 1.5)
+    calls = cuda_graphs.Replays()
+    for _ in range(12):
+        calls(step_of, [torch.ones(3)], None)
+    assert not replays
+    monkeypatch.setattr(Events, "query", lambda self: False)  # so far behind that it is not done at the next call
+    monkeypatch.setattr(Events, "share", 0.1)
+    calls = cuda_graphs.Replays()
+    for _ in range(12):
+        calls(step_of, [torch.ones(3)], None)
+    assert not replays
+
+
+@pytest.mark.parametrize("wrong", [{"capture": 2.0}, {"memory": 1 << 60}, {"nan": True}])
+def test_a_graph_that_is_wrong_or_too_large_is_not_used(replays, monkeypatch, wrong):
+    if "capture" in wrong:
+        monkeypatch.setattr(cuda_graphs, "capture", lambda step, *inputs: lambda *given: step(*(2 * x for x in given)))
+    if "memory" in wrong:
+        sizes = iter([0, wrong["memory"]] * 9)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(sizes))
+    x = torch.full((3,), math.nan if "nan" in wrong else 1.0)
+    calls = cuda_graphs.Replays()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [calls(step_of, [x], None) for _ in range(12)]
+    assert all(torch.equal(values[1].nan_to_num(), (2 * x).nan_to_num()) for values in found)
+    (series,) = calls._series.values()
+    assert series.replay is None
+
+
+def test_series_that_are_not_used_are_forgotten(replays):
+    calls = cuda_graphs.Replays()
+    for size in range(1, 20):
+        calls(step_of, [torch.ones(size)], None)
+        calls(step_of, [torch.ones(1)], None)
+    assert len(calls._series) == cuda_graphs.MOST_SERIES and len(replays) == 1
+    assert not copy.deepcopy(calls)._series and not pickle.loads(pickle.dumps(calls))._series
+
+
+@pytest.mark.parametrize("kind", ["perceptual", "cosine", "style", "lpips"])
+@pytest.mark.parametrize("given", ["images", "encoded", "masked", "one target", "no grad"])
+def test_losses_that_are_replayed_are_the_losses(replays, kind, given):
+    make = {
+        "perceptual": lambda **options: vggfeat.PerceptualLoss(["relu1_2", "conv2_2"], weights="random", **options),
+        "cosine": lambda **options: vggfeat.PerceptualLoss(
+            ["relu1_2"], weights="random", criterion="cosine", layer_weights=[2.0], **options
+        ),
+        "style": lambda **options: vggfeat.StyleLoss(["relu1_1", "relu2_1"], weights="random", **options),
+        "lpips": lambda **options: vggfeat.LPIPS(weights="random", **options),
+    }[kind]
+    ours, theirs = make(), make(cuda_graphs=False)
+    fixed = scene(40, 32, seed=50)
+    for number in range(9):
+        x = torch.cat([scene(40, 32, seed=number), scene(40, 32, seed=number + 20)])
+        y = torch.cat([scene(40, 32, seed=number + 30), fixed]) if given != "one target" else fixed
+        mask = (x[:, :1] > 0.4).float() if given == "masked" else None
+        results = []
+        for loss in (ours, theirs):
+            image = x.clone().requires_grad_(given != "no grad")
+            value = loss(image, loss.encode(y) if given == "encoded" else y, mask)
+            if given != "no grad":
+                value.sum().backward()
+            results.append((value.detach(), image.grad))
+        torch.testing.assert_close(results[0][0], results[1][0])
+        if given != "no grad":
+            torch.testing.assert_close(results[0][1], results[1][1])
+        assert len(replays) == (number >= 5)
+
+
+def test_settings_of_a_loss_that_change_are_heeded(replays):
+    loss = vggfeat.PerceptualLoss(["relu1_1", "relu1_2"], weights="random")
+    x, y = scene(40, 32, seed=1), scene(40, 32, seed=2)
+    with torch.no_grad():
+        before = [loss(x, y) for _ in range(8)][-1]
+        assert len(replays) == 1
+        loss.layer_weights["relu1_1"] = 0.0
+        assert loss(x, y) < before
+        loss.layer_weights["relu1_1"] = 1.0
+        torch.testing.assert_close(loss(x, y), before)
+        loss.criterion = "l1"
+        assert loss(x, y) != before
+    assert not pickle.loads(pickle.dumps(loss))._replays._series
+    assert not copy.deepcopy(loss)._replays._series and not loss._snapshot()._replays._series
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1e-4, 1e-2, math.nan])
@@ -580,9 +735,113 @@ def test_cudnns_convolution_and_relu_in_one(dtype, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["perceptual", "cosine", "style", "lpips"])
+@pytest.mark.parametrize("given", ["images", "encoded", "masked", "no grad", "autocast"])
+def test_losses_called_again_on_a_gpu_are_replayed_and_stay_the_same(monkeypatch, precision, kind, given):
+    monkeypatch.setattr(cuda_graphs._Series, "_waits_for_host", lambda self: True)
+    options = {"weights": "random", "precision": precision}
+    make = {
+        "perceptual": functools.partial(vggfeat.PerceptualLoss, ["relu2_2", "relu3_3"]),
+        "cosine": functools.partial(vggfeat.PerceptualLoss, ["relu2_2"], criterion="cosine"),
+        "style": functools.partial(vggfeat.StyleLoss, ["relu1_1", "relu2_1"]),
+        "lpips": vggfeat.LPIPS,
+    }[kind]
+    ours, theirs = make(**options), make(**options, cuda_graphs=False)
+    streams = [torch.cuda.default_stream(), torch.cuda.Stream()]
+    for number in range(10):
+        x = torch.cat([scene(64, 48, seed=number + i) for i in range(2)]).cuda()
+        y = torch.cat([scene(64, 48, seed=number + i + 30) for i in range(2)]).cuda()
+        mask = (x[:, :1] > 0.4).float() if given == "masked" else None
+        results = []
+        torch.cuda.synchronize()
+        for loss in (ours, theirs):
+            with torch.cuda.stream(streams[number % 2]), torch.autocast("cuda", enabled=given == "autocast"):
+                image = x.clone().requires_grad_(given != "no grad")
+                value = loss(image, loss.encode(y) if given == "encoded" else y, mask).sum()
+                grad = torch.autograd.grad(value, image)[0] if given != "no grad" else value
+            results.append((value.detach(), grad))
+        torch.cuda.synchronize()
+        for own, wanted in zip(*results, strict=True):
+            assert float((own - wanted).norm()) <= 0.01 * float(wanted.norm()) and wanted.any()
+    (series,) = ours._replays._series.values()
+    assert series.replay is not None and not theirs._replays._series
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_small_images_are_replayed_and_large_ones_not():
+    loss = vggfeat.PerceptualLoss(["relu3_3"], weights="random")
+    for _ in range(10):
+        for count, side in ((1, 64), (16, 512)):
+            image = torch.rand(count, 3, side, side, device="cuda", requires_grad=True)
+            loss(image, image.detach().flip(3)).backward()
+            torch.cuda.synchronize()
+    small, large = loss._replays._series.values()
+    assert small.replay is not None and large.replay is None
+
+
+@pytest.mark.gpu
+def test_a_replayed_loss_in_a_graph_of_the_callers_and_on_two_threads(monkeypatch):
+    monkeypatch.setattr(cuda_graphs._Series, "_waits_for_host", lambda self: True)
+    loss, plain = (
+        vggfeat.PerceptualLoss(["relu2_2"], weights="random", cuda_graphs=graphs) for graphs in (True, False)
+    )
+    pairs = [(scene(64, 48, seed=i).cuda(), scene(64, 48, seed=i + 20).cuda()) for i in range(12)]
+    wanted = [float(plain(*pair)) for pair in pairs]
+
+    def values():
+        return [float(loss(x.clone().requires_grad_(), y).detach()) for x, y in pairs]
+
+    assert values() == pytest.approx(wanted, rel=1e-2)
+    (series,) = loss._replays._series.values()
+    assert series.replay is not None
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda _: values(), range(6)):
+            assert found == pytest.approx(wanted, rel=1e-2)
+
+    (x, y), graph = pairs[0], torch.cuda.CUDAGraph()
+    x = x.clone().requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.autograd.grad(loss(x, y), x)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        value = loss(x, y)
+        (grad,) = torch.autograd.grad(value, x)
+    with torch.no_grad():
+        x.copy_(pairs[1][0])
+        y.copy_(pairs[1][1])
+    graph.replay()
+    other = pairs[1][0].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(plain(other, pairs[1][1]), other)
+    assert float(value.detach()) == pytest.approx(wanted[1], rel=1e-2)
+    assert float((grad - expected).norm()) <= 0.01 * float(expected.norm())
+
+
+@pytest.mark.gpu
+def test_a_host_that_trains_by_a_replayed_loss_learns_as_without(monkeypatch):
+    monkeypatch.setattr(cuda_graphs._Series, "_waits_for_host", lambda self: True)
+    weights = []
+    for graphs in (True, False):
+        torch.manual_seed(0)
+        host = torch.nn.Conv2d(3, 3, 3, padding=1, device="cuda")
+        loss = vggfeat.PerceptualLoss(["relu2_2"], weights="random", cuda_graphs=graphs)
+        optimizer = torch.optim.SGD(host.parameters(), lr=1e-3)
+        for number in range(20):
+            x = scene(64, 48, seed=number).cuda()
+            optimizer.zero_grad()
+            loss(host(x), x).backward()
+            optimizer.step()
+        weights.append(host.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # torch's, of its own recording
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["perceptual", "lpips"])
 def test_a_loss_as_torchs_graphed_callable(precision, kind):
-    """Torch's own recording of forward and backward, as README recommends for small batches."""
+    """Torch's own recording of forward and backward."""
     options = {"weights": "random", "precision": precision}
     if kind == "lpips":
         eager, recorded = (vggfeat.LPIPS(**options) for _ in range(2))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vggfeat.arch import Arch
+from vggfeat.cuda_graphs import Replays, supports_capture
 from vggfeat.errors import InputError, check_choice
 from vggfeat.features import CUSTOM_BACKWARD_DEVICES, VGGFeatures, count_and_size
 from vggfeat.functional import (
@@ -114,6 +115,7 @@ class _FeatureLoss(nn.Module):
         padding: str = "zeros",
         repeat_grey: bool = False,
         keep: str = "bits",
+        cuda_graphs: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(criterion, type):
@@ -137,6 +139,8 @@ class _FeatureLoss(nn.Module):
         self.criterion = criterion
         self.normalize_features = normalize_features
         self.reduction = reduction
+        self.cuda_graphs = cuda_graphs
+        self._replays = Replays()
 
     def _encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
         """What the loss needs of target images."""
@@ -166,9 +170,12 @@ class _FeatureLoss(nn.Module):
         if mask is not None:
             self._check_masked()
             mask = _checked_mask(mask, input)
-        if self._gradient_in_forward(input, target, mask):
+        constant = self._compares_with_constants(input, target, mask)
+        if constant and torch.is_grad_enabled() and input.requires_grad:
             target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
             total: Tensor = _LossWithGradient.apply(input, self, target, mask)
+        elif constant and self._may_replay(input):
+            (total,) = self._replayed(input, target, mask, gradient=False)
         else:
             total = self._compare_parts(input, target, mask)
         if self.reduction == "none":
@@ -205,18 +212,52 @@ class _FeatureLoss(nn.Module):
         if heads := [name for name in self.layer_weights if name in self.features.arch.head_names]:
             raise InputError(f"a mask fits no layer of the classifier, which has no positions: leave out {heads[0]}")
 
-    def _gradient_in_forward(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
-        """Whether the gradient is computed with the value: if only `input` needs one."""
+    def _compares_with_constants(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
+        """Whether no gradient but the input's can be asked for, so that it is computed with the value."""
         others = [*target.values.values()] if isinstance(target, EncodedTarget) else [target]
         others += [] if mask is None else [mask]
         return (
-            torch.is_grad_enabled()
-            and input.requires_grad
-            and input.device.type in CUSTOM_BACKWARD_DEVICES
-            and not any(other.requires_grad for other in others)
+            input.device.type in CUSTOM_BACKWARD_DEVICES
+            and not (torch.is_grad_enabled() and any(other.requires_grad for other in others))
             and isinstance(self.criterion, str)
             and not needs_composite_ops()
         )
+
+    def _may_replay(self, input: Tensor) -> bool:
+        """Whether calls may become CUDA graphs."""
+        return self.cuda_graphs and supports_capture(input.device) and input.numel() > 0
+
+    def _replayed(
+        self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None, *, gradient: bool
+    ) -> tuple[Tensor, ...]:
+        """`_value_and_gradient`, or `_compare` alone, of the whole batch; as a CUDA graph where that is faster."""
+        encoded = replace(target, values={}) if isinstance(target, EncodedTarget) else None
+        theirs = target.values if isinstance(target, EncodedTarget) else {"": target}
+        names, masks = [*theirs], [] if mask is None else [mask]
+        loss = self._snapshot()  # which a graph keeps
+
+        def compute(input: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            values = dict(zip(names, others[: len(names)], strict=True))
+            target = values[""] if encoded is None else replace(encoded, values=values)
+            mask = None if len(others) == len(names) else others[-1]
+            if gradient:
+                return loss._value_and_gradient(input, target, mask)
+            return (loss._compare(input, target, mask),)
+
+        features, kind = loss.features, input.device.type
+        settings = (
+            (features.trunk, features.plan.code, features.precision, features.keep, features.input_range),
+            (loss.criterion, loss.normalize_features, *loss.layer_weights.items()),
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+        )
+        with torch.no_grad():
+            return self._replays(compute, [input.detach(), *theirs.values(), *masks], (gradient, *names, settings))
+
+    def _snapshot(self) -> _FeatureLoss:
+        """The loss as it is now, without graphs."""
+        loss = copy.copy(self)
+        loss.layer_weights, loss._replays = dict(self.layer_weights), Replays()
+        return loss
 
     def _images_at_a_time(self, input: Tensor) -> int:
         """How many images to run together: on a CPU few enough that activations stay in its caches.
@@ -362,17 +403,14 @@ class _LossWithGradient(torch.autograd.Function):
     ) -> Tensor:
         kind = input.device.type
         ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
-        ctx.loss = copy.copy(loss)  # as it is now, for a second derivative
-        ctx.loss.layer_weights = dict(loss.layer_weights)
-        losses: list[Tensor] = []
-        gradients: list[Tensor] = []
+        ctx.loss = loss._snapshot()  # for a second derivative
         # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-            for part in loss._parts(input, target, mask):
-                value, gradient = loss._value_and_gradient(*part)
-                losses.append(value)
-                gradients.append(gradient)
-        gradient = torch.cat(gradients)
+            if loss._may_replay(input):
+                values, gradient = loss._replayed(input, target, mask, gradient=True)
+            else:
+                parts = [loss._value_and_gradient(*part) for part in loss._parts(input, target, mask)]
+                values, gradient = (torch.cat(each) for each in zip(*parts, strict=True))
         ctx.gradient = gradient.contiguous() if input.is_contiguous() else gradient
         ctx.dtype = input.dtype
         # only for a second derivative, where images modified in the meantime are an error; a first one does not care
@@ -381,7 +419,7 @@ class _LossWithGradient(torch.autograd.Function):
         else:
             ctx.encoded, ctx.names, theirs = replace(target, values={}), [*target.values], [*target.values.values()]
         ctx.save_for_backward(input, mask, *theirs)
-        return torch.cat(losses)
+        return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -435,8 +473,9 @@ class PerceptualLoss(_FeatureLoss):
     under `torch.no_grad()`. Where the target or mask requires a gradient too, for a criterion of your own, under
     `torch.compile` and `torch.func`, it is computed in the backward.
 
-    On a GPU with few small images most of the time is Python's; for fixed shapes
-    `torch.cuda.make_graphed_callables(loss, (input, target))` records value and gradient as CUDA graphs.
+    On a GPU with few small images most of the time would be Python's. Calls that repeat with images of the same sizes
+    are therefore captured as a CUDA graph, at the sixth, if the device is found to wait for the host. The graph keeps
+    the memory that a call needs, at most a fifth of what is free.
 
         >>> import torch, vggfeat
         >>> loss = vggfeat.PerceptualLoss(layers=["relu1_2", "relu2_2"], weights="random")
@@ -462,6 +501,7 @@ class PerceptualLoss(_FeatureLoss):
         padding: `"zeros"`, `"reflect"` or `"replicate"`.
         repeat_grey: accept one channel and repeat it.
         keep: `"bits"` or `"values"`, see `VGGFeatures`: kept for the current images until their gradient is known.
+        cuda_graphs: allow that on a GPU.
 
     Raises:
         InputError: an unknown layer or choice.

@@ -44,6 +44,7 @@ class LPIPS(PerceptualLoss):
         precision: see `VGGFeatures`.
         repeat_grey: accept one channel and repeat it.
         keep: see `PerceptualLoss`.
+        cuda_graphs: see `PerceptualLoss`.
 
     Raises:
         InputError: an unknown choice, or weights of a narrower VGG-16.
@@ -59,6 +60,7 @@ class LPIPS(PerceptualLoss):
         precision: str = "float32",
         repeat_grey: bool = False,
         keep: str = "bits",
+        cuda_graphs: bool = True,
     ) -> None:
         calibration = {name: tuple(values.tolist()) for name, values in sorted(read(CALIBRATION).items())}
         super().__init__(
@@ -71,6 +73,7 @@ class LPIPS(PerceptualLoss):
             precision=precision,
             repeat_grey=repeat_grey,
             keep=keep,
+            cuda_graphs=cuda_graphs,
         )
         # by layer and channel, scaled so that the mean over channels is the paper's sum
         self._by_layer = {name: tuple(len(values) * value for value in values) for name, values in calibration.items()}

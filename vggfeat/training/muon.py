@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vggfeat.cuda_graphs import side_by_side
 from vggfeat.devices import triton_kernels
 
 # three iterations of x ← (a + b x² + c x⁴) x bring values between 0.02 and 1 to between 0.68 and 1.21
@@ -110,11 +111,13 @@ class Muon(torch.optim.Optimizer):
         for value in values:  # a CPU takes filters one by one, while they are in its caches; a GPU, few kernels
             key = (value.shape, value.dtype, value.device) if value.is_cuda else id(value)
             alike.setdefault(key if value.ndim == 4 else None, []).append(value)
-        for key, group in alike.items():
-            if key is None:
-                self._move_others(group, lr, momentum, weight_decay)
-            else:
-                self._move_filters(group, lr, momentum)
+        with side_by_side(values[0].device) as part:  # most kernels are too small to fill a GPU
+            for key, group in alike.items():
+                with part():
+                    if key is None:
+                        self._move_others(group, lr, momentum, weight_decay)
+                    else:
+                        self._move_filters(group, lr, momentum)
 
     def _move_others(self, values: list[Tensor], lr: float | Tensor, momentum: float, weight_decay: float) -> None:
         grads = _grads(values)
