@@ -275,8 +275,8 @@ class Batches:
 
 
 def _trivial_augment() -> Any:
-    """A random operation on images (…,3,H,W) uint8, the same for all; what it moves in from outside is mean colour."""
-    return transforms().TrivialAugmentWide(fill=list(_FILL))
+    """A random operation on images (…,3,H,W) uint8, the same for all."""
+    return transforms().TrivialAugmentWide()
 
 
 def _drawn(low: int, high: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
