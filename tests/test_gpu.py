@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import pickle
+import random
 import time
 import types
 import warnings
@@ -103,7 +104,6 @@ class Recorder:
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
         monkeypatch.setattr(cuda_graphs, "supports_capture", lambda device: True)
         monkeypatch.setattr(cuda_graphs, "_broken", [])
-        cuda_graphs._aside.cache_clear()
 
     def wait_stream(self, other):
         self.waits += 1
@@ -138,7 +138,6 @@ def test_a_recorded_step_is_the_step(monkeypatch):
     first, second = replay(image + 1)[0], replay(image + 2)[0]
     assert len(recorder.steps) == 3  # nothing was launched
     assert torch.equal(first, 2 * (image + 1)) and torch.equal(second, 2 * (image + 2))
-    cuda_graphs._aside.cache_clear()
 
 
 def test_a_recording_that_failed_is_the_last(monkeypatch):
@@ -150,7 +149,6 @@ def test_a_recording_that_failed_is_the_last(monkeypatch):
         cuda_graphs.captured_and_checked(recorder.step, image, cuda_graphs.MIN_STEPS) == recorder.step
         and len(recorder.steps) == 3
     )
-    cuda_graphs._aside.cache_clear()
 
 
 def test_ctrl_c_while_recording_is_ctrl_c(monkeypatch):
@@ -159,7 +157,6 @@ def test_ctrl_c_while_recording_is_ctrl_c(monkeypatch):
     recorder = Recorder(monkeypatch, error)
     with pytest.raises(KeyboardInterrupt):
         cuda_graphs.captured_and_checked(recorder.step, torch.rand(1, 3, 4, 4), cuda_graphs.MIN_STEPS)
-    cuda_graphs._aside.cache_clear()
 
 
 def images(count=1, side=64):
@@ -295,7 +292,8 @@ def pretend(monkeypatch):
 
     def make(record):
         monkeypatch.setattr(cuda_graphs, "supports_capture", lambda device: True)
-        monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, image: step(image))
+        monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, image, aside: step(image))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
         monkeypatch.setattr(cuda_graphs, "capture", record)
 
     return make
@@ -328,19 +326,21 @@ def replays(monkeypatch):
     """`Replays` on the CPU, whose graphs are what is recorded of their capture: a list of functions and inputs."""
     made = []
 
-    def record(step, *inputs):
+    def record(step, *inputs, aside):
         made.append((step, inputs))
         return lambda *inputs: tuple(value.clone() for value in step(*inputs))
 
     monkeypatch.setattr(cuda_graphs, "supports_capture", lambda device: True)
-    monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, *inputs: step(*inputs))
+    monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, *inputs, aside: step(*inputs))
     monkeypatch.setattr(cuda_graphs, "capture", record)
     monkeypatch.setattr(losses_module, "supports_capture", lambda device: True)
     stream = types.SimpleNamespace(wait_event=lambda event: None)
     names = {
         "is_current_stream_capturing": lambda: False,
         "current_stream": lambda device: stream,
+        "Stream": lambda device: stream,
         "empty_cache": lambda: None,
+        "mem_get_info": lambda device: (100, 200),
         "memory_reserved": lambda device: 0,
         "Event": Events,
     }
@@ -383,8 +383,11 @@ def test_only_what_waits_for_the_host_is_replayed(replays, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [{"capture": 2.0}, {"memory": 1 << 60}, {"nan": True}])
 def test_a_graph_that_is_wrong_or_too_large_is_not_used(replays, monkeypatch, wrong):
+    def doubled(step, *inputs, aside):
+        return lambda *given: step(*(2 * x for x in given))
+
     if "capture" in wrong:
-        monkeypatch.setattr(cuda_graphs, "capture", lambda step, *inputs: lambda *given: step(*(2 * x for x in given)))
+        monkeypatch.setattr(cuda_graphs, "capture", doubled)
     if "memory" in wrong:
         sizes = iter([0, wrong["memory"]] * 9)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(sizes))
@@ -398,13 +401,44 @@ def test_a_graph_that_is_wrong_or_too_large_is_not_used(replays, monkeypatch, wr
     assert series.replay is None
 
 
-def test_series_that_are_not_used_are_forgotten(replays):
+def test_a_capture_that_has_no_room_or_must_wait_is_not_made(replays, monkeypatch):
+    calls, x = cuda_graphs.Replays(), torch.ones(3)
+    for _ in range(5):
+        calls(step_of, [x], None)
+    with cuda_graphs._capturing:  # by another thread
+        assert torch.equal(calls(step_of, [x], None)[1], 2 * x) and not replays
+    assert torch.equal(calls(step_of, [x], None)[1], 2 * x) and len(replays) == 1
+
+    def no_room(step, *inputs, aside):
+        tried.append(step)
+        raise torch.OutOfMemoryError("no room")
+
+    tried = []
+    monkeypatch.setattr(cuda_graphs, "warm_up", no_room)
+    for broken in ([], ["failed before"]):
+        monkeypatch.setattr(cuda_graphs, "_broken", broken)
+        calls = cuda_graphs.Replays()
+        for _ in range(12):
+            assert torch.equal(calls(step_of, [x], None)[1], 2 * x)
+        assert len(tried) == 1 and len(replays) == 1
+
+
+def test_series_that_are_not_used_are_forgotten_and_graphs_stay(replays):
     calls = cuda_graphs.Replays()
     for size in range(1, 20):
         calls(step_of, [torch.ones(size)], None)
         calls(step_of, [torch.ones(1)], None)
     assert len(calls._series) == cuda_graphs.MOST_SERIES and len(replays) == 1
     assert not copy.deepcopy(calls)._series and not pickle.loads(pickle.dumps(calls))._series
+
+    calls = cuda_graphs.Replays()
+    replays.clear()
+    sizes = random.Random(0)
+    for _ in range(2000):
+        x = torch.ones(sizes.randrange(1, 12))
+        assert torch.equal(calls(step_of, [x], None)[1], 2 * x)
+    graphs = [series for series in calls._series.values() if series.replay is not None]
+    assert 4 < len(replays) == len(graphs) <= len(calls._series) == cuda_graphs.MOST_SERIES  # none was made in vain
 
 
 @pytest.mark.parametrize("kind", ["perceptual", "cosine", "style", "lpips"])
@@ -453,6 +487,16 @@ def test_settings_of_a_loss_that_change_are_heeded(replays):
         torch.testing.assert_close(loss(x, y), before)
         loss.criterion = "l1"
         assert loss(x, y) != before
+    with torch.no_grad():
+        loss.layer_weights["relu1_2"] = weight = torch.tensor(1.0)
+        values = [loss(x, y) for _ in range(8)]
+        weight.zero_()  # which a graph would not notice
+        assert loss(x, y) < values[-1]
+        loss.layer_weights["relu1_2"], seen = 1.0, []
+        hook = loss.features.register_forward_hook(lambda *given: seen.append(given))
+        loss(x, y)
+        assert len(seen) == 2
+        hook.remove()
     assert not pickle.loads(pickle.dumps(loss))._replays._series
     assert not copy.deepcopy(loss)._replays._series and not loss._snapshot()._replays._series
 
@@ -462,7 +506,7 @@ def test_a_recording_serves_where_it_gives_the_same(pretend, wrong):
     def replay(image):
         return tuple(value + wrong * value.norm() for value in step_of(image))
 
-    pretend(lambda step, image: replay)
+    pretend(lambda step, image, aside: replay)
     image = torch.rand(1, 3, 8, 8)
     assert cuda_graphs.captured_and_checked(step_of, image, times=cuda_graphs.MIN_STEPS - 1) is step_of
     if wrong < 1e-3:
@@ -475,7 +519,7 @@ def test_a_recording_serves_where_it_gives_the_same(pretend, wrong):
 def test_a_recording_that_ignores_its_image_is_not_used(pretend):
     image = torch.rand(1, 3, 8, 8)
     frozen = step_of(image)
-    pretend(lambda step, image: lambda other: frozen)
+    pretend(lambda step, image, aside: lambda other: frozen)
     with pytest.warns(UserWarning, match="results differ"):
         assert cuda_graphs.captured_and_checked(step_of, image, times=100) is step_of
 
@@ -484,7 +528,7 @@ def test_errors_of_the_step_are_its_own(pretend):
     def fail(image):
         raise RuntimeError("out of memory")
 
-    pretend(lambda step, image: pytest.fail("recorded"))
+    pretend(lambda step, image, aside: pytest.fail("recorded"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -494,7 +538,7 @@ def test_errors_of_the_step_are_its_own(pretend):
 
 
 def test_a_recording_that_fails_costs_a_warning(pretend):
-    def fail(step, image):
+    def fail(step, image, aside):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
     config = StyleConfig(**SETTINGS | {"start_size": 48, "steps": cuda_graphs.MIN_STEPS})
@@ -576,11 +620,13 @@ def test_a_replayed_training_is_the_training(tmp_path, device, options, monkeypa
     settings = {"arch": "vgg11_bn", "width": 0.125, "batch_size": 8, "epochs": 4, "precision": "float32"} | options
     config = TrainConfig(**settings, device=device, deterministic=True)
     data = pictures.folder(tmp_path / "data", pictures.tree(8))
-    made, record = [], cuda_graphs.capture if device == "cuda" else lambda step, *inputs: step
+    made, record = [], cuda_graphs.capture if device == "cuda" else lambda step, *inputs, aside: step
     monkeypatch.setattr(learner_module, "supports_capture", lambda device: False)
     plain = train(data, config=config, folder=tmp_path / "plain")
     monkeypatch.setattr(learner_module, "supports_capture", lambda device: True)
-    monkeypatch.setattr(cuda_graphs, "capture", lambda step, *inputs: made.append(step) or record(step, *inputs))
+    monkeypatch.setattr(
+        cuda_graphs, "capture", lambda step, *inputs, aside: made.append(step) or record(step, *inputs, aside=aside)
+    )
     replayed = train(data, config=config, folder=tmp_path / "replayed")
     assert len(made) == 1
     for ours, theirs in zip(replayed.net.state_dict().values(), plain.net.state_dict().values(), strict=True):
@@ -594,7 +640,7 @@ def test_a_training_whose_recording_fails_is_the_training(tmp_path, monkeypatch)
     data = pictures.folder(tmp_path / "data", pictures.tree(8))
     wanted = train(data, config=config, folder=tmp_path / "plain")
 
-    def record(step, *inputs):
+    def record(step, *inputs, aside):
         for value in step.__self__.net.parameters():
             value.grad = torch.full_like(value, math.nan)  # as the memory of a recording has anything in it
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -770,6 +816,26 @@ def test_losses_called_again_on_a_gpu_are_replayed_and_stay_the_same(monkeypatch
             assert float((own - wanted).norm()) <= 0.01 * float(wanted.norm()) and wanted.any()
     (series,) = ours._replays._series.values()
     assert series.replay is not None and not theirs._replays._series
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu_can_be_differentiated_again_and_exported():
+    features = VGGFeatures(["relu2_2"], weights="random", precision="bfloat16")
+    results = []
+    for device in ("cpu", "cuda"):
+        x = scene(32, 24, seed=1).to(device).requires_grad_()
+        value = features(x)["relu2_2"].float().square().mean()
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), x)
+        direction = scene(32, 24, seed=2).to(device)
+        _, forward = torch.func.jvp(lambda x: features(x)["relu2_2"].float().mean(), (x.detach(),), (direction,))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x.detach(), direction)
+            tangent = torch.autograd.forward_ad.unpack_dual(features(dual)["relu2_2"].float().mean()).tangent
+        results.append([each.detach().cpu() for each in (grad, second, forward, tangent)])
+        torch.export.export(features, (x.detach(),))
+    for own, wanted in zip(*results, strict=True):
+        assert float((own - wanted).norm()) <= 0.1 * float(wanted.norm()) and wanted.any()
 
 
 @pytest.mark.gpu

@@ -204,6 +204,18 @@ def test_every_combination_of_taps_of_one_stage(trunks, arch, keep):
                     compare(trunks(arch), taps, pooling, "zeros", keep, (1, 3, 5, 6))
 
 
+def test_ordinary_operations_never_use_kernels_that_cannot_be_differentiated(monkeypatch):
+    monkeypatch.setattr(layers, "triton_kernels", lambda device, dtype: pytest.fail("a kernel was asked for"))
+    plan = Plan(load("random", "vgg16").arch, ("relu2_2",))
+    trunk = load("random", "vgg16")
+    filters = Trunk.shared(trunk.arch, trunk.state, trunk.current_key).filters(
+        plan, torch.device("cpu"), torch.bfloat16
+    )
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (tap,) = plain(x, filters, plan)
+    assert torch.autograd.grad(tap.float().sum(), x)[0].any()
+
+
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_local_response_normalisation_in_bfloat16(trunks, pooling, keep):

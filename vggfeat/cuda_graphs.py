@@ -7,7 +7,7 @@ is a no-op: the step is the function itself, and its numbers are ready when it r
 from __future__ import annotations
 
 import contextlib
-import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from vggfeat.devices import free_memory
 from vggfeat.errors import first_line, warn
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -24,8 +23,9 @@ MIN_STEPS = 20  # fewest steps worth a capture, which takes three runs and a rep
 REPLAY_RTOL = 0.01  # relative difference allowed to a replay: kernels that add in no fixed order differ by less
 TIMED = range(3, 6)  # calls of a series that are timed, the first being 1: by then libraries have chosen their kernels
 HOST_BOUND = 1.2  # times the host's time, below which the device's says that it waits for the host
-MOST_SERIES = 8  # that are remembered: each is of calls with other sizes or settings
-MEMORY_SHARE = 4  # a graph may keep this part of what is free
+MOST_SERIES = 8  # of calls with other sizes or settings each: that have a graph, or may get one
+MEMORY_SHARE = 0.2  # of what is free, that a graph may keep
+_capturing = threading.Lock()  # torch allows one capture at a time
 _broken: list[torch.cuda.CUDAGraph] = []  # failed captures: the allocator may refer to them, and accepts no more
 
 
@@ -69,11 +69,11 @@ def captured_and_checked(step: Step, image: Tensor, times: int) -> Step:
     """
     if times < MIN_STEPS or _broken or not supports_capture(image.device):
         return step
-    other = image.flip(3)
-    wanted = warm_up(step, other)  # here the step's own errors are raised
+    other, aside = image.flip(3), torch.cuda.Stream(image.device)
+    wanted = warm_up(step, other, aside=aside)  # here the step's own errors are raised
     if not _finite(wanted):
         return step  # which is for the loop to judge
-    return captured(step, image, agrees=lambda replay: _close(replay(other), wanted))
+    return captured(step, image, aside=aside, agrees=lambda replay: _close(replay(other), wanted))
 
 
 def _finite(values: Sequence[Tensor]) -> bool:
@@ -87,19 +87,25 @@ def _close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     )
 
 
-def captured(step: Step, *inputs: Tensor, agrees: Callable[[Step], bool] = lambda replay: True) -> Step:
-    """The step as a CUDA graph; itself, with a warning, if capture fails or results do not agree.
+def captured(
+    step: Step,
+    *inputs: Tensor,
+    aside: torch.cuda.Stream | None = None,
+    agrees: Callable[[Step], bool] = lambda replay: True,
+) -> Step:
+    """The step as a CUDA graph; itself if capture fails or results do not agree, of which the first time warns.
 
     Args:
         step: takes tensors of these shapes, and was run before; it reads nothing back, and other tensors that it
             updates, such as weights, keep their memory.
         inputs: examples to capture it with, not run.
+        aside: where it was warmed up, if it was: a stream of the graph's own, for which libraries keep memory.
         agrees: judges the graph.
     """
     if _broken:
         return step
     try:
-        replay = capture(step, *inputs)
+        replay = capture(step, *inputs, aside=aside)
         if agrees(replay):
             return replay
         why = "their results differ from the step's"
@@ -116,16 +122,9 @@ def supports_capture(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-@functools.cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all: libraries keep memory for each one they see."""
-    return torch.cuda.Stream(device)
-
-
-def warm_up(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
+def warm_up(step: Step, *inputs: Tensor, aside: torch.cuda.Stream) -> tuple[Tensor, ...]:
     """The step's result, on the capture stream: in first calls libraries tune and allocate."""
-    device = inputs[0].device
-    here, aside = torch.cuda.current_stream(device), _aside(device)
+    here = torch.cuda.current_stream(inputs[0].device)
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
         step(*inputs)
@@ -134,14 +133,15 @@ def warm_up(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
     return outputs
 
 
-def capture(step: Step, *inputs: Tensor) -> Step:
+def capture(step: Step, *inputs: Tensor, aside: torch.cuda.Stream | None = None) -> Step:
     """The step as a graph captured with these; it keeps alive what else it reads, which must not move."""
     fixed, graph, device = [value.detach().clone() for value in inputs], torch.cuda.CUDAGraph(), inputs[0].device
-    here, aside = torch.cuda.current_stream(device), _aside(device)
+    here, aside = torch.cuda.current_stream(device), aside or torch.cuda.Stream(device)
     aside.wait_stream(here)
     try:
         # the outer context restores the stream where a capture fails, which torch's own does not
         with (
+            _capturing,
             torch.cuda.device(device),
             torch.cuda.stream(aside),
             torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
@@ -159,8 +159,8 @@ def capture(step: Step, *inputs: Tensor) -> Step:
         raise
     here.wait_stream(aside)
 
-    # `reads` keeps alive what the step works on, where the graph will look for it
-    def replay(*inputs: Tensor, reads: Step = step) -> tuple[Tensor, ...]:
+    # `reads` keeps alive what the graph works on: the step's tensors, and libraries' memory for its stream
+    def replay(*inputs: Tensor, reads: object = (step, aside)) -> tuple[Tensor, ...]:
         for mine, value in zip(fixed, inputs, strict=True):
             mine.copy_(value)
         graph.replay()
@@ -197,7 +197,8 @@ class Replays:
     """Calls of a function, captured once they repeat, where launching its kernels takes longer than running them.
 
     One object serves one function, for inputs of several sizes. Copies and pickles of it are empty: graphs belong to
-    one process and one owner.
+    one process and one owner. While a graph is captured, other threads must not draw random numbers on the device;
+    torch raises an error there.
     """
 
     def __init__(self) -> None:
@@ -217,34 +218,43 @@ class Replays:
         """
         if not supports_capture(inputs[0].device) or torch.cuda.is_current_stream_capturing():
             return function(*inputs)
-        kind = inputs[0].device, tuple((value.shape, value.dtype) for value in inputs), _switches(), key
+        series = self._series_of(
+            (inputs[0].device, tuple((value.shape, value.dtype) for value in inputs), _switches(), key)
+        )
+        return function(*inputs) if series is None else series.run(function, inputs)
+
+    def _series_of(self, kind: Hashable) -> _Series | None:
+        """The calls of that kind; None for new ones once there are enough graphs."""
         with self._lock:
             series = self._series[kind] = self._series.pop(kind, _Series())
             if len(self._series) > MOST_SERIES:
-                del self._series[next(iter(self._series))]
-        return series.run(function, inputs)
+                # a graph stays: to capture one for each of many sizes, again and again, would take longer than it saves
+                oldest = next(kind for kind, series in self._series.items() if series.replay is None)
+                if self._series.pop(oldest) is series:
+                    return None
+        return series
 
 
 class _Series:
     """Calls of one function with tensors of the same sizes."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.numbers = itertools.count(1)  # of the calls; threads may call at once
         self.timed: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []  # begin, end, and the host's seconds
+        self.waits = False  # whether calls were found to wait for the host, and no capture was tried yet
         self.replay: Step | None = None
 
     def run(self, function: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The function's results."""
-        if self.replay is not None:
-            return self.replay(*inputs)
-        self.calls += 1
-        if self.calls in TIMED:
-            return self._time(function, inputs)
-        if self.calls == TIMED.stop and self._waits_for_host():
-            self._capture(function, inputs)
-            if self.replay is not None:
-                return self.replay(*inputs)
-        return function(*inputs)
+        if self.replay is None:
+            number = next(self.numbers)
+            if number in TIMED:
+                return self._time(function, inputs)
+            if number == TIMED.stop:
+                self.waits = self._waits_for_host()
+            if self.waits and not _broken:
+                self._capture(function, inputs)
+        return function(*inputs) if self.replay is None else self.replay(*inputs)
 
     def _time(self, function: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         here = torch.cuda.current_stream(inputs[0].device)
@@ -252,30 +262,38 @@ class _Series:
         begin.record(here)
         start = time.perf_counter()
         outputs = function(*inputs)
-        self.timed.append((begin, end, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
         end.record(here)
+        self.timed.append((begin, end, seconds))
         return outputs
 
     def _waits_for_host(self) -> bool:
-        """Whether the device was done with most calls about as soon as the host was; what still runs was not."""
+        """Whether the device was done with most calls about as soon as the host.
+
+        A call that it is still not done with at the next but one counts against it.
+        """
         timed, self.timed = self.timed, []
         votes = [end.query() and begin.elapsed_time(end) < HOST_BOUND * 1e3 * host for begin, end, host in timed]
         return votes.count(True) > len(votes) // 2
 
     def _capture(self, function: Step, inputs: Sequence[Tensor]) -> None:
-        """Set `replay`, unless capture fails, results differ, or the graph keeps too much memory."""
-        device = inputs[0].device
+        """Set `replay`, unless capture fails, results differ, or the graph would keep too much memory."""
+        if _capturing.locked():
+            return  # at the next call, then
+        self.waits, device = False, inputs[0].device
+        torch.cuda.empty_cache()  # what is free is then known, and what is reserved from now on is the function's
+        free, before = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+        aside = torch.cuda.Stream(device)
         with torch.inference_mode(False), torch.no_grad():  # a graph's memory is written again later
-            wanted = warm_up(function, *inputs)
-            if not _finite(wanted):
-                self.calls = 0  # nothing to compare with: another time
+            try:
+                wanted = warm_up(function, *inputs, aside=aside)
+            except torch.OutOfMemoryError:  # in memory of another stream: in the caller's there may be room
                 return
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved(device)
-            replay = captured(function, *inputs, agrees=lambda replay: _close(replay(*inputs), wanted))
-        kept = torch.cuda.memory_reserved(device) - before
-        if replay is not function and kept * (MEMORY_SHARE + 1) <= free_memory(device):  # which counts it as free
-            self.replay = _one_at_a_time(replay, device)
+            if not _finite(wanted):  # nothing to compare with: another time
+                self.numbers = itertools.count(1)
+            elif torch.cuda.memory_reserved(device) - before <= MEMORY_SHARE * free:
+                replay = captured(function, *inputs, aside=aside, agrees=lambda replay: _close(replay(*inputs), wanted))
+                self.replay = None if replay is function else _one_at_a_time(replay, device)
 
 
 def _one_at_a_time(replay: Step, device: torch.device) -> Step:
@@ -301,6 +319,7 @@ def _switches() -> tuple[object, ...]:
         lambda: cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         lambda: torch.backends.fp32_precision,  # type: ignore[attr-defined]
         lambda: matmul.fp32_precision,
+        lambda: (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction),
         torch.get_float32_matmul_precision,
     )
     return (

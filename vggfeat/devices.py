@@ -91,15 +91,14 @@ def trunk_dtype(precision: str, device: torch.device, dtype: torch.dtype = torch
     return torch.float32
 
 
-def convolution_precision(device: torch.device) -> str:
-    """How cuDNN multiplies float32: "tf32" where the device can and torch allows it, as it does by default."""
-    if not bfloat16_is_fast(device):  # both came with sm80
-        return "ieee"
+def convolution_precision() -> str:
+    """How cuDNN multiplies float32 from sm80 on: "tf32", as torch allows by default, or as exactly as "tf32x3"."""
     try:
-        return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+        allowed = torch.backends.cudnn.allow_tf32
     except RuntimeError:  # set by operator, which this reading refuses
         conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        return "tf32" if conv.fp32_precision == "tf32" else "tf32x3"
+        allowed = conv.fp32_precision == "tf32"
+    return "tf32" if allowed else "tf32x3"
 
 
 def triton_kernels(device: torch.device, dtype: torch.dtype) -> Any:

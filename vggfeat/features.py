@@ -223,7 +223,7 @@ class VGGFeatures(nn.Module):
         """The gradient with respect to the images, in their type, by the pullback to the normalised ones."""
         grad = pullback(tap_grad)
         scale, _ = self._factors(grad)
-        return (grad * scale).to(dtype)
+        return grad.mul_(scale).to(dtype)
 
     def _vjp_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Pullback]:
         leaf = images.requires_grad_()

@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 CHANNELS, VALUES = 128, 2048  # per block: adjacent channels, and values in total
-STAGES = 3  # loads under way at a time
 PRODUCT_ROWS = 128  # positions of a block of a product
 
 
@@ -393,16 +392,19 @@ def add_product(x: Tensor, matrix: Tensor, onto: Tensor | None, *, masked: bool,
         onto: (N,C,h,w) in the type of x, laid out channels_last; None for 0, in new memory.
         masked: set it to 0 where x is not above 0.
         precision: of products of float32: "ieee", "tf32", or "tf32x3", three of these, which come to that of float32.
+
+    From sm80 on; before, bfloat16 does not compile or is slow.
     """
     x, matrix = laid_out(x), matrix.contiguous()
     out = torch.empty_like(x) if onto is None else onto
     assert out.is_contiguous(memory_format=torch.channels_last)
     places, channels = x.numel() // x.shape[1], x.shape[1]
     columns = min(128, max(16, int(triton.next_power_of_2(channels))))  # a product of blocks takes 16 at least
-    inner = min(64 if x.dtype == torch.bfloat16 else 32, columns)
+    inner, stages = (64, 3) if x.dtype == torch.bfloat16 else (32, 2)  # consumer GPUs have 99 kB for a block
+    inner = min(inner, columns)
     grid = triton.cdiv(places, PRODUCT_ROWS) * triton.cdiv(channels, columns), 1
     how = onto is not None, masked, precision
-    sizes = places, channels, PRODUCT_ROWS, columns, inner, STAGES
+    sizes = places, channels, PRODUCT_ROWS, columns, inner, stages
     launch(_add_product, x, grid, x, matrix, out, *how, *sizes, warps=max(4, columns // 16))
     return out
 

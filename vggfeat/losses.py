@@ -175,7 +175,7 @@ class _FeatureLoss(nn.Module):
             target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
             total: Tensor = _LossWithGradient.apply(input, self, target, mask)
         elif constant and self._may_replay(input):
-            (total,) = self._replayed(input, target, mask, gradient=False)
+            (total,) = self._snapshot()._replayed(self._replays, input, target, mask, gradient=False)
         else:
             total = self._compare_parts(input, target, mask)
         if self.reduction == "none":
@@ -224,34 +224,47 @@ class _FeatureLoss(nn.Module):
         )
 
     def _may_replay(self, input: Tensor) -> bool:
-        """Whether calls may become CUDA graphs."""
-        return self.cuda_graphs and supports_capture(input.device) and input.numel() > 0
+        """Whether calls may become CUDA graphs: of those, nobody who watches operations or modules would see any."""
+        watched = self.features._forward_hooks or self.features._forward_pre_hooks
+        return (
+            self.cuda_graphs
+            and supports_capture(input.device)
+            and input.numel() > 0
+            and not watched
+            and not torch._C._len_torch_dispatch_stack()
+            and all(isinstance(weight, int | float) for weight in self.layer_weights.values())
+        )
 
     def _replayed(
-        self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None, *, gradient: bool
+        self,
+        replays: Replays,
+        input: Tensor,
+        target: Tensor | EncodedTarget,
+        mask: Tensor | None,
+        *,
+        gradient: bool,
     ) -> tuple[Tensor, ...]:
-        """`_value_and_gradient`, or `_compare` alone, of the whole batch; as a CUDA graph where that is faster."""
+        """`_value_and_gradient`, or `_compare` alone, of the whole batch; of a snapshot, which a graph then keeps."""
         encoded = replace(target, values={}) if isinstance(target, EncodedTarget) else None
         theirs = target.values if isinstance(target, EncodedTarget) else {"": target}
         names, masks = [*theirs], [] if mask is None else [mask]
-        loss = self._snapshot()  # which a graph keeps
 
         def compute(input: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             values = dict(zip(names, others[: len(names)], strict=True))
             target = values[""] if encoded is None else replace(encoded, values=values)
             mask = None if len(others) == len(names) else others[-1]
             if gradient:
-                return loss._value_and_gradient(input, target, mask)
-            return (loss._compare(input, target, mask),)
+                return self._value_and_gradient(input, target, mask)
+            return (self._compare(input, target, mask),)
 
-        features, kind = loss.features, input.device.type
+        features, kind = self.features, input.device.type
         settings = (
             (features.trunk, features.plan.code, features.precision, features.keep, features.input_range),
-            (loss.criterion, loss.normalize_features, *loss.layer_weights.items()),
+            (self.criterion, self.normalize_features, *self.layer_weights.items()),
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
         )
         with torch.no_grad():
-            return self._replays(compute, [input.detach(), *theirs.values(), *masks], (gradient, *names, settings))
+            return replays(compute, [input.detach(), *theirs.values(), *masks], (gradient, *names, settings))
 
     def _snapshot(self) -> _FeatureLoss:
         """The loss as it is now, without graphs."""
@@ -403,11 +416,11 @@ class _LossWithGradient(torch.autograd.Function):
     ) -> Tensor:
         kind = input.device.type
         ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
-        ctx.loss = loss._snapshot()  # for a second derivative
+        now = ctx.loss = loss._snapshot()  # for a second derivative, too
         # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             if loss._may_replay(input):
-                values, gradient = loss._replayed(input, target, mask, gradient=True)
+                values, gradient = now._replayed(loss._replays, input, target, mask, gradient=True)
             else:
                 parts = [loss._value_and_gradient(*part) for part in loss._parts(input, target, mask)]
                 values, gradient = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -475,7 +488,7 @@ class PerceptualLoss(_FeatureLoss):
 
     On a GPU with few small images most of the time would be Python's. Calls that repeat with images of the same sizes
     are therefore captured as a CUDA graph, at the sixth, if the device is found to wait for the host. The graph keeps
-    the memory that a call needs, at most a fifth of what is free.
+    the memory that a call needs, if that is at most a fifth of what is free, as long as the loss lives.
 
         >>> import torch, vggfeat
         >>> loss = vggfeat.PerceptualLoss(layers=["relu1_2", "relu2_2"], weights="random")
@@ -501,7 +514,7 @@ class PerceptualLoss(_FeatureLoss):
         padding: `"zeros"`, `"reflect"` or `"replicate"`.
         repeat_grey: accept one channel and repeat it.
         keep: `"bits"` or `"values"`, see `VGGFeatures`: kept for the current images until their gradient is known.
-        cuda_graphs: allow that on a GPU.
+        cuda_graphs: allow that on a GPU. While a graph is captured, other threads must not draw random numbers there.
 
     Raises:
         InputError: an unknown layer or choice.

@@ -197,7 +197,7 @@ class Batches:
             yield [Batch(*part) for part in zip(images.split(self.part), labels.split(self.part), strict=True)]
 
     def _altered(self, pixels: Tensor, epoch: int) -> Tensor:
-        """The set in memory, with a random operation on each image if there are such."""
+        """The set in memory, or, if there are random operations, a second one with one of these on each image."""
         if self.operation is None:
             return pixels
         order = torch.randperm(len(pixels), generator=seeded(self.config.seed, epoch, -1), device="cpu")
@@ -275,7 +275,7 @@ class Batches:
 
 
 def _trivial_augment() -> Any:
-    """A random operation on images (…,3,H,W) uint8, the same for all."""
+    """A random operation on an image, or the same on several (…,3,H,W) uint8."""
     return transforms().TrivialAugmentWide()
 
 
@@ -314,10 +314,9 @@ class _Crops(Dataset[Any]):
         mode = {"zeros": "constant", "reflect": "reflect"}[config.pad_mode]
         self.images, self.tries = images, 1 if config.bad_images == "fail" else TRIES
         self.shorter = range(resize[0], resize[-1] + 1)
-        steps = [v2.RandomCrop(size, padding=config.pad or None, padding_mode=mode, fill=_FILL), v2.PILToTensor()]
-        if config.augment == "trivialaugment":
-            steps.append(_trivial_augment())
-        self.transform = v2.Compose(steps)
+        crop = [v2.RandomCrop(size, padding=config.pad or None, padding_mode=mode, fill=_FILL), v2.PILToTensor()]
+        first = [_trivial_augment()] if config.augment == "trivialaugment" else []
+        self.transform = v2.Compose(first + crop)
 
     def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> _Crop:
         (number, seeds), bad = item, []

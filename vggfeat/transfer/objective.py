@@ -106,7 +106,7 @@ class Objective:
                 grams: Sums = {}
                 self._each_part(features.checked(image), functools.partial(self._add, grams, ("style",)))
                 self.style = {name: value + share * grams["style", name] for name, value in self.style.items()}
-            self._content_norms = {name: _norm(value) for name, value in self.content.items()}
+            self._content_norms = {name: _norm(upcast(value)) for name, value in self.content.items()}
             self._style_norms = {name: _norm(value) for name, value in self.style.items()}
             # the penalty has to keep up with terms that are as large as the network's activations make them
             scale = sum(self.terms(content).values()) if config.normalization == "gatys" else 1
@@ -141,11 +141,11 @@ class Objective:
         own = part.own
         if part.name not in self.content:
             if own.ndim == 2 or own.shape[2:] == part.size:
-                self.content[part.name] = upcast(own)
+                self.content[part.name] = own if own.device.type == "cpu" else upcast(own)  # not again at every step
                 return
             shape = (1, own.shape[1], *part.size)
             self.content[part.name] = torch.empty(
-                shape, dtype=upcast(own[:0]).dtype, device=own.device, memory_format=torch.channels_last
+                shape, dtype=own.dtype, device=own.device, memory_format=torch.channels_last
             )
         part.of(self.content[part.name]).copy_(own)
 
@@ -155,12 +155,12 @@ class Objective:
         if "style" in terms and part.name in self.style_shares and part.own.numel():
             own_sums["style", part.name] = gram(part.own) * part.share
         if "content" in terms and part.name in self.content_shares:
-            own_sums["content", part.name] = torch.linalg.vector_norm(self._error(part)).square()
+            own_sums["content", part.name] = self._error(part).square().sum()
         for key, value in own_sums.items():
             sums[key] = sums[key] + value if key in sums else value
 
     def _error(self, part: _Part) -> Tensor:
-        return part.own - part.of(self.content[part.name])  # in float32, whatever the values are
+        return part.own - upcast(part.of(self.content[part.name]))  # in float32 or float64
 
     def _tap_grad(self, sum_grads: Sums, part: _Part) -> Tensor | Product:
         """The total's gradient with respect to the values, from those with respect to the sums."""

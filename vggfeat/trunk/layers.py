@@ -75,16 +75,17 @@ def _is_winograd(weight_backward: Tensor) -> bool:
     return weight_backward.ndim == 3
 
 
-def split_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
+def split_bfloat16(x: Tensor, weight: Tensor, *, fused: bool = False) -> Tensor:
     """What the first convolution takes: the images, or for bfloat16 their upper and lower halves, (N,9 or more,H,W).
 
     Eight bits of mantissa are fewer than a photograph has, and conv1_1 takes differences of neighbours. With image and
     weight as sums of two bfloat16 numbers, x w ≈ xₕwₕ + xₗwₕ + xₕwₗ is exact to 16 bits, and 9 channels cost a
-    convolution unit no more than 3: it works on 16 or more at a time.
+    convolution unit no more than 3: it works on 16 or more at a time. With `fused`, on CUDA, it is a kernel that torch
+    cannot differentiate or trace.
     """
     if weight.dtype != torch.bfloat16 or weight.shape[1] < 9:
         return x
-    if x.dtype == torch.float32 and (kernels := triton_kernels(x.device, x.dtype)):
+    if fused and x.dtype == torch.float32 and (kernels := triton_kernels(x.device, x.dtype)):
         return kernels.split_bfloat16(x, weight.shape[1])  # type: ignore[no-any-return]
     high = x.to(weight.dtype)
     low = (x - high.to(x.dtype)).to(weight.dtype)

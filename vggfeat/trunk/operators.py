@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bytes_of
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import kept_of
@@ -51,7 +50,7 @@ def trunk_backward(
     incoming = {plan.by_depth[i]: grad for i, grad in zip(present, grads, strict=True)}
     walk = Walk(filters, plan, keep)
     image_grad = walk.backward(incoming.get, walk.kept_by_stage(taps, kept), (shape[2], shape[3]))
-    return grads[0].new_zeros(tuple(shape)) if image_grad is None else layers.channels_last(image_grad)
+    return grads[0].new_zeros(tuple(shape)) if image_grad is None else image_grad
 
 
 # ── what compilers and vmap need to know of the operators ─────────────────────────────────────────────────────────────

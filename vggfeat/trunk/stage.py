@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vggfeat.devices import convolution_precision, triton_kernels
+from vggfeat.devices import bfloat16_is_fast, convolution_precision, triton_kernels
 from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bands, pack, unpack
 from vggfeat.trunk.filters import Filters
@@ -300,11 +300,12 @@ class GradientAccumulator:
 
     def add_product(self, other: Product, masked: bool = False) -> None:
         """Add a product; with `masked` let the sum through only where its tap, a ReLU's output, is positive."""
-        if kernels := triton_kernels(other.tap.device, other.tap.dtype):
+        device = other.tap.device
+        if bfloat16_is_fast(device) and (kernels := triton_kernels(device, other.tap.dtype)):
             if self.grad is not None and not self.owned:
                 self.replace(self.grad.clone())
             onto = None if self.grad is None else layers.channels_last(self.grad)
-            precision = convolution_precision(other.tap.device)  # it meets the gradients of convolutions
+            precision = convolution_precision()  # it meets the gradients of convolutions
             self.replace(kernels.add_product(other.tap, other.matrix, onto, masked=masked, precision=precision))
             return
         self.add(other.whole())

@@ -67,7 +67,7 @@ class Walk:
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, bool]:
         """Images as the first convolution takes them, and whether they are finite."""
-        return layers.channels_last(layers.split_bfloat16(x, self.filters[0])), layers.stays_finite(x)
+        return layers.channels_last(layers.split_bfloat16(x, self.filters[0], fused=True)), layers.stays_finite(x)
 
     def _forward(self, x: Tensor, finite: bool, on_tap: OnTap | None) -> list[tuple[ByName, ByName]]:
         by_stage: list[tuple[ByName, ByName]] = []
@@ -143,7 +143,7 @@ class Walk:
                 flow.replace(backward_in_strips(flow.grad, held, size, recompute))
         images = self.plan.arch.layers[0].in_channels
         if flow.grad is not None and flow.grad.shape[1] > images:  # CUDA computes more
-            flow.replace(flow.grad[:, :images])
+            flow.replace(layers.channels_last(flow.grad[:, :images]))
         # an image's NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest
         # tap, and its gradient, except for |a - b|: to torch, too, the sign of NaN is 0
         return flow.grad if flow.grad is None or finite is None else torch.where(finite, flow.grad, torch.nan)
