@@ -438,6 +438,23 @@ def test_ctrl_c_saves_and_says_so(vggstyle, folder, monkeypatch, real_signals):
     assert (read_settings(summary["output"]) or {})["interrupted"]
 
 
+def test_ctrl_c_that_is_swallowed_is_heard_at_the_next_occasion(vggstyle, folder, monkeypatch, real_signals):
+    """Python raises nothing out of a finalizer, wherever the signal comes."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: swallowed.append(1))
+    loading, swallowed = stylize_module.load, []
+
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(stylize_module, "load", lambda *given, **more: (Dying(), loading(*given, **more))[1])
+    code, out, err = vggstyle(*PAIR)
+    assert swallowed and (code, out) == (130, "content-style.png\n") and "interrupted" in err.splitlines()[-1]
+    assert (read_settings("content-style.png") or {})["interrupted"]
+    monkeypatch.setattr(stylize_module, "load", loading)
+    assert vggstyle(*PAIR)[0] == 0
+
+
 def test_ctrl_c_before_the_first_step_is_one_line(vggstyle, folder, monkeypatch, real_signals):
     monkeypatch.setattr(stylize_module, "load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     code, out, err = vggstyle(*PAIR)
@@ -879,6 +896,33 @@ def test_ctrl_c_while_training_can_be_gone_on_from(vgg, labelled, monkeypatch, r
     assert count == [2] and not Path("run/weights.safetensors").exists()
     assert vgg("train", "set.zip", *SMALL, "-o", "run", "--resume", "--quiet")[0] == 0
     assert count == [6] and Path("run/weights.safetensors").exists()
+
+
+def test_plots_are_not_put_among_the_images(vgg, labelled):
+    pytest.importorskip("matplotlib")
+    tree, test = Path("tree"), Path("tested")
+    for place, count in ((tree, 4), (test, 2)):
+        pictures.folder(place, pictures.tree(count))
+    before = {path: path.read_bytes() for path in [*tree.rglob("*.png"), *test.rglob("*.png")]}
+    image = str(next(tree.rglob("*.png")))
+    for plot, *more in (
+        (image,),
+        (image, "--overwrite"),
+        ("tree/ant/curves.png",),
+        ("tested/ant/curves.png", "--test", "tested"),
+        ("set.zip", "--overwrite"),
+    ):
+        data = "set.zip" if plot == "set.zip" else "tree"
+        code, out, err = vgg("train", data, *SMALL, "-o", "run", "--plot", plot, *more)
+        says = "is one" if Path(plot).exists() else "would be one"
+        if plot != "set.zip":  # whose name is refused before
+            assert f"it {says} of the files that are read" in one_line(err, "vggfeat")
+        assert (code, out) == (2, "") and not Path("run").exists()
+    assert vgg("train", "tree", *SMALL, "-o", "run", "--plot", "tree/curves.png", "--quiet")[0] == 0  # in no class
+    code, _, err = vgg("evaluate", "run", "tested", "--plot", "tested/bee/c.png", "-o", "r.md")
+    assert code == 2 and "would be one of the files that are read" in err and not Path("r.md").exists()
+    now = {path: path.read_bytes() for path in [*tree.glob("*/*.png"), *test.rglob("*.png")]}
+    assert now == before
 
 
 def test_a_run_that_goes_on_leaves_other_plots_alone(vgg, labelled):

@@ -1286,6 +1286,29 @@ def test_links_to_folders_around_them_are_followed_once(tmp_path):
     assert len(vggfeat.load_images(source)[0]) == 12
 
 
+def test_links_to_one_folder_are_as_many_folders(tmp_path):
+    source = pictures.folder(tmp_path / "s", pictures.tree(4))
+    (tmp_path / "split").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / "split" / part).symlink_to(source)
+    train, test = vggfeat.load_images(tmp_path / "split")
+    assert len(train) == len(test) == 12 and torch.equal(train.pixels, test.pixels)
+
+
+def test_a_setting_that_there_was_not_yet_is_as_if_not_used(data, tmp_path):
+    run(data, tmp_path / "r", epochs=1)
+    for path in checkpoint.saved(tmp_path / "r/checkpoints"):
+        state = checkpoint.read(path, NEEDED)
+        del state["config"]["augment"]
+        checkpoint.write(path, state)
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    before = config.pop("augment")
+    (tmp_path / "r/config.json").write_text(json.dumps(config))
+    assert before == "none" and run(data, tmp_path / "r", resume=True, epochs=1).history
+    with pytest.raises(InputError, match="augment was none, is trivialaugment"):
+        run(data, tmp_path / "r", resume=True, epochs=1, augment="trivialaugment")
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("epochs", [1, 3, 40])
 def test_curves_of_any_length(tmp_path, epochs):

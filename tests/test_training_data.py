@@ -1,6 +1,8 @@
 """What `vggfeat.training.data` reads, and the batches made of it."""
 
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
@@ -13,11 +15,11 @@ import torch
 from PIL import Image
 
 import vggfeat
-from vggfeat.errors import InputError, RunError
+from vggfeat.errors import ImageError, InputError, RunError
 from vggfeat.training import data as data_module
 from vggfeat.training.batches import Batches, normalised, seeded
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import load_images
+from vggfeat.training.data import load_images, loaded
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
@@ -175,6 +177,36 @@ def test_unreadable_images_are_named_and_counted(tmp_path, kind):
     number = found.names.index("ant/2.png")
     assert numpy.array_equal(found.pixels[number].numpy(), numpy.asarray(found.read(number)))
     assert numpy.array_equal(found.pixels[number].numpy(), numpy.asarray(pictures.picture("ant", 2)))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_images_that_vanish_are_unreadable_images(tmp_path, kind):
+    path = tmp_path / "set"
+    pictures.folder(path, pictures.tree(2)) if kind == "folder" else pictures.zipped(path, pictures.tree(2))
+    images, _ = load_images(path)
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(ImageError, match="set"):
+        pickle.loads(pickle.dumps(images.read))(0)  # as in another process
+
+
+class Killed(torch.utils.data.Dataset):
+    """Ends whoever reads it, as where memory runs out."""
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL")
+def test_a_worker_that_is_killed_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(RunError, match="a process that reads images was ended.*set workers lower"):
+        list(loaded(Killed(), [[0], [1]], 1))
+
+
+def test_a_subset_by_numbers_and_by_a_mask(tmp_path):
+    images, _ = load_images(pictures.folder(tmp_path, pictures.tree(3)))
+    by_mask, by_number = images.subset(images.labels == 1), images.subset(torch.tensor([3, 4, 5]))
+    assert by_mask.names == by_number.names == images.names[3:6] and torch.equal(by_mask.pixels, by_number.pixels)
+    assert by_mask.read(2).tobytes() == images.read(5).tobytes() and by_mask.labels.tolist() == [1, 1, 1]
 
 
 def test_a_damaged_zip_entry_is_an_unreadable_image(tmp_path):

@@ -229,7 +229,7 @@ class Replays:
             series = self._series[kind] = self._series.pop(kind, _Series())
             if len(self._series) > MOST_SERIES:
                 # a graph stays: to capture one for each of many sizes, again and again, would take longer than it saves
-                oldest = next(kind for kind, series in self._series.items() if series.replay is None)
+                oldest = next(kind for kind, other in self._series.items() if other.replay is None)
                 if self._series.pop(oldest) is series:
                     return None
         return series

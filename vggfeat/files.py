@@ -39,15 +39,17 @@ def check_path(
         path: where to.
         suffixes: those allowed; none means any.
         overwrite: replace an existing file; for a link, the file that it leads to.
-        inputs: files that are read, which are never replaced; for a folder, all that are in it.
+        inputs: files that are read, which are never replaced; for a folder, all that are in it, and what would be in
+            one of its folders.
         error: what to raise.
 
     Raises:
         InputError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
     """
     path = Path(path)
-    if any(same_file(path, each) or _is_in(path, each) for each in inputs):
-        raise error(f"cannot write {path}: it is one of the files that are read; choose another name")
+    if any(same_file(path, each) or _is_among(path, each) for each in inputs):
+        is_one = "is" if os.path.exists(path) else "would be"
+        raise error(f"cannot write {path}: it {is_one} one of the files that are read; choose another name")
     if os.path.isdir(path):
         raise error(f"cannot write {path}: expected a file name, got a folder; name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -91,9 +93,12 @@ def same_file(path: PathLike, other: PathLike) -> bool:
         return False
 
 
-def _is_in(path: Path, folder: PathLike) -> bool:
-    """Whether an existing file is anywhere in a folder."""
-    return os.path.isdir(folder) and os.path.exists(path) and path.resolve().is_relative_to(Path(folder).resolve())
+def _is_among(path: Path, folder: PathLike) -> bool:
+    """Whether a file is anywhere in a folder, or, where it does not exist, would be in a folder of that."""
+    place, folder = path.resolve(), Path(folder).resolve()
+    if not folder.is_dir() or not place.is_relative_to(folder):
+        return False
+    return place.exists() or place.parent != folder
 
 
 def _led_to(path: Path) -> Path:

@@ -77,7 +77,8 @@ def train(
     if resume and output is None:
         raise vggfeat.InputError("--resume needs the run's folder: name it with --output")
     if first:
-        check_outputs(None, plot, overwrite=overwrite or resume)  # a resumed run may have its plot already
+        # a resumed run may have its plot already
+        check_outputs(None, plot, overwrite=overwrite or resume, inputs=[each for each in (data, test) if each])
     begun = config.arch or Path(str(config.weights or "vgg16_bn")).stem
     folder = Path(output) if output else free_name(Path(f"{begun}-{name}"))
     said = "  ".join(f"{key}={value}" for key, value in config.to_dict().items() if value is not None)

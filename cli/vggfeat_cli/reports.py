@@ -39,7 +39,7 @@ def finish_report(report: Report, form: str | None, output: str | None, overwrit
     from vggfeat.files import check_path, written
 
     with written(check_path(output, overwrite=overwrite), overwrite=overwrite) as file:
-        file.write((text.rstrip("\n") + "\n").encode())
+        file.write((text.rstrip("\n") + "\n").encode(errors="replace"))  # names of files can be any bytes
     click.echo(output)
 
 

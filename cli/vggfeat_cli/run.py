@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import click
 
 from vggfeat.errors import ImageError, RunError, VGGFeatError
-from vggfeat.signals import ignore_termination, on_termination
+from vggfeat.signals import ignore_termination, interrupt, on_termination, raise_swallowed
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 # out of memory on either kind of device is a RuntimeError
@@ -38,7 +38,7 @@ def finish(command: click.Command) -> None:
 
 def _finish(command: click.Command, name: str) -> None:
     try:
-        with on_termination(_interrupt):
+        with on_termination(interrupt):
             code = command.main(prog_name=name, standalone_mode=False)
     except click.UsageError as error:
         fail(name, f"{error.format_message()} (see {error.ctx.command_path if error.ctx else name} --help)", BAD_INPUT)
@@ -81,10 +81,15 @@ def progress_bar(total: float, quiet: bool, named: bool = False) -> Any:
     """tqdm's bar on a terminal's stderr, of floating-point progress; `named` shows a description and figures, too."""
     from tqdm import tqdm
 
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def update(self, n: float | None = 1) -> bool | None:
+            raise_swallowed()
+            return super().update(n)
+
     shape = "{percentage:3.0f}% |{bar:10}| {elapsed}<{remaining}"
     shape = "{desc} " + shape + "{postfix}" if named else shape
     hidden = quiet or not sys.stderr.isatty()
-    return tqdm(total=float(total), bar_format=shape, disable=hidden, leave=False)
+    return Bar(total=float(total), bar_format=shape, disable=hidden, leave=False)
 
 
 def _with_flags(message: str, command: click.Command) -> str:
@@ -96,12 +101,6 @@ def _with_flags(message: str, command: click.Command) -> str:
     names = "|".join(name for name in flags if "_" in name and flags[name].startswith("--"))
     message = re.sub(r"(--[a-z-]+) \(\w+=\w+\)|\w+=\w+ \((--[a-z-]+)\)", r"\1\2", message)
     return re.sub(rf"(?<![\w/.'=-])({names})(?![\w/.'=])", lambda found: flags[found[0]], message)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """Treat a request to end as Ctrl-C, once: what is saved then must not be lost to a second one."""
-    ignore_termination()
-    raise KeyboardInterrupt
 
 
 class _Picture(Protocol):

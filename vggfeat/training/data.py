@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vggfeat.devices import UNKNOWN, total_memory
-from vggfeat.errors import ImageError, InputError
+from vggfeat.errors import ImageError, InputError, RunError, first_line
 from vggfeat.files import PathLike
 from vggfeat.image import open_image, pixels_of
 from vggfeat.signals import ignore_termination
@@ -81,7 +81,8 @@ class ImageSet:
         return hashlib.sha256("".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
 
     def subset(self, chosen: Tensor) -> ImageSet:
-        """The images of these numbers."""
+        """The images of these numbers, or where a mask (N,) is True."""
+        chosen = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen
         numbers = chosen.tolist()
         return ImageSet(
             self.label,
@@ -180,13 +181,13 @@ class _Tree:
 def _parts(path: Path) -> list[_Tree]:
     """The folder of class folders at `path`, or the two of them in its `train` and `test`."""
     if path.is_dir():
-        files, folders, seen = [], [], set()
+        files, folders = [], []
         for here, below, names in os.walk(path, followlinks=True):
-            if (real := os.path.realpath(here)) in seen:  # a link to a folder around it, or the same one twice
+            root = Path(here).relative_to(path)
+            around = {os.path.realpath(path / each) for each in root.parents} if root.parts else set()
+            if os.path.realpath(here) in around:  # a link to a folder around it
                 below.clear()
                 continue
-            seen.add(real)
-            root = Path(here).relative_to(path)
             files += [(root / name).as_posix() for name in names]
             folders += [(root / name).as_posix() for name in below]
     else:
@@ -267,6 +268,7 @@ class _Reader:
 
     def __init__(self, path: Path, prefix: str, names: list[str]) -> None:
         self.path, self.prefix, self.names = path, prefix, names
+        self.in_folder = path.is_dir()  # asked once: it may vanish
         self.archive: zipfile.ZipFile | None = None
         self.owner = 0
 
@@ -275,10 +277,13 @@ class _Reader:
 
     def __call__(self, i: int) -> Image.Image:
         name = self.prefix + self.names[i]
-        if self.path.is_dir():
+        if self.in_folder:
             return open_image(self.path / name)
         if self.archive is None or self.owner != os.getpid():  # a forked process shares the file's position
-            self.archive, self.owner = zipfile.ZipFile(self.path), os.getpid()
+            try:
+                self.archive, self.owner = zipfile.ZipFile(self.path), os.getpid()
+            except (OSError, zipfile.BadZipFile) as error:
+                raise ImageError(f"{self.path} can no longer be read: {error}") from error
         try:
             content = self.archive.read(name)
         except Exception as error:  # a damaged entry is a BadZipFile, zlib.error, EOFError, NotImplementedError, …
@@ -353,7 +358,11 @@ def _start_method() -> str:
 def loaded(
     dataset: Dataset[Any], plan: list[list[Any]], workers: int, collate: Callable[[list[Any]], Any] = list
 ) -> Iterator[Any]:
-    """The items of each part of a plan, read by so many processes, or by this one where there are none."""
+    """The items of each part of a plan, read by so many processes, or by this one where there are none.
+
+    Raises:
+        RunError: one of the processes was ended from outside.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=plan,
@@ -370,6 +379,13 @@ def loaded(
     atexit.register(stop)
     try:
         yield from items
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("exited unexpectedly", "killed by signal")):
+            raise
+        raise RunError(
+            f"a process that reads images was ended, perhaps for lack of memory ({first_line(error)}); "
+            "set workers lower, to 0 for none"
+        ) from error
     finally:
         atexit.unregister(stop)
         stop()

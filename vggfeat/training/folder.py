@@ -85,6 +85,7 @@ def check(folder: Path, config: TrainConfig, resume: bool, sources: Sequence[Any
 def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
     free = ("device", "workers", "save_every", "compile", "bad_images")
     before = {key: tuple(value) if isinstance(value, list) else value for key, value in before.items()}
+    before = TrainConfig().to_dict() | before  # a setting that there was not yet is as if it was not used
     if said := changed(before, config.to_dict(), free):
         raise InputError(f"the run in {folder} has other settings, pass the same ones: {said}")
 
