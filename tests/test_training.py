@@ -1213,6 +1213,22 @@ def test_a_checkpoint_that_cannot_be_read_now_stays(data, tmp_path, monkeypatch,
     assert sorted((tmp_path / "r" / "checkpoints").iterdir()) == files
 
 
+def test_old_checkpoints_that_cannot_be_removed_end_nothing(data, tmp_path, monkeypatch):
+    unlink, refused = Path.unlink, []
+
+    def held(path, *given, **more):
+        if path.parent.name == "checkpoints" and path.suffix in (".pt", ".tmp"):
+            refused.append(path)
+            raise PermissionError(13, "another program has it open")
+        unlink(path, *given, **more)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    assert len(run(data, tmp_path / "r", epochs=4).history) == 4 and refused
+    (tmp_path / "r/checkpoints/.vggfeat-0.tmp").touch()
+    assert checkpoint.newest(tmp_path / "r/checkpoints", NEEDED)[0]["images"] == len(vggfeat.load_images(data)[0])
+    assert len(checkpoint.saved(tmp_path / "r/checkpoints")) == 4
+
+
 def test_damage_that_looks_like_the_system_s_is_passed_over(data, tmp_path):
     """A bit of the zip's end, by which its reader seeks to before the beginning: invalid argument."""
     run(data, tmp_path / "r", epochs=2)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import vggfeat
-from vggfeat import InputError, RunError, StyleConfig, VGGFeatures, WeightsError, stylize
+from vggfeat import DependencyError, InputError, RunError, StyleConfig, VGGFeatures, WeightsError, stylize
 from vggfeat.arch import Arch, parse
 from vggfeat.image import fit, read_settings, resize, to_pil, to_tensor
 from vggfeat.transfer import objective as objective_module, stylize as stylize_module, tiles as tiles_module
@@ -862,6 +863,12 @@ def test_keep_color(config):
     assert (chroma(kept.image) - wanted).abs().mean() < 1.5
     assert (chroma(free.image) - wanted).abs().mean() > 3
     assert kept.image.convert("L").tobytes() != to_pil(content).convert("L").tobytes()
+
+
+def test_what_keep_color_needs_is_looked_for_first(config, pair, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia.color", None)
+    with pytest.raises(DependencyError, match="keep_color needs kornia"):
+        stylize(*pair, config(keep_color=True), callback=lambda step: pytest.fail("begun"))
 
 
 def test_records_and_callback(config, pair):

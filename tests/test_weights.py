@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import threading
 import urllib.request
@@ -615,6 +616,15 @@ def test_record_of_the_first_check(tmp_path):
     note.write_text("ba7816bf" + "0" * 56 + "  w.bin\n")  # the published digits fit, the recorded ones do not
     with pytest.raises(WeightsError, match=r"changed since it was first checked: .* recorded in w.bin.sha256"):
         W.verify(path, "ba7816bf")
+
+
+def test_a_record_is_read_the_same_in_any_locale(tmp_path):
+    (path := tmp_path / "А.pth").write_bytes(b"abc")
+    (tmp_path / "А.pth.sha256").write_text("0" * 64 + "  А.pth\n", encoding="utf-8")
+    code = f"from pathlib import Path; from vggfeat import fetch; print(fetch.recorded(Path({str(path)!a})))"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout == "True\n"
 
 
 def test_tampered_file(monkeypatch, state):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import zipfile
 from collections.abc import Collection, Mapping
@@ -72,7 +73,8 @@ def save(folder: Path, steps: int, state: Mapping[str, Any]) -> Path:
         rest = f"the run can go on from {kept[0]}" if kept else "there is no earlier one"
         raise RunError(f"cannot write checkpoint {path}: {error.strerror}; free some space; {rest}") from error
     for old in saved(folder)[KEPT:]:
-        old.unlink()
+        with contextlib.suppress(OSError):  # another program has it open: the next time, then
+            old.unlink()
     return path
 
 
@@ -86,7 +88,8 @@ def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None
     """
     wrong: dict[Path, str] = {}
     for rest in folder.glob(TEMPORARY):
-        rest.unlink()
+        with contextlib.suppress(OSError):
+            rest.unlink()
     for path in saved(folder):
         try:
             state = read(path, needed)

@@ -77,10 +77,10 @@ def recorded(path: Path) -> bool:
 def _recorded(note: Path) -> str | None:
     """The sha256 that a record holds; None where there is none yet, empty where the file is something else."""
     try:
-        text = note.read_text().strip().lower()
+        text = note.read_text(encoding="utf-8", errors="replace").strip().lower()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError):
+    except OSError:
         return ""
     if not text:
         return None

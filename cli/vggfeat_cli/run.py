@@ -20,7 +20,7 @@ from vggfeat.signals import ignore_termination, interrupt, on_termination, raise
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 # out of memory on either kind of device is a RuntimeError
-UNFORESEEN = (MemoryError, OSError, OverflowError, RuntimeError, ValueError)
+UNFORESEEN = (ImportError, MemoryError, OSError, OverflowError, RuntimeError, ValueError)
 
 
 def finish(command: click.Command) -> None:

@@ -382,8 +382,9 @@ def loaded(
     except RuntimeError as error:
         if not any(said in str(error) for said in ("exited unexpectedly", "killed by signal")):
             raise
+        guard = "" if _start_method() == "fork" else ', or a script without `if __name__ == "__main__":`'
         raise RunError(
-            f"a process that reads images was ended, perhaps for lack of memory ({first_line(error)}); "
+            f"a process that reads images was ended, perhaps for lack of memory{guard} ({first_line(error)}); "
             "set workers lower, to 0 for none"
         ) from error
     finally:

@@ -23,7 +23,7 @@ import vggfeat
 from vggfeat import checkpoint as checkpoints
 from vggfeat.cuda_graphs import AsyncScalars, captured_and_checked, lookahead
 from vggfeat.devices import free_memory, lacks_memory, resolve, total_memory, trunk_dtype
-from vggfeat.errors import InputError, RunError, first_line, warn
+from vggfeat.errors import InputError, RunError, first_line, optional, warn
 from vggfeat.features import VGGFeatures
 from vggfeat.files import check_path
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
@@ -176,6 +176,8 @@ def stylize(
     if not styles:
         raise InputError("no style image: give at least one")
     config.shares("style_blend", len(styles))
+    if config.keep_color:
+        _colors()  # now, not when the picture is done
     device = resolve(config.device)
     weights = resolved(config.weights)
     dtype = trunk_dtype(config.precision, device)
@@ -549,7 +551,10 @@ def _scales(content: Image.Image, config: StyleConfig, least: int) -> list[tuple
 
 def _with_colors_of(colors: Image.Image, picture: Image.Image) -> Image.Image:
     """The picture's lightness in the other's colours (Gatys et al. 2016, arXiv:1606.05897, luminance only)."""
-    from kornia.color import rgb_to_yuv, yuv_to_rgb
+    color = _colors()
+    lightness = color.rgb_to_yuv(to_tensor(picture))[:, :1]
+    return to_pil(color.yuv_to_rgb(torch.cat([lightness, color.rgb_to_yuv(to_tensor(colors))[:, 1:]], dim=1)))
 
-    lightness = rgb_to_yuv(to_tensor(picture))[:, :1]
-    return to_pil(yuv_to_rgb(torch.cat([lightness, rgb_to_yuv(to_tensor(colors))[:, 1:]], dim=1)))
+
+def _colors() -> Any:
+    return optional("kornia.color", "keep_color needs kornia, which does not work here: pip install kornia")

@@ -182,15 +182,16 @@ def palette(name: str) -> Tensor:
 
     Raises:
         InputError: an unknown name.
+        DependencyError: no kornia.
     """
     if name == "grey":
         return torch.linspace(0, 1, 256, dtype=torch.float32, device="cpu")[:, None].expand(-1, 3)
-    from kornia.color import ColorMap, ColorMapType
-
-    names = [str(each) for each in ColorMapType.list()]
+    color = optional("kornia.color", "colour maps need kornia, which does not work here: pip install kornia, or grey")
+    names = [str(each) for each in color.ColorMapType.list()]
     check_choice("colours", name, ["grey", *names])
     with torch.device("cpu"):
-        return ColorMap(name, num_colors=256, dtype=torch.float32).colors.T.clone()
+        colors: Tensor = color.ColorMap(name, num_colors=256, dtype=torch.float32).colors.T.clone()
+    return colors
 
 
 def colored(values: Tensor, colors: str) -> Tensor:
