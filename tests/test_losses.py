@@ -805,6 +805,49 @@ def test_a_pickle_in_a_fresh_process(pair, tmp_path):
     assert [float(value) for value in found] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_a_criterion_of_ones_own_sees_as_many_targets_as_images(pair, make):
+    x, y = pair
+    seen = []
+
+    def criterion(a, b):
+        seen.append((a.shape, b.shape))
+        return torch.cat([a, b], 1).square()
+
+    loss = make(criterion=criterion)
+    one, several = loss(x, y[:1]), loss(x, y[:1].expand(len(x), -1, -1, -1))
+    assert len(x) == 2 and all(a == b for a, b in seen)
+    close(one, several)
+
+
+def test_a_weight_that_is_trained_gets_its_gradient(pair, loss):
+    """Though the constructor refuses it, it can be put there later."""
+    x, y = pair
+    name = next(iter(loss.layer_weights))
+    loss.layer_weights[name] = weight = torch.nn.Parameter(torch.tensor(1.5))
+    loss(x.clone().requires_grad_(), y).backward()
+    loss.layer_weights.update({each: float(each == name) for each in loss.layer_weights})
+    close(weight.grad, loss(x, y))
+
+
+def test_hooks_on_the_features_see_both_images(pair, loss):
+    x, y = pair
+    seen = []
+    loss.features.register_forward_hook(lambda module, given, result: seen.append(given[0]))
+    loss(x.clone().requires_grad_(), y).backward()
+    assert [torch.equal(image, x) for image in seen] == [True, False] and torch.equal(seen[1], y)
+
+
+def test_where_hooks_on_what_is_saved_are_forbidden(pair, loss):
+    x, y = pair
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        image = x.clone().requires_grad_()
+        value = loss(image, y)
+        value.backward()
+    close(value, loss(x, y))
+    assert image.grad.any()
+
+
 @pytest.mark.parametrize(
     "change",
     [

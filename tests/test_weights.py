@@ -621,7 +621,8 @@ def test_record_of_the_first_check(tmp_path):
 def test_a_record_is_read_the_same_in_any_locale(tmp_path):
     (path := tmp_path / "А.pth").write_bytes(b"abc")
     (tmp_path / "А.pth.sha256").write_text("0" * 64 + "  А.pth\n", encoding="utf-8")
-    code = f"from pathlib import Path; from vggfeat import fetch; print(fetch.recorded(Path({str(path)!a})))"
+    place = f"pathlib.Path(os.fsdecode({os.fsencode(path)!r}))"
+    code = f"import os, pathlib; from vggfeat import fetch; print(fetch.recorded({place}))"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert found.stdout == "True\n"

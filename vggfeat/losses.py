@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -216,21 +218,22 @@ class _FeatureLoss(nn.Module):
         """Whether no gradient but the input's can be asked for, so that it is computed with the value."""
         others = [*target.values.values()] if isinstance(target, EncodedTarget) else [target]
         others += [] if mask is None else [mask]
+        weights: Iterable[Any] = self.layer_weights.values()
+        others += [weight for weight in weights if isinstance(weight, Tensor)]
         return (
             input.device.type in CUSTOM_BACKWARD_DEVICES
             and not (torch.is_grad_enabled() and any(other.requires_grad for other in others))
             and isinstance(self.criterion, str)
+            and not (self.features._forward_hooks or self.features._forward_pre_hooks)  # which want to see both images
             and not needs_composite_ops()
         )
 
     def _may_replay(self, input: Tensor) -> bool:
-        """Whether calls may become CUDA graphs: of those, nobody who watches operations or modules would see any."""
-        watched = self.features._forward_hooks or self.features._forward_pre_hooks
+        """Whether calls may become CUDA graphs, of which nobody who watches operations would see anything."""
         return (
             self.cuda_graphs
             and supports_capture(input.device)
             and input.numel() > 0
-            and not watched
             and not torch._C._len_torch_dispatch_stack()
             and all(isinstance(weight, int | float) for weight in self.layer_weights.values())
         )
@@ -382,6 +385,7 @@ class _FeatureLoss(nn.Module):
     def _criterion(self, ours: Tensor, theirs: Tensor) -> Tensor:
         if isinstance(self.criterion, str):
             return CRITERIA[self.criterion](upcast(ours), upcast(theirs))
+        theirs = theirs.expand(len(ours), *theirs.shape[1:])  # of one target for all
         values = self.criterion(upcast(ours), upcast(theirs))
         if not isinstance(values, Tensor) or (values.ndim and len(values) != len(ours)):
             got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
@@ -418,7 +422,7 @@ class _LossWithGradient(torch.autograd.Function):
         ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
         now = ctx.loss = loss._snapshot()  # for a second derivative, too
         # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
-        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        with _no_saved_tensors_hooks():
             if loss._may_replay(input):
                 values, gradient = now._replayed(loss._replays, input, target, mask, gradient=True)
             else:
@@ -462,6 +466,12 @@ def _keeps_graph() -> bool:
 
 def _narrowed(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _no_saved_tensors_hooks() -> AbstractContextManager[object]:
+    """A context without the caller's."""
+    allowed = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", bool)  # where forbidden, there are none
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same) if allowed() else contextlib.nullcontext()
 
 
 def _same(tensor: Tensor) -> Tensor:
