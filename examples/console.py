@@ -14,6 +14,13 @@ def names(text):
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def last_of_each_block(weights, kind):
+    """The last `conv` or `relu` of each block, as far as the weights reach."""
+    there = [layer.name for layer in weights.arch.convs if f"features.{layer.index}.weight" in weights.state]
+    last = {name.partition("_")[0]: name for name in there}
+    return tuple(name.replace("conv", kind) for name in last.values())
+
+
 def command(main, doc):
     """Call `main` with its keywords as command-line options; bad input gives one line and exit status 2."""
 
@@ -30,7 +37,7 @@ def command(main, doc):
         else:
             kind = names if isinstance(each.default, tuple) else str if each.default is None else type(each.default)
             shown = ",".join(each.default) if kind is names else getattr(each.default, "name", each.default)
-            told = None if shown is None else f"default: {shown}"
+            told = f"default: {shown}" if shown else None
             parser.add_argument(f"--{name}", type=kind, default=each.default, help=told)
     try:
         options = vars(parser.parse_args())

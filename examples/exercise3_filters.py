@@ -13,6 +13,7 @@ from vggfeat.visualize import filters
 
 KINDS = ("brightness", "colour blob", "edge or spot in brightness", "edge or spot in colour", "a mixture")
 DIRECTIONS = ("vertical", "one diagonal", "horizontal", "the other diagonal")
+SPOT = "no clear way"
 MOST = 0.75  # share of its energy that decides a filter's kind; in a random one, 16/27 is colour's on average
 
 
@@ -26,9 +27,12 @@ def kind(w):
 
 
 def direction(w):
-    """Which way the edge in a filter's brightness runs, across the steepest rise."""
-    grey = w.mean(0)
+    """Which way the edge in a filter's brightness runs, across the steepest rise; a spot has none."""
+    grey = w.mean(0) - w.mean()
     right, down = float((grey[:, 2] - grey[:, 0]).sum()), float((grey[2] - grey[0]).sum())
+    rise = (right**2 + down**2) / 6  # the energy of the best plane through the nine values
+    if rise < MOST * float(grey.square().sum()):
+        return SPOT
     return DIRECTIONS[round(math.atan2(down, right) / (math.pi / 4)) % 4]
 
 
@@ -40,7 +44,7 @@ def main(picture=None, weights="bundled", arch=None):
     for name in KINDS:
         print(f"{name:27} {counts[name]:3}")
     edges = Counter(direction(w) for w in weight if kind(w) == KINDS[2])
-    print("edges in brightness run: " + ", ".join(f"{name} {edges[name]}" for name in DIRECTIONS))
+    print("edges in brightness run: " + ", ".join(f"{name} {edges[name]}" for name in (*DIRECTIONS, SPOT)))
     plain = len(weight) - counts[KINDS[-1]]
     print(f"{plain} of {len(weight)} filters are of one kind; of random ones about one in nine is.")
     if picture:

@@ -33,21 +33,22 @@ def main(size=64, batch=8, width=0.5, repeats=3):
     images = torch.rand(batch, 3, size, size, device=device)
     targets = torch.arange(batch, device=device) % 10
     print(f"VGG-16 with BN, width ×{width}, {batch} images of {size}×{size}, {device}")
-    print("              saved for backward  peak of a step  seconds a step     loss")
+    # of a CPU's memory only the process' is known, in which what ran before stays
+    gauge = PeakMemory(device) if device.type == "cuda" else None
+    print("              saved for backward  " + "peak of a step  " * (gauge is not None) + "seconds a step     loss")
     results = {}
     for name, net in nets.items():
         state = copy.deepcopy(net.state_dict())
         kept = saved_for_backward(net, images)
         net.load_state_dict(state)
-        gauge = PeakMemory(device)
+        gauge = gauge and PeakMemory(device)
         losses, times = [], []
         for _ in range(repeats):
             start = time.perf_counter()
             losses.append(step(net, images, targets))
             times.append(time.perf_counter() - start)
-        peak = gauge.read()
-        shown = "unknown" if peak is None else f"{peak / 1e6:.0f} MB"
-        print(f"{name:12} {kept / 1e6:17.1f} MB {shown:>15} {min(times):15.3f} {losses[-1]:8.4f}")
+        peak = "" if gauge is None else f"{gauge.read() / 1e6:12.0f} MB"
+        print(f"{name:12} {kept / 1e6:17.1f} MB{peak} {min(times):15.3f} {losses[-1]:8.4f}")
         results[name] = {"kept": kept, "loss": losses[-1]}
     counted = next(
         int(bn.num_batches_tracked) for bn in nets["checkpointed"].modules() if isinstance(bn, nn.BatchNorm2d)

@@ -1,11 +1,14 @@
-"""Exercise 9: VGG-16 (BN, slim head) against ResNet-18, both for small images, same seed, data and recipe.
+"""Exercise 9: VGGs (BN, slim head) against ResNets of about their depth, for small images, same seeds, data and recipe.
 
-python examples/exercise9_vgg_vs_resnet.py [TRAIN.zip TEST.zip] [--epochs N] [--limit IMAGES] [--width W] [--plot FILE]
+python examples/exercise9_vgg_vs_resnet.py [TRAIN.zip TEST.zip] [--nets vgg11,vgg13,vgg16,vgg19] [--seeds N]
+    [--epochs N] [--limit IMAGES] [--width W] [--plot FILE]
 
 The zips hold `<class>/*.jpg`, such as CIFAR-10's; without them, gratings of ten kinds are made. `--limit 0` takes all.
-The ResNet is made of torchvision's blocks, so that `--width` narrows both alike, with a 3×3 stem instead of 7×7 and
+The ResNets are made of torchvision's blocks, so that `--width` narrows both alike, with a 3×3 stem instead of 7×7 and
 pool, as is usual for 32 px.
 """
+
+import statistics
 
 import torch
 from console import command
@@ -14,20 +17,24 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vggfeat
-from vggfeat.errors import first_line
+from vggfeat.errors import check_choice, first_line
+
+# blocks of the four stages: 9, 11, 13 and 17 convolutions against 8, 10, 13 and 16
+RESNETS = {"vgg11": (1, 1, 1, 1), "vgg13": (1, 1, 1, 2), "vgg16": (1, 2, 2, 1), "vgg19": (2, 2, 2, 2)}
 
 
-def vgg16(classes, width):
-    return vggfeat.vgg16(classes, batch_norm=True, head="slim", width=width, dropout=0.0)
+def vgg(arch, classes, width):
+    return vggfeat.vgg(arch, classes, batch_norm=True, head="slim", width=width, dropout=0.0)
 
 
-def resnet18(classes, width):
+def resnet(blocks, classes, width):
     from torchvision.models.resnet import BasicBlock
 
     channels = [round(64 * width)]
     net = [nn.Conv2d(3, channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()]
-    for stage in range(4):
-        for stride in (1 if stage == 0 else 2, 1):
+    for stage, count in enumerate(blocks):
+        for number in range(count):
+            stride = 2 if stage and not number else 1
             before, after = channels[-1], channels[0] * 2**stage
             shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
             net.append(BasicBlock(before, after, stride, shortcut if stride == 2 else None))
@@ -44,7 +51,11 @@ def macs(net, size):
     return counter.get_total_flops() // 2
 
 
-def main(*zips, epochs=3, limit=2000, width=0.25, lr=0.05, batch=64, seed=0, plot=None):
+def main(*zips, nets=("vgg16",), epochs=8, seeds=1, limit=2000, width=0.25, lr=0.05, batch=64, seed=0, plot=None):
+    for each in nets:
+        check_choice("net", each, RESNETS)
+    if seeds < 1:
+        raise vggfeat.InputError(f"expected at least one seed, got {seeds}")
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError, AttributeError) as error:  # built for another torch: RuntimeError
@@ -53,22 +64,34 @@ def main(*zips, epochs=3, limit=2000, width=0.25, lr=0.05, batch=64, seed=0, plo
             f"({first_line(error)}): install the torchvision that belongs to your torch"
         ) from error
     train, test = read(zips, limit, seed)
+    builders = {}
+    for arch in nets:
+        blocks = RESNETS[arch]
+        builders[f"VGG-{arch[3:]}"] = lambda *given, arch=arch: vgg(arch, *given)
+        builders[f"ResNet-{2 + 2 * sum(blocks)}"] = lambda *given, blocks=blocks: resnet(blocks, *given)
     runs, costs = {}, {}
-    for name, build in {"VGG-16": vgg16, "ResNet-18": resnet18}.items():
-        torch.manual_seed(seed)
-        net = build(len(train.classes), width)
-        costs[name] = sum(p.numel() for p in net.parameters()), macs(net, train.pixels.shape[1:3])
-        runs[name] = fit(name, net, train, test, epochs, lr, batch, seed)
-    print(f"Width ×{width:g}, {len(train):,} images of {len(train.classes)} classes, {epochs} epochs, {DEVICE}")
+    for name, build in builders.items():
+        runs[name] = []
+        for each in range(seed, seed + seeds):
+            torch.manual_seed(each)
+            net = build(len(train.classes), width)
+            costs[name] = sum(p.numel() for p in net.parameters()), macs(net, train.pixels.shape[1:3])
+            runs[name].append(fit(name, net, train, test, epochs, lr, batch, each))
+    print(f"Width ×{width:g}, {len(train):,} images of {len(train.classes)} classes, {epochs} epochs, {DEVICE}", end="")
+    print(f", mean and standard deviation of {seeds} seeds" * (seeds > 1))
     print("network        params   M MACs  training loss  test accuracy  seconds an epoch")
-    for name, history in runs.items():
-        (params, work), last = costs[name], history[-1]
-        seconds = min(epoch.seconds for epoch in history)
-        print(f"{name:10} {params:10,} {work / 1e6:8.1f} {last.train_loss:14.3f}", end="")
-        print(f" {last.test_accuracy:14.1%} {seconds:17.1f}")
+    for name, histories in runs.items():
+        (params, work), last = costs[name], [history[-1] for history in histories]
+        loss = statistics.mean(epoch.train_loss for epoch in last)
+        right = [epoch.test_accuracy for epoch in last]
+        accuracy = f"{statistics.mean(right):.1%}" + (f" ± {statistics.stdev(right):.1%}" if seeds > 1 else "")
+        seconds = min(epoch.seconds for history in histories for epoch in history)
+        print(f"{name:10} {params:10,} {work / 1e6:8.1f} {loss:14.3f} {accuracy:>14} {seconds:17.1f}")
+        if max(right) < 1.5 / len(train.classes):
+            print(f"{name} is still about at chance, {1 / len(train.classes):.0%}: give it more epochs or images.")
     if plot:
-        print(vggfeat.plot_training(runs, plot, overwrite=True))
-    return {name: (*costs[name], history) for name, history in runs.items()}
+        print(vggfeat.plot_training({name: each[0] for name, each in runs.items()}, plot, overwrite=True))
+    return {name: (*costs[name], histories) for name, histories in runs.items()}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import vggfeat
+from vggfeat.arch import parse
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SMALL = {"limit": 1500, "epochs": 4, "batch": 32, "width": 0.125}
@@ -129,14 +130,27 @@ def test_exercise_9(example, torchvision, tmp_path, capsys):
     module = example("exercise9_vgg_vs_resnet")
     found = module.main(limit=200, epochs=2, batch=20, width=0.125, plot=file)
     out = capsys.readouterr().out
-    for params, macs, history in found.values():
+    for params, macs, (history,) in found.values():
         assert f"{params:,} {macs / 1e6:8.1f}" in out and history[-1].train_loss < history[0].train_loss
-    net = module.resnet18(10, 1)
+    assert [*found] == ["VGG-16", "ResNet-14"]
+    net = module.resnet((2, 2, 2, 2), 10, 1)
     whole = torchvision.models.resnet18(num_classes=10)
     stem = 64 * 3 * (7 * 7 - 3 * 3)
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in whole.parameters()) - stem == 11_173_962
     vgg = vggfeat.describe("vgg16_bn", num_classes=10, input_size=32, head="slim", width=0.125)
     assert found["VGG-16"][:2] == (vgg.params, vgg.macs)
+
+
+def test_exercise_9_at_several_depths_and_seeds(example, torchvision, capsys):
+    module = example("exercise9_vgg_vs_resnet")
+    found = module.main(nets=("vgg11", "vgg19"), limit=60, epochs=1, batch=20, width=0.0625, seeds=2)
+    assert [*found] == ["VGG-11", "ResNet-10", "VGG-19", "ResNet-18"]
+    out = capsys.readouterr().out
+    assert "2 seeds" in out and " ± " in out and "still about at chance, 10%" in out
+    for arch, blocks in module.RESNETS.items():
+        net = module.resnet(blocks, 10, 0.25)
+        convs = sum(isinstance(each, torch.nn.Conv2d) and each.kernel_size == (3, 3) for each in net.modules())
+        assert abs(convs - len(parse(arch).convs)) <= 1
 
 
 def test_exercise_9_says_that_torchvision_is_broken(script, monkeypatch):
@@ -187,5 +201,5 @@ def test_exercises_on_cifar10(example, test_data, torchvision):
         pytest.skip(f"no {missing[0]}")
     runs = example("exercise2_batch_norm").main(*zips, limit=5000, epochs=3)
     assert runs["with BN"][-1].test_accuracy > max(0.4, runs["plain"][-1].test_accuracy)
-    for _, _, history in example("exercise9_vgg_vs_resnet").main(*zips, limit=2000, epochs=2).values():
+    for _, _, (history,) in example("exercise9_vgg_vs_resnet").main(*zips, limit=2000, epochs=2).values():
         assert history[-1].test_accuracy > 0.25

@@ -251,7 +251,9 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
 
     Args:
         name: `chapter` (the chapter's), `paper` (Simonyan and Zisserman's) or `fast` (ours). A recipe is how to train:
-            the network is `arch`'s, the first weights are drawn as `init` says (theirs is `init="paper"`).
+            the network is `arch`'s, the first weights are drawn as `init` says (theirs is `init="paper"`). Images are
+            normalised by ImageNet's statistics and padded with the mean colour in each; the chapter has CIFAR's, and
+            pads with black.
         changes: fields of `TrainConfig`.
 
     Raises:
