@@ -7,6 +7,7 @@ is a no-op: the step is the function itself, and its numbers are ready when it r
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import time
@@ -25,7 +26,7 @@ TIMED = range(3, 6)  # calls of a series that are timed, the first being 1: by t
 HOST_BOUND = 1.2  # times the host's time, below which the device's says that it waits for the host
 MOST_SERIES = 8  # of calls with other sizes or settings each: that have a graph, or may get one
 MEMORY_SHARE = 0.2  # of what is free, that a graph may keep
-_capturing = threading.Lock()  # torch allows one capture at a time
+_busy = threading.Lock()  # one capture at a time, and no replay meanwhile: before torch 2.14 that would be an error
 _broken: list[torch.cuda.CUDAGraph] = []  # failed captures: the allocator may refer to them, and accepts no more
 
 
@@ -138,32 +139,37 @@ def capture(step: Step, *inputs: Tensor, aside: torch.cuda.Stream | None = None)
     fixed, graph, device = [value.detach().clone() for value in inputs], torch.cuda.CUDAGraph(), inputs[0].device
     here, aside = torch.cuda.current_stream(device), aside or torch.cuda.Stream(device)
     aside.wait_stream(here)
-    try:
-        # the outer context restores the stream where a capture fails, which torch's own does not
-        with (
-            _capturing,
-            torch.cuda.device(device),
-            torch.cuda.stream(aside),
-            torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
-        ):
-            outputs = step(*fixed)
-    except BaseException:
-        with contextlib.suppress(RuntimeError):
-            graph.reset()  # the step itself needs the memory that the capture was given
-        with contextlib.suppress(Exception):  # before torch 2.13 it still counts as being captured
-            generator = torch.cuda.default_generators[
-                torch.cuda.current_device() if device.index is None else device.index
-            ]
-            generator.graphsafe_set_state(generator.clone_state())
-        _broken.append(graph)
-        raise
+    with _busy:
+        if _broken:
+            raise RuntimeError("another capture failed")
+        try:
+            # the outer context restores the stream where a capture fails, which torch's own does not
+            with (
+                torch.cuda.device(device),
+                torch.cuda.stream(aside),
+                torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
+            ):
+                outputs = step(*fixed)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                graph.reset()  # the step itself needs the memory that the capture was given
+            with contextlib.suppress(Exception):  # before torch 2.13 it still counts as being captured
+                generator = torch.cuda.default_generators[
+                    torch.cuda.current_device() if device.index is None else device.index
+                ]
+                generator.graphsafe_set_state(generator.clone_state())
+            _broken.append(graph)
+            raise
     here.wait_stream(aside)
 
-    # `reads` keeps alive what the graph works on: the step's tensors, and libraries' memory for its stream
-    def replay(*inputs: Tensor, reads: object = (step, aside)) -> tuple[Tensor, ...]:
+    # `libraries` have memory for the stream, which the graph works on
+    def replay(*inputs: Tensor, libraries: object = aside) -> tuple[Tensor, ...]:
+        if _broken:  # before torch 2.13 that is the end of earlier graphs, too
+            return step(*inputs)
         for mine, value in zip(fixed, inputs, strict=True):
             mine.copy_(value)
-        graph.replay()
+        with _busy:
+            graph.replay()
         return tuple(value.clone() for value in outputs)
 
     return replay
@@ -252,8 +258,10 @@ class _Series:
                 return self._time(function, inputs)
             if number == TIMED.stop:
                 self.waits = self._waits_for_host()
-            if self.waits and not _broken:
+            if self.waits and not _broken and not _busy.locked():  # or else at the next call
                 self._capture(function, inputs)
+                if self.replay is None:
+                    torch.cuda.empty_cache()  # what the trial took on a stream of its own is of use to no other
         return function(*inputs) if self.replay is None else self.replay(*inputs)
 
     def _time(self, function: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -278,8 +286,6 @@ class _Series:
 
     def _capture(self, function: Step, inputs: Sequence[Tensor]) -> None:
         """Set `replay`, unless capture fails, results differ, or the graph would keep too much memory."""
-        if _capturing.locked():
-            return  # at the next call, then
         self.waits, device = False, inputs[0].device
         torch.cuda.empty_cache()  # what is free is then known, and what is reserved from now on is the function's
         free, before = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
@@ -296,9 +302,18 @@ class _Series:
                 self.replay = None if replay is function else _one_at_a_time(replay, device)
 
 
+@functools.cache
+def _replayed(device: torch.device) -> torch.cuda.Event:
+    """When the last replay on a device was done."""
+    return torch.cuda.Event()
+
+
 def _one_at_a_time(replay: Step, device: torch.device) -> Step:
-    """A replay for callers on several threads and streams: all replays of a graph use the same memory."""
-    lock, done = threading.Lock(), torch.cuda.Event()
+    """A replay for callers on several threads and streams.
+
+    All replays of a graph use the same memory, and streams are so few that graphs may share that of a library.
+    """
+    lock, done = threading.Lock(), _replayed(device)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         with lock:
