@@ -13,7 +13,7 @@ import vggfeat
 from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.tables import apart
 from vggfeat.training.data import ImageSet, load_images
-from vggfeat.training.evaluation import Evaluation, Views, _metrics
+from vggfeat.training.evaluation import Evaluation, Views, _crops, _metrics
 from vggfeat.weights import IMAGENET
 
 ONE = {"precision": "float32", "device": "cpu"}
@@ -289,6 +289,21 @@ def test_wide_letters_take_two_columns_and_a_plot_without_them_no_warning(tmp_pa
     assert vggfeat.plot_confusion(report, tmp_path / "c.png").stat().st_size > 1000  # warnings are errors in tests
 
 
+def test_grids_reach_the_borders():
+    x = torch.arange(43 * 47.0).view(1, 1, 43, 47)
+    crops = [*_crops(x, 32, 4, "")]
+    assert len(crops) == 16 and torch.equal(crops[0], x[..., :32, :32]) and torch.equal(crops[-1], x[..., -32:, -32:])
+    assert [int(crop[0, 0, 0, 0]) % 47 for crop in crops[:4]] == [0, 5, 10, 15]
+
+
+def test_metrics_at_their_limits():
+    found = _metrics(torch.tensor([1]), torch.tensor([[1.0, 0.0]]), ["a", "b"], 1, [])
+    assert 80 < found.loss < 100  # of the smallest number there is, not of 0
+    for classes, top5 in ((5, None), (6, 1.0)):
+        scores = torch.full((1, classes), 1 / classes)
+        assert _metrics(torch.tensor([0]), scores, [*map(str, range(classes))], 1, []).top5 == top5
+
+
 def test_confusions_are_shares_of_the_true_class(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
@@ -297,6 +312,8 @@ def test_confusions_are_shares_of_the_true_class(tmp_path, monkeypatch):
     vggfeat.plot_confusion(report, tmp_path / "c.png")
     axes = drawn[0].axes[0]
     assert axes.images[0].get_array().tolist() == [[80, 20], [25, 75]]
+    written = {text.get_position(): round(float(text.get_text())) for text in axes.texts}
+    assert written == {(0, 0): 80, (1, 0): 20, (0, 1): 25, (1, 1): 75}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
     assert [each.get_text() for each in axes.get_yticklabels()] == ["ant", "bee"]
 

@@ -1,6 +1,7 @@
 """The losses: against ordinary autograd through an ordinary network, and inside other people's models."""
 
 import copy
+import dataclasses
 import gc
 import math
 import os
@@ -803,6 +804,24 @@ def test_a_pickle_in_a_fresh_process(pair, tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "both.pt")]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
     assert [float(value) for value in found] == pytest.approx(expected, rel=1e-5)
+
+
+def test_masks_of_encoded_styles_are_looked_at(pair):
+    _, y = pair
+    mask = torch.ones(len(y), 1, *y.shape[2:])
+    for bad in (-mask, mask * math.nan, mask[..., :-1]):
+        with pytest.raises(vggfeat.InputError, match="mask"):
+            style().encode(y, bad)
+
+
+def test_targets_encoded_under_another_convention_are_refused(pair):
+    x, y = pair
+    loaded = vggfeat.weights.load(STATE, "vgg16")
+    other = dataclasses.replace(loaded, mean=(0.0, 0.0, 0.0))
+    ours, theirs = (vggfeat.PerceptualLoss(["relu1_2"], weights=each) for each in (loaded, other))
+    assert ours.features.checksum() != theirs.features.checksum()
+    with pytest.raises(vggfeat.InputError, match="was encoded by"):
+        ours(x, theirs.encode(y))
 
 
 @pytest.mark.parametrize("make", [perceptual, style])

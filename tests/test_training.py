@@ -279,6 +279,7 @@ def test_schedules():
     assert one[0] == pytest.approx(1 / 25) and one[-1] < 2e-3
     warm = rates(config(schedule="cosine", warmup=2.0))
     assert warm[:20] == pytest.approx([(i + 1) / 20 - i / 20 / 20 for i in range(20)], abs=1e-9)
+    assert warm[60] == pytest.approx(0.5) and warm[-1] < 1e-3
     assert warm[20] == pytest.approx(1.0) and warm == pytest.approx(sorted(warm[:21]) + sorted(warm[21:], reverse=True))
 
 
@@ -293,6 +294,9 @@ def test_groups_of_parameters():
         kind: type(components.optimizer(net, TrainConfig(optimizer=kind))) for kind in ("sgd", "adam", "adamw", "muon")
     }
     assert kinds == {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
+    for kind in ("adam", "adamw"):
+        made = components.optimizer(net, TrainConfig(optimizer=kind, momentum=0.8))
+        assert made.param_groups[0]["betas"] == (0.8, 0.999)
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 1.0}])
@@ -1343,6 +1347,8 @@ def test_curves_are_those_of_the_history(tmp_path, monkeypatch):
         Epoch(2, 0.1, 1.5, 0.75, None, None, None, 1.0, 1.0, 0),
     ]
     vggfeat.plot_training({"a": history}, tmp_path / "curves.png")
+    dashes = {line.get_label(): line.get_linestyle() for line in drawn[0].axes[0].lines}
+    assert dashes == {"a, train": ":", "a, test": "-"}
     panels = [{line.get_label(): [*line.get_xydata().tolist()] for line in axes.lines} for axes in drawn[0].axes]
     assert panels == [
         {"a, train": [[1, 2.5], [2, 1.5]], "a, test": [[1, 2]]},

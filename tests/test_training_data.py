@@ -17,7 +17,7 @@ from PIL import Image
 import vggfeat
 from vggfeat.errors import ImageError, InputError, RunError
 from vggfeat.training import data as data_module
-from vggfeat.training.batches import Batches, normalised, seeded
+from vggfeat.training.batches import Batches, normalised, scale_for, seeded
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import load_images, loaded
 from vggfeat.training.distributed import World
@@ -397,6 +397,27 @@ def test_cutout_blanks_a_square(ramp):
                 assert blank.sum() == height * width <= 64
                 sizes.add(int(height))
     assert max(sizes) == 8 and min(sizes) < 8  # at the border it is cut
+    cut = set()  # where
+    for number in range(40):
+        for (batch,) in epoch(ramp, number, cutout=8):
+            for rows in (batch.images == 0).all(1).any(2):
+                if rows.sum() < 8:
+                    cut.add("top" if rows[0] else "bottom" if rows[-1] else "elsewhere")
+    assert cut == {"top", "bottom"}
+
+
+def test_padding_is_the_mean_colour_from_files_too(tmp_path):
+    images, _ = load_images(pictures.folder(tmp_path, pictures.tree(4)))
+    images.pixels = None
+    seen = False
+    for number in range(4):
+        for (batch,) in epoch(images, number, pad=4, resize=(32,), workers=0):
+            edges = batch.images[:, :, 0]
+            padded = edges.abs().amax((1, 2)) < 0.02
+            assert (edges[~padded].abs().amax((1, 2)) > 0.2).all()
+            seen |= bool(padded.any())
+    assert seen
+    assert scale_for(224) == 256  # as published networks were tested
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -539,6 +560,17 @@ def test_a_set_that_cannot_be_read_any_more(mixed, torchvision, monkeypatch):
         path.write_bytes(b"gone")
     with pytest.raises(RunError, match=r"of 1000 images drawn none can be read, such as .*\.png"):
         epoch(found, bad_images="skip", resize=(32,), workers=0)
+
+
+def test_a_class_of_one_image_is_trained_on(tmp_path):
+    from vggfeat.training.batches import split_holdout
+
+    files = {
+        name: content for name, content in pictures.tree(5).items() if name.startswith("ant") or name == "bee/0.png"
+    }
+    images, _ = load_images(pictures.folder(tmp_path, files))
+    train, test = split_holdout(images, 0.6, 0)
+    assert sorted(train.labels.tolist()) == [0, 0, 1] and test.labels.tolist() == [0, 0, 0]
 
 
 def test_a_split_set_is_the_whole(tmp_path):

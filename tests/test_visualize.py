@@ -536,6 +536,17 @@ def test_a_texture_has_the_gram_matrices_of_the_image(thin):
     assert again.image.tobytes() == found.image.tobytes()
 
 
+def test_inversions_keep_to_one_scale_and_textures_are_not_smoothed(thin):
+    options = {"size": 400, "steps": 1, "weights": thin, "precision": "float32"}
+    features = invert(noise(400, 300), ["relu1_1"], **options)
+    texture = invert(noise(400, 300), ["relu1_1"], gram=True, **options)
+    assert len({each["scale"] for each in features.result.history}) == 1
+    assert (features.result.to_dict()["config"]["tv_weight"], texture.result.to_dict()["config"]["tv_weight"]) == (
+        1.0,
+        0.0,
+    )
+
+
 def test_texture_layers_go_as_far_as_the_weights(oxford):
     image = noise(32, 32)
     assert invert(image, gram=True, size=32, steps=1, weights=oxford).layers == ("relu1_1", "relu2_1", "relu3_1")
