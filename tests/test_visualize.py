@@ -955,10 +955,12 @@ def test_exercise_3_tells_kinds_of_filters_apart(example, capsys, tmp_path, oxfo
     assert (tmp_path / "f.png").stat().st_size > 1000
 
 
-def test_exercise_5_counts_the_units_that_respond(example, capsys, tmp_path, small, monkeypatch):
+def test_exercise_5_counts_the_units_that_respond(example, capsys, tmp_path, small):
     module = example("exercise5_feature_maps")
-    monkeypatch.setattr(module, "LAYERS", ("relu1_1", "relu2_1"))
-    module.main(picture=tmp_path / "m.png", weights=small, arch=None, size=48)
+    module.main(weights="random", arch="vgg16", size=32)  # any VGG, whose last ReLU of each block it finds
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert names == ["relu1_1", "relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3"]
+    module.main(picture=tmp_path / "m.png", weights=small, arch=None, layers=("relu1_1", "relu2_1"), size=48)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split()[:3] == ["relu1_1", "8", "48×36"] and lines[3].split()[:3] == ["relu2_1", "16", "24×18"]
     assert 20 < int(lines[2].split()[3].rstrip("%")) < 80
