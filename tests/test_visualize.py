@@ -951,7 +951,11 @@ def test_exercise_3_tells_kinds_of_filters_apart(example, capsys, tmp_path, oxfo
     lines = capsys.readouterr().out.splitlines()
     counts = [int(line.split()[-1]) for line in lines[1:6]]
     assert sum(counts) == 64 and counts[1] > 10 and counts[2] > 20 and counts[4] < 16  # colour blobs, edges, mixtures
-    assert all(int(part.split()[-1]) >= 5 for part in lines[6].split(","))  # edges of every direction
+    directions = [int(part.split()[-1]) for part in lines[6].split(",")]
+    assert min(directions[:4]) >= 2 and sum(directions) == counts[2]  # edges of every direction, and spots
+    spot = -torch.ones(3, 3, 3)
+    spot[:, 1, 1] = 8
+    assert module.direction(spot) == module.SPOT
     assert (tmp_path / "f.png").stat().st_size > 1000
 
 
