@@ -33,14 +33,14 @@ def main(*zips, epochs=5, limit=2000, arch="vgg11", width=0.25, lr=0.02, batch=6
     last = {name: history[-1].test_accuracy for name, history in runs.items()}
     first, second = sorted(last, key=last.get, reverse=True)
     chance = 1 / len(train.classes)
-    called = {"plain": "the plain network", "with BN": "the network with BN"}
+    called = {"plain": "plain network", "with BN": "network with BN"}
     if last[first] < 1.5 * chance:
         print(f"Both networks are still about at chance, {chance:.0%}: more epochs or images would tell.")
     elif last[second] < 1.5 * chance:
-        print(f"T{called[second][1:]} is still about at chance, {chance:.0%}.")
+        print(f"The {called[second]} is still about at chance, {chance:.0%}.")
     else:
         epoch = next(n for n, each in enumerate(runs[first], start=1) if each.test_accuracy >= last[second])
-        print(f"What {called[second]} ends at, {last[second]:.1%}, {called[first]} reaches in epoch {epoch}.")
+        print(f"What the {called[second]} ends at, {last[second]:.1%}, the {called[first]} reaches in epoch {epoch}.")
     if plot:
         print(vggfeat.plot_training(runs, plot, overwrite=True))
     return runs

@@ -33,21 +33,20 @@ def main(size=64, batch=8, width=0.5, repeats=3):
     images = torch.rand(batch, 3, size, size, device=device)
     targets = torch.arange(batch, device=device) % 10
     print(f"VGG-16 with BN, width ×{width}, {batch} images of {size}×{size}, {device}")
-    # of a CPU's memory only the process' is known, in which what ran before stays
-    gauge = PeakMemory(device) if device.type == "cuda" else None
-    print("              saved for backward  " + "peak of a step  " * (gauge is not None) + "seconds a step     loss")
+    on_gpu = device.type == "cuda"  # of a CPU's memory only the process' is known, in which what ran before stays
+    print("              saved for backward  " + "peak of a step  " * on_gpu + "seconds a step     loss")
     results = {}
     for name, net in nets.items():
         state = copy.deepcopy(net.state_dict())
         kept = saved_for_backward(net, images)
         net.load_state_dict(state)
-        gauge = gauge and PeakMemory(device)
+        gauge = PeakMemory(device)
         losses, times = [], []
         for _ in range(repeats):
             start = time.perf_counter()
             losses.append(step(net, images, targets))
             times.append(time.perf_counter() - start)
-        peak = "" if gauge is None else f"{gauge.read() / 1e6:12.0f} MB"
+        peak = f"{gauge.read() / 1e6:13.0f} MB" if on_gpu else ""
         print(f"{name:12} {kept / 1e6:17.1f} MB{peak} {min(times):15.3f} {losses[-1]:8.4f}")
         results[name] = {"kept": kept, "loss": losses[-1]}
     counted = next(

@@ -8,6 +8,7 @@ The ResNets are made of torchvision's blocks, so that `--width` narrows both ali
 pool, as is usual for 32 px.
 """
 
+import functools
 import statistics
 
 import torch
@@ -67,16 +68,16 @@ def main(*zips, nets=("vgg16",), epochs=8, seeds=1, limit=2000, width=0.25, lr=0
     builders = {}
     for arch in nets:
         blocks = RESNETS[arch]
-        builders[f"VGG-{arch[3:]}"] = lambda *given, arch=arch: vgg(arch, *given)
-        builders[f"ResNet-{2 + 2 * sum(blocks)}"] = lambda *given, blocks=blocks: resnet(blocks, *given)
+        builders[f"VGG-{arch[3:]}"] = functools.partial(vgg, arch)
+        builders[f"ResNet-{2 + 2 * sum(blocks)}"] = functools.partial(resnet, blocks)
     runs, costs = {}, {}
     for name, build in builders.items():
         runs[name] = []
         for each in range(seed, seed + seeds):
             torch.manual_seed(each)
             net = build(len(train.classes), width)
-            costs[name] = sum(p.numel() for p in net.parameters()), macs(net, train.pixels.shape[1:3])
             runs[name].append(fit(name, net, train, test, epochs, lr, batch, each))
+        costs[name] = sum(p.numel() for p in net.parameters()), macs(net.cpu(), train.pixels.shape[1:3])
     print(f"Width ×{width:g}, {len(train):,} images of {len(train.classes)} classes, {epochs} epochs, {DEVICE}", end="")
     print(f", mean and standard deviation of {seeds} seeds" * (seeds > 1))
     print("network        params   M MACs  training loss  test accuracy  seconds an epoch")

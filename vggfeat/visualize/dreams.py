@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vggfeat.arch import HEAD_NAMES, Arch, layer_names
 from vggfeat.devices import resolve
-from vggfeat.errors import InputError, WeightsError, check_choice, whole_number
+from vggfeat.errors import InputError, WeightsError, check_choice, optional, whole_number
 from vggfeat.features import VGGFeatures
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, to_pil, to_tensor
@@ -264,6 +264,7 @@ class _Pixels:
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         self.pixels = (0.5 + 0.05 * noise).to(device)
         self.optimizer = Adam(rate / 3)
+        self.filters = optional("kornia.filters", "pixels need kornia, which does not work here: pip install kornia")
         self.count = 0
 
     def images(self) -> Tensor:
@@ -273,15 +274,13 @@ class _Pixels:
 
     def step(self, loss: Tensor, progress: float) -> None:
         """One step of Adam, and a blur every few."""
-        from kornia.filters import gaussian_blur2d
-
         (grad,) = torch.autograd.grad(loss, self.pixels)
         self.pixels = self.optimizer.step(self.pixels.detach(), grad)
         self.count += 1
         if self.count % _BLUR == 0 and progress < 1:
             sigma = _BLURS[0] + (_BLURS[1] - _BLURS[0]) * progress
             with self.pixels.device:  # kornia creates its filter on the default one
-                self.pixels = gaussian_blur2d(self.pixels, 7, (sigma, sigma))
+                self.pixels = self.filters.gaussian_blur2d(self.pixels, 7, (sigma, sigma))
 
 
 # ── inversion ─────────────────────────────────────────────────────────────────────────────────────────────────────────
