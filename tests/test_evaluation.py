@@ -348,3 +348,27 @@ def test_a_picture_of_confusions(tmp_path):
 def test_what_python_may_hand_over(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_images_behind_a_damaged_one_keep_their_classes(tmp_path):
+    files = pictures.tree(3, width=40, height=36) | {
+        "bee/wide.png": pictures.encoded(pictures.picture("bee", 9, 60, 36))
+    }
+    files["ant/1.png"] = files["ant/1.png"][:70]
+    bad, views = pictures.folder(tmp_path / "bad", files), Views(size=32, scales=(36,))
+    found = vggfeat.evaluate(made(), bad, views, bad_images="skip", workers=0, **ONE)
+    assert [sum(row) for row in found.confusion] == [2, 4, 3] and found.skipped == ["ant/1.png"]
+
+
+def test_a_damaged_image_of_a_set_that_fits_into_memory(folder):
+    (folder / "ant" / "1.png").write_bytes((folder / "ant" / "1.png").read_bytes()[:70])
+    found = vggfeat.evaluate(made(), folder, bad_images="skip", **ONE)
+    assert found.images == 8 and found.skipped == ["ant/1.png"]
+
+
+def test_no_image_can_be_read(tmp_path):
+    files = pictures.tree(1, width=40, height=36) | {"bee/w.png": pictures.encoded(pictures.picture("bee", 9, 60, 36))}
+    data, _ = load_images(pictures.folder(tmp_path / "set", files))
+    pictures.folder(tmp_path / "set", dict.fromkeys(files, b"gone"))
+    with pytest.raises(RunError, match="no image of .* could be read"):
+        vggfeat.evaluate(made(), data, Views(size=32, scales=(36,)), bad_images="skip", workers=0, **ONE)

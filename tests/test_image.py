@@ -725,3 +725,18 @@ def test_what_replaces_a_file_is_as_private_and_where_its_link_leads(tmp_path, s
     assert link.is_symlink() and private.stat().st_mode & 0o777 == 0o600 and vi.open_image(private).size == (32, 24)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "link.png"]
     assert [*private.parent.iterdir()] == [private]
+
+
+def test_check_output_refuses_a_link_into_a_folder_without_permission(tmp_path, monkeypatch):
+    file, link = tmp_path / "there" / "a.png", tmp_path / "link.png"
+    file.parent.mkdir()
+    file.write_bytes(b"old")
+    link.symlink_to(file)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != file.parent)
+    with pytest.raises(ImageError, match="that it leads to is not writable"):
+        vi.check_output(link, overwrite=True)
+
+
+def test_numbers_that_json_lacks_inside_a_tuple(tmp_path):
+    path = vi.save_image(Image.new("RGB", (1, 1)), tmp_path / "a.png", settings={"v": (1.0, float("nan"))})
+    assert vi.read_settings(path) == {"v": [1.0, None]}

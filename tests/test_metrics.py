@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat.arch import Arch, scaled
 from vggfeat.errors import InputError
-from vggfeat.metrics import CALIBRATION
-from vggfeat.weights import load
+from vggfeat.metrics import CALIBRATION, lpips_weights
+from vggfeat.weights import DEFAULT, load
 
 LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3"]
 
@@ -143,3 +143,18 @@ def test_other_networks_are_refused():
     encoded = vggfeat.PerceptualLoss(LAYERS, weights=narrow).encode(torch.rand(1, 3, 16, 16))
     with pytest.raises(vggfeat.InputError, match="encoded by PerceptualLoss"):
         vggfeat.LPIPS(weights="random")(torch.rand(1, 3, 16, 16), encoded)
+
+
+def test_auto_means_imagenet_only_where_the_environment_says_nothing_else(monkeypatch):
+    assert lpips_weights("auto") == "imagenet"
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", "bundled")  # of another network: refused, not replaced
+    assert lpips_weights("auto") == "auto"
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", "auto")
+    assert type(lpips_weights(DEFAULT)) is str  # "imagenet" as such, not what the environment says
+
+
+def test_grey_images_are_repeated(weights):
+    grey = torch.rand(2, 1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    metric = vggfeat.LPIPS(weights=weights, repeat_grey=True, precision="bfloat16", keep="values")
+    assert torch.equal(metric(*grey), metric(*grey.expand(-1, -1, 3, -1, -1)))
+    assert (metric.features.precision, metric.features.keep) == ("bfloat16", "values")

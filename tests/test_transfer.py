@@ -1310,3 +1310,23 @@ def test_tuebingen_takes_on_the_starry_night(oxford, test_data):
             terms = by_hand(state, config, to_tensor(photo), [to_tensor(painting)], to_tensor(result.image))
         totals.append(float(sum(terms.values())))
     assert totals[1] == pytest.approx(totals[0], rel=0.05)
+
+
+def test_a_run_that_goes_on_counts_the_time_before(config, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
+    path, settings = tmp_path / "run.pt", config(steps=2)
+    stylize(*pair, settings, checkpoint=path)
+    state = stylize_module.checkpoints.read(path, ())
+    stylize_module.checkpoints.write(path, state | {"elapsed": 1000.0})
+    assert stylize(*pair, settings, checkpoint=path).elapsed > 1000
+
+
+def test_a_checkpoint_is_of_one_picture_to_start_from(config, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
+    start, path = tmp_path / "start.png", tmp_path / "run.pt"
+    to_pil(pair[0].flip(3)).save(start)
+    settings = config(steps=2, init=str(start))
+    stylize(*pair, settings, checkpoint=path)
+    to_pil(pair[0].flip(2)).save(start)  # another picture by now
+    with pytest.raises(InputError, match="was written with other pictures"):
+        stylize(*pair, settings, checkpoint=path)

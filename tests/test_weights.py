@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import math
 import os
 import pickle
 import socket
@@ -16,6 +17,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from vggfeat import fetch, weights as W
@@ -176,7 +178,9 @@ def test_jcjohnsons_keys(tmp_path, net, state):
     theirs = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
     assert "classifier.4.weight" in theirs and "classifier.0.weight" not in theirs
     torch.save(theirs, tmp_path / "w.pth")
-    assert_same(W.load(tmp_path / "w.pth"), net)
+    with pytest.warns(UserWarning, match=r"as Oxford's files do: .*say caffe:.*w\.pth"):
+        assert_same(W.load(tmp_path / "w.pth"), net)
+    assert W.load(f"caffe:{tmp_path / 'w.pth'}").std == W.CAFFE.std
 
 
 # ── the network that a file belongs to ────────────────────────────────────────────────────────────────────────────────
@@ -639,11 +643,137 @@ def test_tampered_file(monkeypatch, state):
     path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
     os.utime(path, ns=(1, 1))
     actual = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    for source in ("imagenet", path):
-        with pytest.raises(
-            WeightsError, match=f"damaged or was changed: .*{actual}, expected {entry.digest}; delete it"
-        ):
+    for source, hint in (("imagenet", "delete it"), (path, "rename it if it was saved again, and say caffe:PATH")):
+        with pytest.raises(WeightsError, match=f"damaged or was changed: .*{actual}, expected {entry.digest}; {hint}"):
             W.load(source)
+
+
+def test_a_published_file_that_was_saved_again_is_taken_where_its_convention_is_said(monkeypatch, state):
+    """As other tools' downloads do, under the same name."""
+    entry = publish(monkeypatch, torch_bytes(dict(state)), name="caffe", convention=W.CAFFE)
+    hub().mkdir(parents=True)
+    path = hub() / entry.filename
+    torch.save(dict(state) | {"classifier.0.bias": torch.zeros_like(state["classifier.0.bias"])}, path)
+    assert W.load(f"caffe:{path}").std == W.CAFFE.std
+
+
+def test_published_files_are_known_through_links(monkeypatch, tmp_path, state):
+    data = torch_bytes(dict(state))
+    entry = publish(monkeypatch, data, name="caffe", convention=W.CAFFE)
+    (tmp_path / entry.filename).write_bytes(data)
+    (tmp_path / "oxford.pth").symlink_to(entry.filename)
+    assert W.load(tmp_path / "oxford.pth").std == W.CAFFE.std
+
+
+def test_torchvisions_features_are_read_in_their_convention(monkeypatch, tmp_path, state):
+    wanted = pytest.importorskip("torchvision.models").VGG16_Weights.IMAGENET1K_FEATURES
+    assert W._FEATURES.url == wanted.url
+    data = torch_bytes({key: value for key, value in state.items() if key.startswith("features.")})
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    url = W._FEATURES.url.replace("88682ab5", digest)
+    monkeypatch.setattr(W, "_FEATURES", replace(W._FEATURES, url=url))
+    (tmp_path / W._FEATURES.filename).write_bytes(data)
+    loaded = W.load(tmp_path / W._FEATURES.filename)
+    transform = wanted.transforms()
+    assert loaded.mean == pytest.approx(transform.mean) and loaded.std == pytest.approx(transform.std)
+    assert torch.equal(loaded.state["features.0.weight"], state["features.0.weight"])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_outlive_their_file(tmp_path, state, suffix):
+    save = {".pth": torch.save, ".safetensors": save_file}[suffix]
+    path = tmp_path / f"w{suffix}"
+    save(dict(state), path)
+    loaded = W.load(path)
+    with path.open("r+b") as file:  # in place, as torch.save does
+        file.truncate(0)
+    for key, value in loaded.state.items():
+        assert torch.equal(value, state[key])
+    save(loaded.state, path)
+    assert W.load(path).state.keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features.0.bias": torch.zeros(4, dtype=torch.long)}, "features.0.bias has torch.int64 values"),
+        ({"features.1.running_var": -torch.ones(4)}, "features.1.running_var holds negative variances"),
+        ({"features.0.weight": torch.tensor(1.0)}, r"features.0.weight has shape \(\)"),
+        ({"features.0.weight": torch.zeros(0, 3, 3, 3)}, r"features.0.weight has shape \(0, 3, 3, 3\)"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_damaged_state_dicts(change, message):
+    state = dict(small(batch_norm=True).state_dict()) | change
+    with pytest.raises(WeightsError, match=message):
+        W.load(state)
+
+
+def test_a_classifier_without_its_last_layer_serves_the_others(net, state):
+    cut = {key: value for key, value in state.items() if not key.startswith("classifier.6")}
+    x = images(64)
+    whole, part = (VGGFeatures(["fc6", "relu7"], weights=each)(x) for each in (dict(state), cut))
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+    for wanted in ("fc8", "fc"):
+        with pytest.raises((WeightsError, InputError)):
+            VGGFeatures([wanted], weights=cut)
+    with pytest.raises(WeightsError, match=r"do not reach fc8: missing classifier\.6"):
+        W.load_weights(small(), cut)
+
+
+@pytest.mark.parametrize(
+    ("change", "layer", "message"),
+    [
+        (
+            {"classifier.0.weight": torch.rand(3, 4)},
+            "fc6",
+            r"classifier.0.weight has shape \(3, 4\), expected \(256, 1568\)",
+        ),
+        ({"classifier.6.bias": torch.rand(4)}, "fc8", r"classifier.6.bias has shape \(4,\), expected \(5,\)"),
+        ({"classifier.3.bias": torch.full((256,), math.nan)}, "fc7", "classifier.3.bias holds NaN"),
+    ],
+    ids=["fc6", "fc8", "NaN"],
+)
+def test_classifiers_that_do_not_fit(state, change, layer, message):
+    weights = dict(state) | change
+    assert VGGFeatures(["conv5_3"], weights=weights).weights == "from a state dict"
+    with pytest.raises(WeightsError, match=message):
+        VGGFeatures([layer], weights=weights)
+    with pytest.raises(WeightsError, match=message):
+        W.load_weights(small(), weights)
+
+
+def test_another_classifier_says_how_it_differs(state):
+    weights = {key: value for key, value in state.items() if not key.startswith("classifier.")}
+    for index, (rows, columns) in {0: (64, 32), 3: (64, 64), 6: (5, 64)}.items():
+        weights |= {
+            f"classifier.{index}.weight": torch.rand(rows, columns),
+            f"classifier.{index}.bias": torch.rand(rows),
+        }
+    with pytest.raises(WeightsError, match=r"another classifier: classifier.0.weight has shape \(64, 32\)"):
+        VGGFeatures(["fc6"], weights=weights)
+
+
+@pytest.mark.parametrize("order", [("model", "state_dict"), ("state_dict", "model"), ("net", "model")], ids="-".join)
+def test_wrapped_twice(net, state, order):
+    outer, inner = order
+    assert_same(W.load({outer: {inner: dict(state)}, "epoch": 3}), net)
+    assert_same(W.load(dict(state) | {outer: {"name": "vgg"}}), net)
+
+
+@pytest.mark.parametrize(
+    "path", ["", "caffe:", "~nobody-of-that-name/w.pth", "a" * 300 + ".pth"], ids=["empty", "caffe", "home", "long"]
+)
+def test_paths_that_lead_nowhere(monkeypatch, path):
+    with pytest.raises(WeightsUnavailableError):
+        W.load(path)
+    monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", path)
+    with pytest.raises(WeightsUnavailableError, match="is not in"):
+        W.find("imagenet")
+    if path:
+        monkeypatch.setenv("VGGFEAT_WEIGHTS", path)
+        with pytest.raises(WeightsUnavailableError, match="VGGFEAT_WEIGHTS is"):
+            W.load(W.DEFAULT)
 
 
 def test_an_unchanged_file_is_hashed_once(monkeypatch, state):
@@ -684,9 +814,12 @@ def test_no_network():
     with pytest.raises(WeightsUnavailableError) as caught:
         W.load("imagenet")
     message = str(caught.value)
-    for part in ("vgg16-397923af.pth is not in", "refused", "give a path", "VGGFEAT_WEIGHTS_DIR", "weights="):
+    for part in ("vgg16-397923af.pth is not in", "refused", "give a path", "VGGFEAT_WEIGHTS_DIR", "weights 'bundled'"):
         assert part in message
     assert not left()
+    with pytest.raises(WeightsUnavailableError) as caught:
+        W.load("imagenet", "vgg16")  # which the bundled weights are not of
+    assert "bundled" not in str(caught.value)
 
 
 # ── fetch, from a real server ─────────────────────────────────────────────────────────────────────────────────────────
@@ -751,7 +884,11 @@ def test_fetch_replaces_an_old_record(monkeypatch, state):
     ("how", "kind", "message"),
     [
         ({"promise": 1000}, WeightsUnavailableError, r"(stopped after \d+ of \d+ bytes|IncompleteRead)"),
-        ({"digest": "01234567"}, WeightsError, "gave a file whose sha256 starts with [0-9a-f]{8}, expected 01234567"),
+        (
+            {"digest": "01234567"},
+            WeightsUnavailableError,
+            "gave a file whose sha256 starts with [0-9a-f]{8}, expected 01234567",
+        ),
         ({"status": 404}, WeightsUnavailableError, "answered 404"),
         ({"status": 503}, WeightsUnavailableError, "answered 503"),
     ],
@@ -766,6 +903,34 @@ def test_bad_downloads_leave_nothing(monkeypatch, state, how, kind, message):
             W.load("imagenet")
     assert caught.type is kind
     assert not left()
+
+
+def test_a_server_that_speaks_something_else(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            call, _ = server.accept()
+            with call:
+                call.recv(1 << 16)
+                call.sendall(b"SSH-2.0-x\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(WeightsUnavailableError, match="failed"):
+            fetch.fetch(f"http://127.0.0.1:{server.getsockname()[1]}/a-1a2b3c4d.pth", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_download_left_is_removed_a_day_later(monkeypatch, state):
+    data = torch_bytes(dict(state))
+    hub().mkdir(parents=True)
+    old, new = hub() / ".vggfeat-0123.tmp", hub() / ".vggfeat-4567.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    with serving(data) as (url, _):
+        publish(monkeypatch, data, folder=url)
+        W.load("imagenet")
+    assert new.exists() and not old.exists()
 
 
 @pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nsome bytes, then none"])
@@ -845,7 +1010,7 @@ def test_environment_names_the_default(tmp_path, monkeypatch, state):
                 WeightsUnavailableError, match="VGGFEAT_WEIGHTS is 'bundeld': expected imagenet, .*found none"
             ):
                 W.load(default)
-    ways = "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='bundled'"
+    ways = "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use the weights 'bundled'"
     with pytest.raises(WeightsUnavailableError, match=f"imagenet weights for vgg16 are unavailable.*{ways}"):
         W.load("imagenet")  # said outright, it is not the default
     monkeypatch.delenv("VGGFEAT_WEIGHTS")

@@ -7,15 +7,17 @@ import functools
 import hashlib
 import http.client
 import re
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError
-from vggfeat.files import new_file
+from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, first_line
+from vggfeat.files import TEMPORARY, new_file
 
 CONNECT_TIMEOUT = 5.0  # seconds until a server must have answered the call
 READ_TIMEOUT = 60.0  # seconds that a running download may stand still
+DAY = 86400  # seconds
 
 
 def published_digest(filename: str) -> str:
@@ -30,7 +32,9 @@ def published_digest(filename: str) -> str:
     return match[1]
 
 
-def verify(path: Path, digest: str = "", *, record: bool = True) -> str:
+def verify(
+    path: Path, digest: str = "", *, record: bool = True, otherwise: str = "delete it and it is fetched again"
+) -> str:
     """Check a file's sha256 against the digits that its name publishes and against what its first check recorded.
 
     The record is the file's name with `.sha256` appended, in the format of `sha256sum`.
@@ -39,6 +43,7 @@ def verify(path: Path, digest: str = "", *, record: bool = True) -> str:
         path: the file.
         digest: leading hex digits that the sha256 must have, of a published file.
         record: write the record where there is no file of that name and the folder allows it.
+        otherwise: what the error says to do with a file that is not what its name publishes.
 
     Returns:
         The sha256.
@@ -54,8 +59,7 @@ def verify(path: Path, digest: str = "", *, record: bool = True) -> str:
     note = _note(path)
     if not actual.startswith(digest):
         raise WeightsError(
-            f"{path} is damaged or was changed: its sha256 starts with {actual[:8]}, expected {digest[:8]}; "
-            "delete it and it is fetched again"
+            f"{path} is damaged or was changed: its sha256 starts with {actual[:8]}, expected {digest[:8]}; {otherwise}"
         )
     known = _recorded(note)
     if known and known != actual:
@@ -140,8 +144,7 @@ def fetch(url: str, folder: Path) -> Path:
 
     Raises:
         WeightsUnavailableError: the server cannot be reached, refuses, or stops half way; or the folder is not
-            writable. No partial file is left.
-        WeightsError: what came is not what the name publishes.
+            writable; or what came is not what the name publishes. No partial file is left.
         InputError: the name publishes nothing.
     """
     from tqdm import tqdm
@@ -153,6 +156,9 @@ def fetch(url: str, folder: Path) -> Path:
     sha = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for rest in folder.glob(TEMPORARY):  # of a download that was killed
+            if time.time() - rest.stat().st_mtime > DAY:
+                rest.unlink(missing_ok=True)
         with opener.open(request, timeout=CONNECT_TIMEOUT) as response, new_file(path, overwrite=True) as file:
             length = int(response.headers.get("Content-Length") or 0)
             # disable=None: only where stderr is a terminal
@@ -164,14 +170,14 @@ def fetch(url: str, folder: Path) -> Path:
             if file.tell() < length:
                 raise WeightsUnavailableError(f"download of {url} stopped after {file.tell()} of {length} bytes")
             if not sha.hexdigest().startswith(digest):
-                raise WeightsError(
+                raise WeightsUnavailableError(  # such as the page of a hotel's network
                     f"{url} gave a file whose sha256 starts with {sha.hexdigest()[:8]}, expected {digest}"
                 )
     except urllib.error.HTTPError as error:
         error.close()  # it is also the response, holding the connection
         raise WeightsUnavailableError(f"{url} answered {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
+    except (OSError, ValueError, http.client.HTTPException) as error:  # a length that is no number
+        reason = first_line(getattr(error, "reason", None) or error)
         raise WeightsUnavailableError(f"download of {url} failed ({reason})") from error
     _record(path, sha.hexdigest())
     return path

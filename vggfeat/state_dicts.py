@@ -12,6 +12,7 @@ from torch import Tensor
 from vggfeat.arch import Arch, Layer, scaled
 from vggfeat.errors import WeightsError
 
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # the last is that of our own checkpoints
 LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # where the head's layers are in `classifier`
 
 
@@ -21,11 +22,19 @@ def keys_of(layer: Layer) -> list[str]:
     return [f"features.{layer.index}.{part}" for part in parts]
 
 
+def keys_of_linear(name: str) -> tuple[str, str]:
+    """State-dict keys of a layer of the classifier."""
+    return f"classifier.{LINEAR[name]}.weight", f"classifier.{LINEAR[name]}.bias"
+
+
 def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
     """The tensors under torchvision's keys, whatever wraps them: {"state_dict": …}, "module." and other prefixes."""
-    for wrapper in ("state_dict", "model_state_dict", "model", "net"):  # the last is that of our own checkpoints
-        if isinstance(raw.get(wrapper), Mapping):
-            raw = raw[wrapper]
+    while not any(str(key).endswith("0.weight") for key in raw):
+        wrapped = (raw.get(name) for name in WRAPPERS)
+        inside = next((each for each in wrapped if isinstance(each, Mapping)), None)
+        if inside is None:
+            break
+        raw = inside
     if getattr(raw.get("0.weight"), "ndim", 0) == 4:  # of a network's `features` alone
         raw = {f"features.{key}": value for key, value in raw.items()}
     prefixes = {key.removesuffix("features.0.weight") for key in raw if str(key).endswith("features.0.weight")}
@@ -55,13 +64,25 @@ def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
             what = "no values"
         elif value.layout != torch.strided:
             what = f"values of layout {value.layout}: give it dense"
-        elif key.endswith("weight") and not value.is_floating_point():
+        elif not value.is_floating_point() and not key.endswith("num_batches_tracked"):
             what = f"{value.dtype} values, expected floating-point ones"
         if what:
             raise WeightsError(f"weights {label} cannot be used: {key} has {what}")
-        if key.startswith("features.") and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise WeightsError(f"weights {label} are damaged: {key} holds NaN or infinite values")
+        if key.startswith("features."):
+            check_finite(key, value, label)
+        if key.endswith("running_var") and bool((value < 0).any()):
+            raise WeightsError(f"weights {label} are damaged: {key} holds negative variances")
     return state
+
+
+def check_finite(key: str, value: Tensor, label: str) -> None:
+    """Check the values under a key.
+
+    Raises:
+        WeightsError: some are not finite.
+    """
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise WeightsError(f"weights {label} are damaged: {key} holds NaN or infinite values")
 
 
 def misfits(arch: Arch, state: Mapping[str, Tensor]) -> list[str]:
@@ -101,6 +122,9 @@ def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:
     Raises:
         WeightsError: no VGG has these keys and shapes.
     """
+    first = state["features.0.weight"]
+    if first.ndim != 4 or not first.numel():
+        raise WeightsError(f"weights {label} are not a VGG's: features.0.weight has shape {tuple(first.shape)}")
     convs = sum(value.ndim == 4 for value in state.values())
     bn = "features.1.weight" in state
     configs = ("D", "E", "B", "A", "C") if bn else ("D", "E", "B", "A", "C", "A-LRN")
@@ -114,10 +138,28 @@ def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:
         )
     arch = next((arch for arch in fitting if len(arch.convs) == convs), fitting[0])
     hidden, channels = arch.hidden, arch.layers[-1].channels
-    last = state.get("classifier.6.weight")
-    if last is not None and last.ndim == 2 and last.shape[1] == hidden:
-        return replace(arch, head="paper", num_classes=last.shape[0])
-    last = state.get("classifier.1.weight")
-    if last is not None and last.ndim == 2 and last.shape[1] == channels:
-        return replace(arch, head="slim", num_classes=last.shape[0])
-    return arch
+    for head, last, width in (("paper", "classifier.6.weight", hidden), ("slim", "classifier.1.weight", channels)):
+        if last in state and state[last].ndim == 2 and state[last].shape[1] == width:
+            return replace(arch, head=head, num_classes=len(state[last]))
+    paper = replace(arch, head="paper")
+    fits = (
+        "classifier.0.weight" in state
+        and state["classifier.0.weight"].shape == head_shapes(paper)["classifier.0.weight"]
+    )
+    return paper if fits else arch  # whose last layer is missing
+
+
+def head_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
+    """Shapes of the classifier's weights and biases by key, none where there is no classifier."""
+    channels, hidden, classes = arch.layers[-1].channels, arch.hidden, arch.num_classes
+    weights = {
+        "fc6": (hidden, 49 * channels),
+        "fc7": (hidden, hidden),
+        "fc8": (classes, hidden),
+        "fc": (classes, channels),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in LINEAR.keys() & set(arch.head_names):
+        weight, bias = keys_of_linear(name)
+        shapes |= {weight: weights[name], bias: weights[name][:1]}
+    return shapes

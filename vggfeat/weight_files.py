@@ -17,8 +17,13 @@ from vggfeat.arch import Arch
 from vggfeat.errors import WeightsError, WeightsUnavailableError, first_line, optional
 
 
-def read(path: Path) -> Mapping[str, Any]:
+def read(path: Path, *, mapped: bool = False) -> Mapping[str, Any]:
     """The tensors of a `.pth`, `.safetensors` or Keras `.h5` file, by its own keys.
+
+    Args:
+        path: the file.
+        mapped: leave values in the file until they are used: layers that nobody asks for are never read. For files that
+            nobody writes again: tensors would change with them, or end the process.
 
     Raises:
         WeightsError: a file that is truncated, of another kind, or a pickle that would run code.
@@ -26,21 +31,22 @@ def read(path: Path) -> Mapping[str, Any]:
     """
     if is_keras(path):
         return _read_keras(path)
+    if path.suffix.lower() == ".keras":
+        raise WeightsError(f"{path} is a Keras archive: save the weights alone, model.save_weights('vgg.weights.h5')")
     magic = _magic(path)
     if magic[8:] == b"{" or path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load, load_file
 
         try:
-            return load_file(path)
+            return load_file(path) if mapped else load(path.read_bytes())
         except (SafetensorError, OSError, ValueError) as error:
             hint = "; it seems to be torch's: name it .pth" if magic.startswith(b"PK") else ""
             raise WeightsError(f"{path} is damaged or no safetensors file: {error}{hint}") from error
     try:
-        # a file in torch's zip format is mapped: layers that nobody asks for are never read
         with warnings.catch_warnings():  # about a pickle's protocol, which a caller cannot change
             warnings.simplefilter("ignore")
-            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if magic.startswith((b"\x80", b"PK")):  # a pickle, or torch's zip around one
             raise WeightsError(
@@ -78,7 +84,10 @@ def _read_keras(path: Path) -> dict[str, Tensor]:
     def visit(name: str, item: Any) -> None:
         match = re.search(r"(block\d_conv\d|fc[12]|predictions)", name)
         if match and not name.startswith("optimizer") and isinstance(item, h5py.Dataset):
-            arrays.setdefault(match[1], {})[item.ndim] = torch.from_numpy(item[()]).to(torch.float32)
+            layer = arrays.setdefault(match[1], {})
+            if item.ndim in layer:
+                raise WeightsError(f"{path} holds more than one network: {match[1]} is there twice")
+            layer[item.ndim] = torch.from_numpy(item[()]).to(torch.float32)
 
     try:
         with h5py.File(path, "r") as file:

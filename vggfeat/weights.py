@@ -21,10 +21,21 @@ from torch import Tensor
 
 from vggfeat.arch import BLOCK_CHANNELS, HEAD_NAMES, Arch, parse
 from vggfeat.checkpoint import saved
-from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest
+from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest, warn
 from vggfeat.fetch import fetch, file_key, published_digest, verify
 from vggfeat.random_weights import random_state
-from vggfeat.state_dicts import LINEAR, fitted, infer_arch, keys_of, map_keys, misfits, widths
+from vggfeat.state_dicts import (
+    LINEAR,
+    check_finite,
+    fitted,
+    head_shapes,
+    infer_arch,
+    keys_of,
+    keys_of_linear,
+    map_keys,
+    misfits,
+    widths,
+)
 from vggfeat.weight_files import is_keras, read
 
 if TYPE_CHECKING:
@@ -92,6 +103,12 @@ SETS: dict[str, dict[str, Published]] = {
         for file in ("vgg16-00b39a1b.pth", "vgg19-d01eb7cb.pth")
     },
 }
+# SSD's convolutions in torchvision; its transform says RGB, and 0..255 minus these colours
+_FEATURES = Published(
+    f"{_TORCHVISION}vgg16_features-amdegroot-88682ab5.pth",
+    Convention((0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255)),
+    _BSD,
+)
 BUNDLED = Path(__file__).with_name("assets") / "vgg19-slim.safetensors"  # assets/README.md is its card
 NAMES = (*SETS, "bundled", "random", "auto")
 
@@ -144,7 +161,8 @@ class Weights:
 
         Raises:
             InputError: a layer that the network lacks.
-            WeightsError: keys are missing; it names them and the deepest layer that these weights can serve.
+            WeightsError: keys are missing, of which it names some and the deepest layer that these weights can serve,
+                or a classifier's have other shapes or values that are not finite.
         """
         names, arch = list(names), self.arch
         if arch.head is None and (lacking := HEAD_NAMES.intersection(names)):
@@ -152,7 +170,7 @@ class Weights:
         arch.check(names)
         deepest = max(arch.names.index(name) for name in names)
         keys = {layer.name: keys_of(layer) for layer in self.arch.layers}
-        keys |= {name: [f"classifier.{i}.weight", f"classifier.{i}.bias"] for name, i in LINEAR.items()}
+        keys |= {name: [*keys_of_linear(name)] for name in LINEAR}
         missing: list[str] = []
         served = "none"
         for name in arch.names[: deepest + 1]:
@@ -164,6 +182,13 @@ class Weights:
                 f"weights {self.label} do not reach {arch.names[deepest]}: "
                 f"missing {', '.join(missing[:4])}{' …' * (len(missing) > 4)}; the deepest layer they serve is {served}"
             )
+        shapes = head_shapes(arch)
+        for key in (key for name in arch.names[: deepest + 1] for key in keys.get(name, ()) if key in shapes):
+            if (shape := tuple(self.state[key].shape)) != shapes[key]:
+                raise WeightsError(
+                    f"weights {self.label} have another classifier: {key} has shape {shape}, expected {shapes[key]}"
+                )
+            check_finite(key, self.state[key], self.label)
 
     def served(self, names: Iterable[str]) -> list[str]:
         """Those of the layers, shallow to deep, that the weights reach.
@@ -202,7 +227,8 @@ def load(
             (what VGGFEAT_WEIGHTS says, else imagenet where it can be had, else bundled, or random for an architecture
             other than vgg19), a path to a `.pth`, `.safetensors` or Keras `.h5` file or to the folder of a run of
             `train`, or a state dict. `"caffe:PATH"` says of a `.pth` or `.safetensors` file that it takes Oxford's
-            input convention (BGR, 0..255); files published under a known name and Keras files need no prefix.
+            input convention (BGR, 0..255); files published under a known name and Keras files need no prefix. With it,
+            or under another name, a published file may have been saved again.
             `Weights` are returned as they are. None means untrained, which is `"random"`.
         arch: the network, by name; None means the file's own, and `default` where nothing implies one.
         default: that network.
@@ -229,7 +255,10 @@ def load(
     if isinstance(weights, Mapping):
         return _read_state(weights, arch, IMAGENET, "from a state dict")
     if not isinstance(weights, str | os.PathLike):
-        hint = "; give its state_dict()" if hasattr(weights, "state_dict") else ""
+        ways = (
+            name for name in ("state_dict", "get_state_dict") if hasattr(weights, name)
+        )  # modules, torchvision's enums
+        hint = "".join(f"; give its {name}()" for name in ways)
         raise InputError(
             f"weights is {', '.join(map(repr, NAMES))}, a path or a state dict, got {type(weights).__name__}{hint}"
         )
@@ -243,7 +272,7 @@ def load(
             why = "are unavailable" if isinstance(error, WeightsUnavailableError) else "are damaged"
             return replace(loaded, note=f"imagenet weights for {parse(arch or default).name} {why}")
     if weights == "bundled":
-        return _read_state(read(BUNDLED), arch, IMAGENET, "bundled", file_key(BUNDLED))
+        return _read_state(read(BUNDLED, mapped=True), arch, IMAGENET, "bundled", file_key(BUNDLED))
     if weights == "random":
         chosen = parse(arch or default)
         chosen = chosen if classifier else replace(chosen, head=None)
@@ -253,9 +282,16 @@ def load(
         key = ("random", chosen)
         return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", key, loaded=_versions(state))
     if isinstance(weights, str) and weights in SETS:
-        arch = parse(arch or default)
-        published, path = _published(weights, arch), find(weights, arch.name)
-        return _read_state(read(path), arch, published.convention, weights, file_key(path), published.filename)
+        chosen = parse(arch or default)
+        published = _published(weights, chosen)
+        try:
+            path = find(weights, chosen.name)
+        except WeightsUnavailableError as error:
+            if arch is not None and chosen.name != "vgg19":
+                raise
+            raise WeightsUnavailableError(f"{error}, or use the weights 'bundled' (a slim VGG-19)") from None
+        raw = read(path, mapped=True)
+        return _read_state(raw, chosen, published.convention, weights, file_key(path), published.filename)
     return _load_path(os.fspath(weights), arch)
 
 
@@ -265,7 +301,7 @@ def resolved(weights: WeightsLike) -> Any:
     if not default and not (isinstance(weights, str) and weights == "auto"):
         return weights
     told = os.environ.get("VGGFEAT_WEIGHTS") or ("imagenet" if default else "auto")
-    if told not in NAMES and not Path(told.removeprefix("caffe:")).expanduser().exists():
+    if told not in NAMES and not os.path.exists(os.path.expanduser(told.removeprefix("caffe:"))):
         raise WeightsUnavailableError(f"VGGFEAT_WEIGHTS is {told!r}: expected {', '.join(NAMES)} or a file, found none")
     return told
 
@@ -285,14 +321,20 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 
 
 def _load_path(text: str, arch: str | Arch | None) -> Weights:
-    caffe = text.startswith("caffe:")
-    given = Path(text.removeprefix("caffe:")).expanduser()
+    caffe, place = text.startswith("caffe:"), text.removeprefix("caffe:")
+    if not place:
+        raise WeightsUnavailableError(f"no weights: {text!r} names no file")
+    given = Path(os.path.expanduser(place))
     path = _of_run(given)
-    if not path.exists():
+    try:
+        path.stat()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise WeightsUnavailableError(f"{path} cannot be read: {error.strerror}") from error
         if "://" in text:
-            raise WeightsUnavailableError(f"{text} is an address: download the file, and give its path")
+            raise WeightsUnavailableError(f"{text} is an address: download the file, and give its path") from None
         hint = "" if path.suffix or len(path.parts) > 1 else f"; or a weight set: {nearest(text, NAMES)}"
-        raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}")
+        raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}") from None
     if path.is_dir():
         if kept := saved(path / "checkpoints"):
             raise WeightsError(
@@ -300,17 +342,23 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
                 f"checkpoint, such as {kept[0]}"
             )
         raise WeightsError(f"{path} is a folder without weights.safetensors: give a .pth, .safetensors or .h5 file")
-    published = {p.filename: p for group in SETS.values() for p in group.values()}.get(path.name)
+    known = {file.filename: file for file in (_FEATURES, *(each for group in SETS.values() for each in group.values()))}
+    published = None if caffe else known.get(path.name) or known.get(path.resolve().name)
     if published:
-        verify(path, published.digest)
+        verify(
+            path, published.digest, otherwise="rename it if it was saved again, and say caffe:PATH if it is Oxford's"
+        )
     convention = CAFFE if caffe or is_keras(path) else published.convention if published else IMAGENET
     name = "caffe:" * caffe + (path.name if path == given else f"{given.name}/{path.name}")
-    return _read_state(read(path), arch, convention, name, (*file_key(path), convention))
+    raw = read(path, mapped=published is not None)  # others may be written again
+    if convention == IMAGENET and not published and "classifier.4.weight" in raw and "classifier.6.weight" in raw:
+        warn(f"{path} numbers its classifier as Oxford's files do: if it takes BGR in 0..255, too, say caffe:{path}")
+    return _read_state(raw, arch, convention, name, (*file_key(path), convention))
 
 
 def _of_run(path: Path) -> Path:
     """The weights in a run's folder; any other path unchanged."""
-    return inside if (inside := path / "weights.safetensors").is_file() else path
+    return inside if os.path.isfile(inside := path / "weights.safetensors") else path
 
 
 def _read_state(
@@ -368,16 +416,13 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     if arch.channels != net.arch.channels:
         raise WeightsError(f"weights {loaded.label} have {widths(arch)}, the network {widths(net.arch)}")
     head = head and (loaded.key[0] != "random" or arch.head is not None)
+    loaded.require([arch.names[-1] if head else arch.layers[-1].name])
     if head and (arch.head, arch.num_classes) != (net.arch.head, net.arch.num_classes):
         theirs = f"a {arch.head} head for {arch.num_classes} classes" if arch.head else "no classifier"
         raise WeightsError(
             f"weights {loaded.label} have {theirs}, the network a {net.arch.head} head for {net.arch.num_classes}; "
             "load_weights(net, weights, head=False) loads the convolutions and leaves the head as it is"
         )
-    loaded.require([arch.names[-1] if head else arch.layers[-1].name])
-    for key in state if head else ():
-        if key.startswith("classifier.") and not bool(torch.isfinite(state[key]).all()):
-            raise WeightsError(f"weights {loaded.label} are damaged: {key} holds NaN or infinite values")
     with torch.device("cpu"):
         mean, std, mean_here, std_here = map(torch.tensor, (loaded.mean, loaded.std, IMAGENET.mean, IMAGENET.std))
     scale, shift = std_here / std, (mean_here - mean) / std
@@ -407,8 +452,8 @@ def run_metadata(weights: str | os.PathLike[str]) -> dict[str, Any]:
         WeightsError: a damaged file.
     """
     weights = resolved(weights)
-    path = _of_run(Path(weights).expanduser())
-    if path.suffix.lower() != ".safetensors" or not path.is_file():
+    path = _of_run(Path(os.path.expanduser(weights)))
+    if path.suffix.lower() != ".safetensors" or not os.path.isfile(path):
         return {}
     from safetensors import SafetensorError, safe_open
 
@@ -434,7 +479,7 @@ def _published(name: str, arch: Arch) -> Published:
 def folders() -> list[Path]:
     """Where published files are looked for: VGGFEAT_WEIGHTS_DIR, then torch.hub's cache."""
     own = os.environ.get("VGGFEAT_WEIGHTS_DIR")
-    return [*([Path(own).expanduser()] if own else []), Path(torch.hub.get_dir()) / "checkpoints"]
+    return [*([Path(os.path.expanduser(own))] if own else []), Path(torch.hub.get_dir()) / "checkpoints"]
 
 
 def find(name: str, arch: str = "vgg16") -> Path:
@@ -454,7 +499,7 @@ def find(name: str, arch: str = "vgg16") -> Path:
         raise WeightsError(f"unknown weight set {name!r}: {nearest(name, SETS)}")
     published = _published(name, parse(arch))
     for folder in folders():
-        if (path := folder / published.filename).is_file():
+        if os.path.isfile(path := folder / published.filename):
             verify(path, published.digest)
             return path
     try:
@@ -463,5 +508,5 @@ def find(name: str, arch: str = "vgg16") -> Path:
         looked = " and ".join(map(str, folders()))
         raise WeightsUnavailableError(
             f"{name} weights for {arch} are unavailable: {published.filename} is not in {looked}, {error}; give a "
-            "path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use weights='bundled' (a slim VGG-19)"
+            "path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file"
         ) from None

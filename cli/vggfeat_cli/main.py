@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import isfile
 from pathlib import Path
 
 import click
@@ -39,7 +40,7 @@ def list_sets() -> None:
 
     for name, group in SETS.items():
         for arch, published in group.items():
-            here = next((path for folder in folders() if (path := folder / published.filename).is_file()), None)
+            here = next((path for folder in folders() if isfile(path := folder / published.filename)), None)
             click.echo(f"{name:9} {arch:9} {published.filename:24} {here or '-'}  [{published.licence}]")
     click.echo(f"bundled   vgg19     {BUNDLED.name:24} {BUNDLED}  [CC BY 4.0, see the card beside it]")
     click.echo("random    any       made on the spot, seeded and calibrated")
@@ -71,11 +72,11 @@ def verify(files: tuple[str, ...]) -> int:
 
     known = {published.filename: published.digest for group in SETS.values() for published in group.values()}
     paths = [Path(file) for file in files] or [
-        path for folder in folders() for name in known if (path := folder / name).is_file()
+        path for folder in folders() for name in known if isfile(path := folder / name)
     ]
     if not paths:
         click.echo("no published weight file on this machine")
-    if missing := [path for path in paths if not path.is_file()]:
+    if missing := [path for path in paths if not isfile(path)]:
         raise vggfeat.InputError(f"no file at {missing[0]}")
     bad = 0
     for path in paths:
