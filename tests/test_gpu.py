@@ -203,7 +203,7 @@ def test_the_trunk_waits_for_nothing(fake, keep, precision, pooling):
             again,
             found[count:],
             filters,
-            x.shape,
+            x,
             plan.code,
             keep,
         )
@@ -568,7 +568,7 @@ class Apart(TorchDispatchMode):
 @pytest.mark.parametrize("normalization", ["scale-free", "gatys"])
 def test_a_whole_step_gives_and_takes_no_number(normalization, monkeypatch):
     # it looks at images and gradients on CPUs alone
-    monkeypatch.setattr(layers_module, "_below", lambda x, bound: True)
+    monkeypatch.setattr(layers_module, "stays_finite", lambda images: True)
     config = StyleConfig(**SETTINGS | {"normalization": normalization, "tv_weight": 0.1})
     layers = (*config.style_layers, *config.content_layers)
     features = VGGFeatures(layers, arch="vgg19", weights="random", keep="values")

@@ -473,6 +473,46 @@ def test_holdout(tmp_path, monkeypatch):
                 vggfeat.evaluate(tmp_path / "r", name)
 
 
+def test_a_checkpoint_is_tested_as_the_weights_of_its_run(tmp_path):
+    source = pictures.folder(tmp_path / "s", pictures.tree(8))
+    result = run(source, tmp_path / "r", holdout=0.25, ema=0.9, size=32, epochs=2, precision="float32")
+    (last, *_) = checkpoint.saved(tmp_path / "r" / "checkpoints")
+    facts = vggfeat.weights.run_metadata(last)
+    assert facts | {"scales": [*facts["scales"]]} == vggfeat.weights.run_metadata(tmp_path / "r")
+    state = vggfeat.weights.load(last).state
+    assert all(torch.equal(value.cpu(), state[key]) for key, value in result.net.state_dict().items())
+    for data in (source, pictures.folder(tmp_path / "other", pictures.tree(3))):
+        found, wanted = (vggfeat.evaluate(each, data, precision="float32") for each in (last, tmp_path / "r"))
+        assert (found.images, found.loss, found.data) == (wanted.images, wanted.loss, wanted.data)
+    renamed = pictures.folder(tmp_path / "renamed", {"x" + name: each for name, each in pictures.tree(2).items()})
+    with pytest.raises(InputError, match="the classes differ"):
+        vggfeat.evaluate(last, renamed)
+
+
+def test_another_set_with_the_same_names_is_not_the_one_trained_on(tmp_path):
+    source = pictures.folder(tmp_path / "s", pictures.tree(8))
+    run(source, tmp_path / "r", holdout=0.25, epochs=1)
+    other = pictures.folder(tmp_path / "other", pictures.tree(8, width=33))
+    assert vggfeat.evaluate(tmp_path / "r", other, vggfeat.Views(size=32)).images == 24
+    zipped = pictures.zipped(tmp_path / "s.zip", pictures.tree(8))  # the same images
+    assert vggfeat.evaluate(tmp_path / "r", zipped).images == 6
+
+
+def test_test_images_that_cannot_be_read_are_told_and_counted(tmp_path):
+    source = pictures.folder(tmp_path / "s", pictures.tree(4))
+    files = {
+        f"{kind}/{i}.png": pictures.encoded(pictures.picture(kind, i, 40 + i, 40))
+        for kind in pictures.COLORS
+        for i in range(3)
+    }
+    test = pictures.folder(tmp_path / "t", files | {"ant/2.png": files["ant/2.png"][:70]})
+    lines = []
+    config = TrainConfig(**TINY | {"size": 32, "epochs": 2, "bad_images": "skip"})
+    result = vggfeat.train(source, config, test=test, folder=tmp_path / "r", announce=lines.append)
+    assert [epoch.skipped for epoch in result.history] == [1, 1] and result.evaluation.images == 8
+    assert [line for line in lines if "left out" in line] == ["1 image of the test left out: ant/2.png"]
+
+
 # ── stopping and going on ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1262,7 +1302,7 @@ def test_going_on_with_other_images_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         run(source, tmp_path / "r", callback=stop_at(2), save_every=1, batch_size=4)
     (source / "ant" / "0.png").rename(source / "ant" / "renamed.png")
-    with pytest.raises(InputError, match="was on other images than .*: their names or labels differ"):
+    with pytest.raises(InputError, match="was on other images than .*: their names, labels or sizes differ"):
         run(source, tmp_path / "r", resume=True, save_every=1, batch_size=4)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 
 import numpy
@@ -19,7 +20,7 @@ from vggfeat.errors import ImageError, InputError, RunError
 from vggfeat.training import data as data_module
 from vggfeat.training.batches import Batches, normalised, scale_for, seeded
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import load_images, loaded
+from vggfeat.training.data import ScaledImages, load_images, loaded
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
@@ -63,6 +64,43 @@ def test_damaged_cifar_is_a_message(tmp_path, damage):
     file.write_bytes(content)
     with pytest.raises(InputError, match="CIFAR|whole number"):
         load_images(tmp_path / "c")
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("version", ["python", "binary"])
+def test_cifar_without_one_of_its_files_says_which(tmp_path, classes, version):
+    pictures.cifar(tmp_path / "c", classes, version)
+    gone = {10: "data_batch_3", 100: "train"}[classes] + ".bin" * (version == "binary")
+    (tmp_path / "c" / gone).unlink()
+    if classes == 10:
+        with pytest.raises(InputError, match=f"is CIFAR without {gone}: fetch it again"):
+            load_images(tmp_path / "c")
+    else:  # what is left is a file called "test": of anything
+        with pytest.raises(InputError, match="no images in"):
+            load_images(tmp_path / "c")
+
+
+def test_a_name_that_is_twice_in_a_zip_is_one_image(tmp_path):
+    path = pictures.zipped(tmp_path / "set.zip", pictures.tree(2))
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's own, about the second
+        for name, content in pictures.tree(2).items():
+            archive.writestr(name, content)
+    found, _ = load_images(path)
+    assert len(found) == len({*found.names}) == 6
+
+
+def test_images_too_large_for_memory_are_a_message():
+    def read(number):
+        raise MemoryError
+
+    with pytest.raises(RunError, match="not enough memory for the images"):
+        list(loaded(ScaledImages(read, None), [[0]], 0))
+
+
+def test_an_empty_path_is_no_folder():
+    with pytest.raises(InputError, match="no images at an empty path"):
+        load_images("")
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "zip in folders"])

@@ -783,19 +783,39 @@ def test_not_a_number_in_one_strip(thin, trunks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_of_any_size(trunks, dtype):
-    """Up to what the type holds; a NaN among a tap's gradients is that image's alone."""
+    """Up to what the type holds; what is not finite goes where it would in ordinary operations."""
     trunk = trunks(ARCHS["vgg16"])
     plan = Plan(trunk.arch, ("relu1_2",))
     leaf = images(2, 3, 16, 16, dtype=dtype).requires_grad_()
     (tap,) = run(leaf, trunk.filters(plan, leaf.device, leaf.dtype), plan)
-    (plain,) = torch.autograd.grad(tap, leaf, torch.ones_like(tap), retain_graph=True)
+    (unit,) = torch.autograd.grad(tap, leaf, torch.ones_like(tap), retain_graph=True)
     for size in (1e32, 1e290) if dtype == torch.float64 else (1e32,):
         (large,) = torch.autograd.grad(tap, leaf, torch.full_like(tap, size), retain_graph=True)
-        torch.testing.assert_close(large / size, plain)
-    one = torch.ones_like(tap)
-    one[1, 0, 3, 4] = torch.nan
-    (grad,) = torch.autograd.grad(tap, leaf, one)
-    assert grad[1].isnan().all() and torch.equal(grad[0], plain[0])
+        torch.testing.assert_close(large / size, unit)
+    dead, alive = (int(where.nonzero()[0]) for where in (tap[1, 0, 3] == 0, tap[1, 0, 3] > 0))
+    for column, bad in ((dead, torch.inf), (alive, torch.nan)):
+        one = torch.ones_like(tap)
+        one[1, 0, 3, column] = bad
+        (grad,) = torch.autograd.grad(tap, leaf, one, retain_graph=True)
+        (wanted,) = torch.autograd.grad(plain(leaf, trunk.filters(plan, leaf.device, dtype), plan), leaf, one)
+        assert wanted[1].isnan().any() == (column == alive) and torch.equal(grad[0], unit[0])
+        torch.testing.assert_close(grad, wanted, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("relu1_1",), ("relu3_3",), ("pool3",), ("relu2_2", "relu3_3")])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_root_at_zero_costs_no_more_than_that_position(trunks, names, keep):
+    """The slope of √0 is infinite; where a ReLU gave the 0 it is of no consequence."""
+    trunk = trunks(ARCHS["vgg16"])
+    plan = Plan(trunk.arch, names)
+    leaf = images(2, 3, 32, 32, dtype=torch.float64).requires_grad_()
+    filters = trunk.filters(plan, leaf.device, leaf.dtype)
+    grads = [
+        torch.autograd.grad(sum(tap.sqrt().mean() for tap in taps), leaf)[0]
+        for taps in (run(leaf, filters, plan, keep=keep), plain(leaf, filters, plan))
+    ]
+    assert grads[1].isfinite().all()
+    torch.testing.assert_close(*grads)
 
 
 class _Sizes(TorchDispatchMode):
@@ -917,7 +937,7 @@ def test_opcheck(thin, trunks, arch, names, pooling, padding, keep):
         taps, kept = found[: len(names)], found[len(names) :]
         again = [taps[i] for i in walk.reread(plan, keep, x.device)]
         present = list(range(len(names)))
-        args = (taps, present, again, kept, filters, list(x.shape), plan.code, keep)
+        args = (taps, present, again, kept, filters, x, plan.code, keep)
         torch.library.opcheck(operators.trunk_backward, args, test_utils=tests)
 
 

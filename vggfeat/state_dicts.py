@@ -12,7 +12,7 @@ from torch import Tensor
 from vggfeat.arch import Arch, Layer, scaled
 from vggfeat.errors import WeightsError
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # the last is that of our own checkpoints
+WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "net")  # the last two are those of our own checkpoints
 LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # where the head's layers are in `classifier`
 
 

@@ -446,15 +446,18 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
 
 
 def run_metadata(weights: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `vggfeat.train` recorded in weights it wrote (classes, size, scales, holdout); empty for any others.
+    """What `vggfeat.train` recorded in weights and checkpoints (classes, size, scales, holdout); empty for any others.
 
     Raises:
         WeightsError: a damaged file.
     """
     weights = resolved(weights)
     path = _of_run(Path(os.path.expanduser(weights)))
-    if path.suffix.lower() != ".safetensors" or not os.path.isfile(path):
+    if not os.path.isfile(path) or path.suffix.lower() not in (".safetensors", ".pt"):
         return {}
+    if path.suffix.lower() == ".pt":
+        facts = read(path, mapped=True).get("facts")
+        return facts if isinstance(facts, dict) else {}
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -74,7 +74,7 @@ def train(
     first = os.environ.get("RANK", "0") == "0"  # the one of torchrun's processes that prints
     from vggfeat.files import free_name
 
-    if resume and output is None:
+    if resume and not output:
         raise vggfeat.InputError("--resume needs the run's folder: name it with --output")
     if first:
         # a resumed run may have its plot already

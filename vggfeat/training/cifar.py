@@ -72,6 +72,10 @@ def read_cifar(path: Path) -> list[CifarSet]:
             except Exception as error:  # a damaged pickle fails in every way there is
                 raise InputError(f"{path} is damaged or not CIFAR as published: {error}") from error
             return [_set(f"{path}, {what}", *part, names) for what, part in zip(SETS, parts, strict=True)]
+    for train, test, *_ in (*_BINARY, *_PYTHON):
+        wanted = (*train, *test)
+        if len(there := files.keys() & wanted) > 1 and (lacking := [name for name in wanted if name not in there]):
+            raise InputError(f"{path} is CIFAR without {', '.join(lacking)}: fetch it again")
     return []
 
 

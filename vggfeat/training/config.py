@@ -12,6 +12,8 @@ from vggfeat.arch import HEADS, INITS, MIN_SIDE, channels_at, parse
 from vggfeat.errors import InputError, check_choice
 from vggfeat.settings import PRECISIONS, Settings, option
 
+MAX_SIDE = 1 << 16  # of images, in pixels: JPEG's
+
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -147,8 +149,12 @@ class TrainConfig(Settings):
             parse(self.arch)
         channels_at(self.width)  # raises
         for name in ("epochs", "batch_size", "accumulate", "step_size"):
-            _within(self, name, 1, math.inf)
-        for name in ("pad", "cutout", "workers", "save_every", "clip", "warmup", "mixup", "cutmix", "weight_decay"):
+            _within(self, name, 1, 2**31)
+        for name in ("pad", "cutout"):
+            _within(self, name, 0, MAX_SIDE)
+        for name in ("workers", "save_every"):
+            _within(self, name, 0, 2**31)
+        for name in ("clip", "warmup", "mixup", "cutmix", "weight_decay"):
             _within(self, name, 0, math.inf)
         for name in ("dropout", "momentum", "label_smoothing", "ema", "holdout"):
             _within(self, name, 0, 1)
@@ -161,14 +167,16 @@ class TrainConfig(Settings):
             raise InputError(f"warmup ({self.warmup:g} epochs) must be shorter than epochs ({self.epochs})")
         if self.batch_size % self.accumulate:
             raise InputError(f"batch_size {self.batch_size} is not divisible by accumulate = {self.accumulate}")
-        if self.size is not None and self.size < MIN_SIDE:
-            raise InputError(f"size must be at least {MIN_SIDE}, five pools' stride, got {self.size}")
+        if self.size is not None and not MIN_SIDE <= self.size < MAX_SIDE:
+            raise InputError(f"size must be from {MIN_SIDE}, five pools' stride, to under {MAX_SIDE}, got {self.size}")
         if self.resize is not None:
-            if len(self.resize) not in (1, 2) or not 0 < self.resize[0] <= self.resize[-1]:
-                raise InputError(f"resize must be a number of pixels, or a rising pair, got {self.resize}")
+            if len(self.resize) not in (1, 2) or not 0 < self.resize[0] <= self.resize[-1] < MAX_SIDE:
+                raise InputError(
+                    f"resize must be a number of pixels under {MAX_SIDE}, or a rising pair, got {self.resize}"
+                )
             if self.resize[0] + 2 * self.pad < (self.size or 0):
                 raise InputError(f"resize {self.resize[0]} with pad {self.pad} is smaller than size {self.size}")
-        if self.weights is None and (self.new_head or self.freeze):
+        if self.weights is None and (self.new_head or self.freeze is not None):
             raise InputError("new_head and freeze need weights to start from")
         if self.weights is not None and self.width != 1:
             raise InputError("weights have their own width: leave width at 1")

@@ -33,6 +33,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", 
 TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 NAMED = 5  # unreadable images that a message names
+SIZES = 1000  # files whose sizes are part of a set's digest
 ALONE = 2000  # images that are read by one process: so many take half a second
 
 
@@ -49,6 +50,7 @@ class ImageSet:
         pixels: (N,H,W,3) uint8 where all of them are in memory, else None.
         skipped: of those that could not be read and were left out, the label by name.
         others: files in class folders that lack an image suffix.
+        size_of: gives the size in bytes of the file of that name, where there are files.
     """
 
     label: str
@@ -59,6 +61,7 @@ class ImageSet:
     pixels: Tensor | None = field(default=None, repr=False)
     skipped: dict[str, int] = field(default_factory=dict, repr=False)
     others: list[str] = field(default_factory=list, repr=False)
+    size_of: Callable[[str], int] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,8 +79,14 @@ class ImageSet:
 
     @property
     def digest(self) -> str:
-        """A hash of names and labels, to tell sets apart, whether all of their images can be read or not."""
-        rows = (f"{name}\0{label}\n" for name, label, _ in self.everything)
+        """A hash of names and labels, to tell sets apart, whether all of their images can be read or not.
+
+        And of the sizes of a thousand files: names such as 0001.png are those of many sets.
+        """
+        rows = [f"{name}\0{label}\n" for name, label, _ in self.everything]
+        if self.size_of is not None:
+            some = sorted({*self.names, *self.skipped})
+            rows += [f"{self.size_of(name)}\n" for name in some[:: max(1, len(some) // SIZES)]]
         return hashlib.sha256("".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
 
     def subset(self, chosen: Tensor) -> ImageSet:
@@ -91,6 +100,7 @@ class ImageSet:
             [self.names[i] for i in numbers],
             _Some(self.read, numbers),
             None if self.pixels is None else self.pixels[chosen],
+            size_of=self.size_of,
         )
 
 
@@ -149,9 +159,10 @@ def _load(
     if not isinstance(data, str | os.PathLike):
         raise InputError(f"data is a path, or an ImageSet of vggfeat.load_images, got {type(data).__name__}")
     path = Path(data)
-    if not path.exists():
+    if not os.fspath(data) or not os.path.exists(path):
         raise InputError(
-            f"no images at {path}: give a folder of class folders, a zip of one, or CIFAR's folder or .tar.gz"
+            f"no images at {os.fspath(data) or 'an empty path'}: give a folder of class folders, a zip of one, or "
+            "CIFAR's folder or .tar.gz"
         )
     sets = [
         ImageSet(part.label, part.classes, part.labels, _numbered(part.pixels), _Pixels(part.pixels), part.pixels)
@@ -193,7 +204,7 @@ def _parts(path: Path) -> list[_Tree]:
     else:
         try:
             with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
+                names = [*dict.fromkeys(archive.namelist())]  # a name may be there twice: the last one counts
         except (OSError, zipfile.BadZipFile) as error:
             kind = "a tar without CIFAR's files" if os.path.isfile(path) and tarfile.is_tarfile(path) else "no zip"
             what = getattr(error, "strerror", None) or f"{kind}, or a damaged one"
@@ -260,7 +271,9 @@ def _class_folders(path: Path, tree: _Tree) -> ImageSet:
     labels = torch.tensor([number[name.split("/")[0]] for name in names], device="cpu")
     others = [name for name in tree.files if "/" in name and not name.lower().endswith(SUFFIXES)]
     read = _Reader(path, tree.prefix, names)
-    return ImageSet(f"{path}/{tree.prefix}".rstrip("/"), classes, labels, names, read, others=others)
+    return ImageSet(
+        f"{path}/{tree.prefix}".rstrip("/"), classes, labels, names, read, others=others, size_of=read.size_of
+    )
 
 
 class _Reader:
@@ -279,16 +292,30 @@ class _Reader:
         name = self.prefix + self.names[i]
         if self.in_folder:
             return open_image(self.path / name)
+        try:
+            content = self._opened().read(name)
+        except ImageError:
+            raise
+        except Exception as error:  # a damaged entry is a BadZipFile, zlib.error, EOFError, NotImplementedError, …
+            raise ImageError(f"{self.path}/{name}: damaged in the archive ({error})") from error
+        return open_image(self.path / name, io.BytesIO(content))
+
+    def size_of(self, name: str) -> int:
+        """The size of a file in bytes, as it is outside the zip; -1 where it cannot be told."""
+        try:
+            if self.in_folder:
+                return os.stat(self.path / (self.prefix + name)).st_size
+            return self._opened().getinfo(self.prefix + name).file_size
+        except (OSError, KeyError, ImageError):
+            return -1
+
+    def _opened(self) -> zipfile.ZipFile:
         if self.archive is None or self.owner != os.getpid():  # a forked process shares the file's position
             try:
                 self.archive, self.owner = zipfile.ZipFile(self.path), os.getpid()
             except (OSError, zipfile.BadZipFile) as error:
                 raise ImageError(f"{self.path} can no longer be read: {error}") from error
-        try:
-            content = self.archive.read(name)
-        except Exception as error:  # a damaged entry is a BadZipFile, zlib.error, EOFError, NotImplementedError, …
-            raise ImageError(f"{self.path}/{name}: damaged in the archive ({error})") from error
-        return open_image(self.path / name, io.BytesIO(content))
+        return self.archive
 
 
 def _read_into_memory(images: ImageSet, resize: tuple[int, ...] | None, bad_images: str) -> None:
@@ -387,6 +414,8 @@ def loaded(
             f"a process that reads images was ended, perhaps for lack of memory{guard} ({first_line(error)}); "
             "set workers lower, to 0 for none"
         ) from error
+    except MemoryError as error:
+        raise RunError("there is not enough memory for the images at that size") from error
     finally:
         atexit.unregister(stop)
         stop()

@@ -41,7 +41,7 @@ class Epoch:
         test_top5: None with five classes or fewer, too.
         seconds: of training, without the test.
         images_per_second: of training.
-        skipped: images so far that could not be read.
+        skipped: images so far that could not be read, of both sets.
     """
 
     epoch: int
@@ -130,7 +130,7 @@ def begin(
             )
         if state["digest"] != images.digest:
             raise InputError(
-                f"the run in {folder} was on other images than {images.label}: their names or labels differ"
+                f"the run in {folder} was on other images than {images.label}: their names, labels or sizes differ"
             )
         now = None if test is None else test.digest
         if (before := state.get("test", now)) != now:

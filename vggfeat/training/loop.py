@@ -234,6 +234,7 @@ class _Run:
         self.bad = torch.full((), -1, device=world.device)  # the first step whose loss was not finite
         self.loss = self.lr = math.nan  # of the last step, as far as known
         self.seconds, self.saved = 0.0, -math.inf  # of the epoch so far; when the last checkpoint was written
+        self.unreadable = set() if test is None else set(test.skipped)  # test images that people were told of
         self.asked = False  # this process, by a signal
         self.stop = False  # all of them
 
@@ -290,6 +291,7 @@ class _Run:
             "classes": self.images.classes,
             "images": len(self.images),
             **self.digests,
+            "facts": self._metadata(),
             "size": self.size,
             "epoch": self.epoch,
             "step": self.step,
@@ -394,8 +396,11 @@ class _Run:
             if self.stop:
                 return None
         if new := sorted(self.batches.skipped - known):
-            self.announce(f"{len(new)} images left out: {'; '.join(new)}")
+            self.announce(f"{counted(len(new), 'image')} left out: {'; '.join(new)}")
         evaluation = self._test()
+        if evaluation is not None and (new := sorted({*evaluation.skipped} - self.unreadable)):
+            self.announce(f"{counted(len(new), 'image')} of the test left out: {'; '.join(new)}")
+            self.unreadable.update(new)
         self._close_epoch(evaluation)
         if self.world.is_main:
             write_log(self.folder, self.history)
@@ -495,14 +500,14 @@ class _Run:
                 test_top5=evaluation.top5 if evaluation else None,
                 seconds=self.seconds,
                 images_per_second=count / self.seconds,
-                skipped=len(self.images.skipped) + len(self.batches.skipped),
+                skipped=len(self.images.skipped) + len(self.batches.skipped) + len(self.unreadable),
             )
         )
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
 
     def _metadata(self) -> dict[str, Any]:
-        """What the weights' file says of how they were trained, for `evaluate` and for people's labels."""
+        """What weights and checkpoints say of how they were trained, for `evaluate` and for people's labels."""
         config = self.config
         facts: dict[str, Any] = {"classes": self.images.classes, "size": self.size, "scales": self.views.scales}
         if config.holdout:

@@ -88,7 +88,7 @@ class _TrunkBackward(torch.autograd.Function):
         n, (again, kept) = len(present), split
         grads, rest = rest[:n], rest[n:]
         taps, rest = rest[:again], rest[again:]
-        to_x: Tensor = trunk_backward(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), code, keep)
+        to_x: Tensor = trunk_backward(grads, present, taps, rest[:kept], rest[kept:], x, code, keep)
         return to_x.to(x.dtype)
 
     @staticmethod

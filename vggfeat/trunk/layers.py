@@ -5,8 +5,6 @@ Tensors are (N,C,H,W), laid out channels_last.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,21 +23,24 @@ def stays_finite(images: Tensor) -> bool:
     oneDNN's fused ReLU turns NaN into 0, so that a network that diverged would seem to have a good loss. On other
     devices the ReLU is torch's or cuDNN's, which keep NaN, and checking would stall them: the answer there is True.
     """
-    return _below(images, 1e300 if images.dtype == torch.float64 else 1e30)  # with which no VGG overflows
-
-
-def finite_images(grad: Tensor) -> Tensor | None:
-    """Which images' gradients (N,…) have no NaN or infinite value, (N,1,1,1); None for all, and off the CPU unseen."""
-    if _below(grad, math.inf):
-        return None
-    return grad.flatten(1).isfinite().all(1)[:, None, None, None]
-
-
-def _below(x: Tensor, bound: float) -> bool:
-    if x.device.type != "cpu" or not x.numel():
+    if images.device.type != "cpu" or not images.numel():
         return True
-    low, high = torch.aminmax(x)
-    return bool(low > -bound) and bool(high < bound)
+    low, high = torch.aminmax(images)
+    return bool(low > -_bound(images)) and bool(high < _bound(images))
+
+
+def doubtful_images(images: Tensor) -> Tensor | None:
+    """Which images may not stay finite, (N,1,1,1); None where all do."""
+    return None if stays_finite(images) else ~(images.flatten(1).abs().amax(1) < _bound(images))[:, None, None, None]
+
+
+def _bound(images: Tensor) -> float:
+    return 1e300 if images.dtype == torch.float64 else 1e30  # with which no VGG overflows
+
+
+def finite_images(grad: Tensor) -> Tensor:
+    """Which images' gradients (N,…) have no NaN or infinite value, (N,1,1,1)."""
+    return grad.flatten(1).isfinite().all(1)[:, None, None, None]
 
 
 def conv(x: Tensor, filters: Filters, pad: int, *, relu: bool = False, overwrite: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bytes_of
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import kept_of
@@ -30,11 +31,11 @@ def trunk_backward(
     taps: Sequence[Tensor],
     kept: Sequence[Tensor],
     filters: Sequence[Tensor],
-    shape: Sequence[int],
+    x: Tensor,
     code: str,
     keep: str,
 ) -> Tensor:
-    """Gradient with respect to the normalised images of `shape`.
+    """Gradient with respect to the normalised images.
 
     Args:
         grads: gradients of some of the taps, in their shapes.
@@ -42,15 +43,15 @@ def trunk_backward(
         taps: those at `walk.reread(plan, keep, device)`.
         kept: what `trunk_forward` returned behind the taps.
         filters: as there.
-        shape: of the images.
+        x: as there.
         code: as there.
         keep: as there.
     """
     plan = Plan.decode(code)
     incoming = {plan.by_depth[i]: grad for i, grad in zip(present, grads, strict=True)}
-    walk = Walk(filters, plan, keep)
-    image_grad = walk.backward(incoming.get, walk.kept_by_stage(taps, kept), (shape[2], shape[3]))
-    return grads[0].new_zeros(tuple(shape)) if image_grad is None else image_grad
+    walk, size = Walk(filters, plan, keep), (x.shape[2], x.shape[3])
+    image_grad = walk.backward(incoming.get, walk.kept_by_stage(taps, kept), size, layers.doubtful_images(x))
+    return grads[0].new_zeros(x.shape) if image_grad is None else image_grad
 
 
 # ── what compilers and vmap need to know of the operators ─────────────────────────────────────────────────────────────
@@ -94,11 +95,11 @@ def _(
     taps: Sequence[Tensor],
     kept: Sequence[Tensor],
     filters: Sequence[Tensor],
-    shape: Sequence[int],
+    x: Tensor,
     code: str,
     keep: str,
 ) -> Tensor:
-    return torch.empty(tuple(shape), dtype=grads[0].dtype, device=grads[0].device, memory_format=torch.channels_last)
+    return torch.empty(x.shape, dtype=grads[0].dtype, device=grads[0].device, memory_format=torch.channels_last)
 
 
 def _joined(size: int, value: Tensor, dim: int | None) -> Tensor:
@@ -123,7 +124,7 @@ def _(
     taps: Sequence[Tensor],
     kept: Sequence[Tensor],
     filters: Sequence[Tensor],
-    shape: Sequence[int],
+    x: Tensor,
     code: str,
     keep: str,
 ) -> tuple[Tensor, Any]:
@@ -133,8 +134,6 @@ def _(
         where = where if isinstance(where, list | tuple) else [where] * len(values)
         return [_joined(size, value, dim) for value, dim in zip(values, where, strict=True)]
 
-    whole = [size * shape[0], *shape[1:]]
-    grad = trunk_backward(
-        join(grads, dims[0]), present, join(taps, dims[2]), join(kept, dims[3]), filters, whole, code, keep
-    )
+    images, parts = _joined(size, x, dims[5]), (join(taps, dims[2]), join(kept, dims[3]))
+    grad = trunk_backward(join(grads, dims[0]), present, *parts, filters, images, code, keep)
     return grad.unflatten(0, (size, -1)), 0

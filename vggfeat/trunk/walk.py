@@ -106,6 +106,7 @@ class Walk:
         tap_grad: Callable[[str], TapGrad],
         kept: list[ByName],
         size: tuple[int, int],
+        doubtful: Tensor | None,
         recompute: Recompute | None = None,
     ) -> Tensor | None:
         """The gradient with respect to the normalised images, in the filters' type; None where no tap has one.
@@ -116,20 +117,22 @@ class Walk:
             kept: for each stage what the forward kept of it, by the names of `kept_of`; is emptied on the way, to
                 free memory early.
             size: height and width of the images.
+            doubtful: of `layers.doubtful_images`.
             recompute: what the first stage's taps are recomputed from, where they were passed in strips.
         """
         sizes = self.plan.sizes(*size)
         flow = GradientAccumulator()
         held: list[Held] = []
         first = True  # the first gradient is the deepest tap's
-        finite: Tensor | None = None  # which images' are, if not all
+        lost: Tensor | None = None  # which images' gradient is, if any
 
         def of_kind(names: dict[str, str], kind: str) -> TapGrad:
-            nonlocal first, finite
+            nonlocal first, lost
             grad = tap_grad(names[kind]) if kind in names else None
             if grad is not None and first:
-                grad = grad.whole() if isinstance(grad, ByRows) else grad
-                first, finite = False, layers.finite_images(grad) if isinstance(grad, Tensor) else None
+                grad, first = grad.whole() if isinstance(grad, ByRows) else grad, False
+                if doubtful is not None and isinstance(grad, Tensor):
+                    lost = doubtful & ~layers.finite_images(grad)
             return grad
 
         with no_autocast(self.device):
@@ -145,8 +148,9 @@ class Walk:
         if flow.grad is not None and flow.grad.shape[1] > images:  # CUDA computes more
             flow.replace(layers.channels_last(flow.grad[:, :images]))
         # an image's NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest
-        # tap, and its gradient, except for |a - b|: to torch, too, the sign of NaN is 0
-        return flow.grad if flow.grad is None or finite is None else torch.where(finite, flow.grad, torch.nan)
+        # tap, and its gradient, except for |a - b|: to torch, too, the sign of NaN is 0. (Of a good image, a gradient
+        # that is not finite where a ReLU gave 0, such as that of a root, is dropped, as torch does.)
+        return flow.grad if flow.grad is None or lost is None else flow.grad.masked_fill(lost, torch.nan)
 
     def vjp(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[TapGradOf], Tensor]]:
         """The taps by name, and the pullback to the images, bypassing autograd.
@@ -205,10 +209,10 @@ class Walk:
             taps |= {names[kind]: tap for kind, tap in own.items()}
             kept.append(besides | {kind: tap for kind, tap in own.items() if kind in ready.keeps})
         recompute = Recompute(prepared, finite) if len(taps) < len(self.plan.names) else None
-        size, dtype = (x.shape[2], x.shape[3]), x.dtype
+        size, dtype, doubtful = (x.shape[2], x.shape[3]), x.dtype, layers.doubtful_images(x)
 
         def pullback(tap_grad: Callable[[str], TapGrad]) -> Tensor:
-            grad = self.backward(tap_grad, kept, size, recompute)
+            grad = self.backward(tap_grad, kept, size, doubtful, recompute)
             assert grad is not None  # every tap has one
             return grad.to(dtype)
 
