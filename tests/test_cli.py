@@ -302,7 +302,7 @@ PAIR = ["content.jpg", "style.png"]
         ([*PAIR, "-o", "content.jpg"], "one of the files that are read"),
         ([*PAIR, "-o", "text.jpg"], "it already exists; pass --overwrite or another name"),
         ([*PAIR, "--style-scale", "1e9"], "at most 100, got 1000000000.0"),
-        ([*PAIR, "--learning-rate", "1"], "--learning-rate is Adam's: leave it out, or choose optimizer adam"),
+        ([*PAIR, "--learning-rate", "1"], "--learning-rate is Adam's: leave it out, or choose --optimizer adam"),
         (
             [*PAIR, "--style-weight", "0", "--content-weight", "0"],
             "--style-weight, --content-weight and --tv-weight are",

@@ -14,7 +14,7 @@ from interpreters import Python
 from torch import nn
 
 import vggfeat
-from vggfeat import features as features_module
+from vggfeat import PerceptualLoss, features as features_module
 from vggfeat.arch import Arch
 from vggfeat.devices import bfloat16_is_fast, trunk_dtype
 from vggfeat.errors import InputError, WeightsError
@@ -591,6 +591,20 @@ def test_first_use_inside_a_transform():
         net.load_state_dict(state)
         net.taps(normalised(y), ["relu2_1"])["relu2_1"].square().mean().backward()
         assert (x.grad - y.grad).norm() / y.grad.norm() < 1e-5
+
+
+@pytest.mark.parametrize("weights", ["random", "given"])
+def test_made_inside_a_transform(weights):
+    weights = small("A").state_dict() if weights == "given" else weights
+
+    def score(image):
+        return PerceptualLoss(["relu2_1"], arch="vgg11", weights=weights)(image, torch.zeros(1, 3, 20, 20))
+
+    x = batch()[:1, :, :20, :20]
+    leaf = x.clone().requires_grad_()
+    score(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(score)(x), leaf.grad)
+    assert torch.func.vmap(lambda image: score(image[None]))(x) == score(x)
 
 
 def test_vmap_of_the_module(state):

@@ -740,3 +740,10 @@ def test_check_output_refuses_a_link_into_a_folder_without_permission(tmp_path, 
 def test_numbers_that_json_lacks_inside_a_tuple(tmp_path):
     path = vi.save_image(Image.new("RGB", (1, 1)), tmp_path / "a.png", settings={"v": (1.0, float("nan"))})
     assert vi.read_settings(path) == {"v": [1.0, None]}
+
+
+def test_empty_names():
+    with pytest.raises(ImageError, match="expected an image file, got an empty name"):
+        vi.open_image("")
+    with pytest.raises(ImageError, match="expected a file name, got an empty one"):
+        vi.check_output("")

@@ -586,7 +586,7 @@ def test_settings_that_do_not_fit_the_images(config, pair):
     with pytest.raises(InputError, match=r"48×2.* 4 pixels on each side; choose a size of 96 or more"):
         stylize(scene(48, 2), pair[1], config())
     assert stylize(scene(48, 2), pair[1], config(size=96, steps=1)).image.size == (96, 4)
-    with pytest.raises(InputError, match="init is content, noise or an image file: there is none at somewhere.png"):
+    with pytest.raises(InputError, match="init is content, noise or an image file: there is none at 'somewhere.png'"):
         stylize(*pair, config(init="somewhere.png"))
     for device in ("nonsense", "cuda:99"):
         with pytest.raises(InputError, match=device) as info:
@@ -1330,3 +1330,22 @@ def test_a_checkpoint_is_of_one_picture_to_start_from(config, pair, tmp_path, mo
     to_pil(pair[0].flip(2)).save(start)  # another picture by now
     with pytest.raises(InputError, match="was written with other pictures"):
         stylize(*pair, settings, checkpoint=path)
+
+
+def test_a_style_too_large_for_memory_is_refused_before_any_work(config, pair, monkeypatch):
+    monkeypatch.setattr(stylize_module, "total_memory", lambda device: 400 << 20)
+    monkeypatch.setattr(stylize_module, "free_memory", lambda device: 0)
+    style = to_pil(torch.rand(1, 3, 3, 3))
+    with pytest.raises(InputError, match=r"style 2 is read at \d+×\d+, which takes .* choose a smaller style_scale"):
+        stylize(pair[0], [style.resize((8, 800)), style], config(steps=1, style_scale=100))
+
+
+def test_only_proportions_of_shares_matter():
+    for values in ((1e308, 1e308), (1e-300, 1e-300), (3.0, 3.0)):
+        assert StyleConfig(style_blend=values).shares("style_blend", 2) == (0.5, 0.5)
+
+
+def test_a_loss_that_is_not_finite_suggests_no_precision_that_is_used_already(config, pair):
+    with pytest.raises(RunError, match="at the start; try other weights") as caught:
+        stylize(*pair, config(steps=1, content_weight=1e39, precision="float32"))
+    assert "precision" not in str(caught.value)

@@ -84,8 +84,10 @@ class VGGFeatures(nn.Module):
             ) from error
         if not (low < high and math.isfinite(high - low)):
             raise InputError(f"input_range must rise and be finite, got ({low:g}, {high:g})")
-        loaded = load(weights, arch, classifier=not HEAD_NAMES.isdisjoint(names))
-        loaded.require(names)
+        with without_modes():  # inside `torch.func.grad`, too
+            loaded = load(weights, arch, classifier=not HEAD_NAMES.isdisjoint(names))
+            loaded.require(names)
+            key = loaded.current_key
         if resolved(weights) == "auto" and loaded.name != "imagenet":
             warn(f"weights='auto' resolved to {loaded.label}")
         self.layers = names
@@ -107,7 +109,7 @@ class VGGFeatures(nn.Module):
             for key, value in loaded.state.items()
             if key[: key.rindex(".") + 1] in held or (self._head and key.startswith("classifier."))
         }
-        self.trunk = Trunk.shared(arch, state, loaded.current_key)
+        self.trunk = Trunk.shared(arch, state, key)
         self._held, self._mean, self._std = tuple(sorted(state)), loaded.mean, loaded.std
         # (x - low) / (high - low), then (· - mean) / std, as one factor and one shift per channel
         span = high - low
@@ -244,9 +246,10 @@ class VGGFeatures(nn.Module):
         if torch._C._len_torch_dispatch_stack():  # fake tensors have no values
             return "unknown"
         crc = zlib.crc32(repr((self._mean, self._std)).encode())
-        for key in self._held:
-            values: Any = self.trunk.state[key].flatten().view(torch.uint8).numpy()
-            crc = zlib.crc32(values, zlib.crc32(key.encode(), crc))
+        with without_modes():
+            for key in self._held:
+                values: Any = self.trunk.state[key].flatten().view(torch.uint8).numpy()
+                crc = zlib.crc32(values, zlib.crc32(key.encode(), crc))
         return f"{crc:08x}"
 
     def _run(self, x: Tensor, filters: list[Tensor]) -> dict[str, Tensor]:

@@ -46,6 +46,8 @@ def check_path(
     Raises:
         InputError: unknown suffix, no writable folder, a folder of that name, or a file that must not be replaced.
     """
+    if not os.fspath(path):
+        raise error("cannot write: expected a file name, got an empty one")
     path = Path(path)
     if any(same_file(path, each) or _is_among(path, each) for each in inputs):
         is_one = "is" if os.path.exists(path) else "would be"

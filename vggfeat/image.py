@@ -80,6 +80,8 @@ def open_image(path: PathLike, file: IO[bytes] | None = None) -> Image.Image:
     Raises:
         ImageError: the file is missing, unreadable, empty, no image, damaged, or above Pillow's limit of pixels.
     """
+    if not os.fspath(path):
+        raise ImageError("expected an image file, got an empty name")
     with _opened(Path(path), file) as image:
         return _to_rgb(image)
 

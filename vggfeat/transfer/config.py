@@ -116,7 +116,7 @@ class StyleConfig(Settings):
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise InputError(f"learning_rate must be a positive number, got {self.learning_rate}")
         if self.optimizer == "lbfgs" and self.learning_rate != StyleConfig.learning_rate:
-            raise InputError("learning_rate is Adam's: leave it out, or choose optimizer adam")
+            raise InputError("learning_rate is Adam's: leave it out, or choose optimizer='adam' (--optimizer adam)")
         for name in ("style_weight", "content_weight", "tv_weight"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
@@ -151,4 +151,5 @@ class StyleConfig(Settings):
         values = getattr(self, name) or (1.0,) * count
         if len(values) != count:
             raise InputError(f"{name} has {counted(len(values), 'number')} for {counted(count, 'image')}")
+        values = tuple(value / max(values) for value in values)  # whose sum is finite
         return tuple(value / sum(values) for value in values)

@@ -273,7 +273,7 @@ class _Run:
         # the picture to begin with; a file is read now, since every scale needs it and it may be gone by then
         starts = {"content": content, "noise": None}
         if config.init not in starts and not os.path.lexists(config.init):
-            raise InputError(f"init is content, noise or an image file: there is none at {config.init}")
+            raise InputError(f"init is content, noise or an image file: there is none at {config.init!r}")
         self.start = starts[config.init] if config.init in starts else open_image(config.init)
         self.image = self._initial(*self.sizes[0])
         # measured before any work: memory that one scale took is free for the next, though the system counts it as used
@@ -287,6 +287,13 @@ class _Run:
                 f"at size {config.size} the picture is {width}×{height}, which takes {needed / 2**30:,.1f} GiB "
                 f"of memory or more; the device has {total / 2**30:,.1f} GiB: choose a smaller size"
             )
+        for number, (w, h) in enumerate((self._style_size(style, width, height) for style in styles), start=1):
+            needed = 2 * 12 * w * h  # as it is, and normalised
+            if total is not None and needed > max(self.memory, total // 2):
+                raise InputError(
+                    f"style {number} is read at {w}×{h}, which takes {needed / 2**30:,.1f} GiB of memory or more; the "
+                    f"device has {total / 2**30:,.1f} GiB: choose a smaller style_scale"
+                )
         self.objective: Objective | None = None
         self.checkpoint: Path | None = None
         self.identity: dict[str, Any] = {}  # what distinguishes it from another run
@@ -323,13 +330,15 @@ class _Run:
         coarse = self._initial(self.image.shape[3], self.image.shape[2])
         return (self._initial(width, height) + up(self.image - coarse)).clamp(0, 1)
 
+    def _style_size(self, picture: Image.Image, width: int, height: int) -> tuple[int, int]:
+        """Width and height that a style has beside a picture of that size."""
+        # a long thin style must still reach the deepest layer at the coarsest scale
+        least = math.ceil(self.features.plan.min_size * max(picture.size) / min(picture.size))
+        side = max(least, round(max(width, height) * self.config.style_scale))
+        return fit(picture.width, picture.height, side)
+
     def _objective(self, width: int, height: int, tile: int | None) -> Objective:
-        styles = []
-        for picture in self.styles:
-            # a long thin style must still reach the deepest layer at the coarsest scale
-            least = math.ceil(self.features.plan.min_size * max(picture.size) / min(picture.size))
-            side = max(least, round(max(width, height) * self.config.style_scale))
-            styles.append(self._tensor(picture, *fit(picture.width, picture.height, side)))
+        styles = [self._tensor(picture, *self._style_size(picture, width, height)) for picture in self.styles]
         if tile is None:
             layers = self.features.layers
             tile = side_for(self.features.arch, layers, height, width, self.dtype, self.device, self.memory)
@@ -401,9 +410,10 @@ class _Run:
             return True
         if scale.best == math.inf:
             if scale.number == 1:
+                precise = "" if self.dtype == torch.float32 else "precision='float32' (--precision float32), "
                 raise RunError(
-                    f"the loss is {value} at the start; try precision='float32' (--precision float32), other weights "
-                    "of the network, or smaller ones of style and content"
+                    f"the loss is {value} at the start; try {precise}other weights of the network, or smaller ones of "
+                    "style and content"
                 )
             return False  # keep the picture of the coarser scales
         scale.restarts += 1
