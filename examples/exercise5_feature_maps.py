@@ -31,7 +31,7 @@ def main(image=CONTENT, picture=None, weights="bundled", arch=None, layers=(), s
     print(f"The deeper, the coarser the maps; {min(shares):.0%} to {max(shares):.0%} of a layer's units respond.")
     if picture:
         rows = [maps(pixels, name, count=8, tile=96, size=None, weights=weights) for name in layers]
-        tiles = [tile.resize((96, 96 * pixels.height // pixels.width)) for row in rows for tile in row.tiles]
+        tiles = [tile.resize(vggfeat.image.fit(*pixels.size, 96)) for row in rows for tile in row.tiles]
         labels = [f"{name} {label}" for name, row in zip(layers, rows, strict=True) for label in row.labels]
         print(Sheet(tiles, labels, "The strongest maps of each layer", columns=8).save(picture, overwrite=True))
 

@@ -5,6 +5,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import random
 import re
@@ -1376,6 +1377,20 @@ def test_curves_of_any_length(tmp_path, epochs):
     history = [Epoch(i, 0.1, 1 / i, 0.5, 2 / i, 0.4, None, 1.0, 1.0, 0) for i in range(1, epochs + 1)]
     path = vggfeat.plot_training({"a": history}, tmp_path / "curves.png")
     assert path.stat().st_size > 5000
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_many_runs(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = [Epoch(i, 0.1, math.nan, 0.5, 2 / i, 0.4, None, 1.0, 1.0, 0) for i in range(1, 4)]
+    runs = {
+        name: history for name in ("_hidden", "$x_1$", "a name that is much too long for any legend at all", *"abcdef")
+    }
+    assert vggfeat.plot_training(runs, tmp_path / "curves.png").stat().st_size > 5000
+    with pytest.raises(InputError, match="expected one to 9 runs, got 10"):
+        vggfeat.plot_training(runs | {"g": history}, tmp_path / "more.png")
+    with pytest.raises(InputError, match="no run has an epoch"):
+        vggfeat.plot_training({"a": []}, tmp_path / "none.png")
 
 
 def test_curves_are_those_of_the_history(tmp_path, monkeypatch):

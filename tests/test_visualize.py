@@ -303,11 +303,28 @@ def test_maps_show_the_networks_own_values_strongest_first(small, headed):
         assert (pixels(tile) - expected).abs().max() <= 1.01
 
 
-def test_constant_maps_have_the_lowest_colour(small):
-    state = {key: value.clone() for key, value in small.state.items()}
-    state["features.0.weight"][4] = 0
+@pytest.mark.parametrize(("value", "color"), [(-1, (68, 1, 84)), (0, (68, 1, 84)), (1, (253, 231, 37))])
+def test_constant_maps_have_a_colour_at_an_end(small, value, color):
+    """The highest above 0: a unit that is active everywhere must not look like a silent one."""
+    state = {key: each.clone() for key, each in small.state.items()}
+    state["features.0.weight"][4], state["features.0.bias"][4] = 0, value
     sheet = maps(noise(32, 32), "conv1_1", channels=[4], size=None, weights=state, arch="vgg11")
-    assert sheet.tiles[0].getextrema() == ((68, 68), (1, 1), (84, 84))
+    assert sheet.tiles[0].getextrema() == tuple((each, each) for each in color)
+
+
+def test_maps_with_values_below_0_are_cut_off_on_both_sides(small):
+    sheet = maps(noise(48, 48), "conv1_1", count=3, scale="shared", size=None, weights=small, arch="vgg11")
+    tap = vggfeat.VGGFeatures(["conv1_1"], weights=small)(noise(48, 48))["conv1_1"][0]
+    row = tap[[int(label) for label in sheet.labels]].flatten().sort().values
+    low, high = (float(row[math.ceil(share * len(row)) - 1]) for share in (0.005, 0.995))
+    assert low < 0 and sheet.title.endswith(f"colours from {low:.3g} to {high:.3g}")
+
+
+def test_a_sheet_has_a_label_for_each_picture_or_none():
+    tile = Image.new("RGB", (4, 4))
+    for tiles, labels in (([], []), ([tile, tile], ["a"])):
+        with pytest.raises(vggfeat.InputError, match="a label for each picture, or none"):
+            Sheet(tiles, labels)
 
 
 def test_a_shared_scale_compares_maps(small):

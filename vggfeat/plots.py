@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vggfeat.analysis import Comparison, Description, EffectiveField, Net, Stacked, effective_field, stacked_3x3
 from vggfeat.arch import Arch, Layer, layer_names, parse
-from vggfeat.errors import InputError, optional
+from vggfeat.errors import InputError, counted, optional
 from vggfeat.files import PathLike, check_path, written
 from vggfeat.tables import apart, short
 
@@ -186,18 +186,23 @@ def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, over
         raise InputError("nothing to draw: describe at least one network")
     figure = _figure(10, 1.4 + 0.42 * len(descriptions))
     panels: Any = figure.subplots(1, 2, sharey=True)
-    names = [each.label for each in descriptions]
+    labels = [each.label for each in descriptions]
+    names = [  # two of one network are told apart by their images
+        label if labels.count(label) == 1 else f"{label}, {each.width}×{each.height}"
+        for label, each in zip(labels, descriptions, strict=True)
+    ]
     for axes, (key, unit, label) in zip(
         panels, (("params", 1e6, "million parameters"), ("macs", 1e9, "GMACs per image")), strict=True
     ):
         left = [0.0] * len(names)
         for kind, color, what in (("conv", BLUE, "convolutions"), ("fc", ORANGE, "fully connected")):
             widths = [each.split.get(kind, {}).get(key, 0) / unit for each in descriptions]
-            axes.barh(names, widths, left=left, color=color, height=0.7, label=what)
+            if any(widths):
+                axes.barh(range(len(names)), widths, left=left, color=color, height=0.7, label=what)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        for i, each in enumerate(descriptions):
+        for i in range(len(names)):
             axes.annotate(
-                f"{getattr(each, key) / unit:,.3g}",
+                f"{left[i]:,.1f}" if left[i] >= 100 else f"{left[i]:.3g}",
                 (left[i], i),
                 (4, 0),
                 textcoords="offset points",
@@ -205,8 +210,10 @@ def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, over
                 fontsize=9,
             )
         axes.set_xlabel(label)
-        axes.margins(x=0.12)
+        axes.set_xlim(0, 1.12 * max(left))
+        axes.locator_params(axis="x", nbins=5)
         _plain(axes)
+    panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     panels[0].tick_params(axis="y", length=0)
     panels[1].tick_params(axis="y", length=0)
@@ -266,8 +273,10 @@ def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -
         if each.saving:
             x = each.receptive_field
             costs.plot([x, x], [each.stacked_params, each.single_params], color=GREY, lw=0.8, ls=":", zorder=0)
-            costs.annotate(f"−{each.saving:.0%}", (x, each.stacked_params), (0, -8), ha="center", va="top", fontsize=9,
-                           textcoords="offset points", color=BLUE)  # fmt: skip
+            low = each.stacked_params < 0.08 * stacks[-1].single_params  # where the axis would strike it through
+            offset, edge = (8, "bottom") if low else (-8, "top")
+            costs.annotate(f"−{each.saving:.0%}", (x, each.stacked_params), (0, offset), ha="center", va=edge,
+                           fontsize=9, textcoords="offset points", color=BLUE)  # fmt: skip
     costs.legend(frameon=False, loc="upper left")
     if len(fields) <= 10:
         costs.set_xticks(fields)
@@ -427,11 +436,16 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
         DependencyError: matplotlib is missing.
     """
     path = check_plot(path, overwrite=overwrite)
-    colors = (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY)
-    if not any(runs.values()) or len(runs) > len(colors):
-        raise InputError(f"expected one to {len(colors)} runs with at least one epoch, got {len(runs)}")
-    figure = _figure(9, 3.6)
-    panels: Any = figure.subplots(1, 2)
+    colors = (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY, "black", YELLOW)
+    if len(runs) > len(colors):
+        raise InputError(f"expected one to {len(colors)} runs, got {len(runs)}")
+    if not any(runs.values()):
+        raise InputError("nothing to draw: no run has an epoch")
+    several = len(runs) > 1
+    figure = _figure(11.5 if several else 9, 3.6)
+    panels: Any = figure.subplots(1, 2, sharex=True)
+    names: dict[str, Any] = {}  # lines of the legend: a colour for each run, and how its parts are drawn
+    parts: dict[str, Any] = {}
     titles = ("loss (training: augmented, label smoothing if any)", "accuracy, % (training: on augmented images)")
     for axes, key, title, factor in zip(panels, ("loss", "accuracy"), titles, (1, 100), strict=True):
         for (name, history), color in zip(runs.items(), colors, strict=False):
@@ -440,24 +454,35 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
                 points = [(epoch, factor * value) for epoch, value in points if value is not None]
                 if points:  # many markers would merge, and dots look like a line
                     marker = ("x" if part == "train" else "o") if len(points) <= 30 else None
-                    axes.plot(
-                        *zip(*points, strict=True), style, color=color, marker=marker, ms=4, label=f"{name}, {part}"
+                    label = f"{name}, {part}"
+                    (line,) = axes.plot(
+                        *zip(*points, strict=True), style, color=color, marker=marker, ms=4, label=label
                     )
+                    if several:
+                        (names[name],) = axes.plot([], [], color=color, lw=3)
+                        (line,) = axes.plot([], [], style, color="#444444", marker=line.get_marker(), ms=4)
+                    parts[part] = line
         axes.set(xlabel="epoch", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if axes.get_xlim()[1] < 1.5:  # a single epoch
-            axes.set_xlim(0.5, 1.5)
-            axes.set_xticks([1])
         axes.grid(True, color="#e6e6e6")
         _plain(axes)
-    panels[1].legend(frameon=False, fontsize=9)
+    if max(each.epoch for history in runs.values() for each in history) == 1:
+        panels[0].set_xlim(0.5, 1.5)
+        panels[0].set_xticks([1])
+    labels = [f" {short(name, 24)}" for name in [*names, *parts]]  # matplotlib leaves out those that begin with _
+    place: Any
+    place, where = (figure, "outside right upper") if several else (panels[1], "best")
+    legend = place.legend([*names.values(), *parts.values()], labels, loc=where, fontsize=9, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return _save(figure, path, overwrite)
 
 
 def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = False) -> Path:
     """The confusion matrix: for each true class (row), the share predicted as each class (column).
 
-    With up to 25 classes the shares are written in, in per cent, and the classes are named.
+    With up to 25 classes the shares are written in, in per cent, and with up to 60 the classes are named. Of more,
+    small shares are drawn darker. A class without images is grey.
 
     Args:
         evaluation: of `vggfeat.evaluate`.
@@ -469,22 +494,34 @@ def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = 
         DependencyError: matplotlib is missing.
     """
     path = check_plot(path, overwrite=overwrite)
-    shares = [[100 * count / max(1, sum(row)) for count in row] for row in evaluation.confusion]
+    figure_class = _figure_class()
+    from matplotlib import colormaps
+    from matplotlib.colors import PowerNorm
+
+    shares = [[100 * count / sum(row) if any(row) else math.nan for count in row] for row in evaluation.confusion]
     n = len(shares)
-    named = n <= 25
-    side = max(4.6, 1.8 + 0.42 * n) if named else 8.0
-    figure = _figure(side + 0.8, side)
+    named, written = n <= 60, n <= 25
+    side = max(4.6, 1.8 + (0.42 if written else 0.2) * n) if named else max(8.0, n / 100)  # a dot for each class
+    figure = figure_class(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    colors = colormaps["Blues"].with_extremes(bad="#dddddd")
+    norm = PowerNorm(1 if named else 0.5, vmin=0, vmax=100)
+    image = axes.imshow(shares, cmap=colors, norm=norm, interpolation="nearest")
     if named:
-        names = apart(evaluation.classes)
-        axes.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
-        axes.set_yticks(range(n), names, parse_math=False)
+        names, size = apart(evaluation.classes), None if written else 6
+        axes.set_xticks(
+            range(n), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False, fontsize=size
+        )
+        axes.set_yticks(range(n), names, parse_math=False, fontsize=size)
+    if written:
         for i, j in itertools.product(range(n), range(n)):
             if shares[i][j] >= 0.05:
                 dark = "white" if shares[i][j] > 50 else "black"
                 axes.text(j, i, f"{shares[i][j]:.1f}", ha="center", va="center", fontsize=7, color=dark)
-    axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"{evaluation.images:,} images, top-1 {100 * evaluation.top1:.2f} %", fontsize=11)
+    by = "" if named else ", by its number"
+    axes.set(xlabel=f"predicted class{by}", ylabel=f"true class{by}")
+    empty = sum(not any(row) for row in evaluation.confusion)
+    grey = f"; grey: {counted(empty, 'row')} without images" if empty else ""
+    axes.set_title(f"{evaluation.images:,} images, top-1 {100 * evaluation.top1:.2f} %{grey}", fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
     return _save(figure, path, overwrite)

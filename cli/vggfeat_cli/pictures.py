@@ -254,7 +254,9 @@ def invert(
         for result in results:
             tiles.append(result.image)
             several = f"{result.layers[0]} … {result.layers[-1]}"
-            labels.append(f"{several if len(result.layers) > 2 else ', '.join(result.layers)}: {result.error:.2g}")
+            labels.append(
+                f"{several if len(result.layers) > 2 else ', '.join(result.layers)}: error {result.error:.3g}"
+            )
         settings = {"picture": "invert", "runs": [result.result.to_dict() for result in results]}
         picture = Sheet(tiles, labels, columns=min(4, len(tiles)), settings=settings)
     return _saved(picture, target, results[0].result.weights, interrupted)

@@ -19,6 +19,7 @@ from vggfeat.losses import PerceptualLoss
 from vggfeat.metrics import LPIPS, lpips_weights
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG, eval_mode, network_from_weights
+from vggfeat.tables import short
 from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, net_label, overlay, spread
 from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, load, run_metadata
@@ -108,7 +109,9 @@ def distance(
     heats = {name: spread(each, full) for name, each in maps.items()}
     total = torch.stack(list(heats.values())).sum(0)
     tiles, labels = [_shown(first), _shown(second)], [_name(a, "A"), _name(b, "B")]
-    for label, heat, value in [("all layers", total, sum(values.values()))] + [(n, heats[n], values[n]) for n in heats]:
+    each = [(name, heats[name], values[name]) for name in heats]
+    together = [("all layers", total, sum(values.values()))] if len(heats) > 1 else []
+    for label, heat, value in together + each:
         tiles.append(_shown(overlay(first, heat / heat.max().clamp_min(1e-6), colors)))
         labels.append(f"{label}: mean {value:.3g}, max {float(heat.max()):.3g}")
     what = "LPIPS" if lpips else "Perceptual distance"
@@ -251,14 +254,15 @@ def cam(
     large = x if shown == seen else load_image(image, shown)
     probability = float(logits.softmax(0)[chosen])
     name = None if names is None else names[chosen]
-    title = f"class {chosen}" if name is None else f"{chosen} {name}"
+    title = f"class {chosen}" if name is None else f"{chosen} {short(name, 24)}"
+    nothing = "" if bool((raw > 0).any()) else ": nothing speaks for it"
     settings = {
         "picture": "cam", "layer": layer, "class": chosen, "probability": probability,
         "arch": net.arch.name, "weights": label,
     }  # fmt: skip
     sheet = Sheet(
         [to_pil(large), to_pil(overlay(large, over(large), colors))],
-        ["", f"{title}, {100 * probability:.1f} %, by {layer}"],
+        ["", f"{title}, {100 * probability:.1f} %, by {layer}{nothing}"],
         columns=2,
         settings=settings,
     )

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.errors import check_choice, optional
+from vggfeat.errors import InputError, check_choice, optional
 from vggfeat.image import FORMATS, check_output, fit, new_image_file, save_image
 from vggfeat.tables import short
 
@@ -44,6 +44,9 @@ class Sheet:
         title: a line above everything.
         columns: how many tiles side by side; None makes the sheet about square, or as wide as its title.
         settings: stored in the file, as JSON; PDF and SVG hold none.
+
+    Raises:
+        InputError: no picture, or another number of labels.
     """
 
     tiles: Sequence[Image.Image]
@@ -51,6 +54,12 @@ class Sheet:
     title: str = ""
     columns: int | None = None
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.tiles or len(self.labels) not in (0, len(self.tiles)):
+            raise InputError(
+                f"a sheet has a label for each picture, or none: got {len(self.labels)} for {len(self.tiles)}"
+            )
 
     @property
     def image(self) -> Image.Image:

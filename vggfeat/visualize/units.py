@@ -140,9 +140,10 @@ def maps(
         channels: which to show; None takes `count` of them.
         count: how many, at most as many as there are.
         order: `strongest` (by the mean of the positive part) or `first`.
-        scale: `each` spans the colours from a map's lowest value to the one that 1 in 200 of its values exceed, since a
-            few peaks would leave the rest dark; `shared` does so over all maps shown, and the title says
-            from where to where. A constant map has the lowest colour.
+        scale: `each` spans the colours from a map's lowest value, or from 0 where none is below, to the one that 1 in
+            200 of its values exceed, since a few peaks would leave the rest dark; `shared` does so over all maps shown,
+            and the title says from where to where. Where values are below 0, 1 in 200 of them are cut off there, too. A
+            constant map has the highest colour if above 0, else the lowest.
         colors: `grey` or a colour map of kornia's.
         size: long side to resize the image to, in pixels; None leaves it.
         tile: long side of a map on the sheet, in pixels, roughly.
@@ -170,11 +171,16 @@ def maps(
     tiles = [enlarged(to_pil(picture), tile) for picture in pictures]
     settings = {"picture": "maps", "layer": layer, "arch": features.arch.name, "weights": features.weights}
     which = f", {len(shown)} of {len(tap)}"
-    if channels is None and len(shown) < len(tap):
-        which = f", the {order} {len(shown)} of {len(tap)}"
+    if channels is None:
+        which = (
+            f", the {order} {len(shown)} of {len(tap)}"
+            if len(shown) < len(tap)
+            else f", {order} first" * (order != "first")
+        )
     net = net_label(loaded)
-    title = f"Feature maps of {layer}, {net}{which}, {tap.shape[2]} x {tap.shape[1]}"
-    title += f", colours from {float(low):.3g} to {float(high):.3g}" if scale == "shared" else ""
+    title = f"Feature maps of {layer}, {net}{which}, {tap.shape[2]}×{tap.shape[1]}"
+    span = f"from {float(low):.3g} to {float(high):.3g}" if scale == "shared" else "for each map alone"
+    title += f", colours {span}"
     return Sheet(tiles, [str(channel) for channel in shown], title, settings=settings | {"channels": shown})
 
 
@@ -185,9 +191,13 @@ def _tap(features: VGGFeatures, layer: str, image: Tensor) -> Tensor:
 
 
 def _limits(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest value of each row and its 99.5th percentile, (n,1); the highest where that is the lowest."""
-    low, top = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    high = rows.kthvalue(math.ceil(0.995 * rows.shape[1]), dim=1, keepdim=True).values
+    """What the colours of each row span, (n,1): from 0, or the 0.5th percentile where that is below, to the 99.5th.
+
+    To the highest value where the 99.5th percentile is no higher than the lowest colour.
+    """
+    n, top = rows.shape[1], rows.amax(1, keepdim=True)
+    low, high = (rows.kthvalue(math.ceil(share * n), dim=1, keepdim=True).values for share in (0.005, 0.995))
+    low = low.clamp_max(0)
     return low, torch.where(high > low, high, top)
 
 
