@@ -197,6 +197,7 @@ ROOMS = {
         "weights",
     },
     "vggfeat.training.folder": {
+        "arch",
         "checkpoint",
         "errors",
         "files",

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -574,6 +575,19 @@ def test_going_on_gives_the_same_weights(data, tmp_path, options):
     for ours, theirs in zip(result.history, whole.history, strict=True):
         assert (ours.train_loss, ours.test_loss) == (theirs.train_loss, theirs.test_loss)
     assert len((result.folder / "log.csv").read_text().splitlines()) == 3
+
+
+def test_going_on_needs_the_first_weights_no_more(finished, data, tmp_path):
+    first = tmp_path / "first.safetensors"
+    shutil.copy(finished[0].folder / "weights.safetensors", first)
+    options = {"arch": None, "width": 1.0, "weights": str(first), "freeze": "pool2", "epochs": 1}
+    whole = run(data, tmp_path / "whole", **options)
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "r", callback=stop_at(2), save_every=1, **options)
+    first.unlink()
+    with pytest.raises(WeightsError, match="no weights at"):
+        run(data, tmp_path / "other", **options)
+    assert same(weights(run(data, tmp_path / "r", resume=True, save_every=1, **options).folder), weights(whole.folder))
 
 
 def test_going_on_by_tiles_gives_the_same_weights(data, tmp_path, monkeypatch):

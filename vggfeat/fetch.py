@@ -7,17 +7,15 @@ import functools
 import hashlib
 import http.client
 import re
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, first_line
-from vggfeat.files import TEMPORARY, new_file
+from vggfeat.files import new_file, remove_leftovers
 
 CONNECT_TIMEOUT = 5.0  # seconds until a server must have answered the call
 READ_TIMEOUT = 60.0  # seconds that a running download may stand still
-DAY = 86400  # seconds
 
 
 def published_digest(filename: str) -> str:
@@ -156,9 +154,7 @@ def fetch(url: str, folder: Path) -> Path:
     sha = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for rest in folder.glob(TEMPORARY):  # of a download that was killed
-            if time.time() - rest.stat().st_mtime > DAY:
-                rest.unlink(missing_ok=True)
+        remove_leftovers(folder)
         with opener.open(request, timeout=CONNECT_TIMEOUT) as response, new_file(path, overwrite=True) as file:
             length = int(response.headers.get("Content-Length") or 0)
             # disable=None: only where stderr is a terminal

@@ -8,6 +8,7 @@ import itertools
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +135,14 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
         _publish(temporary, path, overwrite)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote to a folder have left there, a day later."""
+    for each in folder.glob(TEMPORARY):
+        with contextlib.suppress(OSError):
+            if time.time() - each.stat().st_mtime > 86400:
+                each.unlink()
 
 
 @contextmanager

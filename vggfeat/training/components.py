@@ -20,8 +20,8 @@ from vggfeat.training.muon import Muon
 from vggfeat.weights import load, load_weights
 
 
-def network(config: TrainConfig, num_classes: int) -> VGG:
-    """The network that a configuration begins with.
+def network(config: TrainConfig, num_classes: int, resumed: Arch | None = None) -> VGG:
+    """The network that a configuration begins with; of a run that is resumed its kind alone, without the weights.
 
     Raises:
         InputError: a layer to freeze that it lacks.
@@ -31,6 +31,15 @@ def network(config: TrainConfig, num_classes: int) -> VGG:
         arch = parse(config.arch or "vgg16_bn")
         arch = Arch(arch.config, arch.batch_norm, channels_at(config.width), config.head, num_classes)
         return VGG(arch, config.dropout, config.init)
+    net = _pretrained(config, num_classes) if resumed is None else VGG(resumed, config.dropout, config.init)
+    if config.freeze is not None:
+        net.arch.layer(config.freeze)
+        for layer in net.arch.until([config.freeze]):
+            net.features[layer.index].requires_grad_(False)
+    return net
+
+
+def _pretrained(config: TrainConfig, num_classes: int) -> VGG:
     weights = load(config.weights, config.arch)
     theirs = weights.arch
     net = VGG(replace(theirs, head=config.head, num_classes=num_classes), config.dropout, config.init)
@@ -40,12 +49,7 @@ def network(config: TrainConfig, num_classes: int) -> VGG:
             f"weights {weights.label} have a {theirs.head} head for {theirs.num_classes} classes, the run wants a "
             f"{config.head} head for {num_classes}: start a new one with new_head=True (--new-head)"
         )
-    load_weights(net, weights, head=head)
-    if config.freeze is not None:
-        net.arch.layer(config.freeze)
-        for layer in net.arch.until([config.freeze]):
-            net.features[layer.index].requires_grad_(False)
-    return net
+    return load_weights(net, weights, head=head)
 
 
 def redundant_biases(net: VGG) -> list[Tensor]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vggfeat import checkpoint
+from vggfeat.arch import Arch
 from vggfeat.errors import InputError, RunError, first_line
 from vggfeat.files import TEMPORARY, locked, new_file
 from vggfeat.network import VGG
@@ -90,14 +91,32 @@ def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
         raise InputError(f"the run in {folder} has other settings, pass the same ones: {said}")
 
 
+def arch_of(folder: Path) -> Arch | None:
+    """The network of the run in a folder that has a checkpoint; None where that is not recorded."""
+    recorded = _config_of(folder / "config.json").get("network")
+    if recorded is None or not checkpoint.saved(folder / "checkpoints"):
+        return None
+    try:
+        return Arch(**recorded | {"channels": tuple(recorded["channels"])})
+    except (TypeError, KeyError, InputError) as error:
+        raise InputError(f"{folder / 'config.json'} was changed: its network is {recorded}") from error
+
+
 def begin(
-    folder: Path, config: TrainConfig, images: ImageSet, test: ImageSet | None, resume: bool, alone: ExitStack
+    folder: Path,
+    config: TrainConfig,
+    arch: Arch,
+    images: ImageSet,
+    test: ImageSet | None,
+    resume: bool,
+    alone: ExitStack,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Make the run's folder, or find how far its run has got.
 
     Args:
         folder: of the run.
         config: its settings.
+        arch: the network.
         images: that it trains on.
         test: those that it is tested on.
         resume: go on with the run that is there.
@@ -139,7 +158,8 @@ def begin(
             given = f"not {test.label}" if test is not None else "and now there is none"
             raise InputError(f"the run in {folder} has another test set, {given}: pass the same one")
     else:
-        text = json.dumps({"classes": images.classes, "data": images.label} | config.to_dict(), indent=2)
+        facts = {"classes": images.classes, "data": images.label, "network": asdict(arch)}
+        text = json.dumps(facts | config.to_dict(), indent=2)
         try:
             with new_file(folder / "config.json", overwrite=True) as file:
                 file.write((text + "\n").encode())

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vggfeat import checkpoint
-from vggfeat.arch import MIN_SIDE
+from vggfeat.arch import MIN_SIDE, Arch
 from vggfeat.devices import autocast_dtype, emulates
 from vggfeat.errors import InputError, RunError, counted
 from vggfeat.files import PathLike
@@ -32,7 +32,7 @@ from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, load_images
 from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, process_group, run_on_main
 from vggfeat.training.evaluation import Evaluation, Views, evaluate_network, place_of
-from vggfeat.training.folder import Board, Epoch, begin, check, write_log, write_weights
+from vggfeat.training.folder import Board, Epoch, arch_of, begin, check, write_log, write_weights
 from vggfeat.training.learner import Learner
 
 SAVE_AFTER = 10.0  # seconds from one epoch's checkpoint to another's
@@ -134,9 +134,12 @@ def train(
             if test_images is not None:
                 raise InputError("there is a test set: leave holdout at 0, which sets images aside where there is none")
             images, test_images = split_holdout(images, config.holdout, config.seed)
-        run = _Run(config, images, test_images, world, folder, callback if world.is_main else None, says)
+        arch = run_on_main(lambda: arch_of(folder) if resume else None, world)
+        run = _Run(config, images, test_images, world, folder, callback if world.is_main else None, says, arch)
         with ExitStack() as lock:
-            state, damaged = run_on_main(lambda: begin(folder, config, images, test_images, resume, lock), world)
+            state, damaged = run_on_main(
+                lambda: begin(folder, config, run.net.arch, images, test_images, resume, lock), world
+            )
             for text in run.summary(damaged):
                 says(text)
             if state is None and resume:
@@ -194,6 +197,7 @@ class _Run:
         folder: Path,
         callback: Callable[[TrainStep], None] | None,
         announce: Callable[[str], None] = _silent,
+        resumed: Arch | None = None,
     ) -> None:
         self.config, self.images, self.test, self.world = config, images, test, world
         self.folder, self.callback, self.announce = folder, callback, announce
@@ -207,7 +211,7 @@ class _Run:
         self.dtype = autocast_dtype(config.precision, world.device)
         self.batches = Batches(images, config, self.size, world)
         with torch.device("cpu"):  # drawn there, whatever the default device is, so that a seed means the same network
-            net = network(config, len(images.classes))
+            net = network(config, len(images.classes), resumed)
         self.net = net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net.checkpointing = config.checkpointing
         self.average = get_ema_multi_avg_fn(config.ema)

@@ -25,7 +25,7 @@ from vggfeat.cuda_graphs import AsyncScalars, captured_and_checked, lookahead
 from vggfeat.devices import free_memory, lacks_memory, resolve, total_memory, trunk_dtype
 from vggfeat.errors import InputError, RunError, first_line, optional, warn
 from vggfeat.features import VGGFeatures
-from vggfeat.files import check_path
+from vggfeat.files import check_path, remove_leftovers
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.modes import with_gradients
 from vggfeat.settings import changed
@@ -452,6 +452,7 @@ class _Run:
     def resume_from(self, path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
         """Save the run in a file from here on, and resume from what is in it."""
         self.checkpoint = check_path(path, overwrite=True, inputs=inputs)
+        remove_leftovers(self.checkpoint.parent)
         self.identity = self._identity()
         if not self.checkpoint.exists():
             return
