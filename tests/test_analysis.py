@@ -23,6 +23,7 @@ from vggfeat_cli import main as vggfeat_command
 import vggfeat
 from vggfeat import DependencyError, InputError, compare, describe, stacked_3x3
 from vggfeat.analysis import ACCURACY, PeakMemory, comparison, effective_field, saved_for_backward
+from vggfeat.analysis.measure import measure_net
 from vggfeat.arch import BLOCKS, Arch, scaled
 from vggfeat.network import VGG
 from vggfeat.trunk import Plan
@@ -820,3 +821,21 @@ def test_exercise_7(exercise, tmp_path, capsys):
     exercise("exercise7_slim").main(picture(tmp_path))
     out = capsys.readouterr().out
     assert "134,309,962" in out and "14,728,266" in out
+
+
+def test_other_classes_are_counted_and_have_no_accuracy(torchvision):
+    (ours,) = compare(["squeezenet1_1"], num_classes=10).nets
+    assert ours.params == sum(p.numel() for p in torchvision.models.squeezenet1_1(num_classes=10).parameters())
+    assert not ours.published
+
+
+def test_latency_is_that_of_one_image():
+    seen = []
+
+    class Net(torch.nn.Linear):
+        def forward(self, x):
+            seen.append((self.training, len(x)))
+            return super().forward(x.mean((2, 3)))
+
+    measure_net(lambda: Net(3, 2), 8, 5, torch.device("cpu"), 0.0)
+    assert seen == [(False, 1)] * 4 + [(False, 5)] * 4 + [(True, 5)] * 4

@@ -841,3 +841,10 @@ def test_vjp_runs_in_what_autocast_says(state, keep):
         assert (wanted.dtype, taps["relu2_1"].dtype) == (torch.bfloat16, torch.bfloat16)
         assert torch.equal(taps["relu2_1"], wanted)
         assert back(lambda name, tap: torch.ones_like(tap)).dtype == torch.float32
+
+
+def test_images_of_half_precision_get_their_own_gradients():
+    features = VGGFeatures(["relu1_1"], "vgg16", "random")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        _, back = features.vjp(torch.rand(1, 3, 8, 8).to(dtype))
+        assert back(lambda name, tap: torch.ones_like(tap)).dtype == dtype

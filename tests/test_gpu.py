@@ -203,7 +203,8 @@ def test_the_trunk_waits_for_nothing(fake, keep, precision, pooling):
             again,
             found[count:],
             filters,
-            x,
+            x.shape,
+            None,
             plan.code,
             keep,
         )
@@ -569,6 +570,7 @@ class Apart(TorchDispatchMode):
 def test_a_whole_step_gives_and_takes_no_number(normalization, monkeypatch):
     # it looks at images and gradients on CPUs alone
     monkeypatch.setattr(layers_module, "stays_finite", lambda images: True)
+    monkeypatch.setattr(layers_module, "finite_images", lambda values: None)
     config = StyleConfig(**SETTINGS | {"normalization": normalization, "tv_weight": 0.1})
     layers = (*config.style_layers, *config.content_layers)
     features = VGGFeatures(layers, arch="vgg19", weights="random", keep="values")

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import io
 import math
 import os
 import pickle
@@ -19,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import vggfeat
 from vggfeat import functional as VF
@@ -1381,3 +1383,93 @@ def test_one_encoded_target_by_any_integer():
         assert len(encoded[index]) == 1 and torch.equal(
             encoded[index].values["relu1_2"][0], encoded.values["relu1_2"][1]
         )
+
+
+@pytest.mark.parametrize(("layers", "convs"), [(["relu3_3"], 7), (["relu1_2", "conv2_1"], 3)])
+def test_flops_are_counted_as_those_of_ordinary_convolutions(layers, convs):
+    loss = perceptual(layers)
+    x, y = torch.rand(2, 2, 3, 48, 40, generator=torch.Generator().manual_seed(0))
+    leaf = x.clone().requires_grad_()
+    counts = []
+    for images in (x, leaf):
+        with FlopCounterMode(display=False) as counter:
+            value = loss(images, y)
+            if images is leaf:
+                value.backward()
+        counts.append(counter.get_total_flops())
+    once = sum(
+        2 * 2 * (48 // conv.stride) * (40 // conv.stride) * 9 * conv.in_channels * conv.channels
+        for conv in NET.arch.convs[:convs]
+    )
+    assert counts == [2 * once, 3 * once]
+    assert torch.allclose(leaf.grad, torch.autograd.grad(loss(leaf, y), leaf)[0], atol=1e-6)
+
+
+def test_only_what_a_gradient_passes_counts():
+    features = vggfeat.VGGFeatures(["relu1_1", "relu2_2"], weights=STATE)
+    x = torch.rand(1, 3, 16, 16, requires_grad=True)
+    taps = features(x)
+    with FlopCounterMode(display=False) as counter:
+        taps["relu1_1"].sum().backward()
+    assert counter.get_total_flops() == 2 * 16 * 16 * 9 * 3 * taps["relu1_1"].shape[1]
+
+
+def test_targets_encoded_beforehand_are_batches_of_a_data_loader():
+    loss = vggfeat.PerceptualLoss(["relu1_2"], weights=STATE)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    encoded = [(image, loss.encode(image[None])) for image in images]
+    (batch, targets), _ = torch.utils.data.DataLoader(encoded, batch_size=2)
+    assert len(targets) == 2 and loss(batch, targets) == 0
+    assert torch.equal(loss(batch, targets[[1, 0]]), loss(images[:2], images[[1, 0]]))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning", "ignore:.torch.jit.:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("options", [{"normalize_features": True}, {"criterion": "cosine"}], ids="-".join)
+def test_a_traced_loss_can_be_saved(options):
+    loss = vggfeat.PerceptualLoss(["relu1_2"], weights=STATE, **options)
+    x, y = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(loss, (x, y)), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x, y), loss(x, y))
+
+
+def test_a_class_that_was_changed_around_the_loss():
+    """As FSDP does, whose new class calls the old one's `__init__` when it is copied."""
+    loss = vggfeat.PerceptualLoss(["relu1_2"], weights=STATE)
+    x, y = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    leaf = x.clone().requires_grad_()
+    loss(leaf, y).backward()
+
+    def new(cls, *args, **kwargs):
+        raise TypeError("not without its arguments")
+
+    loss.__class__ = type("Sharded", (vggfeat.PerceptualLoss,), {"__new__": new})
+    again = x.clone().requires_grad_()
+    loss(again, y).backward()
+    assert torch.equal(leaf.grad, again.grad)
+
+
+def test_a_tracer_of_torch_fx_is_told_what_to_do():
+    with pytest.raises(vggfeat.InputError, match="with which torch.fx traces: use torch.export"):
+        torch.fx.symbolic_trace(vggfeat.PerceptualLoss(["relu1_2"], weights=STATE))
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_gradients_through_the_classifier(criterion, normalized):
+    loss = perceptual(["fc"], criterion=criterion, normalize_features=normalized)
+    x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(loss(x, y), x)
+    with torch.no_grad():
+        ahead, behind = loss(x + 1e-3 * found / found.norm(), y), loss(x - 1e-3 * found / found.norm(), y)
+    assert float(ahead - behind) / 2e-3 == pytest.approx(float(found.norm()), rel=0.05)
+
+
+def test_targets_of_two_losses_make_no_batch():
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    one, other = (perceptual(pooling=pooling).encode(images) for pooling in ("max", "average"))
+    with pytest.raises(vggfeat.InputError, match="encoded by one loss"):
+        vggfeat.EncodedTarget.cat([one, other])

@@ -193,3 +193,16 @@ def test_on_a_gpu_steps_are_those_of_a_cpu(layout):
             optimizer.step()
         results.append([weight.detach().cpu() for weight in weights])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_a_closure_computes_the_gradients_first():
+    weight = filters(4, 3, 3, 3)
+    before = weight.detach().clone()
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert Muon([weight], lr=0.1).step(closure) == before.square().sum()
+    assert not torch.equal(weight, before)

@@ -301,3 +301,20 @@ def test_the_pool_before_the_classifier_is_the_same_as_products(size, dtype):
     (other,) = torch.autograd.grad((found * weight).sum(), x)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(other, gradient)
+
+
+@pytest.mark.parametrize("make", [vggfeat.vgg11, vggfeat.vgg13, vggfeat.vgg16, vggfeat.vgg19])
+def test_named_constructors_hand_on_every_setting(make):
+    net = make(4, True, None, "slim", 0.125, 0.25, "paper")
+    assert (net.arch.num_classes, net.arch.batch_norm, net.arch.head, net.arch.width) == (4, True, "slim", 0.125)
+    assert net.classifier[0].p == 0.25 and net.init == "paper"
+
+
+def test_parameters_are_drawn_anew_for_batch_normalisation_too():
+    net = vggfeat.vgg11(2, batch_norm=True, width=0.125, head="slim")
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            value.fill_(3)
+    net.reset_parameters()
+    bn = net.features[1]
+    assert bn.weight.eq(1).all() and not bn.bias.any() and not bn.running_mean.any() and bn.running_var.eq(1).all()

@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pictures
 import pytest
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat import checkpoint, convolution, devices, winograd
 from vggfeat.errors import InputError, RunError, WeightsError
-from vggfeat.training import components, distributed, loop
+from vggfeat.training import components, distributed, folder as folder_module, loop
 from vggfeat.training.batches import split_holdout
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World
@@ -1435,3 +1436,49 @@ def test_classes_of_any_name(tmp_path):
     labels = torch.arange(8) % 4
     found = _metrics(labels, torch.rand(8, 4).softmax(1), names, 1, [])
     assert vggfeat.plot_confusion(found, tmp_path / "c.png").stat().st_size > 5000
+
+
+# ── what is on record ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_going_on_remembers_what_was_left_out(data, tmp_path):
+    made, again = begun(data, tmp_path), begun(data, tmp_path)
+    made.batches.skipped.add("ant/1.png is damaged")
+    made.save()
+    again.load(checkpoint.newest(tmp_path / "checkpoints", NEEDED)[0])
+    assert again.batches.skipped == {"ant/1.png is damaged"}
+
+
+def test_the_rate_on_record_is_the_classifiers(data, tmp_path):
+    steps = []
+    result = run(data, tmp_path / "r", callback=steps.append, features_lr=0.1, schedule="constant", warmup=0, epochs=1)
+    assert {step.lr for step in steps} == {0.01} and result.history[0].lr == 0.01
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_parts(data, tmp_path):
+    losses = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        made = begun(data, tmp_path, arch="vgg11", dropout=0.0, accumulate=parts)
+        losses.append(made._step(next(made.batches.epoch(0))).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_figures_of_an_epoch_are_of_its_own_steps(finished):
+    result, steps = finished
+    for epoch in result.history:
+        losses = [step.loss for step in steps if step.epoch == epoch.epoch]
+        assert epoch.train_loss == pytest.approx(sum(losses) / 3, rel=1e-4)
+        assert epoch.images_per_second * epoch.seconds == pytest.approx(24)
+
+
+def test_settings_that_change_a_result_stay_what_they_were(tmp_path):
+    free, before = set(), TrainConfig().to_dict()
+    for name in before:
+        other = SimpleNamespace(to_dict=lambda name=name: before | {name: "other"})
+        try:
+            folder_module._compare(tmp_path, before, other)
+        except InputError:
+            continue
+        free.add(name)
+    assert free == {"device", "workers", "save_every", "compile", "bad_images"}

@@ -712,3 +712,15 @@ def test_a_set_in_memory_is_brought_to_size(tmp_path):
     again, _ = load_images(source, resize=(64,))
     assert large.pixels.shape[1:3] == (64, 64) and torch.equal(large.pixels, again.pixels)
     assert images.pixels.shape[1:3] == (32, 32)  # the one that was given stays as it is
+
+
+def test_every_step_and_epoch_draws_anew(ramp):
+    """Where crops begin, and which images are mirrored: never the same for the places of two batches."""
+    crops = [
+        (raw(batch.images)[:, 16, 16, :2] - 16).tolist()
+        for number in range(3)
+        for (batch,) in epoch(ramp, number, pad=4)
+    ]
+    assert all(crops.count(each) == 1 for each in crops)
+    turns = [[mirrored(batch.images) for (batch,) in epoch(ramp, number, flip="random")] for number in range(3)]
+    assert all(each != [each[0]] * 3 for each in turns) and turns[0] != turns[1]

@@ -1349,3 +1349,12 @@ def test_a_loss_that_is_not_finite_suggests_no_precision_that_is_used_already(co
     with pytest.raises(RunError, match="at the start; try other weights") as caught:
         stylize(*pair, config(steps=1, content_weight=1e39, precision="float32"))
     assert "precision" not in str(caught.value)
+
+
+def test_a_scale_goes_on_with_all_that_it_has_come_to():
+    image = torch.rand(1, 3, 8, 8)
+    before = stylize_module._Scale(1, image, Adam(0.1), 0, begun=5, best=2.0, restarts=3)
+    after = stylize_module._Scale(1, torch.zeros_like(image), Adam(0.2), 0)
+    after.load_state_dict(before.state_dict())
+    assert (after.begun, after.best, after.restarts) == (5, 2.0, 3) and torch.equal(after.image, image)
+    assert after.optimizer.learning_rate == 0.1

@@ -802,6 +802,23 @@ def test_gradients_of_any_size(trunks, dtype):
         torch.testing.assert_close(grad, wanted, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_gradient_of_activations_that_overflowed_is_no_number(keep, direct):
+    """Images are finite, and a network that diverged must not look as if it had nothing to learn."""
+    state = dict(load("random", "vgg16").state)
+    for index in (0, 2, 5):
+        state[f"features.{index}.weight"] = state[f"features.{index}.weight"] * 1e13
+    features = VGGFeatures(["relu2_2"], weights=state, keep=keep)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    if direct:
+        taps, pullback = features.vjp(features.checked(x.detach()))
+        grad = pullback(lambda name, tap: 2 * tap)
+    else:
+        (grad,) = torch.autograd.grad(features(x)["relu2_2"].square().mean(), x)
+    assert grad.isnan().all()
+
+
 @pytest.mark.parametrize("names", [("relu1_1",), ("relu3_3",), ("pool3",), ("relu2_2", "relu3_3")])
 @pytest.mark.parametrize("keep", KEEPS)
 def test_a_root_at_zero_costs_no_more_than_that_position(trunks, names, keep):
@@ -937,7 +954,8 @@ def test_opcheck(thin, trunks, arch, names, pooling, padding, keep):
         taps, kept = found[: len(names)], found[len(names) :]
         again = [taps[i] for i in walk.reread(plan, keep, x.device)]
         present = list(range(len(names)))
-        args = (taps, present, again, kept, filters, x, plan.code, keep)
+        sound = layers.finite_images(taps[-1])
+        args = (taps, present, again, kept, filters, list(x.shape), sound, plan.code, keep)
         torch.library.opcheck(operators.trunk_backward, args, test_utils=tests)
 
 

@@ -24,6 +24,7 @@ import vggfeat
 from vggfeat import visualize
 from vggfeat.arch import Arch, parse, scaled
 from vggfeat.image import fit, open_image, read_settings, resize, to_pil, to_tensor
+from vggfeat.training.folder import write_weights
 from vggfeat.transfer.objective import Objective
 from vggfeat.visualize import Sheet, cam, distance, dream, filters, invert, maps, sheet as sheet_module
 from vggfeat.visualize.dreams import _Fourier, _jittered, _Pixels
@@ -986,3 +987,33 @@ def test_exercise_5_counts_the_units_that_respond(example, capsys, tmp_path, sma
     assert lines[2].split()[:3] == ["relu1_1", "8", "48×36"] and lines[3].split()[:3] == ["relu2_1", "16", "24×18"]
     assert 20 < int(lines[2].split()[3].rstrip("%")) < 80
     assert (tmp_path / "m.png").stat().st_size > 1000
+
+
+def test_a_dream_begins_at_what_the_relu_gives(small):
+    seen = []
+    found = dream("relu2_1", count=4, size=32, steps=1, precision="float32", weights=small, callback=seen.append)
+    own = vggfeat.VGGFeatures(["relu2_1"], weights=small)(seen[0]._images[:4])["relu2_1"]
+    assert found.start == pytest.approx(own[range(4), range(4)].mean((1, 2)).tolist(), rel=1e-4)
+
+
+def test_the_first_of_three_colours_is_brightness():
+    canvas = _Fourier((1, 3, 16, 16), 0.05, torch.Generator().manual_seed(0), torch.device("cpu"))
+    with torch.no_grad():
+        canvas.spectrum[:, 1:] = 0
+        red, green, blue = torch.logit(canvas.images())[0]
+    torch.testing.assert_close(red / 0.26, green / 0.27, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(blue, green, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_tested_at_several_scales_is_shown_at_the_largest(headed, tmp_path):
+    write_weights(tmp_path, headed, {"classes": list("abcde"), "size": 32, "scales": [32, 48]})
+    found = cam(noise(60, 40), weights=tmp_path)
+    assert sorted(found.map.shape) == [48, 72]
+    assert [max(tile.size) for tile in found.sheet.tiles] == [224, 224]  # what it sees is hard to make out
+
+
+def test_maps_of_a_convolution_by_what_the_relu_lets_through(small):
+    image = noise(32, 32)
+    found = maps(image, "conv2_1", count=16, weights=small, size=None)
+    tap = vggfeat.VGGFeatures(["conv2_1"], weights=small)(image)["conv2_1"][0]
+    assert [int(label) for label in found.labels] == tap.relu().mean((1, 2)).argsort(descending=True).tolist()

@@ -1268,3 +1268,29 @@ def test_state_dicts_that_are_no_weights(state):
         vgg("D", 5, weights=state | {"classifier.6.bias": torch.full((5,), torch.nan)})
     with pytest.raises(InputError, match=r"expected a network of vggfeat.vgg, got Linear"):
         W.load_weights(torch.nn.Linear(2, 2), state)
+
+
+def test_what_is_fetched_goes_to_torch_hubs_cache(tmp_path, monkeypatch, state):
+    data = torch_bytes(dict(state))
+    monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
+    with serving(data) as (url, _):
+        entry = publish(monkeypatch, data, folder=url)
+        assert W.find("imagenet") == hub() / entry.filename
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_a_network_leaves_the_weights_it_came_from(state):
+    loaded = W.load(dict(state))
+    net = vgg("D", 5, weights=loaded)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert loaded.current_key == loaded.key
+    assert all(torch.equal(loaded.state[key], value) for key, value in state.items())
+
+
+def test_a_file_that_is_no_record_stays(tmp_path):
+    (path := tmp_path / "w.bin").write_bytes(b"abc")
+    (note := tmp_path / "w.bin.sha256").write_text("notes of mine\n")
+    W.verify(path, "ba7816bf")
+    assert note.read_text() == "notes of mine\n"

@@ -320,3 +320,11 @@ def test_in_compiled_graphs_and_under_vmap(features, monkeypatch):
     several = torch.rand(3, 1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     each = torch.func.vmap(step)(several)
     torch.testing.assert_close(each, torch.stack([step(image) for image in several]), rtol=1e-5, atol=0)
+
+
+def test_a_convolution_in_front_of_its_normalisation_gets_what_that_does(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    features = VGGFeatures(["conv2_2", "relu3_2"], "vgg16_bn", "random")
+    for name, wanted in features(image.double()).items():
+        assert error(features(image)[name], wanted) < 1e-4, name

@@ -379,6 +379,8 @@ def count_and_size(images: Tensor) -> tuple[int, tuple[int, int]]:
     """
     if not isinstance(images, Tensor):
         hint = "; torchvision.transforms.functional.to_tensor(image)[None] makes one of a PIL image or an array"
+        if isinstance(images, torch.fx.Proxy):
+            hint = ", with which torch.fx traces: use torch.export, or keep the loss a leaf module"
         raise InputError(f"expected a tensor of images (N,3,H,W), got {type(images).__name__}{hint}")
     if images.ndim != 4:
         hints = {3: "; add the batch dimension: images[None]", 5: "; frames as images: video.flatten(0, 1)"}

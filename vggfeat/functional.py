@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.devices import bfloat16_is_fast, triton_kernels
-from vggfeat.modes import in_forward_mode, is_batched, needs_composite_ops, no_autocast
+from vggfeat.modes import exporting, in_forward_mode, is_batched, needs_composite_ops, no_autocast
 
 __all__ = [
     "CRITERIA",
@@ -242,8 +242,9 @@ def unit_normalize(features: Tensor) -> Tensor:
         The same shape, in float32 (float64 for float64 features), each vector along C at length 1; one of length l,
         if as short as the guard, at l / √(l² + 1e-10), and zeros at 0.
     """
-    # a compiler fuses them anyway, and with dynamic=True takes EPS for an input, which a Function cannot have
-    if in_forward_mode() or torch.compiler.is_compiling():
+    # a compiler fuses them anyway, and with dynamic=True takes EPS for an input, which a Function cannot have; and no
+    # exported file can hold a Function
+    if in_forward_mode() or torch.compiler.is_compiling() or exporting():
         return _unit(features)[0]
     normalized: Tensor = _UnitNormalize.apply(features)
     return normalized

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from vggfeat.arch import Arch
 from vggfeat.cuda_graphs import Replays, supports_capture
@@ -48,7 +48,7 @@ class EncodedTarget:
             use it.
 
     `len(target)` is the number of images; `target[i]`, `target[2:5]` and `target[[0, 3]]` are some of them,
-    `EncodedTarget.cat` joins several, as the `collate_fn` of a data set encoded beforehand.
+    `EncodedTarget.cat` joins several, as a `DataLoader` does by itself with a data set encoded beforehand.
     `torch.save` writes it (of a slice, which is a view, all images: save `target[[i]]`); `torch.load` reads it once
     `vggfeat.EncodedTarget` was accessed: that registers it.
     """
@@ -90,12 +90,17 @@ class EncodedTarget:
         """The same on another device or in another type, as `torch.Tensor.to`."""
         return self.map(lambda value: value.to(*args, **kwargs))
 
+    def pin_memory(self) -> EncodedTarget:
+        """The same in page-locked memory, as `DataLoader(pin_memory=True)` wants it."""
+        return self.map(Tensor.pin_memory)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> EncodedTarget:
         """The same with every layer's values changed."""
         return replace(self, values={name: change(value) for name, value in self.values.items()})
 
 
 torch.serialization.add_safe_globals([EncodedTarget])
+default_collate_fn_map[EncodedTarget] = lambda batch, *, collate_fn_map=None: EncodedTarget.cat(batch)
 
 
 class _FeatureLoss(nn.Module):
@@ -226,15 +231,15 @@ class _FeatureLoss(nn.Module):
             and isinstance(self.criterion, str)
             and not (self.features._forward_hooks or self.features._forward_pre_hooks)  # which want to see both images
             and not needs_composite_ops()
+            and not torch._C._len_torch_dispatch_stack()  # of modes that watch, such as a counter of FLOPs
         )
 
     def _may_replay(self, input: Tensor) -> bool:
-        """Whether calls may become CUDA graphs, of which nobody who watches operations would see anything."""
+        """Whether calls may become CUDA graphs."""
         return (
             self.cuda_graphs
             and supports_capture(input.device)
             and input.numel() > 0
-            and not torch._C._len_torch_dispatch_stack()
             and all(isinstance(weight, int | float) for weight in self.layer_weights.values())
         )
 
@@ -271,7 +276,8 @@ class _FeatureLoss(nn.Module):
 
     def _snapshot(self) -> _FeatureLoss:
         """The loss as it is now, without graphs."""
-        loss = copy.copy(self)
+        loss = object.__new__(type(self))  # no copy: where FSDP changed the class, that would call __init__
+        loss.__dict__.update(self.__dict__)
         loss.layer_weights, loss._replays = dict(self.layer_weights), Replays()
         return loss
 

@@ -258,7 +258,9 @@ def invert(
                 f"{several if len(result.layers) > 2 else ', '.join(result.layers)}: error {result.error:.3g}"
             )
         settings = {"picture": "invert", "runs": [result.result.to_dict() for result in results]}
-        picture = Sheet(tiles, labels, columns=min(4, len(tiles)), settings=settings)
+        kind = "Textures" if options["gram"] else "Inverted features"
+        title = f"{kind}, weights {results[0].result.weights}"
+        picture = Sheet(tiles, labels, title, columns=min(4, len(tiles)), settings=settings)
     return _saved(picture, target, results[0].result.weights, interrupted)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vggfeat.modes import in_forward_mode, in_functorch, is_batched, no_autocast
+from vggfeat.trunk.layers import finite_images
 from vggfeat.trunk.operators import trunk_backward, trunk_forward
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan
@@ -49,11 +50,12 @@ class _Trunk(torch.autograd.Function):
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         ctx.split = (len(again), len(kept))
-        ctx.save_for_backward(x, *[taps[i] for i in again], *kept, *filters)
+        sound = finite_images(taps[-1]) if x.device.type == "cpu" else None
+        ctx.save_for_backward(x, sound, *[taps[i] for i in again], *kept, *filters)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        x, *rest = ctx.saved_tensors
+        x, sound, *rest = ctx.saved_tensors
         nothing = (None,) * (4 + len(rest) - sum(ctx.split))
         present = [i for i, grad in enumerate(grads[: ctx.count]) if grad is not None]
         if not present:
@@ -62,7 +64,7 @@ class _Trunk(torch.autograd.Function):
             return (_ordinary_gradient(x, rest[sum(ctx.split) :], Plan.decode(ctx.code), present, grads), *nothing)
         # called directly where possible: torch.compile of torch 2.13 gives `apply` in a backward one argument too many
         back: Any = _TrunkBackward.apply if torch.is_grad_enabled() else _TrunkBackward.forward
-        return (back(x, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest), *nothing)
+        return (back(x, sound, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest), *nothing)
 
 
 def _ordinary_gradient(
@@ -84,16 +86,24 @@ class _TrunkBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, code: str, keep: str, split: tuple[int, int], present: list[int], *rest: Tensor) -> Tensor:
+    def forward(
+        x: Tensor,
+        sound: Tensor | None,
+        code: str,
+        keep: str,
+        split: tuple[int, int],
+        present: list[int],
+        *rest: Tensor,
+    ) -> Tensor:
         n, (again, kept) = len(present), split
         grads, rest = rest[:n], rest[n:]
         taps, rest = rest[:again], rest[again:]
-        to_x: Tensor = trunk_backward(grads, present, taps, rest[:kept], rest[kept:], x, code, keep)
+        to_x: Tensor = trunk_backward(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), sound, code, keep)
         return to_x.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.code, _, split, ctx.present, *rest = inputs
+        x, _, ctx.code, _, split, ctx.present, *rest = inputs
         n = len(ctx.present)
         ctx.nothing = (None,) * (len(rest) - n)
         ctx.save_for_backward(x, *rest[:n], *rest[n + sum(split) :])
@@ -115,4 +125,4 @@ class _TrunkBackward(torch.autograd.Function):
 
         with no_autocast(x.device):
             of_x, of_grads = torch.func.vjp(first, x, rest[:n])[1](grad)
-        return (of_x, None, None, None, None, *of_grads, *ctx.nothing)
+        return (of_x, None, None, None, None, None, *of_grads, *ctx.nothing)

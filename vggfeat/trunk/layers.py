@@ -5,6 +5,8 @@ Tensors are (N,C,H,W), laid out channels_last.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,22 +27,17 @@ def stays_finite(images: Tensor) -> bool:
     """
     if images.device.type != "cpu" or not images.numel():
         return True
+    bound = 1e300 if images.dtype == torch.float64 else 1e30  # with which no VGG overflows
     low, high = torch.aminmax(images)
-    return bool(low > -_bound(images)) and bool(high < _bound(images))
+    return bool(low > -bound) and bool(high < bound)
 
 
-def doubtful_images(images: Tensor) -> Tensor | None:
-    """Which images may not stay finite, (N,1,1,1); None where all do."""
-    return None if stays_finite(images) else ~(images.flatten(1).abs().amax(1) < _bound(images))[:, None, None, None]
-
-
-def _bound(images: Tensor) -> float:
-    return 1e300 if images.dtype == torch.float64 else 1e30  # with which no VGG overflows
-
-
-def finite_images(grad: Tensor) -> Tensor:
-    """Which images' gradients (N,…) have no NaN or infinite value, (N,1,1,1)."""
-    return grad.flatten(1).isfinite().all(1)[:, None, None, None]
+def finite_images(values: Tensor) -> Tensor:
+    """Which images' values (N,C,H,W) are all finite, (N,1,1,1) bool."""
+    if not values.numel():
+        return values.new_ones(len(values), 1, 1, 1, dtype=torch.bool)
+    dims = (1, 2, 3)
+    return (values.amax(dims, keepdim=True) < math.inf) & (values.amin(dims, keepdim=True) > -math.inf)
 
 
 def conv(x: Tensor, filters: Filters, pad: int, *, relu: bool = False, overwrite: bool = False) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from vggfeat.trunk import layers
 from vggfeat.trunk.bits import bytes_of
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import kept_of
@@ -31,11 +31,12 @@ def trunk_backward(
     taps: Sequence[Tensor],
     kept: Sequence[Tensor],
     filters: Sequence[Tensor],
-    x: Tensor,
+    shape: Sequence[int],
+    sound: Tensor | None,
     code: str,
     keep: str,
 ) -> Tensor:
-    """Gradient with respect to the normalised images.
+    """Gradient with respect to the normalised images of `shape`.
 
     Args:
         grads: gradients of some of the taps, in their shapes.
@@ -43,18 +44,54 @@ def trunk_backward(
         taps: those at `walk.reread(plan, keep, device)`.
         kept: what `trunk_forward` returned behind the taps.
         filters: as there.
-        x: as there.
+        shape: of the images.
+        sound: see `Walk.backward`.
         code: as there.
         keep: as there.
     """
     plan = Plan.decode(code)
     incoming = {plan.by_depth[i]: grad for i, grad in zip(present, grads, strict=True)}
-    walk, size = Walk(filters, plan, keep), (x.shape[2], x.shape[3])
-    image_grad = walk.backward(incoming.get, walk.kept_by_stage(taps, kept), size, layers.doubtful_images(x))
-    return grads[0].new_zeros(x.shape) if image_grad is None else image_grad
+    walk = Walk(filters, plan, keep)
+    image_grad = walk.backward(incoming.get, walk.kept_by_stage(taps, kept), (shape[2], shape[3]), sound)
+    return grads[0].new_zeros(tuple(shape)) if image_grad is None else image_grad
 
 
-# ── what compilers and vmap need to know of the operators ─────────────────────────────────────────────────────────────
+def _operations(shape: Sequence[int], plan: Plan, deepest: int) -> int:
+    """FLOPs of the convolutions up to the tap at that position, for images of that shape."""
+    total, passed = 0, -1
+    for stage, names, (h, w) in zip(plan.stages, plan.tapped, plan.sizes(*shape[2:]), strict=True):
+        if passed >= deepest:
+            break
+        layer = plan.arch.layer(stage.conv)
+        total += 2 * shape[0] * h * w * layer.channels * layer.in_channels * layer.kernel**2
+        passed += len(names)
+    return total
+
+
+@register_flop_formula(torch.ops.vggfeat.trunk)
+def _(x: Any, filters: Any, code: str, keep: str, *, out_shape: Any = None) -> int:
+    plan = Plan.decode(code)
+    return _operations(x, plan, len(plan.names) - 1)
+
+
+@register_flop_formula(torch.ops.vggfeat.trunk_backward)
+def _(
+    grads: Any,
+    present: Any,
+    taps: Any,
+    kept: Any,
+    filters: Any,
+    shape: Any,
+    sound: Any,
+    code: str,
+    keep: str,
+    *,
+    out_shape: Any = None,
+) -> int:
+    return _operations(shape, Plan.decode(code), max(present))
+
+
+# ── what counters, compilers and vmap need to know of the operators ───────────────────────────────────────────────────
 
 
 def _fake_pack(shape: Sequence[int], x: Tensor, planes: tuple[int, ...] = ()) -> Tensor:
@@ -95,11 +132,12 @@ def _(
     taps: Sequence[Tensor],
     kept: Sequence[Tensor],
     filters: Sequence[Tensor],
-    x: Tensor,
+    shape: Sequence[int],
+    sound: Tensor | None,
     code: str,
     keep: str,
 ) -> Tensor:
-    return torch.empty(x.shape, dtype=grads[0].dtype, device=grads[0].device, memory_format=torch.channels_last)
+    return torch.empty(tuple(shape), dtype=grads[0].dtype, device=grads[0].device, memory_format=torch.channels_last)
 
 
 def _joined(size: int, value: Tensor, dim: int | None) -> Tensor:
@@ -124,7 +162,8 @@ def _(
     taps: Sequence[Tensor],
     kept: Sequence[Tensor],
     filters: Sequence[Tensor],
-    x: Tensor,
+    shape: Sequence[int],
+    sound: Tensor | None,
     code: str,
     keep: str,
 ) -> tuple[Tensor, Any]:
@@ -134,6 +173,7 @@ def _(
         where = where if isinstance(where, list | tuple) else [where] * len(values)
         return [_joined(size, value, dim) for value, dim in zip(values, where, strict=True)]
 
-    images, parts = _joined(size, x, dims[5]), (join(taps, dims[2]), join(kept, dims[3]))
-    grad = trunk_backward(join(grads, dims[0]), present, *parts, filters, images, code, keep)
+    whole, all_sound = [size * shape[0], *shape[1:]], None if sound is None else _joined(size, sound, dims[6])
+    parts = join(taps, dims[2]), join(kept, dims[3])
+    grad = trunk_backward(join(grads, dims[0]), present, *parts, filters, whole, all_sound, code, keep)
     return grad.unflatten(0, (size, -1)), 0

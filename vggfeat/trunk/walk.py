@@ -106,7 +106,7 @@ class Walk:
         tap_grad: Callable[[str], TapGrad],
         kept: list[ByName],
         size: tuple[int, int],
-        doubtful: Tensor | None,
+        sound: Tensor | None,
         recompute: Recompute | None = None,
     ) -> Tensor | None:
         """The gradient with respect to the normalised images, in the filters' type; None where no tap has one.
@@ -117,7 +117,7 @@ class Walk:
             kept: for each stage what the forward kept of it, by the names of `kept_of`; is emptied on the way, to
                 free memory early.
             size: height and width of the images.
-            doubtful: of `layers.doubtful_images`.
+            sound: which images' deepest tap is finite, (N,1,1,1); None off the CPU, where no NaN is lost.
             recompute: what the first stage's taps are recomputed from, where they were passed in strips.
         """
         sizes = self.plan.sizes(*size)
@@ -131,8 +131,8 @@ class Walk:
             grad = tap_grad(names[kind]) if kind in names else None
             if grad is not None and first:
                 grad, first = grad.whole() if isinstance(grad, ByRows) else grad, False
-                if doubtful is not None and isinstance(grad, Tensor):
-                    lost = doubtful & ~layers.finite_images(grad)
+                if sound is not None and isinstance(grad, Tensor) and not bool(sound.all()):
+                    lost = ~(sound | layers.finite_images(grad))
             return grad
 
         with no_autocast(self.device):
@@ -148,8 +148,8 @@ class Walk:
         if flow.grad is not None and flow.grad.shape[1] > images:  # CUDA computes more
             flow.replace(layers.channels_last(flow.grad[:, :images]))
         # an image's NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest
-        # tap, and its gradient, except for |a - b|: to torch, too, the sign of NaN is 0. (Of a good image, a gradient
-        # that is not finite where a ReLU gave 0, such as that of a root, is dropped, as torch does.)
+        # tap, and its gradient, except for |a - b|: to torch, too, the sign of NaN is 0. (Where the tap is finite, a
+        # gradient that is not and meets a ReLU's 0, such as that of a root, is dropped, as torch does.)
         return flow.grad if flow.grad is None or lost is None else flow.grad.masked_fill(lost, torch.nan)
 
     def vjp(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[TapGradOf], Tensor]]:
@@ -209,10 +209,12 @@ class Walk:
             taps |= {names[kind]: tap for kind, tap in own.items()}
             kept.append(besides | {kind: tap for kind, tap in own.items() if kind in ready.keeps})
         recompute = Recompute(prepared, finite) if len(taps) < len(self.plan.names) else None
-        size, dtype, doubtful = (x.shape[2], x.shape[3]), x.dtype, layers.doubtful_images(x)
+        size, dtype = (x.shape[2], x.shape[3]), x.dtype
+        # the first convolution's taps may not be here; it alone makes no NaN of finite images
+        sound = None if x.device.type != "cpu" else layers.finite_images(taps.get(self.plan.by_depth[-1], x))
 
         def pullback(tap_grad: Callable[[str], TapGrad]) -> Tensor:
-            grad = self.backward(tap_grad, kept, size, doubtful, recompute)
+            grad = self.backward(tap_grad, kept, size, sound, recompute)
             assert grad is not None  # every tap has one
             return grad.to(dtype)
 

@@ -263,6 +263,7 @@ def cam(
     sheet = Sheet(
         [to_pil(large), to_pil(overlay(large, over(large), colors))],
         ["", f"{title}, {100 * probability:.1f} %, by {layer}{nothing}"],
+        f"Class activation map, {net.arch.name} ({short(label, 30)})",
         columns=2,
         settings=settings,
     )
