@@ -492,13 +492,17 @@ def test_a_checkpoint_is_tested_as_the_weights_of_its_run(tmp_path):
         vggfeat.evaluate(last, renamed)
 
 
-def test_another_set_with_the_same_names_is_not_the_one_trained_on(tmp_path):
+def test_another_set_with_the_same_names_is_told_apart(tmp_path):
     source = pictures.folder(tmp_path / "s", pictures.tree(8))
     run(source, tmp_path / "r", holdout=0.25, epochs=1)
-    other = pictures.folder(tmp_path / "other", pictures.tree(8, width=33))
-    assert vggfeat.evaluate(tmp_path / "r", other, vggfeat.Views(size=32)).images == 24
+    other = pictures.folder(tmp_path / "other", pictures.tree(8, width=33))  # or a copy, converted
+    found = vggfeat.evaluate(tmp_path / "r", other, vggfeat.Views(size=32))
+    assert found.images == 6 and found.data.endswith("what was held out, by the names of its files, whose sizes differ")
+    with pytest.raises(InputError, match="was on other files than those of .*: their sizes differ"):
+        run(other, tmp_path / "r", holdout=0.25, epochs=1, resume=True)
     zipped = pictures.zipped(tmp_path / "s.zip", pictures.tree(8))  # the same images
-    assert vggfeat.evaluate(tmp_path / "r", zipped).images == 6
+    found = vggfeat.evaluate(tmp_path / "r", zipped)
+    assert found.images == 6 and found.data.endswith("what was held out")
 
 
 def test_test_images_that_cannot_be_read_are_told_and_counted(tmp_path):
@@ -1318,7 +1322,7 @@ def test_going_on_with_other_images_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         run(source, tmp_path / "r", callback=stop_at(2), save_every=1, batch_size=4)
     (source / "ant" / "0.png").rename(source / "ant" / "renamed.png")
-    with pytest.raises(InputError, match="was on other images than .*: their names, labels or sizes differ"):
+    with pytest.raises(InputError, match="was on other images than .*: their names or labels differ"):
         run(source, tmp_path / "r", resume=True, save_every=1, batch_size=4)
 
 

@@ -178,8 +178,9 @@ def test_jcjohnsons_keys(tmp_path, net, state):
     theirs = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
     assert "classifier.4.weight" in theirs and "classifier.0.weight" not in theirs
     torch.save(theirs, tmp_path / "w.pth")
-    with pytest.warns(UserWarning, match=r"as Oxford's files do: .*say caffe:.*w\.pth"):
-        assert_same(W.load(tmp_path / "w.pth"), net)
+    for source in (tmp_path / "w.pth", theirs, {"state_dict": {f"module.{key}": each for key, each in theirs.items()}}):
+        with pytest.warns(UserWarning, match=r"as Oxford's files do: .*name their file as caffe:PATH"):
+            assert_same(W.load(source), net)
     assert W.load(f"caffe:{tmp_path / 'w.pth'}").std == W.CAFFE.std
 
 
@@ -1010,7 +1011,7 @@ def test_environment_names_the_default(tmp_path, monkeypatch, state):
                 WeightsUnavailableError, match="VGGFEAT_WEIGHTS is 'bundeld': expected imagenet, .*found none"
             ):
                 W.load(default)
-    ways = "give a path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use the weights 'bundled'"
+    ways = "give a path or set VGGFEAT_WEIGHTS_DIR to a folder that has the file, or use the weights 'bundled'"
     with pytest.raises(WeightsUnavailableError, match=f"imagenet weights for vgg16 are unavailable.*{ways}"):
         W.load("imagenet")  # said outright, it is not the default
     monkeypatch.delenv("VGGFEAT_WEIGHTS")
@@ -1294,3 +1295,29 @@ def test_a_file_that_is_no_record_stays(tmp_path):
     (note := tmp_path / "w.bin.sha256").write_text("notes of mine\n")
     W.verify(path, "ba7816bf")
     assert note.read_text() == "notes of mine\n"
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda state: {"ema": {"decay": 0.9, "shadow": []}, "net": state},
+        lambda state: {"model": {"name": "vgg"}, "net": state},
+        lambda state: {"state_dict": {}, "net": state},
+        lambda state: {"state_dict": state, "head.0.weight": torch.zeros(2, 2)},
+        lambda state: state | {"step": torch.tensor(3), "classifier.0.weight_mask": torch.ones(2, dtype=torch.bool)},
+    ],
+    ids=["ema", "config", "empty", "beside", "masks"],
+)
+def test_what_else_a_checkpoint_holds_is_passed_over(net, state, around):
+    loaded = W.load(around(dict(state)))
+    assert all(torch.equal(loaded.state[key], value) for key, value in state.items()) and loaded.arch == net.arch
+
+
+def test_a_checkpoint_of_others_says_nothing_of_how_it_is_tested(tmp_path, state):
+    torch.save({"facts": {"size": 32}, "state_dict": dict(state)}, tmp_path / "w.pt")
+    assert W.run_metadata(tmp_path / "w.pt") == {}
+
+
+def test_a_name_with_a_zero_byte():
+    with pytest.raises(WeightsUnavailableError, match="null byte"):
+        W.load("a\0b.pth")

@@ -200,9 +200,10 @@ def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, over
             if any(widths):
                 axes.barh(range(len(names)), widths, left=left, color=color, height=0.7, label=what)
             left = [a + b for a, b in zip(left, widths, strict=True)]
+        totals = [getattr(each, key) / unit for each in descriptions]  # with batch normalisation, too small to see
         for i in range(len(names)):
             axes.annotate(
-                f"{left[i]:,.1f}" if left[i] >= 100 else f"{left[i]:.3g}",
+                f"{totals[i]:,.1f}" if totals[i] >= 100 else f"{totals[i]:.3g}",
                 (left[i], i),
                 (4, 0),
                 textcoords="offset points",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from vggfeat.arch import Arch, Layer, scaled
 from vggfeat.errors import WeightsError
 
+VALUES = (".weight", ".bias", ".running_mean", ".running_var")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "net")  # the last two are those of our own checkpoints
 LINEAR = {"fc6": 0, "fc7": 3, "fc8": 6, "fc": 1}  # where the head's layers are in `classifier`
 
@@ -22,19 +23,28 @@ def keys_of(layer: Layer) -> list[str]:
     return [f"features.{layer.index}.{part}" for part in parts]
 
 
-def keys_of_linear(name: str) -> tuple[str, str]:
+def keys_of_linear(name: str) -> list[str]:
     """State-dict keys of a layer of the classifier."""
-    return f"classifier.{LINEAR[name]}.weight", f"classifier.{LINEAR[name]}.bias"
+    return [f"classifier.{LINEAR[name]}.{part}" for part in ("weight", "bias")]
 
 
-def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
-    """The tensors under torchvision's keys, whatever wraps them: {"state_dict": …}, "module." and other prefixes."""
-    while not any(str(key).endswith("0.weight") for key in raw):
-        wrapped = (raw.get(name) for name in WRAPPERS)
-        inside = next((each for each in wrapped if isinstance(each, Mapping)), None)
-        if inside is None:
-            break
-        raw = inside
+def _unwrapped(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The state dict of a VGG in whatever wraps it; None where there is none."""
+    if any(key == "0.weight" or str(key).endswith("features.0.weight") for key in raw):
+        return raw
+    wrapped = (raw[name] for name in WRAPPERS if isinstance(raw.get(name), Mapping))
+    return next((found for each in wrapped if (found := _unwrapped(each)) is not None), None)
+
+
+def map_keys(raw: Mapping[str, Any], label: str, renumbered: Callable[[], object] = bool) -> dict[str, Tensor]:
+    """The tensors under torchvision's keys, whatever wraps them: {"state_dict": …}, "module." and other prefixes.
+
+    Args:
+        raw: as it was saved.
+        label: what messages call it.
+        renumbered: called where the classifier is numbered as in Oxford's files.
+    """
+    raw = _unwrapped(raw) or raw
     if getattr(raw.get("0.weight"), "ndim", 0) == 4:  # of a network's `features` alone
         raw = {f"features.{key}": value for key, value in raw.items()}
     prefixes = {key.removesuffix("features.0.weight") for key in raw if str(key).endswith("features.0.weight")}
@@ -49,6 +59,7 @@ def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
     }
     # Oxford's conversion numbers them differently
     if "classifier.4.weight" in state and "classifier.0.weight" not in state:
+        renumbered()
         moved = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
         state = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
     if "features.0.weight" not in state:
@@ -64,7 +75,7 @@ def map_keys(raw: Mapping[str, Any], label: str) -> dict[str, Tensor]:
             what = "no values"
         elif value.layout != torch.strided:
             what = f"values of layout {value.layout}: give it dense"
-        elif not value.is_floating_point() and not key.endswith("num_batches_tracked"):
+        elif key.startswith(("features.", "classifier.")) and key.endswith(VALUES) and not value.is_floating_point():
             what = f"{value.dtype} values, expected floating-point ones"
         if what:
             raise WeightsError(f"weights {label} cannot be used: {key} has {what}")

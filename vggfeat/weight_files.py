@@ -36,10 +36,11 @@ def read(path: Path, *, mapped: bool = False) -> Mapping[str, Any]:
     magic = _magic(path)
     if magic[8:] == b"{" or path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
-        from safetensors.torch import load, load_file
+        from safetensors.torch import load_file
 
         try:
-            return load_file(path) if mapped else load(path.read_bytes())
+            values = load_file(path)
+            return values if mapped else {key: value.clone() for key, value in values.items()}
         except (SafetensorError, OSError, ValueError) as error:
             hint = "; it seems to be torch's: name it .pth" if magic.startswith(b"PK") else ""
             raise WeightsError(f"{path} is damaged or no safetensors file: {error}{hint}") from error
@@ -82,8 +83,8 @@ def _read_keras(path: Path) -> dict[str, Tensor]:
     arrays: dict[str, dict[int, Tensor]] = {}
 
     def visit(name: str, item: Any) -> None:
-        match = re.search(r"(block\d_conv\d|fc[12]|predictions)", name)
-        if match and not name.startswith("optimizer") and isinstance(item, h5py.Dataset):
+        match = re.search(r"(?:^|/)(block\d_conv\d|fc[12]|predictions)(?:/|$)", name)
+        if match and "optimizer" not in name and isinstance(item, h5py.Dataset):
             layer = arrays.setdefault(match[1], {})
             if item.ndim in layer:
                 raise WeightsError(f"{path} holds more than one network: {match[1]} is there twice")

@@ -7,6 +7,7 @@ unpickled here.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import operator
@@ -170,7 +171,7 @@ class Weights:
         arch.check(names)
         deepest = max(arch.names.index(name) for name in names)
         keys = {layer.name: keys_of(layer) for layer in self.arch.layers}
-        keys |= {name: [*keys_of_linear(name)] for name in LINEAR}
+        keys |= {name: keys_of_linear(name) for name in LINEAR}
         missing: list[str] = []
         served = "none"
         for name in arch.names[: deepest + 1]:
@@ -328,9 +329,9 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     path = _of_run(given)
     try:
         path.stat()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second is of a name with a zero byte
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise WeightsUnavailableError(f"{path} cannot be read: {error.strerror}") from error
+            raise WeightsUnavailableError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
         if "://" in text:
             raise WeightsUnavailableError(f"{text} is an address: download the file, and give its path") from None
         hint = "" if path.suffix or len(path.parts) > 1 else f"; or a weight set: {nearest(text, NAMES)}"
@@ -351,8 +352,6 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     convention = CAFFE if caffe or is_keras(path) else published.convention if published else IMAGENET
     name = "caffe:" * caffe + (path.name if path == given else f"{given.name}/{path.name}")
     raw = read(path, mapped=published is not None)  # others may be written again
-    if convention == IMAGENET and not published and "classifier.4.weight" in raw and "classifier.6.weight" in raw:
-        warn(f"{path} numbers its classifier as Oxford's files do: if it takes BGR in 0..255, too, say caffe:{path}")
     return _read_state(raw, arch, convention, name, (*file_key(path), convention))
 
 
@@ -370,7 +369,7 @@ def _read_state(
     note: str = "",
 ) -> Weights:
     label = _label(name, note)
-    state = map_keys(raw, label)
+    state = map_keys(raw, label, bool if convention == CAFFE else functools.partial(_is_it_oxfords, label))
     if key is None:  # the caller's own tensors, which may go on training
         state = {each: value.to("cpu", copy=True) for each, value in state.items()}
         key = ("state", _digest(state))
@@ -387,6 +386,13 @@ def _read_state(
         state["features.0.weight"] = state["features.0.weight"].flip(1)
     # a first convolution that took 0..255 still does: its std of 1/255 travels along
     return Weights(inferred, state, convention.mean, convention.std, name, key, note, _versions(state))
+
+
+def _is_it_oxfords(label: str) -> None:
+    warn(
+        f"weights {label} number their classifier as Oxford's files do: if they take BGR in 0..255, too, name their "
+        "file as caffe:PATH"
+    )
 
 
 def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
@@ -416,13 +422,16 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     if arch.channels != net.arch.channels:
         raise WeightsError(f"weights {loaded.label} have {widths(arch)}, the network {widths(net.arch)}")
     head = head and (loaded.key[0] != "random" or arch.head is not None)
-    loaded.require([arch.names[-1] if head else arch.layers[-1].name])
+    lacking = head and arch.head is not None and keys_of_linear(arch.names[-1])[0] not in state
+    if lacking:  # its number of classes is unknown
+        loaded.require([arch.names[-1]])
     if head and (arch.head, arch.num_classes) != (net.arch.head, net.arch.num_classes):
         theirs = f"a {arch.head} head for {arch.num_classes} classes" if arch.head else "no classifier"
         raise WeightsError(
             f"weights {loaded.label} have {theirs}, the network a {net.arch.head} head for {net.arch.num_classes}; "
             "load_weights(net, weights, head=False) loads the convolutions and leaves the head as it is"
         )
+    loaded.require([arch.names[-1] if head else arch.layers[-1].name])
     with torch.device("cpu"):
         mean, std, mean_here, std_here = map(torch.tensor, (loaded.mean, loaded.std, IMAGENET.mean, IMAGENET.std))
     scale, shift = std_here / std, (mean_here - mean) / std
@@ -456,7 +465,7 @@ def run_metadata(weights: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.isfile(path) or path.suffix.lower() not in (".safetensors", ".pt"):
         return {}
     if path.suffix.lower() == ".pt":
-        facts = read(path, mapped=True).get("facts")
+        facts = read(path, mapped=True).get("vggfeat")
         return facts if isinstance(facts, dict) else {}
     from safetensors import SafetensorError, safe_open
 
@@ -511,5 +520,5 @@ def find(name: str, arch: str = "vgg16") -> Path:
         looked = " and ".join(map(str, folders()))
         raise WeightsUnavailableError(
             f"{name} weights for {arch} are unavailable: {published.filename} is not in {looked}, {error}; give a "
-            "path, set VGGFEAT_WEIGHTS_DIR to a folder that has the file"
+            "path or set VGGFEAT_WEIGHTS_DIR to a folder that has the file"
         ) from None

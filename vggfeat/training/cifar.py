@@ -72,11 +72,15 @@ def read_cifar(path: Path) -> list[CifarSet]:
             except Exception as error:  # a damaged pickle fails in every way there is
                 raise InputError(f"{path} is damaged or not CIFAR as published: {error}") from error
             return [_set(f"{path}, {what}", *part, names) for what, part in zip(SETS, parts, strict=True)]
-    for train, test, *_ in (*_BINARY, *_PYTHON):
-        wanted = (*train, *test)
-        if len(there := files.keys() & wanted) > 1 and (lacking := [name for name in wanted if name not in there]):
-            raise InputError(f"{path} is CIFAR without {', '.join(lacking)}: fetch it again")
     return []
+
+
+def missing_files(path: Path) -> list[str]:
+    """Which of CIFAR's files are not at `path` while others are; empty where it is something else."""
+    there = cifar_files(path).keys()
+    versions = [(*train, *test, meta) for train, test, meta, *_ in (*_BINARY, *_PYTHON)]
+    nearest = max(versions, key=lambda names: len(there & {*names}))
+    return [name for name in nearest if name not in there] if len(there & {*nearest}) > 1 else []
 
 
 def cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
@@ -84,7 +88,7 @@ def cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
     if path.is_dir():
         for folder in (path, *(below for below in sorted(path.glob("cifar-10*")) if below.is_dir())):
             found = {file.name: file.read_bytes for file in folder.iterdir() if file.is_file()}
-            if {"test_batch", "test_batch.bin", "test", "test.bin"} & found.keys():
+            if len(_NAMES & found.keys()) > 1:
                 return found
         return {}
     if not path.name.endswith((".tar.gz", ".tgz", ".tar")):

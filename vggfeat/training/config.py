@@ -187,7 +187,8 @@ class TrainConfig(Settings):
 def _within(config: TrainConfig, name: str, low: float, high: float) -> None:
     value = getattr(config, name)
     if not low <= value < high:
-        what = f"from {low} to under {high}" if high < math.inf else f"a number of at least {low}"
+        bounded = high < math.inf and (high == 1 or value >= high)
+        what = f"from {low} to under {high}" if bounded else f"a number of at least {low}"
         raise InputError(f"{name} must be {what}, got {value}")
 
 

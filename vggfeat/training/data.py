@@ -7,12 +7,13 @@ import copy
 import hashlib
 import io
 import itertools
+import math
 import multiprocessing
 import os
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ from vggfeat.errors import ImageError, InputError, RunError, first_line
 from vggfeat.files import PathLike
 from vggfeat.image import open_image, pixels_of
 from vggfeat.signals import ignore_termination
-from vggfeat.training.cifar import cifar_files, read_cifar
+from vggfeat.training.cifar import cifar_files, missing_files, read_cifar
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 NAMED = 5  # unreadable images that a message names
-SIZES = 1000  # files whose sizes are part of a set's digest
+SIZES = 1000  # files whose sizes are looked at, at most
 ALONE = 2000  # images that are read by one process: so many take half a second
 
 
@@ -79,15 +80,16 @@ class ImageSet:
 
     @property
     def digest(self) -> str:
-        """A hash of names and labels, to tell sets apart, whether all of their images can be read or not.
+        """A hash of names and labels, to tell sets apart, whether all of their images can be read or not."""
+        return _hash(f"{name}\0{label}\n" for name, label, _ in self.everything)
 
-        And of the sizes of a thousand files: names such as 0001.png are those of many sets.
-        """
-        rows = [f"{name}\0{label}\n" for name, label, _ in self.everything]
-        if self.size_of is not None:
-            some = sorted({*self.names, *self.skipped})
-            rows += [f"{self.size_of(name)}\n" for name in some[:: max(1, len(some) // SIZES)]]
-        return hashlib.sha256("".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
+    @property
+    def sizes(self) -> str | None:
+        """A hash of the sizes of some files, None without any: names such as 0001.png are those of many sets."""
+        if self.size_of is None:
+            return None
+        names = sorted({*self.names, *self.skipped})
+        return _hash(f"{self.size_of(name)}\n" for name in names[:: math.ceil(len(names) / SIZES) or 1])
 
     def subset(self, chosen: Tensor) -> ImageSet:
         """The images of these numbers, or where a mask (N,) is True."""
@@ -102,6 +104,10 @@ class ImageSet:
             None if self.pixels is None else self.pixels[chosen],
             size_of=self.size_of,
         )
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 # ── sources ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,7 +174,12 @@ def _load(
         ImageSet(part.label, part.classes, part.labels, _numbered(part.pixels), _Pixels(part.pixels), part.pixels)
         for part in read_cifar(path)
     ]
-    sets = sets or [_class_folders(path, part) for part in _parts(path)]
+    try:
+        sets = sets or [_class_folders(path, part) for part in _parts(path)]
+    except InputError as error:
+        if lacking := missing_files(path):
+            raise InputError(f"{path} is CIFAR without {', '.join(lacking)}: fetch it again") from error
+        raise
     sets = sets[-1:] if last else sets
     for each in sets:
         _read_into_memory(each, resize, bad_images)

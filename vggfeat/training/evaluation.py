@@ -191,7 +191,7 @@ def evaluate(
             f"class {i} is {data.classes[i]!r} in {data.label} and {names[i]!r} in the weights: the classes differ"
         )
     if held is not None and (rest := _held_out(data, **held)) is not None:
-        data = replace(rest, label=f"{rest.label}, what was held out")
+        data = rest
     with process_group(device) as world:
         home = next(net.parameters()).device
         dtype = autocast_dtype(precision, world.device)
@@ -207,12 +207,18 @@ def place_of(label: str) -> str:
     return hashlib.sha256(os.path.realpath(label).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _held_out(images: ImageSet, share: float, seed: int, digest: str, data: str) -> ImageSet | None:
-    """The part of a training set that a run had set aside; None where this is another set."""
+def _held_out(
+    images: ImageSet, share: float, seed: int, digest: str, data: str, sizes: str | None = None
+) -> ImageSet | None:
+    """The part of a training set that a run had set aside, and says so; None where this is another set.
+
+    Names decide, since a copy may have been converted; where files differ in size, that is said.
+    """
     with contextlib.suppress(InputError):  # too few to be split
         rest = split_holdout(images, share, seed)[1]
         if rest.digest == digest:
-            return rest
+            by = "" if sizes in (None, rest.sizes) else ", by the names of its files, whose sizes differ"
+            return replace(rest, label=f"{images.label}, what was held out{by}")
     if data == place_of(images.label):
         raise InputError(
             f"{images.label} is what the run was trained on, but its images have changed: which were held out is "

@@ -149,8 +149,10 @@ def begin(
             )
         if state["digest"] != images.digest:
             raise InputError(
-                f"the run in {folder} was on other images than {images.label}: their names, labels or sizes differ"
+                f"the run in {folder} was on other images than {images.label}: their names or labels differ"
             )
+        if images.sizes != state.get("sizes", images.sizes):
+            raise InputError(f"the run in {folder} was on other files than those of {images.label}: their sizes differ")
         now = None if test is None else test.digest
         if (before := state.get("test", now)) != now:
             if before is None:

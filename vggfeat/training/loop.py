@@ -201,8 +201,10 @@ class _Run:
     ) -> None:
         self.config, self.images, self.test, self.world = config, images, test, world
         self.folder, self.callback, self.announce = folder, callback, announce
-        # once: a million names take a second
-        self.digests = {"digest": images.digest, "test": None if test is None else test.digest}
+        # once: a million names take a second, and files may be gone later
+        self.digests = {"digest": images.digest, "sizes": images.sizes, "test": None, "test_sizes": None}
+        if test is not None:
+            self.digests |= {"test": test.digest, "test_sizes": test.sizes}
         self.size = config.size or images.side
         if self.size < MIN_SIDE:
             raise InputError(
@@ -295,7 +297,7 @@ class _Run:
             "classes": self.images.classes,
             "images": len(self.images),
             **self.digests,
-            "facts": self._metadata(),
+            "vggfeat": self._metadata(),
             "size": self.size,
             "epoch": self.epoch,
             "step": self.step,
@@ -515,11 +517,11 @@ class _Run:
         config = self.config
         facts: dict[str, Any] = {"classes": self.images.classes, "size": self.size, "scales": self.views.scales}
         if config.holdout:
-            assert self.test is not None
             facts["holdout"] = {
                 "share": config.holdout,
                 "seed": config.seed,
-                "digest": self.test.digest,
+                "digest": self.digests["test"],
+                "sizes": self.digests["test_sizes"],
                 "data": place_of(self.images.label),
             }
         return facts

@@ -292,7 +292,7 @@ class _Run:
             if total is not None and needed > max(self.memory, total // 2):
                 raise InputError(
                     f"style {number} is read at {w}×{h}, which takes {needed / 2**30:,.1f} GiB of memory or more; the "
-                    f"device has {total / 2**30:,.1f} GiB: choose a smaller style_scale"
+                    f"device has {total / 2**30:,.1f} GiB: choose a smaller style_scale, or crop it"
                 )
         self.objective: Objective | None = None
         self.checkpoint: Path | None = None

@@ -109,9 +109,9 @@ def distance(
     heats = {name: spread(each, full) for name, each in maps.items()}
     total = torch.stack(list(heats.values())).sum(0)
     tiles, labels = [_shown(first), _shown(second)], [_name(a, "A"), _name(b, "B")]
-    each = [(name, heats[name], values[name]) for name in heats]
+    by_layer = [(name, heats[name], values[name]) for name in heats]
     together = [("all layers", total, sum(values.values()))] if len(heats) > 1 else []
-    for label, heat, value in together + each:
+    for label, heat, value in together + by_layer:
         tiles.append(_shown(overlay(first, heat / heat.max().clamp_min(1e-6), colors)))
         labels.append(f"{label}: mean {value:.3g}, max {float(heat.max()):.3g}")
     what = "LPIPS" if lpips else "Perceptual distance"

@@ -140,10 +140,9 @@ def maps(
         channels: which to show; None takes `count` of them.
         count: how many, at most as many as there are.
         order: `strongest` (by the mean of the positive part) or `first`.
-        scale: `each` spans the colours from a map's lowest value, or from 0 where none is below, to the one that 1 in
-            200 of its values exceed, since a few peaks would leave the rest dark; `shared` does so over all maps shown,
-            and the title says from where to where. Where values are below 0, 1 in 200 of them are cut off there, too. A
-            constant map has the highest colour if above 0, else the lowest.
+        scale: `each` spans the colours of a map from 0, or from its 0.5th percentile where that is below 0, to its
+            99.5th percentile, since a few peaks would leave the rest dark; `shared` does so over all maps shown, and
+            the title says from where to where. A constant map has the highest colour if above 0, else the lowest.
         colors: `grey` or a colour map of kornia's.
         size: long side to resize the image to, in pixels; None leaves it.
         tile: long side of a map on the sheet, in pixels, roughly.
