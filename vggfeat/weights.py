@@ -236,8 +236,8 @@ def load(
         classifier: give random weights `arch`'s classifier too; other sets have one or not.
 
     Raises:
-        WeightsUnavailableError: a published set that is neither here nor can be fetched, or a file that does not exist
-            or cannot be read.
+        WeightsUnavailableError: a published set that is neither here nor can be fetched or lacks the network, or a
+            file that does not exist or cannot be read.
         WeightsError: a damaged or tampered file, a pickle that would run code, keys of another network.
         DependencyError: a `.h5` file without h5py.
         InputError: an unknown architecture, or `weights` of another type.
@@ -412,7 +412,7 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
         `net`.
 
     Raises:
-        InputError: `net` is something else.
+        InputError: `net` is something else, or `weights` of another type.
         WeightsError: as `load`, and where the classifier or its number of classes does not fit.
     """
     if not isinstance(getattr(net, "arch", None), Arch):
@@ -502,8 +502,10 @@ def find(name: str, arch: str = "vgg16") -> Path:
         arch: the network's name.
 
     Raises:
-        WeightsUnavailableError: it is not here and cannot be fetched; the message lists the alternatives.
+        WeightsUnavailableError: it is not here and cannot be fetched, or there is no such network in the set; the
+            message lists the alternatives.
         WeightsError: it is here but damaged, or there is no such set.
+        InputError: an unknown architecture.
     """
     if name in ("bundled", "random"):
         raise WeightsError(f"{name} weights need no file fetched: ask for them by that name, weights={name!r}")

@@ -61,7 +61,7 @@ def train(
 ) -> int:
     """Train a classifier on DATA.
 
-    DATA is CIFAR's folder or .tar.gz, a folder of class folders, or a zip of one.
+    DATA is CIFAR's folder or .tar.gz, a folder of class folders, or of train and test folders of them, or a zip.
 
     Ctrl-C saves a checkpoint; the same command with the run's folder as --output and --resume continues.
 
@@ -205,7 +205,9 @@ def evaluate(
 ) -> None:
     """Test WEIGHTS on DATA.
 
-    Overall and per-class accuracy; --plot draws the confusion matrix. WEIGHTS are a run's folder, a file, or imagenet.
+    Overall and per-class accuracy; --plot draws the confusion matrix.
+
+    WEIGHTS are a run's folder, a file, imagenet or caffe.
 
     DATA is CIFAR's folder or .tar.gz, a folder of class folders or a zip of one; its test set, if it has one; for a
     run with --holdout and its own images, the held-out ones.

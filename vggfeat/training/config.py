@@ -72,7 +72,8 @@ class TrainConfig(Settings):
             arXiv:1604.06174).
         deterministic: ask torch for deterministic algorithms, on GPUs too.
         holdout: share of the training images that is set aside for testing, where no test set is given. Which they are
-            depends on the seed; they are also what `evaluate` tests, given the run's weights and the same images.
+            depends on the seed; they are also what `evaluate` tests, given the run's weights and images of the
+            same names.
         bad_images: `fail` at an image that cannot be read, or `skip` it; skipped ones are named and counted.
         workers: processes that read images which do not fit into memory; they make no difference to the result.
         save_every: steps between checkpoints. There is one at the end of each epoch, too; on a GPU, where epochs may

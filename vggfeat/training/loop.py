@@ -109,8 +109,8 @@ def train(
         config: the settings, such as `recipe("fast")`.
         test: the same as `data` for the test set, where `data` holds none.
         folder: of the run, new or empty unless it is resumed.
-        resume: go on with the run in `folder`, whose settings must be these (a state dict is not compared); begin it
-            where it has no checkpoint yet.
+        resume: go on with the run in `folder`, whose settings (a state dict is not compared) and images (their names,
+            labels and sizes) must be these; begin it where it has no checkpoint yet.
         callback: called after each step, in the first process.
         announce: called with a line for people, such as what is trained on what.
 
