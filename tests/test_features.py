@@ -848,3 +848,14 @@ def test_images_of_half_precision_get_their_own_gradients():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         _, back = features.vjp(torch.rand(1, 3, 8, 8).to(dtype))
         assert back(lambda name, tap: torch.ones_like(tap)).dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 3, 16, 16), (2, 0, 3, 16, 16)], ids=["no call", "no image"])
+def test_vmap_over_nothing(state, shape):
+    features = VGGFeatures(["relu1_2"], weights=state)
+
+    def score(images):
+        return features(images)["relu1_2"].sum()
+
+    assert torch.func.vmap(score)(torch.rand(shape)).shape == shape[:1]
+    assert torch.func.vmap(torch.func.grad(score))(torch.rand(shape)).shape == shape

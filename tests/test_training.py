@@ -500,6 +500,10 @@ def test_another_set_with_the_same_names_is_told_apart(tmp_path):
     assert found.images == 6 and found.data.endswith("what was held out, by the names of its files, whose sizes differ")
     with pytest.raises(InputError, match="was on other files than those of .*: their sizes differ"):
         run(other, tmp_path / "r", holdout=0.25, epochs=1, resume=True)
+    tests = [pictures.folder(tmp_path / f"t{width}", pictures.tree(2, width=width, offset=20)) for width in (33, 34)]
+    run(source, tmp_path / "tested", test=tests[0], epochs=1)
+    with pytest.raises(InputError, match="has another test set, not .*t34, whose files differ in size"):
+        run(source, tmp_path / "tested", test=tests[1], epochs=1, resume=True)
     zipped = pictures.zipped(tmp_path / "s.zip", pictures.tree(8))  # the same images
     found = vggfeat.evaluate(tmp_path / "r", zipped)
     assert found.images == 6 and found.data.endswith("what was held out")
@@ -592,6 +596,11 @@ def test_going_on_needs_the_first_weights_no_more(finished, data, tmp_path):
     first.unlink()
     with pytest.raises(WeightsError, match="no weights at"):
         run(data, tmp_path / "other", **options)
+    text = (tmp_path / "r" / "config.json").read_text()
+    (tmp_path / "r" / "config.json").write_text(text.replace('"num_classes": 3', '"num_classes": 4'))
+    with pytest.raises(InputError, match="is of another network than its config.json says"):
+        run(data, tmp_path / "r", resume=True, save_every=1, **options)
+    (tmp_path / "r" / "config.json").write_text(text)
     assert same(weights(run(data, tmp_path / "r", resume=True, save_every=1, **options).folder), weights(whole.folder))
 
 

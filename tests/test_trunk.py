@@ -817,6 +817,9 @@ def test_a_gradient_of_activations_that_overflowed_is_no_number(keep, direct):
     else:
         (grad,) = torch.autograd.grad(features(x)["relu2_2"].square().mean(), x)
     assert grad.isnan().all()
+    above = VGGFeatures(["relu1_1", "relu2_2"], weights=state, keep=keep)(x)
+    (grad,) = torch.autograd.grad(above["relu1_1"].sqrt().mean(), x)
+    assert above["relu1_1"].isfinite().all() and grad.isfinite().all() and grad.any()
 
 
 @pytest.mark.parametrize("names", [("relu1_1",), ("relu3_3",), ("pool3",), ("relu2_2", "relu3_3")])

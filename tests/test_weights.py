@@ -179,7 +179,7 @@ def test_jcjohnsons_keys(tmp_path, net, state):
     assert "classifier.4.weight" in theirs and "classifier.0.weight" not in theirs
     torch.save(theirs, tmp_path / "w.pth")
     for source in (tmp_path / "w.pth", theirs, {"state_dict": {f"module.{key}": each for key, each in theirs.items()}}):
-        with pytest.warns(UserWarning, match=r"as Oxford's files do: .*name their file as caffe:PATH"):
+        with pytest.warns(UserWarning, match=r"as Oxford's files do: .*load their file as caffe:PATH"):
             assert_same(W.load(source), net)
     assert W.load(f"caffe:{tmp_path / 'w.pth'}").std == W.CAFFE.std
 

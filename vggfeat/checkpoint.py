@@ -81,7 +81,8 @@ def save(folder: Path, steps: int, state: Mapping[str, Any]) -> Path:
 def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest state of a folder that is whole, None where there is none, and what was wrong with newer ones.
 
-    Files half written by a killed run are removed; damaged ones are renamed, once an intact one is found.
+    The caller holds the folder's lock: files half written are a killed run's, and removed. Damaged ones are renamed,
+    once an intact one is found.
 
     Raises:
         RunError: one cannot be read, for a reason that may pass.

@@ -23,6 +23,7 @@ except ImportError:  # not on Windows
 
 PathLike = str | os.PathLike[str]
 
+DAY = 86400  # seconds
 TEMPORARY = ".vggfeat-*.tmp"  # what a file is called while it is being written
 
 
@@ -141,7 +142,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed while they wrote to a folder have left there, a day later."""
     for each in folder.glob(TEMPORARY):
         with contextlib.suppress(OSError):
-            if time.time() - each.stat().st_mtime > 86400:
+            if time.time() - each.stat().st_mtime > DAY:
                 each.unlink()
 
 

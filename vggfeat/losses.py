@@ -231,7 +231,7 @@ class _FeatureLoss(nn.Module):
             and isinstance(self.criterion, str)
             and not (self.features._forward_hooks or self.features._forward_pre_hooks)  # which want to see both images
             and not needs_composite_ops()
-            and not torch._C._len_torch_dispatch_stack()  # of modes that watch, such as a counter of FLOPs
+            and not torch._C._len_torch_dispatch_stack()  # modes see operators, and no graph
         )
 
     def _may_replay(self, input: Tensor) -> bool:

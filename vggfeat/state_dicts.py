@@ -28,15 +28,20 @@ def keys_of_linear(name: str) -> list[str]:
     return [f"classifier.{LINEAR[name]}.{part}" for part in ("weight", "bias")]
 
 
-def _unwrapped(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The state dict of a VGG in whatever wraps it; None where there is none."""
-    if any(key == "0.weight" or str(key).endswith("features.0.weight") for key in raw):
+def _unwrapped(raw: Mapping[str, Any], depth: int = 4) -> Mapping[str, Any] | None:
+    """The state dict of a VGG in whatever wraps it, so many times at most; None where there is none."""
+    if _is_of_features(raw) or any(str(key).endswith("features.0.weight") for key in raw):
         return raw
-    wrapped = (raw[name] for name in WRAPPERS if isinstance(raw.get(name), Mapping))
-    return next((found for each in wrapped if (found := _unwrapped(each)) is not None), None)
+    wrapped = (raw[name] for name in WRAPPERS if depth and isinstance(raw.get(name), Mapping))
+    return next((found for each in wrapped if (found := _unwrapped(each, depth - 1)) is not None), None)
 
 
-def map_keys(raw: Mapping[str, Any], label: str, renumbered: Callable[[], object] = bool) -> dict[str, Tensor]:
+def _is_of_features(raw: Mapping[str, Any]) -> bool:
+    """Whether it is that of a network's `features` alone."""
+    return getattr(raw.get("0.weight"), "ndim", 0) == 4
+
+
+def map_keys(raw: Mapping[str, Any], label: str, renumbered: Callable[[], object] | None = None) -> dict[str, Tensor]:
     """The tensors under torchvision's keys, whatever wraps them: {"state_dict": …}, "module." and other prefixes.
 
     Args:
@@ -45,7 +50,7 @@ def map_keys(raw: Mapping[str, Any], label: str, renumbered: Callable[[], object
         renumbered: called where the classifier is numbered as in Oxford's files.
     """
     raw = _unwrapped(raw) or raw
-    if getattr(raw.get("0.weight"), "ndim", 0) == 4:  # of a network's `features` alone
+    if _is_of_features(raw):
         raw = {f"features.{key}": value for key, value in raw.items()}
     prefixes = {key.removesuffix("features.0.weight") for key in raw if str(key).endswith("features.0.weight")}
     if len(prefixes) > 1:
@@ -59,7 +64,8 @@ def map_keys(raw: Mapping[str, Any], label: str, renumbered: Callable[[], object
     }
     # Oxford's conversion numbers them differently
     if "classifier.4.weight" in state and "classifier.0.weight" not in state:
-        renumbered()
+        if renumbered is not None:
+            renumbered()
         moved = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
         state = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
     if "features.0.weight" not in state:

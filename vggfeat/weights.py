@@ -369,7 +369,7 @@ def _read_state(
     note: str = "",
 ) -> Weights:
     label = _label(name, note)
-    state = map_keys(raw, label, bool if convention == CAFFE else functools.partial(_is_it_oxfords, label))
+    state = map_keys(raw, label, None if convention == CAFFE else functools.partial(_is_it_oxfords, label))
     if key is None:  # the caller's own tensors, which may go on training
         state = {each: value.to("cpu", copy=True) for each, value in state.items()}
         key = ("state", _digest(state))
@@ -390,8 +390,8 @@ def _read_state(
 
 def _is_it_oxfords(label: str) -> None:
     warn(
-        f"weights {label} number their classifier as Oxford's files do: if they take BGR in 0..255, too, name their "
-        "file as caffe:PATH"
+        f"weights {label} number their classifier as Oxford's files do: if they take BGR in 0..255, too, load "
+        "their file as caffe:PATH"
     )
 
 

@@ -80,7 +80,9 @@ def missing_files(path: Path) -> list[str]:
     there = cifar_files(path).keys()
     versions = [(*train, *test, meta) for train, test, meta, *_ in (*_BINARY, *_PYTHON)]
     nearest = max(versions, key=lambda names: len(there & {*names}))
-    return [name for name in nearest if name not in there] if len(there & {*nearest}) > 1 else []
+    optional = {meta for _, _, meta, _ in _BINARY}
+    few = len(there & {*nearest}) < 2
+    return [] if few else [name for name in nearest if name not in there and name not in optional]
 
 
 def cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:

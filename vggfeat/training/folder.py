@@ -159,6 +159,8 @@ def begin(
                 raise InputError(f"the run in {folder} has no test set: go on without one, or begin anew")
             given = f"not {test.label}" if test is not None else "and now there is none"
             raise InputError(f"the run in {folder} has another test set, {given}: pass the same one")
+        if test is not None and test.sizes != state.get("test_sizes", test.sizes):
+            raise InputError(f"the run in {folder} has another test set, not {test.label}, whose files differ in size")
     else:
         facts = {"classes": images.classes, "data": images.label, "network": asdict(arch)}
         text = json.dumps(facts | config.to_dict(), indent=2)

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from vggfeat import checkpoint
 from vggfeat.arch import MIN_SIDE, Arch
 from vggfeat.devices import autocast_dtype, emulates
-from vggfeat.errors import InputError, RunError, counted
+from vggfeat.errors import InputError, RunError, counted, first_line
 from vggfeat.files import PathLike
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG
@@ -327,7 +327,12 @@ class _Run:
                 f"{'were in memory, for which there is too little now' if size < self.size else 'were read one by one'}"
             )
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.net.load_state_dict(state["net"])
+        try:
+            self.net.load_state_dict(state["net"])
+        except RuntimeError as error:
+            raise InputError(
+                f"the run in {self.folder} is of another network than its config.json says: {first_line(error)}"
+            ) from error
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         try:

@@ -56,15 +56,18 @@ def trunk_backward(
     return grads[0].new_zeros(tuple(shape)) if image_grad is None else image_grad
 
 
+# ── what counters, compilers and vmap need to know of the operators ───────────────────────────────────────────────────
+
+
 def _operations(shape: Sequence[int], plan: Plan, deepest: int) -> int:
-    """FLOPs of the convolutions up to the tap at that position, for images of that shape."""
-    total, passed = 0, -1
+    """FLOPs of the network's convolutions up to the tap at that position, each once, for images of that shape."""
+    total = taps_seen = 0
     for stage, names, (h, w) in zip(plan.stages, plan.tapped, plan.sizes(*shape[2:]), strict=True):
-        if passed >= deepest:
+        if taps_seen > deepest:
             break
         layer = plan.arch.layer(stage.conv)
         total += 2 * shape[0] * h * w * layer.channels * layer.in_channels * layer.kernel**2
-        passed += len(names)
+        taps_seen += len(names)
     return total
 
 
@@ -89,9 +92,6 @@ def _(
     out_shape: Any = None,
 ) -> int:
     return _operations(shape, Plan.decode(code), max(present))
-
-
-# ── what counters, compilers and vmap need to know of the operators ───────────────────────────────────────────────────
 
 
 def _fake_pack(shape: Sequence[int], x: Tensor, planes: tuple[int, ...] = ()) -> Tensor:
@@ -150,7 +150,8 @@ def _joined(size: int, value: Tensor, dim: int | None) -> Tensor:
 def _(info: Any, dims: Any, x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> tuple[list[Tensor], Any]:
     size = info.batch_size
     values = trunk_forward(_joined(size, x, dims[0]), filters, code, keep)
-    return [value.unflatten(0, (size, -1)) for value in values], [0] * len(values)
+    each = x.shape[1] if dims[0] == 0 else len(x)  # images of each call
+    return [value.unflatten(0, (size, each)) for value in values], [0] * len(values)
 
 
 @trunk_backward.register_vmap
@@ -176,4 +177,4 @@ def _(
     whole, all_sound = [size * shape[0], *shape[1:]], None if sound is None else _joined(size, sound, dims[6])
     parts = join(taps, dims[2]), join(kept, dims[3])
     grad = trunk_backward(join(grads, dims[0]), present, *parts, filters, whole, all_sound, code, keep)
-    return grad.unflatten(0, (size, -1)), 0
+    return grad.unflatten(0, (size, shape[0])), 0
