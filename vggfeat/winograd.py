@@ -191,7 +191,6 @@ class _Inputs:
         self.windows = self.band.as_strided((6, 6, *size), (line, pixel, *steps))
         self.inputs, self.halfway = (_view(where, 6, 6, padded * c) for where in (one, two))
         self.gathered = self.inputs.view(6, 6, padded, c)[:, :, : bands.count].view(6, 6, *size)
-        self.spare = self.inputs.view(6, 6, padded, c)[:, :, bands.count :]
         self.points = self.inputs.view(36, padded, c)
 
     def read(self, which: slice, top: int) -> Tensor:
@@ -209,7 +208,6 @@ class _Inputs:
         band[:, above : above + last - first, self.pad : self.pad + width] = group[:, first:last]
         band[:, above + last - first :].zero_()
         self.gathered.copy_(self.windows)
-        self.spare.zero_()  # what is left there may be subnormal by now, with which products take twice as long
         _along_both_axes(self.to_points, self.inputs, self.halfway, self.inputs)
         return self.points
 
@@ -296,7 +294,7 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
     # (4,4,tiles·K) to (4,6,tiles·K) to (6,6,tiles·K)
     given, halfway = _view(two, 4, 4, bands.padded * k), _view(three, 4, 6, bands.padded * k)
     at_points = _view(two, 6, 6, bands.padded * k)
-    gathered, spare = given.view(4, 4, bands.padded, k).split((bands.count, bands.padded - bands.count), 2)
+    gathered = given.view(4, 4, bands.padded, k)[:, :, : bands.count]
     gathered = gathered.view(4, 4, bands.several, bands.rows, bands.across, k)
     beyond = grad.new_zeros(bands.several, TILE * bands.rows, TILE * bands.across, k)
     images = grad.permute(0, 2, 3, 1)  # (N,H,W,K)
@@ -311,7 +309,6 @@ def weight_gradient(x: Tensor, grad: Tensor, pad: int) -> Tensor:
             here = beyond
         by_tile = here.unflatten(2, (bands.across, 4)).unflatten(1, (bands.rows, 4))  # (images,rows,4,across,4,K)
         gathered.copy_(by_tile.permute(2, 4, 0, 1, 3, 5))
-        spare.zero_()  # as in `_Inputs.read`
         _along_both_axes(back.T, given, halfway, at_points)
         theirs = at_points.view(36, bands.padded, k)
         total.baddbmm_(theirs[:, : bands.count].transpose(1, 2), points[:, : bands.count])
