@@ -328,3 +328,11 @@ def test_a_convolution_in_front_of_its_normalisation_gets_what_that_does(monkeyp
     features = VGGFeatures(["conv2_2", "relu3_2"], "vgg16_bn", "random")
     for name, wanted in features(image.double()).items():
         assert error(features(image)[name], wanted) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "each"), [(16, 12, 8), (4, 3, 2), (16, 16, 16), (5, 2, 2), (7, 100, 7), (3, 0, 1), (0, 4, 1)]
+)
+def test_bands_are_as_few_as_can_be_and_of_one_size(count, most, each):
+    """16 rows of at most 12 are two bands of 8: of 12, the second would be computed whole for 4."""
+    assert winograd._shared(count, most) == each

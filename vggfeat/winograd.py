@@ -32,7 +32,7 @@ FLIPPED = [5, 3, 4, 1, 2, 0]  # where each of the points 0, p, -p, 1/p, -1/p, âˆ
 # a band has as many tiles as fit into so many values of a workspace's buffer for each thread (1 MB), but no fewer than
 # `LEAST`, since every band reads all weights once: with 512 channels that takes 7 MB
 WORKSPACE = 1 << 18
-LEAST = 96
+LEAST = 128
 SUMMED = 256  # tiles of a band for a weight's gradient, since every band reads and writes all of it once
 
 
@@ -146,10 +146,10 @@ class _Bands:
 
     @staticmethod
     def of(images: int, height: int, width: int, fits: int) -> _Bands:
-        """For outputs of that size and `fits` tiles at a time."""
+        """For outputs of that size and at most `fits` tiles at a time, or one row: as few as can be, of one size."""
         down, across = -(-height // TILE), -(-width // TILE)
-        rows = min(down, max(1, fits // across))
-        return _Bands(images, down, across, max(1, min(images, fits // (down * across))), rows)
+        several, rows = _shared(images, fits // (down * across)), _shared(down, fits // across)
+        return _Bands(images, down, across, several, rows)
 
     @property
     def count(self) -> int:
@@ -166,6 +166,11 @@ class _Bands:
         for first in range(0, self.images, self.several):
             for top in range(0, self.down, self.rows):
                 yield slice(first, first + self.several), TILE * top
+
+
+def _shared(count: int, most: int) -> int:
+    """How many of `count` things each of as few parts as possible has, of at most `most`, and at least one."""
+    return max(1, math.ceil(count / math.ceil(count / max(1, most)))) if count else 1
 
 
 def _along_both_axes(matrix: Tensor, values: Tensor, halfway: Tensor, out: Tensor) -> None:
