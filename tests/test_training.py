@@ -549,6 +549,12 @@ def test_what_is_left_out_is_told_once(tmp_path):
         ]
 
 
+def test_an_empty_path_is_not_the_folder_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no images at an empty path"):
+        run("", "r")
+
+
 def test_a_run_is_never_overwritten(data, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "mine.txt").write_text("mine")

@@ -66,7 +66,8 @@ def check(folder: Path, config: TrainConfig, resume: bool, sources: Sequence[Any
         InputError: it is not empty and `resume` is False, or holds no run, or one with other settings; or it is inside
             one of the folders that the images come from, and would be a class there.
     """
-    if any(isinstance(source, str | os.PathLike) and would_hold(Path(source), folder) for source in sources):
+    named = [os.fspath(source) for source in sources if isinstance(source, str | os.PathLike)]
+    if any(would_hold(Path(name), folder) for name in named if name):
         raise InputError(f"{folder} is inside the images' folder, and would become a class of it: choose another")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
