@@ -13,7 +13,7 @@ import torch
 
 from vggfeat.devices import lacks_memory
 from vggfeat.errors import RunError, first_line
-from vggfeat.files import TEMPORARY, new_file
+from vggfeat.files import new_file, remove_leftovers
 
 KEPT = 2  # the older one in case the newest is damaged
 # what keeps an intact file from being read; damage shows as other errors, EINVAL and EIO included
@@ -88,9 +88,7 @@ def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None
         RunError: one cannot be read, for a reason that may pass.
     """
     wrong: dict[Path, str] = {}
-    for rest in folder.glob(TEMPORARY):
-        with contextlib.suppress(OSError):
-            rest.unlink()
+    remove_leftovers(folder, 0)
     for path in saved(folder):
         try:
             state = read(path, needed)

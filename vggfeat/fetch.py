@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, first_line
-from vggfeat.files import new_file, remove_leftovers
+from vggfeat.files import DAY, new_file, remove_leftovers
 
 CONNECT_TIMEOUT = 5.0  # seconds until a server must have answered the call
 READ_TIMEOUT = 60.0  # seconds that a running download may stand still
@@ -154,7 +154,7 @@ def fetch(url: str, folder: Path) -> Path:
     sha = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
+        remove_leftovers(folder, DAY)
         with opener.open(request, timeout=CONNECT_TIMEOUT) as response, new_file(path, overwrite=True) as file:
             length = int(response.headers.get("Content-Length") or 0)
             # disable=None: only where stderr is a terminal

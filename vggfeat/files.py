@@ -138,11 +138,11 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote to a folder have left there, a day later."""
+def remove_leftovers(folder: Path, age: int) -> None:
+    """Remove what processes that were killed while they wrote to a folder left so many seconds ago; for 0 any time."""
     for each in folder.glob(TEMPORARY):
         with contextlib.suppress(OSError):
-            if time.time() - each.stat().st_mtime > DAY:
+            if not age or time.time() - each.stat().st_mtime > age:
                 each.unlink()
 
 

@@ -200,10 +200,10 @@ def plot_parameters(descriptions: Sequence[Description], path: PathLike, *, over
             if any(widths):
                 axes.barh(range(len(names)), widths, left=left, color=color, height=0.7, label=what)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        totals = [getattr(each, key) / unit for each in descriptions]  # with batch normalisation, too small to see
-        for i in range(len(names)):
+        for i, each in enumerate(descriptions):
+            total = getattr(each, key) / unit  # with batch normalisation, which is too little to be seen
             axes.annotate(
-                f"{totals[i]:,.1f}" if totals[i] >= 100 else f"{totals[i]:.3g}",
+                f"{total:,.1f}" if total >= 100 else f"{total:.3g}",
                 (left[i], i),
                 (4, 0),
                 textcoords="offset points",
@@ -495,7 +495,6 @@ def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = 
         DependencyError: matplotlib is missing.
     """
     path = check_plot(path, overwrite=overwrite)
-    figure_class = _figure_class()
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
 
@@ -503,7 +502,7 @@ def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = 
     n = len(shares)
     named, written = n <= 60, n <= 25
     side = max(4.6, 1.8 + (0.42 if written else 0.2) * n) if named else max(8.0, n / 100)  # a dot for each class
-    figure = figure_class(figsize=(side + 0.8, side), layout="constrained")
+    figure = _figure(side + 0.8, side)
     axes = figure.subplots()
     colors = colormaps["Blues"].with_extremes(bad="#dddddd")
     norm = PowerNorm(1 if named else 0.5, vmin=0, vmax=100)

@@ -158,12 +158,8 @@ def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:
     for head, last, width in (("paper", "classifier.6.weight", hidden), ("slim", "classifier.1.weight", channels)):
         if last in state and state[last].ndim == 2 and state[last].shape[1] == width:
             return replace(arch, head=head, num_classes=len(state[last]))
-    paper = replace(arch, head="paper")
-    fits = (
-        "classifier.0.weight" in state
-        and state["classifier.0.weight"].shape == head_shapes(paper)["classifier.0.weight"]
-    )
-    return paper if fits else arch  # whose last layer is missing
+    paper, fc6 = replace(arch, head="paper"), state.get("classifier.0.weight")
+    return arch if fc6 is None or fc6.shape != head_shapes(paper)["classifier.0.weight"] else paper  # without its last
 
 
 def head_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
@@ -176,7 +172,7 @@ def head_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
         "fc": (classes, channels),
     }
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in LINEAR.keys() & set(arch.head_names):
-        weight, bias = keys_of_linear(name)
-        shapes |= {weight: weights[name], bias: weights[name][:1]}
+    for name, shape in weights.items():
+        if name in arch.head_names:
+            shapes |= dict(zip(keys_of_linear(name), (shape, shape[:1]), strict=True))
     return shapes

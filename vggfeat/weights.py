@@ -183,8 +183,8 @@ class Weights:
                 f"weights {self.label} do not reach {arch.names[deepest]}: "
                 f"missing {', '.join(missing[:4])}{' …' * (len(missing) > 4)}; the deepest layer they serve is {served}"
             )
-        shapes = head_shapes(arch)
-        for key in (key for name in arch.names[: deepest + 1] for key in keys.get(name, ()) if key in shapes):
+        needed, shapes = [key for name in arch.names[: deepest + 1] for key in keys.get(name, ())], head_shapes(arch)
+        for key in filter(shapes.__contains__, needed):
             if (shape := tuple(self.state[key].shape)) != shapes[key]:
                 raise WeightsError(
                     f"weights {self.label} have another classifier: {key} has shape {shape}, expected {shapes[key]}"
@@ -256,10 +256,8 @@ def load(
     if isinstance(weights, Mapping):
         return _read_state(weights, arch, IMAGENET, "from a state dict")
     if not isinstance(weights, str | os.PathLike):
-        ways = (
-            name for name in ("state_dict", "get_state_dict") if hasattr(weights, name)
-        )  # modules, torchvision's enums
-        hint = "".join(f"; give its {name}()" for name in ways)
+        ways = ("state_dict", "get_state_dict")  # of modules, and of torchvision's enums
+        hint = "".join(f"; give its {name}()" for name in ways if hasattr(weights, name))
         raise InputError(
             f"weights is {', '.join(map(repr, NAMES))}, a path or a state dict, got {type(weights).__name__}{hint}"
         )
@@ -343,7 +341,7 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
                 f"checkpoint, such as {kept[0]}"
             )
         raise WeightsError(f"{path} is a folder without weights.safetensors: give a .pth, .safetensors or .h5 file")
-    known = {file.filename: file for file in (_FEATURES, *(each for group in SETS.values() for each in group.values()))}
+    known = published_files()
     published = None if caffe else known.get(path.name) or known.get(path.resolve().name)
     if published:
         verify(
@@ -353,6 +351,11 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     name = "caffe:" * caffe + (path.name if path == given else f"{given.name}/{path.name}")
     raw = read(path, mapped=published is not None)  # others may be written again
     return _read_state(raw, arch, convention, name, (*file_key(path), convention))
+
+
+def published_files() -> dict[str, Published]:
+    """Every published file that is known, by its name."""
+    return {file.filename: file for file in (_FEATURES, *(each for group in SETS.values() for each in group.values()))}
 
 
 def _of_run(path: Path) -> Path:
@@ -422,9 +425,8 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     if arch.channels != net.arch.channels:
         raise WeightsError(f"weights {loaded.label} have {widths(arch)}, the network {widths(net.arch)}")
     head = head and (loaded.key[0] != "random" or arch.head is not None)
-    lacking = head and arch.head is not None and keys_of_linear(arch.names[-1])[0] not in state
-    if lacking:  # its number of classes is unknown
-        loaded.require([arch.names[-1]])
+    if head and arch.head is not None and keys_of_linear(arch.names[-1])[0] not in state:
+        loaded.require([arch.names[-1]])  # raises: the number of classes to compare is unknown
     if head and (arch.head, arch.num_classes) != (net.arch.head, net.arch.num_classes):
         theirs = f"a {arch.head} head for {arch.num_classes} classes" if arch.head else "no classifier"
         raise WeightsError(

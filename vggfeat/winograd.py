@@ -170,7 +170,7 @@ class _Bands:
 
 def _shared(count: int, most: int) -> int:
     """How many of `count` things each of as few parts as possible has, of at most `most`, and at least one."""
-    return max(1, math.ceil(count / math.ceil(count / max(1, most)))) if count else 1
+    return math.ceil(count / math.ceil(count / max(1, most))) if count else 1
 
 
 def _along_both_axes(matrix: Tensor, values: Tensor, halfway: Tensor, out: Tensor) -> None:

@@ -68,9 +68,9 @@ def verify(files: tuple[str, ...]) -> int:
     FILES, or every published file on this machine, against the published and recorded sha256.
     """
     from vggfeat.fetch import recorded, verify as check
-    from vggfeat.weights import SETS, folders
+    from vggfeat.weights import folders, published_files
 
-    known = {published.filename: published.digest for group in SETS.values() for published in group.values()}
+    known = {name: published.digest for name, published in published_files().items()}
     paths = [Path(file) for file in files] or [
         path for folder in folders() for name in known if isfile(path := folder / name)
     ]

@@ -13,7 +13,7 @@ import os
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class ImageSet:
     @property
     def digest(self) -> str:
         """A hash of names and labels, to tell sets apart, whether all of their images can be read or not."""
-        return _hash(f"{name}\0{label}\n" for name, label, _ in self.everything)
+        return hashed("".join(f"{name}\0{label}\n" for name, label, _ in self.everything))
 
     @property
     def sizes(self) -> str | None:
@@ -89,7 +89,7 @@ class ImageSet:
         if self.size_of is None:
             return None
         names = sorted({*self.names, *self.skipped})
-        return _hash(f"{self.size_of(name)}\n" for name in names[:: math.ceil(len(names) / SIZES) or 1])
+        return hashed("".join(f"{self.size_of(name)}\n" for name in names[:: math.ceil(len(names) / SIZES) or 1]))
 
     def subset(self, chosen: Tensor) -> ImageSet:
         """The images of these numbers, or where a mask (N,) is True."""
@@ -106,8 +106,9 @@ class ImageSet:
         )
 
 
-def _hash(lines: Iterable[str]) -> str:
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+def hashed(text: str) -> str:
+    """The sha256 of a text, which may be a file's name of any bytes."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 # ── sources ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -303,10 +304,9 @@ class _Reader:
         name = self.prefix + self.names[i]
         if self.in_folder:
             return open_image(self.path / name)
+        archive = self._opened()
         try:
-            content = self._opened().read(name)
-        except ImageError:
-            raise
+            content = archive.read(name)
         except Exception as error:  # a damaged entry is a BadZipFile, zlib.error, EOFError, NotImplementedError, …
             raise ImageError(f"{self.path}/{name}: damaged in the archive ({error})") from error
         return open_image(self.path / name, io.BytesIO(content))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from vggfeat.settings import PRECISIONS, Settings
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import normalised, scale_for, split_holdout
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import LEAVE_OUT, ImageSet, ScaledImages, load_test_images, loaded
+from vggfeat.training.data import LEAVE_OUT, ImageSet, ScaledImages, hashed, load_test_images, loaded
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
 from vggfeat.weights import WeightsLike, load as load_set, run_metadata
 
@@ -204,7 +203,7 @@ def evaluate(
 
 def place_of(label: str) -> str:
     """A hash of a set's location, however its path is written, which does not reveal that location."""
-    return hashlib.sha256(os.path.realpath(label).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashed(os.path.realpath(label))
 
 
 def _held_out(

@@ -25,7 +25,7 @@ from vggfeat.cuda_graphs import AsyncScalars, captured_and_checked, lookahead
 from vggfeat.devices import free_memory, lacks_memory, resolve, total_memory, trunk_dtype
 from vggfeat.errors import InputError, RunError, first_line, optional, warn
 from vggfeat.features import VGGFeatures
-from vggfeat.files import check_path, remove_leftovers
+from vggfeat.files import DAY, check_path, remove_leftovers
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
 from vggfeat.modes import with_gradients
 from vggfeat.settings import changed
@@ -282,14 +282,15 @@ class _Run:
         # the picture, its gradient, the content, and what the optimiser remembers when tiled: no run takes less
         images = 3 + (2 * SHORT if config.optimizer == "lbfgs" else 2)
         needed, total = images * 12 * width * height, total_memory(device)
-        if total is not None and needed > max(self.memory, total // 2):  # what is free may be misreported, or grow
+        most = math.inf if total is None else max(self.memory, total // 2)  # what is free may be misreported, or grow
+        if total is not None and needed > most:
             raise InputError(
                 f"at size {config.size} the picture is {width}×{height}, which takes {needed / 2**30:,.1f} GiB "
                 f"of memory or more; the device has {total / 2**30:,.1f} GiB: choose a smaller size"
             )
         for number, (w, h) in enumerate((self._style_size(style, width, height) for style in styles), start=1):
             needed = 2 * 12 * w * h  # as it is, and normalised
-            if total is not None and needed > max(self.memory, total // 2):
+            if total is not None and needed > most:
                 raise InputError(
                     f"style {number} is read at {w}×{h}, which takes {needed / 2**30:,.1f} GiB of memory or more; the "
                     f"device has {total / 2**30:,.1f} GiB: choose a smaller style_scale, or crop it"
@@ -452,7 +453,7 @@ class _Run:
     def resume_from(self, path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
         """Save the run in a file from here on, and resume from what is in it."""
         self.checkpoint = check_path(path, overwrite=True, inputs=inputs)
-        remove_leftovers(self.checkpoint.parent)
+        remove_leftovers(self.checkpoint.parent, DAY)
         self.identity = self._identity()
         if not self.checkpoint.exists():
             return

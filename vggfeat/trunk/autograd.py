@@ -60,10 +60,10 @@ class _Trunk(torch.autograd.Function):
         present = [i for i, grad in enumerate(grads[: ctx.count]) if grad is not None]
         if not present:
             return (None, *nothing)
-        if sound is not None and present[-1] < ctx.count - 1:  # the deepest tap has no part in it
-            sound = finite_images(x)
         if is_batched(*grads):
             return (_ordinary_gradient(x, rest[sum(ctx.split) :], Plan.decode(ctx.code), present, grads), *nothing)
+        if sound is not None and present[-1] < ctx.count - 1:  # the deepest tap has no part in it
+            sound = finite_images(x)
         # called directly where possible: torch.compile of torch 2.13 gives `apply` in a backward one argument too many
         back: Any = _TrunkBackward.apply if torch.is_grad_enabled() else _TrunkBackward.forward
         return (back(x, sound, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest), *nothing)

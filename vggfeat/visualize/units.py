@@ -170,12 +170,10 @@ def maps(
     tiles = [enlarged(to_pil(picture), tile) for picture in pictures]
     settings = {"picture": "maps", "layer": layer, "arch": features.arch.name, "weights": features.weights}
     which = f", {len(shown)} of {len(tap)}"
-    if channels is None:
-        which = (
-            f", the {order} {len(shown)} of {len(tap)}"
-            if len(shown) < len(tap)
-            else f", {order} first" * (order != "first")
-        )
+    if channels is None and len(shown) < len(tap):
+        which = f", the {order} {len(shown)} of {len(tap)}"
+    elif channels is None:
+        which = f", {order} first" * (order != "first")
     net = net_label(loaded)
     title = f"Feature maps of {layer}, {net}{which}, {tap.shape[2]}×{tap.shape[1]}"
     span = f"from {float(low):.3g} to {float(high):.3g}" if scale == "shared" else "for each map alone"
