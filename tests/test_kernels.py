@@ -90,7 +90,7 @@ def test_signs_as_bits(device, shape, dtype):
     kernels.mask(grad, packed)
     assert torch.equal(grad, wanted)
     y, planes = kernels.max_pool_packed(x)
-    theirs, argmax = layers.pool(x.cpu(), "max", "bits")
+    theirs, argmax = layers.pool(x.cpu(), "max", "bits", True)
     assert torch.equal(y.cpu(), theirs) and torch.equal(planes.cpu(), argmax)
     grad = maps(y.shape, dtype, device, seed=2)
     found = kernels.max_pool_backward_packed(grad, planes, *shape[2:])

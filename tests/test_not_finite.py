@@ -51,6 +51,25 @@ def test_taps_and_gradients_of_what_is_not_finite(state, value, keep, precision,
     assert not total.isfinite() and not x.grad.isfinite().any()
 
 
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize(("pooling", "scale"), [("max", 1e20), ("l2", 1e10)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_with_which_good_images_overflow(state, keep, precision, pooling, scale):
+    """A ReLU fused with the convolution would make 0 of the NaN; l2 pooling overflows in its squares."""
+    huge = {
+        key: value * scale if key.startswith(("features.0.", "features.2.")) else value for key, value in state.items()
+    }
+    features = VGGFeatures(["pool1", "relu2_2"], weights=huge, keep=keep, precision=precision, pooling=pooling)
+    x = TARGET.clone().requires_grad_()
+    taps = features.taps(x)
+    assert not taps["pool1"].isfinite().all() and taps["relu2_2"].isnan().any()
+    taps["relu2_2"].float().square().mean().backward()
+    assert not x.grad.isfinite().any()
+    found, pullback = features.vjp(x.detach())
+    assert found["relu2_2"].isnan().equal(taps["relu2_2"].isnan())
+    assert not pullback(lambda name, tap: tap).isfinite().any()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", [PerceptualLoss, StyleLoss])
 def test_a_compiled_loss_of_nan_is_nan(state, kind):

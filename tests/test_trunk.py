@@ -254,7 +254,7 @@ def test_ties_go_to_the_first_of_equals(trunks, kind, keep):
 
 def test_l2_pooling_by_hand(trunks):
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)[None, None].requires_grad_()
-    y = layers.pool(x, "l2", "none")[0]
+    y = layers.pool(x, "l2", "none", True)[0]
     assert y.item() == pytest.approx((30 / 4) ** 0.5)
     back = layers.pool_backward(torch.ones(1, 1, 1, 1, dtype=torch.float64), 2, 2, "l2", x.detach())
     torch.testing.assert_close(back, x.detach() / (4 * 7.5**0.5))  # d/dx of sqrt(mean x²)
@@ -589,11 +589,38 @@ def test_pack_round_trip(shape):
         assert torch.equal(unpack(pack(signed), shape) > 0, signed > 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_max_pools_as_torch_pools(dtype):
+    """By comparing integers: ties, zeros with a sign, odd sides, infinity, the smallest; and NaN of either sign."""
+    small = torch.finfo(dtype).smallest_normal
+    values = torch.tensor([0.0, -0.0, small, 1, 1 + torch.finfo(dtype).eps, 3e38, torch.inf], dtype=dtype)
+    which = torch.randint(len(values), (2, 8, 33, 47), generator=torch.Generator().manual_seed(0))
+    x = values[which].contiguous(memory_format=torch.channels_last).requires_grad_()
+    wanted = torch.nn.functional.max_pool2d(x, 2)
+    grad = images(*wanted.shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    wanted.backward(torch.where(wanted > 0, grad, 0))
+    for keep in ("none", "bits", "values"):
+        y, argmax = layers.pool(x.detach(), "max", keep, True)
+        assert torch.equal(y, wanted)
+        if argmax is not None:
+            pooled = y if keep == "values" else None
+            assert torch.equal(layers.max_pool_backward(grad, 33, 47, argmax, pooled), x.grad)
+    broken = x.detach().clone()
+    broken[0, 3, 4, 5] = torch.nan
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    broken.view(whole)[1, 3, 4, 5] = -1  # all bits set: NaN with a sign
+    assert broken[:, 3, 4, 5].isnan().all() and not torch.equal(*broken[:, 3, 4, 5].view(whole))
+    wanted = torch.nn.functional.max_pool2d(broken, 2)
+    for keep in ("none", "bits", "values"):
+        y = layers.pool(broken, "max", keep, False)[0]
+        assert y.isnan().sum() == 2 and torch.equal(y.isnan(), wanted.isnan())
+
+
 @pytest.mark.parametrize(("dtype", "height"), [(torch.float32, 37), (torch.bfloat16, 64)])
 def test_in_bands_as_in_one_piece(monkeypatch, dtype, height):
     """What is packed, pooled and let through a few rows at a time, against all of it at once."""
     x = images(2, 6, height, 10).relu().to(dtype).contiguous(memory_format=torch.channels_last)
-    whole, (y, argmax) = pack(x), layers.pool(x, "max", "bits")
+    whole, (y, argmax) = pack(x), layers.pool(x, "max", "bits", True)
     grad = images(*y.shape, seed=1).to(dtype).contiguous(memory_format=torch.channels_last)
     back = layers.max_pool_backward(grad, height, 10, argmax, None)
     monkeypatch.setattr(bits, "BAND", 500)
@@ -605,7 +632,7 @@ def test_in_bands_as_in_one_piece(monkeypatch, dtype, height):
     assert torch.equal(unpack(pack(odd), odd.shape) > 0, odd)
     assert [part[0] for part in bits.bands(odd.shape, odd.device)] == [slice(0, 3)]  # small images, together
     monkeypatch.setattr(bits, "BAND", 500)
-    small, narrow = layers.pool(x, "max", "bits")
+    small, narrow = layers.pool(x, "max", "bits", True)
     assert torch.equal(small, y) and torch.equal(small, torch.nn.functional.max_pool2d(x, 2))
     assert torch.equal(narrow, argmax)
     assert torch.equal(layers.max_pool_backward(grad, height, 10, narrow, None), back)

@@ -266,7 +266,9 @@ class VGGFeatures(nn.Module):
         work = torch.float64 if images.dtype == torch.float64 else torch.float32
         images = images.to(work)
         if not in_functorch():  # where tensors have another rank
-            images = images.contiguous(memory_format=torch.channels_last)
+            # a CPU multiplies planes ten times as fast as pixels of three values
+            planes = images.device.type == "cpu"
+            images = images.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
         scale, shift = self._factors(images)
         return images * scale + shift
 

@@ -48,7 +48,7 @@ def bytes_of(shape: Sequence[int]) -> int:
 def pack(x: Tensor) -> Tensor:
     """One bit for each value, set where it is positive: (N,C,H,W) channels_last to uint8 (N, ceil(C·H·W / 8)).
 
-    Values are bool or come out of a ReLU: none is below 0.
+    Values come out of a ReLU, bool or integers: none is below 0.
     """
     if x.device.type != "cpu":
         kernels = triton_kernels(x.device, x.dtype)
@@ -62,7 +62,7 @@ def pack(x: Tensor) -> Tensor:
 def _pack(x: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16:  # only -0 has a sign: with it shifted out, nonzero means positive
         x = x.view(torch.int16).bitwise_left_shift(1).to(torch.bool)  # faster than a comparison
-    flat = (x if x.dtype == torch.bool else x > 0).permute(0, 2, 3, 1).flatten(1)
+    flat = (x > 0 if x.is_floating_point() else x.to(torch.bool)).permute(0, 2, 3, 1).flatten(1)
     if flat.shape[1] % 8:
         flat = F.pad(flat, (0, 8 - flat.shape[1] % 8))
     if flat.storage_offset() % 8:  # bools off an 8-byte boundary cannot be viewed as int64

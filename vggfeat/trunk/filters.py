@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vggfeat import winograd
 from vggfeat.arch import Arch
@@ -35,6 +36,18 @@ class Filters(NamedTuple):
     weight: Tensor
     bias: Tensor
     weight_backward: Tensor
+
+
+_gains = WeakTensorKeyDictionary()  # by weight
+
+
+def gain(filters: Filters) -> tuple[float, float]:
+    """Factor and shift that bound a convolution's output: |y| ≤ factor · max |x| + shift. Computed once."""
+    if filters.weight not in _gains:
+        norms = torch.linalg.vector_norm(filters.weight, 1, (1, 2, 3), dtype=torch.float64)
+        _gains[filters.weight] = float(norms.max()), float(filters.bias.abs().max())
+    factor, shift = _gains[filters.weight]
+    return factor, shift
 
 
 def by_stage(plan: Plan, filters: Sequence[Tensor]) -> list[tuple[Filters, Filters | None]]:

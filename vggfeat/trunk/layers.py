@@ -6,6 +6,7 @@ Tensors are (N,C,H,W), laid out channels_last.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,18 +19,29 @@ from vggfeat.trunk import direct
 from vggfeat.trunk.bits import bands, bytes_of, pack, unpack
 from vggfeat.trunk.filters import Filters
 
+SAFE = 1e33  # values up to here do not overflow in the next convolution, Winograd's intermediate ones included
 
-def stays_finite(images: Tensor) -> bool:
+
+def stays_finite(images: Tensor, gains: Iterable[tuple[float, float]], safe: float) -> bool:
     """Whether no value of normalised images is NaN or infinite, or could become so inside the network.
 
     oneDNN's fused ReLU turns NaN into 0, so that a network that diverged would seem to have a good loss. On other
     devices the ReLU is torch's or cuDNN's, which keep NaN, and checking would stall them: the answer there is True.
+
+    Args:
+        images: (N,3,H,W).
+        gains: of each convolution, by `filters.gain`.
+        safe: the largest value up to which nothing between two convolutions overflows.
     """
     if images.device.type != "cpu" or not images.numel():
         return True
-    bound = 1e300 if images.dtype == torch.float64 else 1e30  # with which no VGG overflows
     low, high = torch.aminmax(images)
-    return bool(low > -bound) and bool(high < bound)
+    bound = max(-float(low), float(high))
+    for factor, shift in gains:
+        if not bound < safe:  # NaN, too
+            return False
+        bound = bound * factor + shift
+    return bound < safe
 
 
 def finite_images(values: Tensor) -> Tensor:
@@ -96,43 +108,60 @@ def padded(x: Tensor, pad: int, padding: str) -> Tensor:
     return x if padding == "zeros" or not pad else F.pad(x, (pad,) * 4, mode=padding)
 
 
-def pool(x: Tensor, pooling: str, keep: str) -> tuple[Tensor, Tensor | None]:
-    """The pooled tensor and, unless `keep` is "none", a max pool's argmax: packed for "bits", else a map."""
+def pool(x: Tensor, pooling: str, keep: str, finite: bool) -> tuple[Tensor, Tensor | None]:
+    """The pooled tensor and, unless `keep` is "none", a max pool's argmax: packed for "bits", else a map.
+
+    Args:
+        x: what a ReLU gave, (N,C,H,W).
+        pooling: one of `arch.POOLINGS`.
+        keep: see above.
+        finite: whether that is finite, by `stays_finite`; otherwise NaN is pooled, but its argmax is any.
+    """
     if pooling != "max":
         return plain_pool(x, pooling), None
     kernels = triton_kernels(x.device, x.dtype)
-    if keep == "none":
-        return kernels.max_pool(x)[0] if kernels else F.max_pool2d(x, 2), None
-    if keep == "values" and x.device.type == "cpu":
-        pooled: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
-        return pooled
-    if kernels:
-        if keep == "values":
-            return kernels.max_pool(x)  # type: ignore[no-any-return]
-        if x.shape[1] % 8 == 0:
-            return kernels.max_pool_packed(x)  # type: ignore[no-any-return]
+    if kernels and keep == "bits" and x.shape[1] % 8 == 0:
+        return kernels.max_pool_packed(x)  # type: ignore[no-any-return]
+    if kernels and keep != "bits":
+        y, argmax = kernels.max_pool(x)
+        return y, argmax if keep == "values" else None
+    exact = finite and x.device.type == "cpu"  # elsewhere nobody has looked
+    if keep == "none" and not exact:
+        return F.max_pool2d(x, 2), None
     small = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
     y = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if keep == "values":
-        down, right = _winners(x, y)
-        return y, down.to(torch.uint8).mul_(2).add_(right)
+    if keep == "none":
+        a, b, c, d = _quarters(_comparable(x), *small[2:])
+        largest = torch.maximum(a, b, out=_comparable(y))
+        torch.maximum(torch.maximum(largest, c, out=largest), d, out=largest)
+        return y, None
     argmax = torch.empty((len(x), 3, bytes_of(small)), dtype=torch.uint8, device=x.device)
     for images, rows, where in bands(small, x.device):
-        part = y[images, :, rows]
-        down, right = _winners(x[images, :, 2 * rows.start : 2 * rows.stop], part)
+        window, part = x[images, :, 2 * rows.start : 2 * rows.stop], y[images, :, rows]
+        down, right = _winners(_comparable(window), _comparable(part))
+        if not exact:
+            part.copy_(F.max_pool2d(window, 2))
+        if keep == "values":
+            return y, down.mul_(2).add_(right).to(torch.uint8)
         for plane, values in enumerate((down, right, part)):
             argmax[images, plane, where] = pack(values)
     return y, argmax
 
 
+def _comparable(x: Tensor) -> Tensor:
+    """Floats of at least 0 as integers, which are in the same order and several times as fast to compare on a CPU."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+
+
 def _winners(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Max pooling of `x` into `y`, and whether each window's maximum is in its lower row and in its right column."""
+    """Max pooling of `x` into `y`, and 1 where each window's maximum is in its lower row, and in its right column."""
     a, b, c, d = _quarters(x, *y.shape[2:])
     top, bottom = torch.maximum(a, b), torch.maximum(c, d)
     torch.maximum(top, bottom, out=y)
-    # ties go to the first, as in torch.nn.MaxPool2d
-    down = bottom > top
-    return down, ((d > c) & down) | ((b > a) & ~down)
+    # ties go to the first, as in torch.nn.MaxPool2d; where the result is no bool, comparisons are vectorised
+    down = torch.gt(bottom, top, out=torch.empty_like(y))
+    right_above, right_below = torch.gt(b, a, out=top), torch.gt(d, c, out=bottom)
+    return down, torch.gt(right_above, down, out=right_above).bitwise_or_(right_below.bitwise_and_(down))
 
 
 def plain_pool(x: Tensor, pooling: str) -> Tensor:
@@ -148,12 +177,6 @@ def plain_pool(x: Tensor, pooling: str) -> Tensor:
 
 def max_pool_backward(grad: Tensor, height: int, width: int, argmax: Tensor, pooled: Tensor | None) -> Tensor:
     """Each gradient goes to its window's maximum, and is dropped if that was not positive."""
-    if pooled is not None and argmax.dtype == torch.int64:  # torch's own, on a CPU; on CUDA it adds in no fixed order
-        grad = torch.ops.aten.threshold_backward(grad, pooled, 0)
-        size = (*grad.shape[:2], height, width)
-        like = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-        back = torch.ops.aten.max_pool2d_with_indices_backward
-        return back(grad, like, [2, 2], [2, 2], [0, 0], [1, 1], False, argmax)  # type: ignore[no-any-return]
     if kernels := triton_kernels(grad.device, grad.dtype):
         if pooled is not None:
             return kernels.max_pool_backward(grad, argmax, height, width, pooled)  # type: ignore[no-any-return]

@@ -119,7 +119,7 @@ def _(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor
         if "argmax" in wants and "pool" not in wants:
             kept.append(_fake_pack((x.shape[0], *small), x, (3,)))
         elif "argmax" in wants:
-            kept.append(like(*small, dtype=torch.int64 if x.device.type == "cpu" else torch.uint8))
+            kept.append(like(*small, dtype=torch.uint8))
         if "pool" in wants and "pool" not in stage.taps:
             kept.append(like(*small))
     return taps + kept

@@ -83,8 +83,8 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
     | "relu"   | the output of the ReLU              | (N,C,H,W)                                                    |
     | "sign"   | whether that was positive           | bits, uint8 (N, bytes)                                       |
     | "argmax" | of each window of a max pool        | bits, uint8 (N, 3, bytes): its row, its column, and whether  |
-    |          |                                     | the maximum was positive; or beside "pool", (N,C,h,w) of     |
-    |          |                                     | torch's indices, on a CPU, or of 2 · row + column in uint8   |
+    |          |                                     | the maximum was positive; or beside "pool", on CUDA, uint8   |
+    |          |                                     | (N,C,h,w), 2 · row + column                                  |
     | "pool"   | the pooled map                      | (N,C,h,w)                                                    |
 
     A ReLU right before a max pool needs no sign unless it was tapped: those of the maxima suffice. What is also a tap
@@ -103,7 +103,8 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
         keep = "bits"  # a strip's values are packed while in the cache; unpacked, they would go to memory
     pool = plan.pooling if "pool" in stage.steps else ""
     tapped = "relu" in stage.taps
-    winners = (("argmax", "pool") if keep == "values" else ("argmax",)) if pool == "max" else ()
+    beside = ("pool",) if keep == "values" and device.type == "cuda" else ()
+    winners = ("argmax", *beside) if pool == "max" else ()
     if "lrn" in stage.steps:
         return ("relu", *winners)
     if pool == "l2":
@@ -178,7 +179,7 @@ class ReadyStage:
                 taps["lrn"] = cut(x, own)
         if "pool" in stage.steps:  # in strips: the last stage, where the rows that are left are the strip's own
             how = "none" if "argmax" not in self.keeps else "values" if "pool" in self.keeps else "bits"
-            x, argmax = layers.pool(x, pooling, how)
+            x, argmax = layers.pool(x, pooling, how, finite)
             if argmax is not None:
                 kept["argmax"] = argmax
             if "pool" in stage.taps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from vggfeat.modes import no_autocast
 from vggfeat.trunk import layers
-from vggfeat.trunk.filters import by_stage
+from vggfeat.trunk.filters import by_stage, gain
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import (
     ByName,
@@ -67,7 +68,10 @@ class Walk:
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, bool]:
         """Images as the first convolution takes them, and whether they are finite."""
-        return layers.channels_last(layers.split_bfloat16(x, self.filters[0], fused=True)), layers.stays_finite(x)
+        gains = (gain(stage.folded) for stage in self.stages)
+        squares = self.plan.pooling == "l2" or any("lrn" in stage.steps for stage in self.plan.stages)
+        finite = layers.stays_finite(x, gains, math.sqrt(layers.SAFE) if squares else layers.SAFE)
+        return layers.channels_last(layers.split_bfloat16(x, self.filters[0], fused=True)), finite
 
     def _forward(self, x: Tensor, finite: bool, on_tap: OnTap | None) -> list[tuple[ByName, ByName]]:
         by_stage: list[tuple[ByName, ByName]] = []
@@ -117,7 +121,8 @@ class Walk:
             kept: for each stage what the forward kept of it, by the names of `kept_of`; is emptied on the way, to
                 free memory early.
             size: height and width of the images.
-            sound: which images' deepest tap is finite, (N,1,1,1); None off the CPU, where no NaN is lost.
+            sound: which images' deepest tap is finite, (N,1,1,1); None where all are, and off the CPU, where no NaN is
+                lost.
             recompute: what the first stage's taps are recomputed from, where they were passed in strips.
         """
         sizes = self.plan.sizes(*size)
@@ -211,7 +216,7 @@ class Walk:
         recompute = Recompute(prepared, finite) if len(taps) < len(self.plan.names) else None
         size, dtype = (x.shape[2], x.shape[3]), x.dtype
         # the first convolution's taps may not be here; it alone makes no NaN of finite images
-        sound = None if x.device.type != "cpu" else layers.finite_images(taps.get(self.plan.by_depth[-1], x))
+        sound = None if finite else layers.finite_images(taps.get(self.plan.by_depth[-1], x))
 
         def pullback(tap_grad: Callable[[str], TapGrad]) -> Tensor:
             grad = self.backward(tap_grad, kept, size, sound, recompute)
