@@ -31,7 +31,7 @@ __all__ = [
 
 EPS = 1e-10
 CHARBONNIER_EPS = 1e-3
-BAND = 1 << 20  # values of one image's features in float32 at a time on a CPU, 4 MB
+BAND = 1 << 18  # values of one image's features at a time on a CPU: 1 MB in float32, of which caches hold a few
 TINY = 1e-36  # added under a root whose gradient at 0 would be infinite
 
 
