@@ -440,6 +440,20 @@ def test_a_dream_of_a_class(headed):
         dream("fc", [5], size=32, weights=headed.state_dict())
 
 
+def test_dreams_of_a_run_s_classes_have_their_names(headed, tmp_path, call):
+    write_weights(tmp_path, headed, {"classes": ["ant", "bee", "cat", "dog", "elk"]})
+    options = {"size": 32, "steps": 1, "weights": tmp_path}
+    found = dream("fc", [3, 1], **options)
+    assert found.labels == found.sheet.labels == ["dog", "bee"]
+    assert dream("fc", [3], names=list("abcde"), **options).labels == ["d"]
+    assert dream("relu2_1", [3, 1], **options).labels == ["3", "1"]  # channels of no class
+    assert dream("fc", [3], **options | {"weights": headed.state_dict()}).labels == ["3"]
+    with pytest.raises(vggfeat.InputError, match="2 names for 5 classes"):
+        dream("fc", [3], names=["ant", "bee"], **options)
+    code, _, err = call("dream --class 4 --size 32 --steps 1", weights=str(tmp_path))
+    assert code == 0 and "fc elk: " in err
+
+
 def test_a_dream_of_a_class_needs_a_classifier(small):
     with pytest.raises(vggfeat.WeightsError, match="hold no classifier"):
         dream("fc8", [3], weights=small)

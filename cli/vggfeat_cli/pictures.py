@@ -182,17 +182,18 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
         options |= {"channels": classes, "layer": "fc8"}
     from vggfeat.arch import HEAD_NAMES
     from vggfeat.visualize import dream
-    from vggfeat.weights import load
+    from vggfeat.weights import load, run_metadata
 
     options["layer"] = options["layer"] or inspect.signature(dream).parameters["layer"].default
     target = _target(output, f"dream-{'classes' if classes is not None else options['layer']}.png", overwrite)
+    options["names"] = run_metadata(options["weights"]).get("classes")
     options["weights"] = load(options["weights"], options["arch"], classifier=options["layer"] in HEAD_NAMES)
     if classes is not None and options["weights"].arch.head == "slim":
         options["layer"] = "fc"
     with progress_bar(options["steps"], quiet) as bar:
         result = dream(**options, callback=lambda _: bar.update())
-    for channel, start, end in zip(result.channels, result.start, result.activations, strict=True):
-        click.echo(f"{options['layer']} {channel}: {start + 0.0:.4g} → {end:.4g}", err=True)
+    for label, start, end in zip(result.labels, result.start, result.activations, strict=True):
+        click.echo(f"{options['layer']} {label}: {start + 0.0:.4g} → {end:.4g}", err=True)
     return _saved(result, target, result.sheet.settings["weights"], result.interrupted)
 
 

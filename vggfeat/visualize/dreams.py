@@ -26,7 +26,7 @@ from vggfeat.transfer.optimize import Adam
 from vggfeat.transfer.stylize import StyleResult, StyleStep, stylize
 from vggfeat.visualize.inputs import chosen, load_image
 from vggfeat.visualize.sheet import Sheet, net_label
-from vggfeat.weights import DEFAULT, WeightsLike, load, resolved
+from vggfeat.weights import DEFAULT, WeightsLike, load, resolved, run_metadata
 
 PARAMETRIZATIONS = ("fourier", "pixels")
 
@@ -69,6 +69,7 @@ class Dream:
         channels: their numbers.
         activations: each channel's on its picture as saved, in 8 bits.
         start: each channel's on the picture that the run began with, before rounding.
+        labels: what the sheet calls them: the names of classes, where they are known, else numbers.
         sheet: the pictures side by side; a single one as it is.
         interrupted: whether Ctrl-C ended it early; the pictures are then as they stood.
     """
@@ -77,6 +78,7 @@ class Dream:
     channels: list[int]
     activations: list[float]
     start: list[float]
+    labels: list[str]
     sheet: Sheet = field(repr=False)
     interrupted: bool = False
 
@@ -100,6 +102,7 @@ def dream(
     seed: int = 0,
     arch: str | Arch | None = None,
     weights: WeightsLike = DEFAULT,
+    names: Sequence[str] | None = None,
     precision: str = "auto",
     device: str | torch.device = "auto",
     callback: Callable[[DreamStep], object] | None = None,
@@ -128,12 +131,14 @@ def dream(
         seed: of the start and of the jitter, from 0 to 2⁶³ - 1.
         arch: the network, see `VGGFeatures`.
         weights: see `vggfeat.weights.load`.
+        names: of all classes, for the labels; None means those stored with the weights of a run of `train`, if any.
         precision: `auto`, `float32` or `bfloat16`.
         device: where to run; `auto` is CUDA if available, else the CPU.
         callback: called after each step.
 
     Raises:
-        InputError: an unknown layer, channel, unit or choice, or a size too small for the layer.
+        InputError: an unknown layer, channel, unit or choice, a size too small for the layer, or names that are not one
+            for each class.
         WeightsError: weights that are unavailable or do not reach the layer.
         KeyboardInterrupt: at Ctrl-C before the first step has ended.
     """
@@ -145,6 +150,8 @@ def dream(
         raise InputError(f"seed must be below 2^63, got {seed}")
     if not 0 < learning_rate < math.inf:
         raise InputError(f"learning_rate must be a positive number, got {learning_rate}")
+    if names is None and isinstance(weights, str | os.PathLike):
+        names = run_metadata(weights).get("classes")
     device, loaded = resolve(device), load(weights, arch, classifier=layer in HEAD_NAMES)
     if loaded.arch.head is None and layer in HEAD_NAMES:
         raise WeightsError(f"weights {loaded.label} hold no classifier, so there is no {layer}: give some that do")
@@ -155,6 +162,12 @@ def dream(
     with torch.no_grad():
         probe = features(torch.full((1, 3, size, size), 0.5, dtype=torch.float32, device=device))[below]
     shown = chosen(channels, count, probe[0], "first", f"{layer} of {loaded.arch.name}")
+    if names is None or layer != loaded.arch.names[-1]:
+        labels = [str(channel) for channel in shown]
+    elif len(names) != loaded.arch.num_classes:
+        raise InputError(f"{len(names)} names for {loaded.arch.num_classes} classes")
+    else:
+        labels = [names[channel] for channel in shown]
     place = _place(unit, probe, layer)
 
     def activation(images: Tensor, leak: float = 0.0) -> Tensor:
@@ -188,9 +201,8 @@ def dream(
     }  # fmt: skip
     single = len(shown) == 1
     title = "" if single else f"What excites {layer} of {net_label(loaded)} most"
-    labels = [] if single else [str(channel) for channel in shown]
-    sheet = Sheet(pictures, labels, title, settings=settings)
-    return Dream(pictures, shown, end, start, sheet, interrupted=done < steps)
+    sheet = Sheet(pictures, [] if single else labels, title, settings=settings)
+    return Dream(pictures, shown, end, start, labels, sheet, interrupted=done < steps)
 
 
 def _place(unit: bool | tuple[int, int], tap: Tensor, layer: str) -> tuple[int, int] | None:
