@@ -938,6 +938,25 @@ def test_a_run_that_goes_on_leaves_other_plots_alone(vgg, labelled):
     assert vgg(*words, "--resume", "--overwrite")[0] == 0 and Path("curves.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(("encoding", "raw"), [("cp1252", False), ("utf-8", True)])
+def test_json_on_a_terminal_of_another_encoding(encoding, raw):
+    """It has escapes where the stream is not of UTF-8, as JSON has to be; nothing is lost."""
+    code = "import sys; from vggfeat.tables import Report; from vggfeat_cli.reports import finish_report\n"
+    code += "class R(Report):\n    def to_dict(self): return {'class': 'äpfel 中'}\n"
+    code += "finish_report(R.__new__(R), 'json', None, False)"
+    env = environment() | {"PYTHONIOENCODING": encoding}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True, timeout=60).stdout
+    assert json.loads(out.decode("utf-8")) == {"class": "äpfel 中"} and ("中" in out.decode("utf-8")) == raw
+
+
+def test_paths_in_messages_keep_their_names():
+    said = r"cannot write C:\runs\batch_size\log.csv or /runs/batch_size: batch_size"
+    assert (
+        run._with_flags(said, vggfeat_command.command)
+        == r"cannot write C:\runs\batch_size\log.csv or /runs/batch_size: --batch-size"
+    )
+
+
 @pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
 def test_a_reader_of_the_messages_that_goes_away_costs_no_picture(tmp_path):
     pictures = [str(REPO / "examples" / name) for name in ("content.jpg", "style.jpg")]

@@ -520,6 +520,19 @@ def test_check_output_refuses_a_folder_without_permission(tmp_path):
         tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_temporary_file_that_cannot_be_removed_loses_no_picture(tmp_path, monkeypatch, overwrite):
+    """Where on Windows another program, such as a virus scanner, has it open."""
+
+    def held(path, missing_ok=False):
+        raise PermissionError(13, "another program has it open")
+
+    monkeypatch.setattr(Path, "unlink", held)
+    with files.new_file(tmp_path / "a.png", overwrite=overwrite) as file:
+        file.write(b"picture")
+    assert (tmp_path / "a.png").read_bytes() == b"picture"
+
+
 def test_free_name(tmp_path):
     path = tmp_path / "a.b.png"
     assert files.free_name(str(path)) == path

@@ -50,10 +50,9 @@ def data(tmp_path_factory):
     return pictures.zipped(tmp_path_factory.mktemp("data") / "set.zip", files)
 
 
-def run(data, folder, resume=False, callback=None, test=None, **changes):
-    return vggfeat.train(
-        data, TrainConfig(**TINY | changes), test=test, folder=folder, resume=resume, callback=callback
-    )
+def run(data, folder, resume=False, callback=None, test=None, announce=None, **changes):
+    config, rest = TrainConfig(**TINY | changes), {"callback": callback, "announce": announce}
+    return vggfeat.train(data, config, test=test, folder=folder, resume=resume, **rest)
 
 
 def weights(folder):
@@ -1261,6 +1260,8 @@ def test_what_has_to_be_given_again_is_said_first(data, tmp_path):
     run(data, tmp_path / "r", epochs=1)
     with pytest.raises(InputError, match="other settings, pass the same ones: .*batch_size was 8, is 500"):
         vggfeat.train(data, vggfeat.recipe("fast"), folder=tmp_path / "r", resume=True)
+    with pytest.raises(InputError, match=r"epochs was 1, is 2; to train .* longer, begin a new run with weights='.*r'"):
+        run(data, tmp_path / "r", resume=True, epochs=2)
 
 
 def test_one_class_is_none(tmp_path):
@@ -1306,6 +1307,33 @@ def test_old_checkpoints_that_cannot_be_removed_end_nothing(data, tmp_path, monk
     (tmp_path / "r/checkpoints/.vggfeat-0.tmp").touch()
     assert checkpoint.newest(tmp_path / "r/checkpoints", NEEDED)[0]["images"] == len(vggfeat.load_images(data)[0])
     assert len(checkpoint.saved(tmp_path / "r/checkpoints")) == 4
+
+
+def test_a_log_that_is_open_elsewhere_ends_no_run(data, tmp_path, monkeypatch):
+    """Spreadsheets on Windows lock what they show. In the end that is an error, but the weights are there."""
+    replace, locked, said = os.replace, [True], []
+
+    def refused(source, target):
+        if Path(target).name == "log.csv" and locked[0]:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refused)
+
+    def callback(step):
+        locked[0] = step.epoch < 2
+
+    run(data, tmp_path / "r", callback=callback, announce=said.append)
+    assert [line for line in said if "log.csv" in line] == [
+        f"cannot write {tmp_path / 'r' / 'log.csv'}: Permission denied; the next epoch tries again"
+    ]
+    assert len((tmp_path / "r/log.csv").read_text().splitlines()) == 3
+    locked[0] = True
+    with pytest.raises(RunError, match="log.csv: Permission denied; the run can go on from its checkpoints"):
+        run(data, tmp_path / "s")
+    assert (tmp_path / "s/weights.safetensors").exists()
+    locked[0] = False
+    assert len(run(data, tmp_path / "s", resume=True).history) == 2 and (tmp_path / "s/log.csv").exists()
 
 
 def test_damage_that_looks_like_the_system_s_is_passed_over(data, tmp_path):

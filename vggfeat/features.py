@@ -285,8 +285,10 @@ class VGGFeatures(nn.Module):
 
     def _run_head(self, x: Tensor) -> dict[str, Tensor]:
         taps = {}
-        slim = self.arch.head == "slim"
-        x = F.adaptive_avg_pool2d(x, 1 if slim else 7).flatten(1)
+        side = 1 if self.arch.head == "slim" else 7
+        uneven = x.device.type == "mps" and (x.shape[2] % side or x.shape[3] % side)  # which MPS cannot pool
+        pooled = F.adaptive_avg_pool2d(x.cpu() if uneven else x, side).to(x.device)
+        x = pooled.flatten(1)
         for name in self._head:
             x = F.linear(x, *self.trunk.linear(LINEAR[name], x.device, x.dtype)) if name in LINEAR else F.relu(x)
             taps[name] = x

@@ -93,7 +93,7 @@ def same_file(path: PathLike, other: PathLike) -> bool:
         return os.path.samefile(path, other)
     except (OSError, ValueError):  # one of them is not there, or no name at all
         with contextlib.suppress(OSError, ValueError):
-            return os.path.realpath(path) == os.path.realpath(other)
+            return os.path.normcase(os.path.realpath(path)) == os.path.normcase(os.path.realpath(other))
         return False
 
 
@@ -135,7 +135,8 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         _publish(temporary, path, overwrite)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where another program has it open, on Windows; the file is what counts
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, age: int) -> None:

@@ -61,10 +61,13 @@ def _around(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractCon
 
 
 class _AvgPool(nn.AdaptiveAvgPool2d):
-    """Two matrix products where runs must be reproducible: the backward of CUDA's pool adds in no fixed order."""
+    """Two matrix products where runs must be reproducible: the backward of CUDA's pool adds in no fixed order.
+
+    On MPS, too, which pools only what divides evenly.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        if x.device.type == "mps" or (x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()):
             return self._as_products(x)
         return super().forward(x)
 

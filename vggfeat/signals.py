@@ -35,7 +35,7 @@ def raise_swallowed() -> None:
 
 def _termination_signals() -> list[signal.Signals]:
     """Those signals, except any that the program was started to ignore, as by `nohup`."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last on Windows
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
     return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 

@@ -100,7 +100,7 @@ def _with_flags(message: str, command: click.Command) -> str:
     flags = {param.name: max(param.opts, key=len) for each in commands for param in each.params if param.name}
     names = "|".join(name for name in flags if "_" in name and flags[name].startswith("--"))
     message = re.sub(r"(--[a-z-]+) \(\w+='?\w+'?\)|\w+='?\w+'? \((--[a-z-]+(?: \w+)?)\)", r"\1\2", message)
-    return re.sub(rf"(?<![\w/.'=-])({names})(?![\w/.'=])", lambda found: flags[found[0]], message)
+    return re.sub(rf"(?<![\w/\\.'=-])({names})(?![\w/\\.'=])", lambda found: flags[found[0]], message)
 
 
 class _Picture(Protocol):

@@ -243,7 +243,7 @@ def _builder(name: str | Arch, num_classes: int, input_size: int | None) -> _Bui
 @functools.cache
 def _counted() -> dict[str, Net]:
     """Torchvision's classifiers at their own size and 1000 classes, counted once: importing torch takes seconds."""
-    nets = json.loads(COUNTED.read_text())
+    nets = json.loads(COUNTED.read_text(encoding="utf-8"))
     return {net["name"]: Net(**net | {"published": {k: tuple(v) for k, v in net["published"].items()}}) for net in nets}
 
 

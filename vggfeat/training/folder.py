@@ -25,6 +25,7 @@ from vggfeat.settings import changed
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, would_hold
 
+RESUMABLE = "the run can go on from its checkpoints"
 NEEDED = ("config", "classes", "images", "size", "digest", "net")  # what makes a checkpoint ours
 
 
@@ -89,7 +90,9 @@ def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
     before = {key: tuple(value) if isinstance(value, list) else value for key, value in before.items()}
     before = TrainConfig().to_dict() | before  # a setting that there was not yet is as if it was not used
     if said := changed(before, config.to_dict(), free):
-        raise InputError(f"the run in {folder} has other settings, pass the same ones: {said}")
+        longer = config.epochs > before["epochs"]
+        instead = f"; to train its network for longer, begin a new run with weights={str(folder)!r} (--weights)"
+        raise InputError(f"the run in {folder} has other settings, pass the same ones: {said}{instead * longer}")
 
 
 def arch_of(folder: Path) -> Arch | None:
@@ -176,13 +179,13 @@ def begin(
 def _config_of(path: Path) -> dict[str, Any]:
     """The settings that a run wrote; empty if there are none, or not a run's."""
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return config if {"classes", "data", "optimizer", "seed"} <= config.keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}
 
 
-def write_log(folder: Path, history: Sequence[Epoch]) -> None:
+def write_log(folder: Path, history: Sequence[Epoch], hint: str = RESUMABLE) -> None:
     """Write `log.csv` anew.
 
     Raises:
@@ -192,7 +195,7 @@ def write_log(folder: Path, history: Sequence[Epoch]) -> None:
     writer = csv.DictWriter(out, [each.name for each in fields(Epoch)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(epoch) for epoch in history)
-    _write(folder / "log.csv", out.getvalue().encode())
+    _write(folder / "log.csv", out.getvalue().encode(), hint)
 
 
 def write_weights(folder: Path, net: VGG, facts: dict[str, Any]) -> None:
@@ -207,12 +210,12 @@ def write_weights(folder: Path, net: VGG, facts: dict[str, Any]) -> None:
     _write(folder / "weights.safetensors", save(state, {"format": "pt", "vggfeat": json.dumps(facts)}))
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, hint: str = RESUMABLE) -> None:
     try:
         with new_file(path, overwrite=True) as file:
             file.write(content)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; the run can go on from its checkpoints") from error
+        raise RunError(f"cannot write {path}: {error.strerror}; {hint}") from error
 
 
 class Board:

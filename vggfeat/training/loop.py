@@ -368,8 +368,8 @@ class _Run:
             self.learner.close()
         if complete := self.epoch == self.config.epochs:
             if self.world.is_main:
-                write_log(self.folder, self.history)
                 write_weights(self.folder, self.tested_net, self._metadata())
+                write_log(self.folder, self.history)
         if board is not None:
             board.close()
         if self.world.size > 1:
@@ -414,7 +414,10 @@ class _Run:
             self.unreadable.update(new)
         self._close_epoch(evaluation)
         if self.world.is_main:
-            write_log(self.folder, self.history)
+            try:
+                write_log(self.folder, self.history, hint="the next epoch tries again")
+            except RunError as error:  # on Windows, spreadsheets lock what they show
+                self.announce(str(error))
             if board is not None:
                 board.write(self.history[-1])
         if self.callback is not None:
