@@ -19,6 +19,7 @@ from vggfeat.features import VGGFeatures
 from vggfeat.losses import PerceptualLoss, StyleLoss
 from vggfeat.trunk import Plan, Trunk, bits, direct, layers, operators, plain, run, strips, walk
 from vggfeat.trunk.bits import pack, unpack
+from vggfeat.trunk.filters import bounds, by_stage
 from vggfeat.trunk.stage import ByRows
 from vggfeat.weights import load
 
@@ -589,6 +590,43 @@ def test_pack_round_trip(shape):
         assert torch.equal(unpack(pack(signed), shape) > 0, signed > 0)
 
 
+@pytest.mark.parametrize("pooling", ["max", "average", "l2"])
+@pytest.mark.parametrize("code", ["A", "A-LRN", "B", "C", "D", "D_bn", "E"])
+def test_good_images_are_known_to_stay_finite(code, pooling):
+    """Or else ReLUs would not be fused, and all would be slower, unnoticed."""
+    arch = Arch(code.split("_")[0], head=None, batch_norm="bn" in code, channels=scaled(8))
+    deepest = "relu5_4" if code == "E" else "relu5_1"
+    features = VGGFeatures([deepest], weights=load("random", arch), pooling=pooling)
+    x = images(2, 3, 32, 32)
+    each = walk.Walk(features._filters(x), features.plan, "none")
+    assert each._prepared(features._normalised(x))[1]
+    assert not each._prepared(features._normalised(x * 1e36))[1]
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect", "replicate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bounds_of_convolutions(dtype, padding):
+    """They hold, and are reached where an image agrees with a filter in all signs."""
+    state = load("random", Arch("D", head=None, channels=scaled(8)))
+    features = VGGFeatures(["conv1_1", "conv1_2", "conv2_2", "conv5_1"], weights=state, padding=padding)
+    filters = features.trunk.filters(features.plan, torch.device("cpu"), dtype)
+    chain = [folded for folded, _ in by_stage(features.plan, filters)]
+    found = dict(zip([stage.conv for stage in features.plan.stages], bounds(chain), strict=True))
+    first = features.trunk.state["features.0.weight"].to(dtype).double()
+    norms = first.abs().sum((1, 2, 3))
+    loose = 2 if dtype == torch.bfloat16 else 1  # an image's lower halves count as if they were as large as its upper
+    assert found["conv1_1"][0] == pytest.approx(loose * float(norms.max()), rel=0.02)
+    for seed in range(3):
+        x = 5 * torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        x[..., 10:13, 10:13] = 100 * first[norms.argmax()].sign()
+        for name, tap in zip(features.plan.by_depth, plain(x, filters, features.plan), strict=True):
+            factor, shift = found[name]
+            largest = float(tap.abs().max())
+            assert largest <= 1.02 * (100 * factor + shift)
+            if name == "conv1_1":
+                assert largest >= 0.98 * (100 * factor / loose - shift)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_max_pools_as_torch_pools(dtype):
     """By comparing integers: ties, zeros with a sign, odd sides, infinity, the smallest; and NaN of either sign."""
@@ -605,6 +643,13 @@ def test_max_pools_as_torch_pools(dtype):
         if argmax is not None:
             pooled = y if keep == "values" else None
             assert torch.equal(layers.max_pool_backward(grad, 33, 47, argmax, pooled), x.grad)
+    for keep in ("none", "bits", "values"):
+        y, argmax = layers.pool(x.detach()[:0], "max", keep, True)
+        assert y.shape == (0, 8, 16, 23)
+        if argmax is not None:
+            pooled = y if keep == "values" else None
+            assert layers.max_pool_backward(y, 33, 47, argmax, pooled).shape == (0, 8, 33, 47)
+
     broken = x.detach().clone()
     broken[0, 3, 4, 5] = torch.nan
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]

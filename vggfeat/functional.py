@@ -31,7 +31,8 @@ __all__ = [
 
 EPS = 1e-10
 CHARBONNIER_EPS = 1e-3
-BAND = 1 << 18  # values of one image's features at a time on a CPU: 1 MB in float32, of which caches hold a few
+BAND = 1 << 18  # values of features at a time on a CPU: 1 MB in float32, of which caches hold a few
+GRAM_BAND = 1 << 20  # the same for Gram matrices, which are themselves up to 1 MB
 TINY = 1e-36  # added under a root whose gradient at 0 would be infinite
 
 
@@ -133,7 +134,7 @@ class _Products(torch.autograd.Function):
         # which is faster is measured, and another process may measure otherwise
         tried = not torch.are_deterministic_algorithms_enabled() and _convolution_is_faster()
         add = _add_by_convolution if tried else _add_by_matmul
-        rows = max(1, BAND // (c * w))
+        rows = max(1, GRAM_BAND // (c * w))
         for image, total in zip(_images(features), out, strict=True):
             for top in range(0, h, rows):
                 add(total, upcast(image[:, :, top : top + rows]))

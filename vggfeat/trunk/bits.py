@@ -48,7 +48,7 @@ def bytes_of(shape: Sequence[int]) -> int:
 def pack(x: Tensor) -> Tensor:
     """One bit for each value, set where it is positive: (N,C,H,W) channels_last to uint8 (N, ceil(C·H·W / 8)).
 
-    Values come out of a ReLU, bool or integers: none is below 0.
+    Values are bool, integers or out of a ReLU: none is below 0.
     """
     if x.device.type != "cpu":
         kernels = triton_kernels(x.device, x.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,16 +38,25 @@ class Filters(NamedTuple):
     weight_backward: Tensor
 
 
-_gains = WeakTensorKeyDictionary()  # by weight
+_bounds: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakTensorKeyDictionary()  # by weight
 
 
-def gain(filters: Filters) -> tuple[float, float]:
-    """Factor and shift that bound a convolution's output: |y| ≤ factor · max |x| + shift. Computed once."""
-    if filters.weight not in _gains:
-        norms = torch.linalg.vector_norm(filters.weight, 1, (1, 2, 3), dtype=torch.float64)
-        _gains[filters.weight] = float(norms.max()), float(filters.bias.abs().max())
-    factor, shift = _gains[filters.weight]
-    return factor, shift
+def bounds(chain: Iterable[Filters]) -> Iterator[tuple[float, float]]:
+    """For each convolution, factor and shift with which no output exceeds factor · max |image| + shift.
+
+    By the sums of absolute weights, channel by channel: nothing between two convolutions, be it a ReLU, a pool, local
+    response normalisation or padding, makes the largest value larger. Computed once for each weight, which always
+    follows the same ones.
+    """
+    known: tuple[Tensor, Tensor] | None = None
+    for filters in chain:
+        weight = filters.weight
+        if weight not in _bounds:
+            norms = torch.linalg.vector_norm(weight, 1, (2, 3), dtype=torch.float64)
+            factors, shifts = (norms.new_ones(norms.shape[1]), norms.new_zeros(norms.shape[1])) if not known else known
+            _bounds[weight] = norms @ factors, norms @ shifts + filters.bias.abs()
+        known = _bounds[weight]
+        yield float(known[0].max()), float(known[1].max())
 
 
 def by_stage(plan: Plan, filters: Sequence[Tensor]) -> list[tuple[Filters, Filters | None]]:

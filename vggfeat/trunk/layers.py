@@ -19,10 +19,13 @@ from vggfeat.trunk import direct
 from vggfeat.trunk.bits import bands, bytes_of, pack, unpack
 from vggfeat.trunk.filters import Filters
 
-SAFE = 1e33  # values up to here do not overflow in the next convolution, Winograd's intermediate ones included
+SAFE = (
+    1e33  # values up to here overflow in no convolution: Winograd's intermediate ones are 5000 times as large at most
+)
+SAFE_SQUARED = 1e18  # nor, up to here, do four or five squares added
 
 
-def stays_finite(images: Tensor, gains: Iterable[tuple[float, float]], safe: float) -> bool:
+def stays_finite(images: Tensor, bounds: Iterable[tuple[float, float]], safe: Iterable[float]) -> bool:
     """Whether no value of normalised images is NaN or infinite, or could become so inside the network.
 
     oneDNN's fused ReLU turns NaN into 0, so that a network that diverged would seem to have a good loss. On other
@@ -30,18 +33,15 @@ def stays_finite(images: Tensor, gains: Iterable[tuple[float, float]], safe: flo
 
     Args:
         images: (N,3,H,W).
-        gains: of each convolution, by `filters.gain`.
-        safe: the largest value up to which nothing between two convolutions overflows.
+        bounds: of each convolution, by `filters.bounds`.
+        safe: which values each may give.
     """
     if images.device.type != "cpu" or not images.numel():
         return True
     low, high = torch.aminmax(images)
-    bound = max(-float(low), float(high))
-    for factor, shift in gains:
-        if not bound < safe:  # NaN, too
-            return False
-        bound = bound * factor + shift
-    return bound < safe
+    largest = max(-float(low), float(high))
+    # NaN is below nothing
+    return largest < SAFE and all(largest * by + shift < most for (by, shift), most in zip(bounds, safe, strict=True))
 
 
 def finite_images(values: Tensor) -> Tensor:
@@ -115,7 +115,8 @@ def pool(x: Tensor, pooling: str, keep: str, finite: bool) -> tuple[Tensor, Tens
         x: what a ReLU gave, (N,C,H,W).
         pooling: one of `arch.POOLINGS`.
         keep: see above.
-        finite: whether that is finite, by `stays_finite`; otherwise NaN is pooled, but its argmax is any.
+        finite: whether it is known to be finite, by `stays_finite`; where a window holds NaN, its maximum is NaN, but
+            its argmax any.
     """
     if pooling != "max":
         return plain_pool(x, pooling), None
@@ -125,8 +126,8 @@ def pool(x: Tensor, pooling: str, keep: str, finite: bool) -> tuple[Tensor, Tens
     if kernels and keep != "bits":
         y, argmax = kernels.max_pool(x)
         return y, argmax if keep == "values" else None
-    exact = finite and x.device.type == "cpu"  # elsewhere nobody has looked
-    if keep == "none" and not exact:
+    proven = finite and x.device.type == "cpu"  # elsewhere nobody has looked
+    if keep == "none" and not proven:
         return F.max_pool2d(x, 2), None
     small = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
     y = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -135,14 +136,13 @@ def pool(x: Tensor, pooling: str, keep: str, finite: bool) -> tuple[Tensor, Tens
         largest = torch.maximum(a, b, out=_comparable(y))
         torch.maximum(torch.maximum(largest, c, out=largest), d, out=largest)
         return y, None
+    if keep == "values":
+        down, right = _winners(x, y, proven)
+        return y, down.mul_(2).add_(right).to(torch.uint8)
     argmax = torch.empty((len(x), 3, bytes_of(small)), dtype=torch.uint8, device=x.device)
     for images, rows, where in bands(small, x.device):
-        window, part = x[images, :, 2 * rows.start : 2 * rows.stop], y[images, :, rows]
-        down, right = _winners(_comparable(window), _comparable(part))
-        if not exact:
-            part.copy_(F.max_pool2d(window, 2))
-        if keep == "values":
-            return y, down.mul_(2).add_(right).to(torch.uint8)
+        part = y[images, :, rows]
+        down, right = _winners(x[images, :, 2 * rows.start : 2 * rows.stop], part, proven)
         for plane, values in enumerate((down, right, part)):
             argmax[images, plane, where] = pack(values)
     return y, argmax
@@ -153,13 +153,16 @@ def _comparable(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
 
 
-def _winners(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _winners(x: Tensor, y: Tensor, finite: bool) -> tuple[Tensor, Tensor]:
     """Max pooling of `x` into `y`, and 1 where each window's maximum is in its lower row, and in its right column."""
-    a, b, c, d = _quarters(x, *y.shape[2:])
+    a, b, c, d = _quarters(_comparable(x), *y.shape[2:])
     top, bottom = torch.maximum(a, b), torch.maximum(c, d)
-    torch.maximum(top, bottom, out=y)
+    if finite:
+        torch.maximum(top, bottom, out=_comparable(y))
+    else:
+        y.copy_(F.max_pool2d(x, 2))
     # ties go to the first, as in torch.nn.MaxPool2d; where the result is no bool, comparisons are vectorised
-    down = torch.gt(bottom, top, out=torch.empty_like(y))
+    down = torch.gt(bottom, top, out=torch.empty_like(top))
     right_above, right_below = torch.gt(b, a, out=top), torch.gt(d, c, out=bottom)
     return down, torch.gt(right_above, down, out=right_above).bitwise_or_(right_below.bitwise_and_(down))
 

@@ -145,7 +145,7 @@ class ReadyStage:
 
         Args:
             x: the input, all rows of it or some.
-            finite: whether the images are, by `layers.stays_finite`.
+            finite: whether everything is, by `layers.stays_finite`.
             rows: of the convolution's output, those to use further: the ones not affected by where the map was cut.
             own: of these, the strip's own, to hand out and to keep.
             overwrite: the output may take the place of `x`.

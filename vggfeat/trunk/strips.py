@@ -43,7 +43,7 @@ class Recompute:
 
     Attributes:
         image: as the first convolution takes it.
-        finite: whether it is, by `layers.stays_finite`.
+        finite: whether all that comes of it is, by `layers.stays_finite`.
     """
 
     image: Tensor
@@ -57,7 +57,7 @@ def forward_in_strips(
 
     Args:
         x: as the first convolution takes it, (N,C,H,W).
-        finite: whether the images are, by `layers.stays_finite`.
+        finite: whether everything is, by `layers.stays_finite`.
         stages: of the block.
         on_tap: gets the first stage's taps, by their kind; they are then not returned.
     """

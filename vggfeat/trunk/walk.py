@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from vggfeat.modes import no_autocast
 from vggfeat.trunk import layers
-from vggfeat.trunk.filters import by_stage, gain
+from vggfeat.trunk.filters import bounds, by_stage
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import (
     ByName,
@@ -67,10 +66,10 @@ class Walk:
         return self._forward(*self._prepared(x), on_tap)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, bool]:
-        """Images as the first convolution takes them, and whether they are finite."""
-        gains = (gain(stage.folded) for stage in self.stages)
-        squares = self.plan.pooling == "l2" or any("lrn" in stage.steps for stage in self.plan.stages)
-        finite = layers.stays_finite(x, gains, math.sqrt(layers.SAFE) if squares else layers.SAFE)
+        """Images as the first convolution takes them, and whether everything stays finite."""
+        squares = {"lrn", "pool"} if self.plan.pooling == "l2" else {"lrn"}
+        safe = (layers.SAFE_SQUARED if squares & set(each.steps) else layers.SAFE for each in self.plan.stages)
+        finite = layers.stays_finite(x, bounds(stage.folded for stage in self.stages), safe)
         return layers.channels_last(layers.split_bfloat16(x, self.filters[0], fused=True)), finite
 
     def _forward(self, x: Tensor, finite: bool, on_tap: OnTap | None) -> list[tuple[ByName, ByName]]:
@@ -121,8 +120,8 @@ class Walk:
             kept: for each stage what the forward kept of it, by the names of `kept_of`; is emptied on the way, to
                 free memory early.
             size: height and width of the images.
-            sound: which images' deepest tap is finite, (N,1,1,1); None where all are, and off the CPU, where no NaN is
-                lost.
+            sound: which images' deepest tap is finite, (N,1,1,1); None where no ReLU loses a NaN: where there is none,
+                and off the CPU.
             recompute: what the first stage's taps are recomputed from, where they were passed in strips.
         """
         sizes = self.plan.sizes(*size)
