@@ -7,6 +7,7 @@ import io
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import weakref
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import vggfeat
-from vggfeat import functional as VF
+from vggfeat import InputError, PerceptualLoss, StyleLoss, functional as VF
 from vggfeat.arch import Arch, scaled
 from vggfeat.image import open_image, to_tensor
 
@@ -1473,3 +1474,35 @@ def test_targets_of_two_losses_make_no_batch():
     one, other = (perceptual(pooling=pooling).encode(images) for pooling in ("max", "average"))
     with pytest.raises(vggfeat.InputError, match="encoded by one loss"):
         vggfeat.EncodedTarget.cat([one, other])
+
+
+def test_what_is_wrong_is_said_before_weights_are_fetched(monkeypatch):
+    """Half a gigabyte would be."""
+
+    def fetched(*_):
+        raise AssertionError("weights were looked for")
+
+    monkeypatch.setattr("vggfeat.weights.find", fetched)
+    for said, layers, options in (
+        ("no layer asked for", (), {}),
+        ("unknown layer 'relu3_5': did you mean relu3_", ["relu3_5"], {}),
+        ("unknown layer 'relu3': did you mean relu3_1 or relu3_2", ["relu3"], {}),
+        ("vgg16 has no layer 'conv3_4'", ["conv3_4"], {"weights": "imagenet"}),
+        ("vgg11 has no layer 'relu1_2'", ["relu1_2"], {"arch": "vgg11"}),
+        ("2 layer_weights for 1 layers", ["relu1_2"], {"layer_weights": [1, 2]}),
+        ("unknown pooling 'avg': did you mean average", ["relu1_2"], {"pooling": "avg"}),
+        ("unknown padding 'zero'", ["relu1_2"], {"padding": "zero"}),
+    ):
+        for kind in (PerceptualLoss, StyleLoss):
+            with pytest.raises(InputError, match=said):
+                kind(layers, **options)
+    with pytest.raises(AssertionError, match="were looked for"):
+        PerceptualLoss(["relu3_3"], weights="imagenet")
+
+
+def test_bytes_in_their_own_range_are_to_be_floats():
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    for high, said in ((255, "use .float()"), (1, "divide 8-bit values by 255")):
+        loss = PerceptualLoss(["relu1_1"], weights="random", input_range=(0, high))
+        with pytest.raises(InputError, match=re.escape(f"got torch.uint8; {said}")):
+            loss(image, image)

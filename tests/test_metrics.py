@@ -138,7 +138,7 @@ def test_other_networks_are_refused():
         vggfeat.LPIPS(weights=narrow)
     with pytest.raises(vggfeat.WeightsError, match="random are of vgg19, not of vgg16"):
         vggfeat.LPIPS(weights=load("random", "vgg19"))
-    with pytest.raises(vggfeat.WeightsError, match="bundled belong to vgg19, not to vgg16"):
+    with pytest.raises(vggfeat.WeightsError, match="'imagenet', which the bundled VGG-19 cannot replace"):
         vggfeat.LPIPS(weights="bundled")
     encoded = vggfeat.PerceptualLoss(LAYERS, weights=narrow).encode(torch.rand(1, 3, 16, 16))
     with pytest.raises(vggfeat.InputError, match="encoded by PerceptualLoss"):
@@ -148,6 +148,9 @@ def test_other_networks_are_refused():
 def test_auto_means_imagenet_only_where_the_environment_says_nothing_else(monkeypatch):
     assert lpips_weights("auto") == "imagenet"
     monkeypatch.setenv("VGGFEAT_WEIGHTS", "bundled")  # of another network: refused, not replaced
+    with pytest.raises(vggfeat.WeightsError, match="which the bundled VGG-19 cannot replace"):
+        lpips_weights("auto")
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", "random")
     assert lpips_weights("auto") == "auto"
     monkeypatch.setenv("VGGFEAT_WEIGHTS", "auto")
     assert type(lpips_weights(DEFAULT)) is str  # "imagenet" as such, not what the environment says

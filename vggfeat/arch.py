@@ -216,6 +216,20 @@ def scaled(first: int) -> tuple[int, ...]:
     return tuple(count // 64 * first for count in BLOCK_CHANNELS)
 
 
+def check_names(names: Iterable[str], arch: str | Arch | None) -> None:
+    """Check that a network, or where it is None any VGG, has these layers; those of whichever classifier are taken.
+
+    Raises:
+        InputError: an unknown network, or a layer that it lacks.
+    """
+    if arch is not None:
+        parse(arch).check(name for name in names if name not in HEAD_NAMES)
+        return
+    for name in names:
+        if name not in _every_name():
+            raise InputError(f"unknown layer {name!r}: {nearest(name, sorted(_every_name()))}")
+
+
 @functools.cache
 def _every_name() -> frozenset[str]:
     archs = [parse(name) for name in ARCHS] + [parse("vgg19_bn"), Arch(head="slim")]

@@ -78,6 +78,7 @@ def nearest(name: object, choices: Iterable[str]) -> str:
     """The end of an error message: the nearest of `choices`, or all of them if none is near."""
     choices = list(choices)
     close = [choice for choice in choices if _letters(choice) == _letters(name)]
+    close = close or [choice for choice in choices if len(str(name)) > 2 and choice.startswith(str(name))][:3]
     close = close or difflib.get_close_matches(str(name), choices, n=3, cutoff=0.6)
     rest = "" if len(choices) <= MANY else f", … ({len(choices)} in all)"
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices[:MANY])}{rest}"

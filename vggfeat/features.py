@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vggfeat import trunk as _trunk
-from vggfeat.arch import HEAD_NAMES, Arch, layer_names
+from vggfeat.arch import HEAD_NAMES, PADDINGS, POOLINGS, Arch, check_names, layer_names
 from vggfeat.devices import trunk_dtype
 from vggfeat.errors import InputError, check_choice, warn
 from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
 from vggfeat.state_dicts import LINEAR
 from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk, Walk, whole
-from vggfeat.weights import DEFAULT, WeightsLike, load, resolved
+from vggfeat.weights import DEFAULT, SETS, WeightsLike, load, resolved
 
 # devices on which the trunk's own walk runs; elsewhere ordinary operations do
 CUSTOM_BACKWARD_DEVICES = ("cpu", "cuda")
@@ -84,11 +84,15 @@ class VGGFeatures(nn.Module):
             ) from error
         if not (low < high and math.isfinite(high - low)):
             raise InputError(f"input_range must rise and be finite, got ({low:g}, {high:g})")
+        check_choice("pooling", pooling, POOLINGS)
+        check_choice("padding", padding, PADDINGS)
+        published = isinstance(told := resolved(weights), str) and told in SETS
+        check_names(names, arch or ("vgg16" if published else None))  # before half a gigabyte is fetched
         with without_modes():  # inside `torch.func.grad`, too
             loaded = load(weights, arch, classifier=not HEAD_NAMES.isdisjoint(names))
             loaded.require(names)
             key = loaded.current_key
-        if resolved(weights) == "auto" and loaded.name != "imagenet":
+        if told == "auto" and loaded.name != "imagenet":
             warn(f"weights='auto' resolved to {loaded.label}")
         self.layers = names
         self.weights = loaded.label
@@ -299,7 +303,8 @@ class VGGFeatures(nn.Module):
         count_and_size(images)
         shape = tuple(images.shape)
         if not images.is_floating_point():
-            hint = "; divide 8-bit values by 255" if images.dtype == torch.uint8 else ""
+            in_bytes = "use .float()" if self.input_range[1] == 255 else "divide 8-bit values by 255"
+            hint = f"; {in_bytes}" if images.dtype == torch.uint8 else ""
             raise InputError(f"expected floating-point images, got {images.dtype}{hint}")
         if images.shape[1] == 1 and self.repeat_grey:
             images = images.expand(-1, 3, -1, -1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from vggfeat.arch import Arch
+from vggfeat.arch import Arch, layer_names
 from vggfeat.cuda_graphs import Replays, supports_capture
 from vggfeat.errors import InputError, check_choice
 from vggfeat.features import CUSTOM_BACKWARD_DEVICES, VGGFeatures, count_and_size
@@ -108,7 +108,7 @@ class _FeatureLoss(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[str],
+        layers: Sequence[str] = (),
         *,
         layer_weights: Sequence[float] | Mapping[str, float] | None = None,
         criterion: Criterion = "mse",
@@ -130,8 +130,10 @@ class _FeatureLoss(nn.Module):
         if not callable(criterion):
             check_choice("criterion", criterion, CRITERIA, " (or pass a function)")
         check_choice("reduction", reduction, REDUCTIONS)
+        names = tuple(dict.fromkeys(layer_names(layers)))
+        self.layer_weights = _weights_by_layer(names, layer_weights)
         self.features = VGGFeatures(
-            layers,
+            names,
             arch,
             weights,
             pooling=pooling,
@@ -141,7 +143,6 @@ class _FeatureLoss(nn.Module):
             repeat_grey=repeat_grey,
             keep=keep,
         )
-        self.layer_weights = _weights_by_layer(self.features.layers, layer_weights)
         self._checksum = self.features.checksum()  # now: a compiler could not trace it
         self.criterion = criterion
         self.normalize_features = normalize_features

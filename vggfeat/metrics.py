@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vggfeat.errors import InputError
+from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import per_channel
 from vggfeat.losses import PerceptualLoss
 from vggfeat.weight_files import read
@@ -16,7 +16,13 @@ CALIBRATION = Path(__file__).with_name("assets") / "lpips-vgg16.safetensors"  # 
 
 
 def lpips_weights(weights: WeightsLike) -> WeightsLike:
-    """ImageNet's for `"auto"`, which may end in random ones, whose result would pass for LPIPS; others as they are."""
+    """ImageNet's for `"auto"`, which may end in random ones, whose result would pass for LPIPS; others as they are.
+
+    Raises:
+        WeightsError: the bundled ones.
+    """
+    if resolved(weights) == "bundled":
+        raise WeightsError("LPIPS is made for ImageNet's VGG-16, 'imagenet', which the bundled VGG-19 cannot replace")
     return "imagenet" if resolved(weights) == "auto" else weights
 
 

@@ -44,6 +44,18 @@ def is_batched(*grads: torch.Tensor | None) -> bool:
     return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
 
 
+def is_watched(*tensors: torch.Tensor) -> bool:
+    """Whether operators may be seen by others than torch: compilers, torch.func, dispatch modes, kinds of tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or in_functorch()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or is_batched(*tensors)
+        or any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
+
+
 def in_forward_mode() -> bool:
     """Whether derivatives are taken forward (`torch.autograd.forward_ad`, `torch.func.jvp`)."""
     return forward_ad._current_level >= 0

@@ -332,7 +332,9 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
             raise WeightsUnavailableError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
         if "://" in text:
             raise WeightsUnavailableError(f"{text} is an address: download the file, and give its path") from None
-        hint = "" if path.suffix or len(path.parts) > 1 else f"; or a weight set: {nearest(text, NAMES)}"
+        theirs = text.upper().startswith(("IMAGENET1K", "DEFAULT"))  # what torchvision calls its own
+        near = "did you mean imagenet?" if theirs else nearest(text, NAMES)
+        hint = "" if path.suffix or len(path.parts) > 1 else f"; or a weight set: {near}"
         raise WeightsUnavailableError(f"no weights at {path}: give a .pth, .safetensors or .h5 file{hint}") from None
     if path.is_dir():
         if kept := saved(path / "checkpoints"):

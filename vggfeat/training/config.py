@@ -178,7 +178,8 @@ class TrainConfig(Settings):
             if self.resize[0] + 2 * self.pad < (self.size or 0):
                 raise InputError(f"resize {self.resize[0]} with pad {self.pad} is smaller than size {self.size}")
         if self.weights is None and (self.new_head or self.freeze is not None):
-            raise InputError("new_head and freeze need weights to start from")
+            name = "new_head" if self.new_head else "freeze"
+            raise InputError(f"{name} needs weights to start from: give weights (--weights)")
         if self.weights is not None and self.width != 1:
             raise InputError("weights have their own width: leave width at 1")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):

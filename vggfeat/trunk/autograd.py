@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggfeat.modes import in_forward_mode, in_functorch, is_batched, no_autocast
+from vggfeat.modes import in_forward_mode, in_functorch, is_batched, is_watched, no_autocast
+from vggfeat.trunk import operators
 from vggfeat.trunk.layers import finite_images
-from vggfeat.trunk.operators import trunk_backward, trunk_forward
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.walk import reread
@@ -30,8 +30,14 @@ def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits")
     elif torch.is_grad_enabled() and (x.requires_grad or in_functorch()):  # inside vmap, x does not say
         taps = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep, x.device), *filters)
     else:
-        taps = trunk_forward(x, filters, plan.code, "none")
+        taps = _walk_forward(x, filters, plan.code, "none")
     return list(taps[: len(plan.names)])  # what is kept follows them
+
+
+def _walk_forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor]:
+    forward = operators.trunk_forward if is_watched(x) else operators.forward
+    values: list[Tensor] = forward(x, filters, code, keep)
+    return values
 
 
 class _Trunk(torch.autograd.Function):
@@ -41,7 +47,7 @@ class _Trunk(torch.autograd.Function):
     def forward(
         x: Tensor, code: str, keep: str, count: int, again: tuple[int, ...], *filters: Tensor
     ) -> tuple[Tensor, ...]:
-        return tuple(trunk_forward(x, filters, code, keep))
+        return tuple(_walk_forward(x, filters, code, keep))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -100,7 +106,8 @@ class _TrunkBackward(torch.autograd.Function):
         n, (again, kept) = len(present), split
         grads, rest = rest[:n], rest[n:]
         taps, rest = rest[:again], rest[again:]
-        to_x: Tensor = trunk_backward(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), sound, code, keep)
+        back = operators.trunk_backward if is_watched(x, *grads) else operators.backward
+        to_x: Tensor = back(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), sound, code, keep)
         return to_x.to(x.dtype)
 
     @staticmethod

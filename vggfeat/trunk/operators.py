@@ -1,4 +1,7 @@
-"""The walk, forward and backward, as two operators of torch's, with what compilers and vmap need to know of them."""
+"""The walk, forward and backward, as two operators of torch's, with what compilers and vmap need to know of them.
+
+Where nobody watches, the functions are called themselves: an operator's first call imports the compiler, for seconds.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,7 @@ from vggfeat.trunk.stage import kept_of
 from vggfeat.trunk.walk import Walk
 
 
-@torch.library.custom_op("vggfeat::trunk", mutates_args=())
-def trunk_forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor]:
+def forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor]:
     """The trunk: taps, shallow to deep, then what the backward needs as `keep` says: "none", "bits" or "values"."""
     stages = Walk(filters, Plan.decode(code), keep).forward(x)
     return [tap for taps, _ in stages for tap in taps.values()] + [
@@ -24,8 +26,7 @@ def trunk_forward(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) ->
     ]
 
 
-@torch.library.custom_op("vggfeat::trunk_backward", mutates_args=())
-def trunk_backward(
+def backward(
     grads: Sequence[Tensor],
     present: Sequence[int],
     taps: Sequence[Tensor],
@@ -54,6 +55,10 @@ def trunk_backward(
     walk = Walk(filters, plan, keep)
     image_grad = walk.backward(incoming.get, walk.kept_by_stage(taps, kept), (shape[2], shape[3]), sound)
     return grads[0].new_zeros(tuple(shape)) if image_grad is None else image_grad
+
+
+trunk_forward = torch.library.custom_op("vggfeat::trunk", forward, mutates_args=())
+trunk_backward = torch.library.custom_op("vggfeat::trunk_backward", backward, mutates_args=())
 
 
 # ── what counters, compilers and vmap need to know of the operators ───────────────────────────────────────────────────
