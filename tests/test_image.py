@@ -7,6 +7,7 @@ import os
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from PIL import Image, ImageCms
 
 from vggfeat import files, image as vi
-from vggfeat.errors import ImageError, InputError
+from vggfeat.errors import ImageError, InputError, quiet
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
 LOSSLESS = [".png", ".tif"]
@@ -760,3 +761,21 @@ def test_empty_names():
         vi.open_image("")
     with pytest.raises(ImageError, match="expected a file name, got an empty one"):
         vi.check_output("")
+
+
+def test_pictures_opened_in_threads_leave_warnings_as_they_were(tmp_path):
+    """Contexts that overlap, as of two threads: a process must not be silenced for good."""
+    before = list(warnings.filters)
+    first, second = quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    warnings.warn_explicit("odd metadata", UserWarning, "Image.py", 1, module="PIL.Image")  # an error if it is seen
+    with pytest.warns(UserWarning, match="of the program's own"):
+        warnings.warn("of the program's own", stacklevel=1)
+    second.__exit__(None, None, None)
+    assert warnings.filters == before
+    Image.new("RGB", (600, 400)).save(tmp_path / "a.jpg")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: vi.open_image(tmp_path / "a.jpg"), range(80)))
+    assert warnings.filters == before

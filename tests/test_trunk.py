@@ -6,6 +6,10 @@ import itertools
 import math
 import random
 import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -1233,3 +1237,38 @@ def test_small_maps_are_convolved_by_reordered_weights(monkeypatch):
     exact = x.double().requires_grad_()
     reference(exact, trunk.state, arch, plan.names)[0].sum().backward()
     assert (leaf.grad.double() - exact.grad).norm() / exact.grad.norm() < 1e-4
+
+
+def test_threads_share_what_the_first_prepares(monkeypatch):
+    """Or one would replace weights that are in oneDNN's own layout already by some that never will be."""
+    prepared = []
+    prepare = Trunk._prepare
+
+    def slowly(trunk, key, *where):
+        prepared.append(key)
+        time.sleep(0.01)
+        return prepare(trunk, key, *where)
+
+    monkeypatch.setattr(Trunk, "_prepare", slowly)
+    features = VGGFeatures(["relu3_1"], weights=load("random", Arch("A", head=None, channels=scaled(8))))
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: features(x)["relu3_1"], range(12)))
+    assert len(prepared) == len(set(prepared)) >= 6
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_the_first_call_imports_no_compiler():
+    """Which takes seconds: operators of torch's do at their first call."""
+    code = """if True:
+        import sys, torch, vggfeat
+        x = torch.rand(1, 3, 32, 32, requires_grad=True)
+        features = vggfeat.VGGFeatures(["relu1_2", "relu2_1"], weights="bundled")
+        sum(tap.mean() for tap in features(x).values()).backward()
+        with torch.no_grad():
+            features(x)
+        vggfeat.PerceptualLoss(["relu2_1"], weights="bundled", criterion=lambda a, b: (a - b).abs())(x, x).backward()
+        vggfeat.StyleLoss(["relu2_1"], weights="bundled")(x, x.detach()).backward()
+        assert not {"torch._dynamo", "torch._inductor", "sympy"} & sys.modules.keys()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

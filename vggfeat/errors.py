@@ -17,8 +17,10 @@ import difflib
 import importlib
 import operator
 import sys
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -107,6 +109,33 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     if number < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {number}")
     return number
+
+
+_quiet_lock = threading.Lock()
+_quiet_inside = 0  # how many threads are
+_quiet_filters = warnings.catch_warnings()  # entered by the first
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of Pillow and torch, which a caller can do nothing about, while any thread is inside.
+
+    `catch_warnings` alone is for one thread: of two that overlap, the last to leave restores what the first had set.
+    """
+    global _quiet_inside, _quiet_filters
+    with _quiet_lock:
+        if not _quiet_inside:
+            _quiet_filters = warnings.catch_warnings()
+            _quiet_filters.__enter__()
+            warnings.filterwarnings("ignore", module=r"(PIL|torch)(\.|$)")
+        _quiet_inside += 1
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_inside -= 1
+            if not _quiet_inside:
+                _quiet_filters.__exit__(None, None, None)
 
 
 def optional(module: str, otherwise: str) -> Any:

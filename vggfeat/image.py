@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from vggfeat import files
-from vggfeat.errors import ImageError, InputError
+from vggfeat.errors import ImageError, InputError, quiet
 from vggfeat.files import PathLike, check_path, taken
 
 __all__ = [
@@ -254,7 +253,7 @@ def _opened(path: Path, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
     """Pillow's image of a file; whatever fails in opening or using it becomes an ImageError of one line."""
     try:
         # Pillow warns of odd metadata and of sizes at half its own limit: nothing that a caller could act on.
-        with warnings.catch_warnings(action="ignore"), Image.open(file or path) as image:
+        with quiet(), Image.open(file or path) as image:
             yield image
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, EOFError, struct.error, zlib.error, …
         raise ImageError(f"{path}: {_diagnosis(error, path)}") from error

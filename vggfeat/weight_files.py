@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vggfeat.arch import Arch
-from vggfeat.errors import WeightsError, WeightsUnavailableError, first_line, optional
+from vggfeat.errors import WeightsError, WeightsUnavailableError, first_line, optional, quiet
 
 
 def read(path: Path, *, mapped: bool = False) -> Mapping[str, Any]:
@@ -45,8 +44,7 @@ def read(path: Path, *, mapped: bool = False) -> Mapping[str, Any]:
             hint = "; it seems to be torch's: name it .pth" if magic.startswith(b"PK") else ""
             raise WeightsError(f"{path} is damaged or no safetensors file: {error}{hint}") from error
     try:
-        with warnings.catch_warnings():  # about a pickle's protocol, which a caller cannot change
-            warnings.simplefilter("ignore")
+        with quiet():  # about a pickle's protocol
             raw = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if magic.startswith((b"\x80", b"PK")):  # a pickle, or torch's zip around one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
@@ -73,18 +74,20 @@ class Trunk:
     """
 
     _live: weakref.WeakValueDictionary[tuple[object, ...], Trunk] = weakref.WeakValueDictionary()
+    _sharing = threading.Lock()
 
     def __init__(self, arch: Arch, state: dict[str, Tensor], key: tuple[object, ...]) -> None:
         self.arch = arch
         self.state = state
         self.key = key
         self._ready: dict[tuple[torch.device, torch.dtype], dict[Key, tuple[Tensor, ...]]] = {}
+        self._filling = threading.Lock()
 
     @staticmethod
     def shared(arch: Arch, state: dict[str, Tensor], key: tuple[object, ...]) -> Trunk:
         """The live trunk of that network and key, given the layers that it lacks, or a new one."""
-        trunk = Trunk._live.setdefault((arch, *key), Trunk(arch, {}, key))
-        with without_modes():
+        with Trunk._sharing, without_modes():
+            trunk = Trunk._live.setdefault((arch, *key), Trunk(arch, {}, key))
             for name, value in state.items():
                 if name not in trunk.state:  # a copy: its owner may go on training it
                     trunk.state[name] = value.detach().clone()
@@ -155,10 +158,13 @@ class Trunk:
     @constant_when_traced
     def _fill(self, keys: tuple[Key, ...], device: torch.device, dtype: torch.dtype) -> None:
         ready = self._ready.setdefault((device, dtype), {})
-        for key in keys:
-            if key not in ready:
-                with without_modes():
-                    ready[key] = self._prepare(key, device, dtype)
+        if all(key in ready for key in keys):
+            return
+        with self._filling:  # one thread: a second's weights would replace those that are in oneDNN's layout already
+            for key in keys:
+                if key not in ready:
+                    with without_modes():
+                        ready[key] = self._prepare(key, device, dtype)
 
     def _prepare(self, key: Key, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         name, folded, part = key
