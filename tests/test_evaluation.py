@@ -372,3 +372,11 @@ def test_no_image_can_be_read(tmp_path):
     pictures.folder(tmp_path / "set", dict.fromkeys(files, b"gone"))
     with pytest.raises(RunError, match="no image of .* could be read"):
         vggfeat.evaluate(made(), data, Views(size=32, scales=(36,)), bad_images="skip", workers=0, **ONE)
+
+
+def test_crops_begin_at_the_nearest_pixel():
+    places = torch.arange(35.0).expand(35, 35)
+    image = torch.stack([places.T, places, places])[None]
+    for grid, starts in ((1, [1]), (2, [0, 3]), (3, [0, 2, 3])):
+        found = [tuple(crop[0, :2, 0, 0].tolist()) for crop in _crops(image, 32, grid, "ramp")]
+        assert found == [(top, left) for top in starts for left in starts]

@@ -6,6 +6,8 @@ import torch
 from vggfeat import PerceptualLoss, StyleLoss, VGGFeatures
 from vggfeat.arch import Arch, scaled
 from vggfeat.errors import InputError
+from vggfeat.trunk.filters import Filters, bounds
+from vggfeat.trunk.layers import SAFE, SAFE_SQUARED, stays_finite
 from vggfeat.weights import load
 
 KEEPS = ("bits", "values")
@@ -88,3 +90,21 @@ def test_under_transforms_too(state, kind):
     grad, value = torch.func.grad_and_value(lambda x: loss(x, TARGET))(images(torch.nan, False).detach())
     assert value.isnan() and grad.isnan().all()
     assert torch.func.vmap(lambda x: loss(x[None], TARGET))(images(torch.nan, True).detach()).isnan().all()
+
+
+def test_a_bias_with_which_good_images_overflow(state):
+    huge = dict(state) | {"features.0.bias": torch.full_like(state["features.0.bias"], 1e38)}
+    assert VGGFeatures(["relu2_2"], weights=huge)(TARGET)["relu2_2"].isnan().any()
+
+
+def test_what_a_convolution_can_make_of_values_is_bounded():
+    weight = torch.ones(2, 3, 3, 3)
+    weight[1] = -2
+    second = torch.tensor([[[[1.0]], [[-1.0]]]])
+    chain = [Filters(weight, torch.tensor([-5.0, 1.0]), weight), Filters(second, torch.tensor([-2.0]), second)]
+    assert list(bounds(chain)) == [(54.0, 5.0), (27.0 + 54.0, 5.0 + 1.0 + 2.0)]
+    images = torch.full((1, 3, 4, 4), -2.0)
+    assert stays_finite(images, [(3.0, 1.0)], [7.5])
+    assert not stays_finite(images, [(3.0, 1.0)], [6.5])  # what the last convolution gives counts, too
+    assert not stays_finite(images * 1e33, [(0.0, 1.0)], [7.5])
+    assert 5000 * SAFE < torch.finfo(torch.float32).max and 5 * SAFE_SQUARED**2 < torch.finfo(torch.float32).max

@@ -1529,3 +1529,24 @@ def test_settings_that_change_a_result_stay_what_they_were(tmp_path):
             continue
         free.add(name)
     assert free == {"device", "workers", "save_every", "compile", "bad_images"}
+
+
+@pytest.mark.parametrize("left", ["weights.safetensors", "log.csv", "notes.txt"])
+def test_a_run_without_its_checkpoints_is_not_overwritten(tmp_path, left):
+    """Somebody deleted them to save room: what the run came to is still there."""
+    facts = {"classes": ["a", "b"], "data": "x"} | TrainConfig().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    folder_module.check(tmp_path, TrainConfig(), resume=False)  # killed before its first checkpoint
+    (tmp_path / left).write_bytes(b"results")
+    with pytest.raises(InputError, match="already exists"):
+        folder_module.check(tmp_path, TrainConfig(), resume=False)
+    with pytest.raises(InputError, match="has no checkpoint to resume from"):
+        folder_module.check(tmp_path, TrainConfig(), resume=True)
+
+
+def test_muon_takes_the_momentum_and_a_warm_up_is_rounded():
+    net = vggfeat.vgg11(num_classes=2, batch_norm=True, width=0.125, head="slim")
+    groups = components.optimizer(net, TrainConfig(optimizer="muon", momentum=0.8)).param_groups
+    assert {group["momentum"] for group in groups} == {0.8}
+    warm = rates(TrainConfig(lr=1.0, epochs=10, schedule="constant", warmup=0.29))  # 2.9 steps
+    assert warm[2] < 1 == warm[3]

@@ -17,8 +17,9 @@ from PIL import Image
 
 import vggfeat
 from vggfeat.errors import ImageError, InputError, RunError
-from vggfeat.training import data as data_module
+from vggfeat.training import batches as batches_module, data as data_module
 from vggfeat.training.batches import Batches, normalised, scale_for, seeded
+from vggfeat.training.cifar import read_cifar
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ScaledImages, load_images, loaded
 from vggfeat.training.distributed import World
@@ -64,6 +65,28 @@ def test_damaged_cifar_is_a_message(tmp_path, damage):
     file.write_bytes(content)
     with pytest.raises(InputError, match="CIFAR|whole number"):
         load_images(tmp_path / "c")
+
+
+def test_cifar_whose_labels_do_not_fit_is_refused(tmp_path):
+    pictures.cifar(tmp_path / "c", version="binary")
+    file = tmp_path / "c" / "data_batch_2.bin"
+    file.write_bytes(bytes([10]) + file.read_bytes()[1:])  # one more than the last of ten
+    with pytest.raises(InputError, match="not CIFAR as published"):
+        load_images(tmp_path / "c")
+    pictures.cifar(tmp_path / "p")
+    file = tmp_path / "p" / "data_batch_2"
+    batch = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps(batch | {b"labels": batch[b"labels"][:-1]}, protocol=2))
+    with pytest.raises(InputError, match="29 labels"):
+        load_images(tmp_path / "p")
+
+
+def test_cifar_without_class_names_numbers_them(tmp_path):
+    ((_, labels), (_, others)), _ = pictures.cifar(tmp_path / "c", version="binary")
+    (tmp_path / "c" / "batches.meta.txt").unlink()
+    train, test = read_cifar(tmp_path / "c")
+    assert train.labels.tolist() == labels and test.labels.tolist() == others
+    assert train.classes == [str(i) for i in range(max(labels) + 1)]
 
 
 @pytest.mark.parametrize("classes", [10, 100])
@@ -593,6 +616,16 @@ def test_images_are_brought_to_just_the_size_of_crops(tmp_path, torchvision):
     assert batch.images.shape == (len(sides), 3, 32, 32)
 
 
+def test_every_scale_of_a_range_is_drawn(mixed, torchvision, monkeypatch):
+    """Of resize=(32, 36) both ends, too: scale jittering, section 3.1 of the paper."""
+    drawn, real = [], batches_module.scaled
+    monkeypatch.setattr(batches_module, "scaled", lambda image, side: (drawn.append(side), real(image, side))[1])
+    found, _ = load_images(pictures.folder(mixed[1], mixed[0]))
+    for number in range(8):
+        epoch(found, number, resize=(32, 36), workers=0)
+    assert set(drawn) == {32, 33, 34, 35, 36}
+
+
 def test_a_whole_class_that_cannot_be_read_is_left_out(mixed, torchvision):
     files = mixed[0] | {name: b"no image" for name in mixed[0] if name.startswith("bee/")}
     found, _ = load_images(pictures.folder(mixed[1], files), bad_images="skip")
@@ -732,3 +765,9 @@ def test_every_step_and_epoch_draws_anew(ramp):
     assert all(crops.count(each) == 1 for each in crops)
     turns = [[mirrored(batch.images) for (batch,) in epoch(ramp, number, flip="random")] for number in range(3)]
     assert all(each != [each[0]] * 3 for each in turns) and turns[0] != turns[1]
+
+
+def test_scales_that_no_crop_fits_are_refused(mixed, torchvision):
+    found, _ = load_images(pictures.folder(mixed[1], mixed[0]))
+    with pytest.raises(InputError, match="resize 31 with pad 0 is smaller than size 32"):
+        epoch(found, resize=(31,))

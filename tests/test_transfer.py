@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -451,6 +452,21 @@ def test_restart_forgets_and_takes_half_steps():
     used.restart()
     full, half = (each.step(start + 0.5, gradient(start)) - 0.5 for each in (fresh, used))
     torch.testing.assert_close(half, full / 2)
+
+
+def test_adams_defaults():
+    gradient, _ = quadratic(12, 10)
+    theirs = torch.full((12,), 0.5, dtype=torch.float64, requires_grad=True)
+    reference, image, optimizer = (
+        torch.optim.Adam([theirs], 0.01, (0.9, 0.99), 1e-12),
+        theirs.detach().clone(),
+        Adam(0.01),
+    )
+    for _ in range(20):
+        theirs.grad = gradient(theirs.detach())
+        reference.step()
+        image = optimizer.step(image, gradient(image))
+    torch.testing.assert_close(image, theirs.detach(), rtol=1e-9, atol=1e-9)
 
 
 def test_adam_is_torchs_and_stays_in_range():
@@ -1358,3 +1374,27 @@ def test_a_scale_goes_on_with_all_that_it_has_come_to():
     after.load_state_dict(before.state_dict())
     assert (after.begun, after.best, after.restarts) == (5, 2.0, 3) and torch.equal(after.image, image)
     assert after.optimizer.learning_rate == 0.1
+
+
+def test_a_run_clears_away_what_a_kill_left_and_not_what_another_is_writing(config, pair, tmp_path):
+    old, new = tmp_path / ".vggfeat-0123.tmp", tmp_path / ".vggfeat-4567.tmp"
+    old.touch(), new.touch()
+    os.utime(old, (1, 1))
+    stylize(*pair, config(steps=1), checkpoint=tmp_path / "run.pt")
+    assert new.exists() and not old.exists()
+
+
+def test_lbfgs_remembers_less_in_tiles_and_begins_with_smaller_steps_later(config, pair, monkeypatch):
+    made = []
+    monkeypatch.setattr(stylize_module, "LBFGS", lambda *given: made.append(given[:2]) or LBFGS(*given))
+    for tile in (0, 16):
+        stylize(*pair, config(start_size=24, steps=1, tile=tile))
+    assert made == [(20, 0.03), (20, 0.02), (8, 0.03), (8, 0.02)]
+
+
+def test_a_checkpoint_is_written_once_a_minute(config, pair, tmp_path, monkeypatch):
+    now, written = itertools.count(0, 25), []  # each look at the clock is 25 seconds after the one before
+    monkeypatch.setattr(stylize_module.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(stylize_module.checkpoints, "write", lambda *_: written.append(1))
+    stylize(*pair, config(steps=9), checkpoint=tmp_path / "run.pt")
+    assert len(written) == 3

@@ -66,7 +66,7 @@ def pixels(picture):
 
 @pytest.mark.parametrize("size", [None, 32])
 def test_images_that_are_not_in_0_to_1_are_refused(small, size):
-    for wrong in (noise(48, 48) * 255, noise(48, 48) * 4 - 2):
+    for wrong in (noise(48, 48) * 255, noise(48, 48) * 2 - 1, noise(48, 48) * 2):
         with pytest.raises(vggfeat.InputError, match=r"expected an image in \[0,1\], got values from"):
             maps(wrong, "relu1_1", weights=small, size=size)
     with pytest.raises(vggfeat.InputError, match="at least 1 pixel"):
@@ -1031,3 +1031,22 @@ def test_maps_of_a_convolution_by_what_the_relu_lets_through(small):
     found = maps(image, "conv2_1", count=16, weights=small, size=None)
     tap = vggfeat.VGGFeatures(["conv2_1"], weights=small)(image)["conv2_1"][0]
     assert [int(label) for label in found.labels] == tap.relu().mean((1, 2)).argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize("parametrization", ["fourier", "pixels"])
+def test_a_dream_goes_as_fast_as_it_is_told(small, parametrization):
+    options = {"count": 1, "size": 32, "parametrization": parametrization, "precision": "float32", "weights": small}
+    begun, slow, fast = (
+        to_tensor(dream("relu2_1", steps=steps, learning_rate=rate, **options).images[0])
+        for steps, rate in ((1, 1e-9), (3, 0.02), (3, 0.2))
+    )
+    assert (fast - begun).abs().mean() > 2 * (slow - begun).abs().mean() > 0
+
+
+def test_a_deviation_of_ones_own_needs_no_mean(headed):
+    options = {"class_index": 0, "net": headed, "size": None}
+    found = cam(noise(32, 32), std=(0.5, 0.5, 0.5), **options)
+    same = cam(noise(32, 32), mean=(0.485, 0.456, 0.406), std=(0.5, 0.5, 0.5), **options)
+    assert found.logit == same.logit != cam(noise(32, 32), **options).logit
+    found = cam(noise(32, 32), mean=(0.5, 0.5, 0.5), **options)
+    assert found.logit == cam(noise(32, 32), mean=(0.5, 0.5, 0.5), std=(0.229, 0.224, 0.225), **options).logit

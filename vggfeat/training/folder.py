@@ -89,8 +89,9 @@ def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
     free = ("device", "workers", "save_every", "compile", "bad_images")
     before = {key: tuple(value) if isinstance(value, list) else value for key, value in before.items()}
     before = TrainConfig().to_dict() | before  # a setting that there was not yet is as if it was not used
-    if said := changed(before, config.to_dict(), free):
-        longer = config.epochs > before["epochs"]
+    now = config.to_dict()
+    if said := changed(before, now, free):
+        longer = now["epochs"] > before["epochs"]
         instead = f"; to train its network for longer, begin a new run with weights={str(folder)!r} (--weights)"
         raise InputError(f"the run in {folder} has other settings, pass the same ones: {said}{instead * longer}")
 
