@@ -231,7 +231,7 @@ ROOMS = {
     "vggfeat_cli.style": {"", "errors", "files", "image", "transfer.config"},
     "vggfeat_cli.analyse": {"", "image", "plots", "weights"},
     "vggfeat_cli.learn": {"", "errors", "files", "plots", "settings", "training.config", "training.evaluation"},
-    "vggfeat_cli.pictures": {"", "arch", "visualize", "weights"},
+    "vggfeat_cli.pictures": {"", "arch", "errors", "visualize", "weights"},
     "vggfeat_cli.main": {"", "fetch", "weights"},
 }
 # modules that must not need more than this to be imported

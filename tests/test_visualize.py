@@ -1,9 +1,11 @@
 """Pictures: against numbers worked out by hand, ordinary autograd, and the network as plain modules."""
 
 import copy
+import csv
 import errno
 import importlib
 import inspect
+import json
 import math
 import os
 import re
@@ -438,6 +440,49 @@ def test_a_dream_of_a_class(headed):
     assert int(logits.argmax()) == 3 and found.activations[0] > found.start[0] + 1
     with pytest.raises(vggfeat.InputError, match="channels 0 to 4, got 5"):
         dream("fc", [5], size=32, weights=headed.state_dict())
+
+
+def test_distances_of_folders_are_those_of_their_pairs(small, tmp_path, call):
+    """By name; what only one folder has, or is no image, is left out and said."""
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        for name in ("x.png", "y.JPG", f"only{folder}.png"):
+            picture = pictures_of_noise(24, 32, number * (name != "y.JPG") + len(name))
+            picture.save(tmp_path / folder / name)
+        (tmp_path / folder / "notes.txt").write_text("no image")
+        (tmp_path / folder / ".x.png").write_text("no image")
+    told = []
+    found = visualize.distances(tmp_path / "a", tmp_path / "b", weights=small, callback=lambda *done: told.append(done))
+    assert found.names == ["x.png", "y.JPG"] and found.unpaired == ["onlya.png", "onlyb.png"]
+    assert told == [(1, 2), (2, 2)]
+    for name, total, layers in zip(found.names, found.totals, found.layers, strict=True):
+        single = distance(tmp_path / "a" / name, tmp_path / "b" / name, weights=small)
+        assert total == pytest.approx(single.total, rel=1e-6) and layers == pytest.approx(single.layers, rel=1e-6)
+    assert found.totals[0] > 0.01 > found.totals[1] == 0 and found.mean == sum(found.totals) / 2
+    assert found.to_dict()["pairs"][0]["total"] == found.totals[0]
+    code, out, err = call("distance a b --json")
+    assert code == 0 and json.loads(out)["mean"] == found.mean
+    assert "2 images in one folder alone: onlya.png, onlyb.png" in err
+    code, out, _ = call("distance a b -o out.csv --layers relu1_1")
+    rows = list(csv.reader((tmp_path / "out.csv").read_text().splitlines()))
+    assert (code, out, rows[0]) == (0, "out.csv\n", ["image", "total", "relu1_1"]) and len(rows) == 3
+    assert "cannot write out.csv: it already exists" in call("distance a b -o out.csv")[2]
+    assert "two folders give a table, not a picture" in call("distance a b -o heat.png")[2]
+    pictures_of_noise(24, 25, 0).save(tmp_path / "b" / "x.png")
+    code, _, err = call("distance a b")
+    assert code == 2 and "x.png: the images differ in size, 32×24 and 25×24" in err and err.count("\n") == 1
+    (tmp_path / "b" / "x.png").write_bytes(b"no image")
+    assert f"{Path('b') / 'x.png'}: expected an image" in call("distance a b")[2]
+    (tmp_path / "c").mkdir()
+    assert "no image in a has the name of one in c: 3 and 0 images" in call("distance a c")[2]
+    assert "expected an image file, got a folder" in call("distance a b/y.JPG")[2]
+    with pytest.raises(vggfeat.InputError, match="expected a folder at .*y.JPG, found a file"):
+        visualize.distances(tmp_path / "a", tmp_path / "b" / "y.JPG", weights=small)
+
+
+def pictures_of_noise(height, width, seed):
+    values = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(values.numpy())
 
 
 def test_dreams_of_a_run_s_classes_have_their_names(headed, tmp_path, call):

@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 import vggfeat
+from vggfeat.errors import counted
 from vggfeat_cli.options import Values
+from vggfeat_cli.reports import SUFFIXES, check_outputs, finish_report
 from vggfeat_cli.run import FAILED, INTERRUPTED, Target, print_result, progress_bar
 
 Command = Callable[..., Any]
@@ -292,12 +294,16 @@ def distance(
 ) -> int:
     """The perceptual distance of images A and B.
 
-    In total and by layer; with -o, a heat map.
+    In total and by layer; with -o, a heat map. Of two folders, the distances of all images of the same names; with -o,
+    as a table: .csv, .json, .md or text.
     """
+    chosen = [*itertools.chain.from_iterable(layers)] or None
+    if Path(a).is_dir() and Path(b).is_dir():
+        return _distances(a, b, chosen, "json" if as_json else None, output, overwrite, options)
     target = _target(output, "", overwrite, [a, b]) if output else None
     from vggfeat.visualize import distance
 
-    result = distance(a, b, [*itertools.chain.from_iterable(layers)] or None, **options)
+    result = distance(a, b, chosen, **options)
     written, trouble = target.save(result) if target else (None, "")
     if as_json:
         summary = {key: result.sheet.settings[key] for key in ("total", "lpips", "layers", "arch", "weights")}
@@ -309,6 +315,30 @@ def distance(
         if written:
             click.echo(str(written))
     return _ended(written, trouble)
+
+
+def _distances(
+    a: str,
+    b: str,
+    layers: list[str] | None,
+    form: str | None,
+    output: str | None,
+    overwrite: bool,
+    options: dict[str, Any],
+) -> int:
+    if output is not None and Path(output).suffix.lower() not in (*SUFFIXES, ".txt", ""):
+        raise vggfeat.InputError(f"two folders give a table, not a picture: name {output} .csv, .json, .md or .txt")
+    check_outputs(output, None, overwrite)
+    from vggfeat.visualize import distances
+
+    del options["colors"]
+    with progress_bar(1.0, quiet=False) as bar:
+        report = distances(a, b, layers, **options, callback=lambda done, count: bar.update(done / count - bar.n))
+    if report.unpaired:
+        named = ", ".join(report.unpaired[:3]) + (", …" if len(report.unpaired) > 3 else "")
+        click.echo(f"{counted(len(report.unpaired), 'image')} in one folder alone: {named}", err=True)
+    finish_report(report, form, output, overwrite)
+    return 0
 
 
 @click.command("cam")

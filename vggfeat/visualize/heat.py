@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vggfeat.arch import MIN_SIDE, Arch, layer_names
-from vggfeat.errors import InputError
+from vggfeat.errors import ImageError, InputError, counted
 from vggfeat.functional import upcast
 from vggfeat.image import ImageLike, as_picture, fit, resize, to_pil
 from vggfeat.losses import PerceptualLoss
 from vggfeat.metrics import LPIPS, lpips_weights
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG, eval_mode, network_from_weights
-from vggfeat.tables import short
+from vggfeat.tables import Column, Report, Table, short
 from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, net_label, overlay, spread
-from vggfeat.weights import DEFAULT, IMAGENET, WeightsLike, load, run_metadata
+from vggfeat.weights import DEFAULT, IMAGENET, Weights, WeightsLike, load, run_metadata
 
+OWN_LAYERS = "LPIPS has its own five layers: leave layers out"
 SHOWN = 400  # pixels of the longer side of a picture on the sheet of distances
 
 
@@ -84,24 +87,9 @@ def distance(
             VGG-16.
     """
     if lpips and layers is not None:
-        raise InputError("LPIPS has its own five layers: leave layers out")
-    first, second = load_image(a, size), load_image(b, size)
-    if first.shape != second.shape:
-        (h, w), (k, v) = first.shape[2:], second.shape[2:]
-        raise InputError(f"the images differ in size, {w}×{h} and {v}×{k}: scale or crop one of them first")
-    if lpips:
-        weights, arch = lpips_weights(weights), arch or "vgg16"
-    loaded = load(weights, arch)
-    if layers is None:
-        relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
-        layers = loaded.served({name[:5]: name for name in relus}.values())
-    layers = layer_names(layers)
-    loss: PerceptualLoss
-    if lpips:
-        loss = LPIPS(weights=loaded)
-    else:
-        channels = {name: loaded.arch.layer(name).channels for name in layers}  # the mean over them becomes the sum
-        loss = PerceptualLoss(layers, layer_weights=channels, normalize_features=True, weights=loaded)
+        raise InputError(OWN_LAYERS)
+    first, second = _two(a, b, size)
+    loss, loaded = _loss(layers, lpips, arch, weights)
     with torch.no_grad():
         maps = {name: each[0] for name, each in loss.maps(first, second).items()}
     values = {name: float(each.mean()) for name, each in maps.items()}
@@ -122,6 +110,138 @@ def distance(
     title = f"{what} {sum(values.values()):.3g}, {net_label(loaded)}"
     sheet = Sheet(tiles, labels, title, settings=settings)
     return Distance(sum(values.values()), values, maps, total, sheet)
+
+
+@dataclass(frozen=True, repr=False)
+class Distances(Report):
+    """What `distances` returns; prints as a table.
+
+    Attributes:
+        names: the files' names, sorted.
+        totals: each pair's distance, the sum over layers.
+        layers: each pair's distance in each layer.
+        unpaired: names of images that only one of the folders has.
+        lpips: whether it is LPIPS.
+        arch: the network.
+        weights: its weights.
+    """
+
+    names: list[str]
+    totals: list[float]
+    layers: list[dict[str, float]]
+    unpaired: list[str]
+    lpips: bool
+    arch: str
+    weights: str
+
+    @property
+    def mean(self) -> float:
+        """The mean of `totals`."""
+        return math.fsum(self.totals) / len(self.totals)
+
+    def tables(self) -> list[Table]:
+        """One row for each pair."""
+        what = "LPIPS" if self.lpips else "Perceptual distance"
+        of = f"mean {self.mean:.6g} of {counted(len(self.names), 'pair')}"
+        title = f"{what}, {self.arch}, weights {self.weights}: {of}"
+        columns = [Column("image", "image", short, left=True)]
+        columns += [Column(name, name, _six) for name in ("total", *self.layers[0])]
+        rows = zip(self.names, self.totals, self.layers, strict=True)
+        return [Table(title, columns, [(name, total, *each.values()) for name, total, each in rows])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Means and pairs."""
+        rows = zip(self.names, self.totals, self.layers, strict=True)
+        pairs = [{"image": name, "total": total, "layers": each} for name, total, each in rows]
+        about = {"lpips": self.lpips, "arch": self.arch, "weights": self.weights, "unpaired": self.unpaired}
+        return {"mean": self.mean} | about | {"pairs": pairs}
+
+
+def distances(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    layers: Sequence[str] | None = None,
+    *,
+    lpips: bool = False,
+    size: int | None = None,
+    arch: str | Arch | None = None,
+    weights: WeightsLike = DEFAULT,
+    callback: Callable[[int, int], object] | None = None,
+) -> Distances:
+    """The distances, as by `distance`, of the images of the same names in two folders.
+
+    Args:
+        a: a folder; images in folders inside it are not looked at.
+        b: another.
+        layers: see `distance`.
+        lpips: see `distance`.
+        size: see `distance`.
+        arch: see `distance`.
+        weights: see `distance`.
+        callback: called after each pair with how many are done, and how many there are.
+
+    Raises:
+        InputError: as `distance`, naming the pair; no folder, or no two images of one name.
+        WeightsError: as `distance`.
+    """
+    if lpips and layers is not None:
+        raise InputError(OWN_LAYERS)
+    first, second = (_images_in(Path(folder)) for folder in (a, b))
+    names = sorted(first & second)
+    if not names:
+        raise InputError(f"no image in {a} has the name of one in {b}: {len(first)} and {len(second)} images")
+    loss, loaded = _loss(layers, lpips, arch, weights)
+    found: list[dict[str, float]] = []
+    for name in names:
+        try:
+            pair = _two(Path(a) / name, Path(b) / name, size)
+            with torch.no_grad():
+                found.append({layer: float(each.mean()) for layer, each in loss.maps(*pair).items()})
+        except ImageError:
+            raise
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        if callback is not None:
+            callback(len(found), len(names))
+    totals = [sum(each.values()) for each in found]
+    return Distances(names, totals, found, sorted(first ^ second), lpips, loaded.arch.name, loaded.label)
+
+
+def _images_in(folder: Path) -> set[str]:
+    """The names of a folder's images, as far as their suffixes tell."""
+    if not folder.is_dir():
+        raise InputError(f"expected a folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
+    kinds = Image.registered_extensions()
+    return {each.name for each in folder.iterdir() if each.suffix.lower() in kinds and each.name[0] != "."}
+
+
+def _two(a: ImageLike, b: ImageLike, size: int | None) -> tuple[Tensor, Tensor]:
+    """Both images, (1,3,H,W)."""
+    first, second = load_image(a, size), load_image(b, size)
+    if first.shape != second.shape:
+        (h, w), (k, v) = first.shape[2:], second.shape[2:]
+        raise InputError(f"the images differ in size, {w}×{h} and {v}×{k}: scale or crop one of them first")
+    return first, second
+
+
+def _loss(
+    layers: Sequence[str] | None, lpips: bool, arch: str | Arch | None, weights: WeightsLike
+) -> tuple[PerceptualLoss, Weights]:
+    """What measures the distance, and with which weights."""
+    if lpips:
+        loaded = load(lpips_weights(weights), arch or "vgg16")
+        return LPIPS(weights=loaded), loaded
+    loaded = load(weights, arch)
+    if layers is None:
+        relus = [layer.name for layer in loaded.arch.layers if layer.kind == "relu"]
+        layers = loaded.served({name[:5]: name for name in relus}.values())
+    layers = layer_names(layers)
+    channels = {name: loaded.arch.layer(name).channels for name in layers}  # the mean over them becomes the sum
+    return PerceptualLoss(layers, layer_weights=channels, normalize_features=True, weights=loaded), loaded
+
+
+def _six(value: float) -> str:
+    return f"{value:.6g}"
 
 
 def _shown(image: Tensor) -> Image.Image:
