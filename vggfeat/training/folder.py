@@ -92,7 +92,9 @@ def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
     now = config.to_dict()
     if said := changed(before, now, free):
         longer = now["epochs"] != before["epochs"]
-        instead = f"; to train its network for longer, begin a new run with weights={str(folder)!r} (--weights)"
+        instead = (
+            f"; to train its network for longer, begin a new run with weights={str(folder)!r} (--weights {folder})"
+        )
         raise InputError(f"the run in {folder} has other settings, pass the same ones: {said}{instead * longer}")
 
 
