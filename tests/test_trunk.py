@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import itertools
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -1270,5 +1271,35 @@ def test_the_first_call_imports_no_compiler():
         vggfeat.PerceptualLoss(["relu2_1"], weights="bundled", criterion=lambda a, b: (a - b).abs())(x, x).backward()
         vggfeat.StyleLoss(["relu2_1"], weights="bundled")(x, x.detach()).backward()
         assert not {"torch._dynamo", "torch._inductor", "sympy"} & sys.modules.keys()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_waits_for_no_thread_that_it_lacks():
+    """Which held the lock of the weights, or had warnings ignored, at the time."""
+    code = """if True:
+        import os, signal, sys, threading, warnings, torch, vggfeat
+        from vggfeat.errors import quiet
+        from vggfeat.trunk import Trunk
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        torch.set_num_threads(1)
+        features = vggfeat.VGGFeatures(["relu1_1"], weights="bundled")
+        before, held, over = list(warnings.filters), threading.Event(), threading.Event()
+        def hold():
+            with Trunk._lock, quiet():
+                held.set()
+                over.wait()
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        if not (child := os.fork()):
+            signal.alarm(60)
+            features(torch.rand(1, 3, 32, 32))
+            os._exit(warnings.filters != before)
+        ended = os.waitpid(child, 0)[1]
+        over.set()
+        thread.join()
+        sys.exit(ended != 0 or warnings.filters != before)
     """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -451,6 +451,8 @@ def test_distances_of_folders_are_those_of_their_pairs(small, tmp_path, call):
             picture.save(tmp_path / folder / name)
         (tmp_path / folder / "notes.txt").write_text("no image")
         (tmp_path / folder / ".x.png").write_text("no image")
+        (tmp_path / folder / "plot.pdf").write_text("no image")
+        (tmp_path / folder / "inside.png").mkdir()
     told = []
     found = visualize.distances(tmp_path / "a", tmp_path / "b", weights=small, callback=lambda *done: told.append(done))
     assert found.names == ["x.png", "y.JPG"] and found.unpaired == ["onlya.png", "onlyb.png"]
@@ -467,6 +469,7 @@ def test_distances_of_folders_are_those_of_their_pairs(small, tmp_path, call):
     rows = list(csv.reader((tmp_path / "out.csv").read_text().splitlines()))
     assert (code, out, rows[0]) == (0, "out.csv\n", ["image", "total", "relu1_1"]) and len(rows) == 3
     assert "cannot write out.csv: it already exists" in call("distance a b -o out.csv")[2]
+    assert "--colors is for the heat map" in call("distance a b --colors grey")[2]
     assert "two folders give a table, not a picture" in call("distance a b -o heat.png")[2]
     pictures_of_noise(24, 25, 0).save(tmp_path / "b" / "x.png")
     code, _, err = call("distance a b")
@@ -474,7 +477,7 @@ def test_distances_of_folders_are_those_of_their_pairs(small, tmp_path, call):
     (tmp_path / "b" / "x.png").write_bytes(b"no image")
     assert f"{Path('b') / 'x.png'}: expected an image" in call("distance a b")[2]
     (tmp_path / "c").mkdir()
-    assert "no image in a has the name of one in c: 3 and 0 images" in call("distance a c")[2]
+    assert "no image in a has the name, with its suffix, of one in c: 3 and 0 images" in call("distance a c")[2]
     assert "expected an image file, got a folder" in call("distance a b/y.JPG")[2]
     with pytest.raises(vggfeat.InputError, match="expected a folder at .*y.JPG, found a file"):
         visualize.distances(tmp_path / "a", tmp_path / "b" / "y.JPG", weights=small)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import operator
+import os
+import re
 import sys
 import threading
 import warnings
@@ -111,23 +113,21 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
-_quiet_lock = threading.Lock()
+_quiet_lock = threading.RLock()
 _quiet_inside = 0  # how many threads are
-_quiet_filters = warnings.catch_warnings()  # entered by the first
+_QUIET = ("ignore", None, Warning, re.compile(r"(PIL|torch)(\.|$)"), 0)  # as `warnings` keeps a filter
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of Pillow and torch, which a caller can do nothing about, while any thread is inside.
+    """No warnings of Pillow and torch, which a caller can do nothing about, in the process while any thread is inside.
 
-    `catch_warnings` alone is for one thread: of two that overlap, the last to leave restores what the first had set.
+    `catch_warnings` is for one thread: of two that overlap, the last to leave restores what the first had set.
     """
-    global _quiet_inside, _quiet_filters
+    global _quiet_inside
     with _quiet_lock:
         if not _quiet_inside:
-            _quiet_filters = warnings.catch_warnings()
-            _quiet_filters.__enter__()
-            warnings.filterwarnings("ignore", module=r"(PIL|torch)(\.|$)")
+            warnings.filters.insert(0, _QUIET)  # type: ignore[attr-defined]
         _quiet_inside += 1
     try:
         yield
@@ -135,7 +135,19 @@ def quiet() -> Iterator[None]:
         with _quiet_lock:
             _quiet_inside -= 1
             if not _quiet_inside:
-                _quiet_filters.__exit__(None, None, None)
+                _aloud()
+
+
+def _aloud() -> None:
+    """Without that filter again; in a forked child, without the threads that needed it."""
+    global _quiet_lock, _quiet_inside
+    _quiet_lock, _quiet_inside = threading.RLock(), 0
+    while _QUIET in warnings.filters:
+        warnings.filters.remove(_QUIET)  # type: ignore[attr-defined]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_aloud)
 
 
 def optional(module: str, otherwise: str) -> Any:

@@ -27,6 +27,7 @@ from vggfeat.files import PathLike, check_path, taken
 
 __all__ = [
     "FORMATS",
+    "SUFFIXES",
     "ImageLike",
     "as_picture",
     "check_output",
@@ -43,6 +44,8 @@ __all__ = [
 
 ImageLike = PathLike | Image.Image | Tensor
 
+# by which files are known for images where there are others, too
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 
 _QUALITY: dict[str, dict[str, Any]] = {

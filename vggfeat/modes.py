@@ -45,7 +45,7 @@ def is_batched(*grads: torch.Tensor | None) -> bool:
 
 
 def is_watched(*tensors: torch.Tensor) -> bool:
-    """Whether operators may be seen by others than torch: compilers, torch.func, dispatch modes, kinds of tensors."""
+    """Whether others than profilers may look at operators: compilers, torch.func, dispatch modes, kinds of tensors."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -53,6 +53,7 @@ def is_watched(*tensors: torch.Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or is_batched(*tensors)
         or any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+        or any(torch._is_functional_tensor(tensor) for tensor in tensors)
     )
 
 

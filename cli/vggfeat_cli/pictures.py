@@ -331,7 +331,8 @@ def _distances(
     check_outputs(output, None, overwrite)
     from vggfeat.visualize import distances
 
-    del options["colors"]
+    if options.pop("colors") != "turbo":
+        raise vggfeat.InputError("--colors is for the heat map of two images")
     with progress_bar(1.0, quiet=False) as bar:
         report = distances(a, b, layers, **options, callback=lambda done, count: bar.update(done / count - bar.n))
     if report.unpaired:

@@ -26,11 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from vggfeat.devices import UNKNOWN, total_memory
 from vggfeat.errors import ImageError, InputError, RunError, first_line
 from vggfeat.files import PathLike
-from vggfeat.image import open_image, pixels_of
+from vggfeat.image import SUFFIXES, open_image, pixels_of
 from vggfeat.signals import ignore_termination
 from vggfeat.training.cifar import cifar_files, missing_files, read_cifar
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 NAMED = 5  # unreadable images that a message names

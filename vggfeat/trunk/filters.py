@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
@@ -74,19 +75,18 @@ class Trunk:
     """
 
     _live: weakref.WeakValueDictionary[tuple[object, ...], Trunk] = weakref.WeakValueDictionary()
-    _sharing = threading.Lock()
+    _lock = threading.RLock()
 
     def __init__(self, arch: Arch, state: dict[str, Tensor], key: tuple[object, ...]) -> None:
         self.arch = arch
         self.state = state
         self.key = key
         self._ready: dict[tuple[torch.device, torch.dtype], dict[Key, tuple[Tensor, ...]]] = {}
-        self._filling = threading.Lock()
 
     @staticmethod
     def shared(arch: Arch, state: dict[str, Tensor], key: tuple[object, ...]) -> Trunk:
         """The live trunk of that network and key, given the layers that it lacks, or a new one."""
-        with Trunk._sharing, without_modes():
+        with Trunk._lock, without_modes():
             trunk = Trunk._live.setdefault((arch, *key), Trunk(arch, {}, key))
             for name, value in state.items():
                 if name not in trunk.state:  # a copy: its owner may go on training it
@@ -160,7 +160,7 @@ class Trunk:
         ready = self._ready.setdefault((device, dtype), {})
         if all(key in ready for key in keys):
             return
-        with self._filling:  # one thread: a second's weights would replace those that are in oneDNN's layout already
+        with Trunk._lock:  # one thread: a second's weights would replace those that are in oneDNN's layout already
             for key in keys:
                 if key not in ready:
                     with without_modes():
@@ -207,6 +207,15 @@ class Trunk:
             scale = gamma / torch.sqrt(var + 1e-5)
             weight, bias = weight * scale[:, None, None, None], (bias - mean) * scale + beta
         return weight, bias
+
+
+def _unlock() -> None:
+    """In a forked child, which lacks the thread that held the lock."""
+    Trunk._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
 
 
 class PickledTrunk:

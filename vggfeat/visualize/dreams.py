@@ -131,7 +131,8 @@ def dream(
         seed: of the start and of the jitter, from 0 to 2⁶³ - 1.
         arch: the network, see `VGGFeatures`.
         weights: see `vggfeat.weights.load`.
-        names: of all classes, for the labels; None means those stored with the weights of a run of `train`, if any.
+        names: of all classes, for the labels of the classifier's last layer; None means those stored with the weights
+            of a run of `train`, if any.
         precision: `auto`, `float32` or `bfloat16`.
         device: where to run; `auto` is CUDA if available, else the CPU.
         callback: called after each step.
@@ -162,12 +163,10 @@ def dream(
     with torch.no_grad():
         probe = features(torch.full((1, 3, size, size), 0.5, dtype=torch.float32, device=device))[below]
     shown = chosen(channels, count, probe[0], "first", f"{layer} of {loaded.arch.name}")
-    if names is None or layer != loaded.arch.names[-1]:
-        labels = [str(channel) for channel in shown]
-    elif len(names) != loaded.arch.num_classes:
+    if names is not None and loaded.arch.head is not None and len(names) != loaded.arch.num_classes:
         raise InputError(f"{len(names)} names for {loaded.arch.num_classes} classes")
-    else:
-        labels = [names[channel] for channel in shown]
+    last = layer == loaded.arch.names[-1]
+    labels = [names[channel] if names is not None and last else str(channel) for channel in shown]
     place = _place(unit, probe, layer)
 
     def activation(images: Tensor, leak: float = 0.0) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vggfeat.arch import MIN_SIDE, Arch, layer_names
 from vggfeat.errors import ImageError, InputError, counted
 from vggfeat.functional import upcast
-from vggfeat.image import ImageLike, as_picture, fit, resize, to_pil
+from vggfeat.image import SUFFIXES, ImageLike, as_picture, fit, resize, to_pil
 from vggfeat.losses import PerceptualLoss
 from vggfeat.metrics import LPIPS, lpips_weights
 from vggfeat.modes import with_gradients
@@ -150,7 +150,7 @@ class Distances(Report):
         return [Table(title, columns, [(name, total, *each.values()) for name, total, each in rows])]
 
     def to_dict(self) -> dict[str, Any]:
-        """Means and pairs."""
+        """The mean, what it was measured with, and the pairs."""
         rows = zip(self.names, self.totals, self.layers, strict=True)
         pairs = [{"image": name, "total": total, "layers": each} for name, total, each in rows]
         about = {"lpips": self.lpips, "arch": self.arch, "weights": self.weights, "unpaired": self.unpaired}
@@ -189,7 +189,8 @@ def distances(
     first, second = (_images_in(Path(folder)) for folder in (a, b))
     names = sorted(first & second)
     if not names:
-        raise InputError(f"no image in {a} has the name of one in {b}: {len(first)} and {len(second)} images")
+        counts = f"{len(first)} and {len(second)} images"
+        raise InputError(f"no image in {a} has the name, with its suffix, of one in {b}: {counts}")
     loss, loaded = _loss(layers, lpips, arch, weights)
     found: list[dict[str, float]] = []
     for name in names:
@@ -211,8 +212,8 @@ def _images_in(folder: Path) -> set[str]:
     """The names of a folder's images, as far as their suffixes tell."""
     if not folder.is_dir():
         raise InputError(f"expected a folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
-    kinds = Image.registered_extensions()
-    return {each.name for each in folder.iterdir() if each.suffix.lower() in kinds and each.name[0] != "."}
+    files = (each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES and each.name[0] != ".")
+    return {each.name for each in files if each.is_file()}
 
 
 def _two(a: ImageLike, b: ImageLike, size: int | None) -> tuple[Tensor, Tensor]:
