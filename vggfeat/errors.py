@@ -139,15 +139,19 @@ def quiet() -> Iterator[None]:
 
 
 def _aloud() -> None:
-    """Without that filter again; in a forked child, without the threads that needed it."""
-    global _quiet_lock, _quiet_inside
-    _quiet_lock, _quiet_inside = threading.RLock(), 0
     while _QUIET in warnings.filters:
         warnings.filters.remove(_QUIET)  # type: ignore[attr-defined]
 
 
+def _none_inside() -> None:
+    """In a forked child, which lacks the threads that were."""
+    global _quiet_lock, _quiet_inside
+    _quiet_lock, _quiet_inside = threading.RLock(), 0
+    _aloud()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_aloud)
+    os.register_at_fork(after_in_child=_none_inside)
 
 
 def optional(module: str, otherwise: str) -> Any:

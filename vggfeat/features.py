@@ -17,6 +17,7 @@ from vggfeat import trunk as _trunk
 from vggfeat.arch import HEAD_NAMES, PADDINGS, POOLINGS, Arch, check_names, layer_names
 from vggfeat.devices import trunk_dtype
 from vggfeat.errors import InputError, check_choice, warn
+from vggfeat.functional import average_pool
 from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
 from vggfeat.state_dicts import LINEAR
@@ -86,7 +87,8 @@ class VGGFeatures(nn.Module):
             raise InputError(f"input_range must rise and be finite, got ({low:g}, {high:g})")
         check_choice("pooling", pooling, POOLINGS)
         check_choice("padding", padding, PADDINGS)
-        published = isinstance(told := resolved(weights), str) and told in SETS
+        told = resolved(weights)
+        published = isinstance(told, str) and told in SETS
         check_names(names, arch or ("vgg16" if published else None))  # before half a gigabyte is fetched
         with without_modes():  # inside `torch.func.grad`, too
             loaded = load(weights, arch, classifier=not HEAD_NAMES.isdisjoint(names))
@@ -289,10 +291,8 @@ class VGGFeatures(nn.Module):
 
     def _run_head(self, x: Tensor) -> dict[str, Tensor]:
         taps = {}
-        side = 1 if self.arch.head == "slim" else 7
-        uneven = x.device.type == "mps" and (x.shape[2] % side or x.shape[3] % side)  # which MPS cannot pool
-        pooled = F.adaptive_avg_pool2d(x.cpu() if uneven else x, side).to(x.device)
-        x = pooled.flatten(1)
+        slim = self.arch.head == "slim"
+        x = (F.adaptive_avg_pool2d(x, 1) if slim else average_pool(x)).flatten(1)
         for name in self._head:
             x = F.linear(x, *self.trunk.linear(LINEAR[name], x.device, x.dtype)) if name in LINEAR else F.relu(x)
             taps[name] = x

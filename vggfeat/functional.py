@@ -47,6 +47,33 @@ def peak_at_1(mask: Tensor) -> Tensor:
     return mask / torch.where(peak > 0, peak, 1)
 
 
+# ── the pool before a classifier ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """Adaptive average pooling of (N,C,H,W) to (N,C,7,7), on every device and reproducible where that is asked for."""
+    # torch's pool adds in no fixed order in CUDA's backward, and MPS pools only what divides evenly
+    if x.device.type == "mps" or (x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()):
+        return _pool_as_products(x)
+    return F.adaptive_avg_pool2d(x, 7)
+
+
+def _pool_as_products(x: Tensor) -> Tensor:
+    if x.shape[2:] == (7, 7):
+        return x
+    down, across = (_bins(side, x) for side in x.shape[2:])
+    return down @ x @ across.mT
+
+
+def _bins(side: int, like: Tensor) -> Tensor:
+    """(7,side): row i averages the pixels from ⌊i·side/7⌋ up to ⌈(i+1)·side/7⌉."""
+    bins = torch.zeros(7, side, dtype=torch.float64, device="cpu")
+    for i in range(7):
+        first, last = i * side // 7, -(-(i + 1) * side // 7)
+        bins[i, first:last] = 1 / (last - first)
+    return bins.to(like)
+
+
 # ── Gram matrices ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

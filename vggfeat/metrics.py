@@ -21,9 +21,10 @@ def lpips_weights(weights: WeightsLike) -> WeightsLike:
     Raises:
         WeightsError: the bundled ones.
     """
-    if resolved(weights) == "bundled":
+    told = resolved(weights)
+    if told == "bundled":
         raise WeightsError("LPIPS is made for ImageNet's VGG-16, 'imagenet', which the bundled VGG-19 cannot replace")
-    return "imagenet" if resolved(weights) == "auto" else weights
+    return "imagenet" if told == "auto" else weights
 
 
 class LPIPS(PerceptualLoss):

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vggfeat.arch import HEADS, INITS, LRN, MIN_SIDE, Arch, Layer, channels_at, layer_names, parse
 from vggfeat.convolution import Conv2d
 from vggfeat.errors import InputError, WeightsError, check_choice
+from vggfeat.functional import average_pool
 
 if TYPE_CHECKING:
     from vggfeat.weights import Weights, WeightsLike
@@ -61,30 +62,10 @@ def _around(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractCon
 
 
 class _AvgPool(nn.AdaptiveAvgPool2d):
-    """Two matrix products where runs must be reproducible: the backward of CUDA's pool adds in no fixed order.
-
-    On MPS, too, which pools only what divides evenly.
-    """
+    """The pool before a paper head, on every device."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "mps" or (x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()):
-            return self._as_products(x)
-        return super().forward(x)
-
-    def _as_products(self, x: Tensor) -> Tensor:
-        if x.shape[2:] == (7, 7):
-            return x
-        down, across = (self._bins(side, x) for side in x.shape[2:])
-        return down @ x @ across.mT
-
-    @staticmethod
-    def _bins(side: int, like: Tensor) -> Tensor:
-        """(7,side): row i averages the pixels from ⌊i·side/7⌋ up to ⌈(i+1)·side/7⌉."""
-        bins = torch.zeros(7, side, dtype=torch.float64, device="cpu")
-        for i in range(7):
-            first, last = i * side // 7, -(-(i + 1) * side // 7)
-            bins[i, first:last] = 1 / (last - first)
-        return bins.to(like)
+        return average_pool(x)
 
 
 class VGG(nn.Module):

@@ -36,8 +36,8 @@ def finish_report(report: Report, form: str | None, output: str | None, overwrit
     form = form or SUFFIXES.get(Path(output or "").suffix.lower(), "text")
     text = getattr(report, FORMATS[form])()
     if output is None:
-        if form == "json" and sys.stdout.encoding.lower() not in ("utf-8", "utf8"):
-            text = json.dumps(json.loads(text), indent=2)  # with escapes: JSON is of UTF-8, whatever the terminal's
+        if form == "json" and (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8"):
+            text = json.dumps(report.to_dict(), indent=2)  # with escapes: JSON is of UTF-8, whatever the terminal's
         click.echo(text.rstrip("\n"))
         return
     from vggfeat.files import check_path, written

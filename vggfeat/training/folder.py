@@ -91,11 +91,10 @@ def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
     before = TrainConfig().to_dict() | before  # a setting that there was not yet is as if it was not used
     now = config.to_dict()
     if said := changed(before, now, free):
-        longer = now["epochs"] != before["epochs"]
-        instead = (
-            f"; to train its network for longer, begin a new run with weights={str(folder)!r} (--weights {folder})"
-        )
-        raise InputError(f"the run in {folder} has other settings, pass the same ones: {said}{instead * longer}")
+        if now["epochs"] != before["epochs"]:
+            again = f"weights={str(folder)!r} (--weights {folder})"
+            said += f"; to train its network for longer, begin a new run with {again}"
+        raise InputError(f"the run in {folder} has other settings, pass the same ones: {said}")
 
 
 def arch_of(folder: Path) -> Arch | None:

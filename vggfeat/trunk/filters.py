@@ -40,7 +40,15 @@ class Filters(NamedTuple):
     weight_backward: Tensor
 
 
-_bounds: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakTensorKeyDictionary()  # by weight
+class _Bound(NamedTuple):
+    """Of a convolution's output, for each channel; and of all of them."""
+
+    factors: Tensor
+    shifts: Tensor
+    largest: tuple[float, float]
+
+
+_bounds: MutableMapping[Tensor, _Bound] = WeakTensorKeyDictionary()  # by weight
 
 
 def bounds(chain: Iterable[Filters]) -> Iterator[tuple[float, float]]:
@@ -50,15 +58,15 @@ def bounds(chain: Iterable[Filters]) -> Iterator[tuple[float, float]]:
     response normalisation or padding, makes the largest value larger. Computed once for each weight, which always
     follows the same ones.
     """
-    known: tuple[Tensor, Tensor] | None = None
+    below: _Bound | None = None
     for filters in chain:
-        weight = filters.weight
-        if weight not in _bounds:
-            norms = torch.linalg.vector_norm(weight, 1, (2, 3), dtype=torch.float64)
-            factors, shifts = (norms.new_ones(norms.shape[1]), norms.new_zeros(norms.shape[1])) if not known else known
-            _bounds[weight] = norms @ factors, norms @ shifts + filters.bias.abs()
-        known = _bounds[weight]
-        yield float(known[0].max()), float(known[1].max())
+        if filters.weight not in _bounds:
+            norms = torch.linalg.vector_norm(filters.weight, 1, (2, 3), dtype=torch.float64)
+            factors = norms.sum(1) if below is None else norms @ below.factors
+            shifts = filters.bias.abs().double() + (0 if below is None else norms @ below.shifts)
+            _bounds[filters.weight] = _Bound(factors, shifts, (float(factors.max()), float(shifts.max())))
+        below = _bounds[filters.weight]
+        yield below.largest
 
 
 def by_stage(plan: Plan, filters: Sequence[Tensor]) -> list[tuple[Filters, Filters | None]]:

@@ -19,9 +19,8 @@ from vggfeat.trunk import direct
 from vggfeat.trunk.bits import bands, bytes_of, pack, unpack
 from vggfeat.trunk.filters import Filters
 
-SAFE = (
-    1e33  # values up to here overflow in no convolution: Winograd's intermediate ones are 5000 times as large at most
-)
+# values up to here overflow in no convolution: Winograd's intermediate ones are 5000 times as large at most
+SAFE = 1e33
 SAFE_SQUARED = 1e18  # nor, up to here, do four or five squares added
 
 

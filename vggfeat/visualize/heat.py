@@ -21,7 +21,7 @@ from vggfeat.losses import PerceptualLoss
 from vggfeat.metrics import LPIPS, lpips_weights
 from vggfeat.modes import with_gradients
 from vggfeat.network import VGG, eval_mode, network_from_weights
-from vggfeat.tables import Column, Report, Table, short
+from vggfeat.tables import Column, Report, Table, apart, short
 from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, net_label, overlay, spread
 from vggfeat.weights import DEFAULT, IMAGENET, Weights, WeightsLike, load, run_metadata
@@ -118,7 +118,6 @@ class Distances(Report):
 
     Attributes:
         names: the files' names, sorted.
-        totals: each pair's distance, the sum over layers.
         layers: each pair's distance in each layer.
         unpaired: names of images that only one of the folders has.
         lpips: whether it is LPIPS.
@@ -127,12 +126,16 @@ class Distances(Report):
     """
 
     names: list[str]
-    totals: list[float]
     layers: list[dict[str, float]]
     unpaired: list[str]
     lpips: bool
     arch: str
     weights: str
+
+    @property
+    def totals(self) -> list[float]:
+        """Each pair's distance, the sum over layers."""
+        return [sum(each.values()) for each in self.layers]
 
     @property
     def mean(self) -> float:
@@ -144,7 +147,8 @@ class Distances(Report):
         what = "LPIPS" if self.lpips else "Perceptual distance"
         of = f"mean {self.mean:.6g} of {counted(len(self.names), 'pair')}"
         title = f"{what}, {self.arch}, weights {self.weights}: {of}"
-        columns = [Column("image", "image", short, left=True)]
+        shown = dict(zip(self.names, apart(self.names), strict=True))
+        columns = [Column("image", "image", shown.__getitem__, left=True)]
         columns += [Column(name, name, _six) for name in ("total", *self.layers[0])]
         rows = zip(self.names, self.totals, self.layers, strict=True)
         return [Table(title, columns, [(name, total, *each.values()) for name, total, each in rows])]
@@ -204,8 +208,7 @@ def distances(
             raise InputError(f"{name}: {error}") from error
         if callback is not None:
             callback(len(found), len(names))
-    totals = [sum(each.values()) for each in found]
-    return Distances(names, totals, found, sorted(first ^ second), lpips, loaded.arch.name, loaded.label)
+    return Distances(names, found, sorted(first ^ second), lpips, loaded.arch.name, loaded.label)
 
 
 def _images_in(folder: Path) -> set[str]:
