@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -989,6 +990,32 @@ def test_a_test_that_fails_costs_no_epoch(tmp_path, torchvision):
     assert (state["epoch"], state["step"]) == (0, 3)
     result = run(good, tmp_path / "r", test=tested, resume=True, bad_images="skip", **options)
     assert result.evaluation.images == 9 and result.evaluation.skipped == ["ant/0.png"]
+
+
+def test_processes_that_read_make_no_difference_and_end_with_the_run(tmp_path, torchvision):
+    mixed = pictures.tree(8, width=48, height=40) | {"ant/t.png": pictures.encoded(pictures.picture("ant", 7, 40, 60))}
+    images, _ = vggfeat.load_images(pictures.folder(tmp_path / "a", mixed))
+    assert images.pixels is None
+    options = {"test": images, "size": 32, "resize": (34, 40), "pad": 0, "epochs": 2}
+    before, during = set(multiprocessing.active_children()), set()
+
+    def watch(step):
+        during.update(set(multiprocessing.active_children()) - before)
+
+    alone = run(images, tmp_path / "r0", workers=0, callback=watch, **options)
+    assert not during
+    several = run(images, tmp_path / "r2", workers=2, callback=watch, **options)
+    assert len(during) == 4  # two for training and two for the test, the same in both epochs
+    assert several.evaluation == alone.evaluation
+    for value, other in zip(several.net.state_dict().values(), alone.net.state_dict().values(), strict=True):
+        assert torch.equal(value, other)
+
+    def fail(step):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(images, tmp_path / "r3", workers=2, callback=fail, **options)
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_test_images_are_scaled_as_training_images_are(tmp_path, torchvision):

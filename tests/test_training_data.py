@@ -1,5 +1,6 @@
 """What `vggfeat.training.data` reads, and the batches made of it."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -21,7 +22,7 @@ from vggfeat.training import batches as batches_module, data as data_module
 from vggfeat.training.batches import Batches, normalised, scale_for, seeded
 from vggfeat.training.cifar import read_cifar
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ScaledImages, load_images, loaded
+from vggfeat.training.data import Readers, ScaledImages, load_images
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
@@ -126,7 +127,7 @@ def test_images_too_large_for_memory_are_a_message():
         raise MemoryError
 
     with pytest.raises(RunError, match="not enough memory for the images"):
-        list(loaded(ScaledImages(read, None), [[0]], 0))
+        list(Readers(ScaledImages(read), 0).read([[(0, None)]]))
 
 
 def test_an_empty_path_is_no_folder():
@@ -268,7 +269,33 @@ class Killed(torch.utils.data.Dataset):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL")
 def test_a_worker_that_is_killed_is_an_error_that_says_so(tmp_path):
     with pytest.raises(RunError, match="a process that reads images was ended.*set workers lower"):
-        list(loaded(Killed(), [[0], [1]], 1))
+        list(Readers(Killed(), 1).read([[0], [1]]))
+
+
+class Readings(torch.utils.data.Dataset):
+    """Who reads an item, and which."""
+
+    def __getitem__(self, i):
+        return os.getpid(), i
+
+
+@pytest.mark.parametrize("method", {"fork", "spawn"} & {*multiprocessing.get_all_start_methods()})
+def test_processes_that_read_stay_until_they_are_ended(method, monkeypatch):
+    """A plan that is given up half way, of which more was read than was taken, leaves nothing to the next."""
+    monkeypatch.setattr(data_module, "_start_method", lambda: method)
+    before, readers = set(multiprocessing.active_children()), Readers(Readings(), 2)
+    assert set(multiprocessing.active_children()) == before
+    first = [item for batch in readers.read([[i, i + 100] for i in range(20)]) for item in batch]
+    given_up = readers.read([[i] for i in range(200, 220)])
+    assert next(given_up)[0][1] == 200
+    second = [item for batch in readers.read([[i] for i in range(300, 320)]) for item in batch]
+    assert [i for _, i in first] == [number for i in range(20) for number in (i, i + 100)]
+    assert [i for _, i in second] == [*range(300, 320)]
+    processes = set(multiprocessing.active_children()) - before
+    assert len(processes) == 2
+    assert {process for process, _ in first} == {process for process, _ in second} == {each.pid for each in processes}
+    readers.close()
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_a_subset_by_numbers_and_by_a_mask(tmp_path):
@@ -302,8 +329,8 @@ def test_many_images_are_read_by_several_processes(tmp_path, kind, monkeypatch):
     alone, _ = load_images(path, bad_images="skip")
     monkeypatch.setattr(data_module, "ALONE", 5)
     monkeypatch.setattr(data_module, "_processes", lambda: 2)
-    readers, loaded = [], data_module.loaded
-    monkeypatch.setattr(data_module, "loaded", lambda *given: readers.append(given[2]) or loaded(*given))
+    readers = []
+    monkeypatch.setattr(data_module, "Readers", lambda *given: readers.append(given[1]) or Readers(*given))
     several, _ = load_images(path, bad_images="skip")
     assert readers == [2]
     assert several.skipped == alone.skipped == {"bee/33.png": 1} and several.names == alone.names
@@ -319,10 +346,10 @@ def test_an_error_while_processes_read_ends_the_program():
     """They ignore the signal that Python ends them with."""
     code = """
 import torch
-from vggfeat.training.data import loaded
+from vggfeat.training.data import Readers
 class Numbers(torch.utils.data.Dataset):
     def __getitem__(self, i): return i
-items = loaded(Numbers(), [[i] for i in range(1000)], 2)
+items = Readers(Numbers(), 2).read([[i] for i in range(1000)])
 assert next(items) == [0]
 raise RuntimeError("the items are still held")
 """

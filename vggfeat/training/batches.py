@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from vggfeat.devices import triton_kernels
 from vggfeat.errors import DependencyError, ImageError, InputError, RunError, first_line
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import LEAVE_OUT, ImageSet, loaded, scaled
+from vggfeat.training.data import LEAVE_OUT, ImageSet, Readers, scaled
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
@@ -158,12 +158,13 @@ class Batches:
         self.skipped: set[str] = set()
         self.labels = images.labels.to(self.device)
         self.pixels = None if images.pixels is None else images.pixels.to(self.device).contiguous()
+        self.readers: Readers | None = None
         self.operation = _trivial_augment() if config.augment == "trivialaugment" else None
         if self.pixels is None:
             resize = config.resize or (scale_for(size),)
             if resize[0] + 2 * config.pad < size:
                 raise InputError(f"resize {resize[0]} with pad {config.pad} is smaller than size {size}")
-            self.crops = _Crops(images, config, resize, size)
+            self.readers = Readers(_Crops(images, config, resize, size), config.workers, _stacked)
         else:
             height, width = self.pixels.shape[1:3]
             if min(height, width) + 2 * config.pad < size:
@@ -188,7 +189,8 @@ class Batches:
         chosen = order[: self.steps * self.config.batch_size].view(self.steps, -1)[:, self.own]  # (steps,n)
         steps = range(first, self.steps)
         if self.pixels is None:
-            batches = self._read(chosen, epoch, steps)
+            assert self.readers is not None
+            batches = self._read(self.readers, chosen, epoch, steps)
         else:
             batches = self._gathered(self._altered(self.pixels, epoch), chosen, epoch, steps)
         for numbers, images in batches:
@@ -236,10 +238,10 @@ class Batches:
             images = images * inside[:, None]
         return images
 
-    def _read(self, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, readers: Readers, chosen: Tensor, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         config = self.config
         plan = [[(i, (config.seed, epoch, i)) for i in chosen[step].tolist()] for step in steps]
-        for step, (numbers, crops, bad) in zip(steps, loaded(self.crops, plan, config.workers, _stacked), strict=True):
+        for step, (numbers, crops, bad) in zip(steps, readers.read(plan), strict=True):
             if crops is None:
                 if config.bad_images == "fail":
                     raise RunError(f"{bad[0]}; {LEAVE_OUT}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import hashlib
 import io
@@ -13,7 +14,7 @@ import os
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -369,12 +370,13 @@ def _read_into_memory(images: ImageSet, resize: tuple[int, ...] | None, bad_imag
 
 def _read_all(images: ImageSet, shorter: int | None) -> Iterator[Any]:
     """All images in turn, (H,W,3) uint8 of NumPy, or what is wrong with one; many of them by several processes."""
-    whole = ScaledImages(images.read, shorter)
-    yield from map(whole.__getitem__, range(min(ALONE, len(images))))
+    whole = ScaledImages(images.read)
+    items = [(i, shorter) for i in range(len(images))]
+    yield from map(whole.__getitem__, items[:ALONE])
     if len(images) > ALONE:
-        rest = range(ALONE, len(images))
-        plan = [[*rest[i : i + 32]] for i in range(0, len(rest), 32)]
-        yield from itertools.chain.from_iterable(loaded(whole, plan, _processes()))
+        plan = [items[i : i + 32] for i in range(ALONE, len(images), 32)]
+        with contextlib.closing(Readers(whole, _processes())) as readers:
+            yield from itertools.chain.from_iterable(readers.read(plan))
 
 
 def _processes() -> int:
@@ -392,43 +394,61 @@ def _start_method() -> str:
     return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
 
 
-def loaded(
-    dataset: Dataset[Any], plan: list[list[Any]], workers: int, collate: Callable[[list[Any]], Any] = list
-) -> Iterator[Any]:
-    """The items of each part of a plan, read by so many processes, or by this one where there are none.
+class Readers:
+    """Processes that read items of a data set, plan after plan; without any, this one does.
 
-    Raises:
-        RunError: one of the processes was ended from outside.
+    They start with the first plan and stay until `close`: where processes are not forked, each takes seconds to start.
+
+    Args:
+        dataset: gives an item by its place in a plan.
+        workers: how many.
+        collate: makes a batch of its items.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=plan,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=_begin_worker,
-        multiprocessing_context=_start_method() if workers else None,  # or else torch would choose it for all
-        generator=torch.Generator("cpu"),  # or else it would draw from the global one
-    )
-    with torch.device("cpu"):  # where it draws, whatever the default device is
-        items = iter(loader)
-    # workers ignore SIGTERM: at exit they would be waited for, for ever, where a traceback still holds the iterator
-    stop = getattr(items, "_shutdown_workers", int)  # without workers there is nothing to stop
-    atexit.register(stop)
-    try:
-        yield from items
-    except RuntimeError as error:
-        if not any(said in str(error) for said in ("exited unexpectedly", "killed by signal")):
-            raise
-        guard = "" if _start_method() == "fork" else ', or a script without `if __name__ == "__main__":`'
-        raise RunError(
-            f"a process that reads images was ended, perhaps for lack of memory{guard} ({first_line(error)}); "
-            "set workers lower, to 0 for none"
-        ) from error
-    except MemoryError as error:
-        raise RunError("there is not enough memory for the images at that size") from error
-    finally:
-        atexit.unregister(stop)
-        stop()
+
+    def __init__(self, dataset: Dataset[Any], workers: int, collate: Callable[[list[Any]], Any] = list) -> None:
+        self._plan: list[list[Any]] = []
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._plan,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=_start_method() if workers else None,  # or else torch would choose it for all
+            generator=torch.Generator("cpu"),  # or else it would draw from the global one
+            persistent_workers=workers > 0,
+        )
+        self._stop: Callable[[], object] | None = None  # where any were started
+
+    def read(self, plan: Iterable[list[Any]]) -> Iterator[Any]:
+        """The batches of a plan, each a list of places; one plan at a time; it may be given up half way.
+
+        Raises:
+            RunError: one of the processes was ended from outside.
+        """
+        self._plan[:] = plan
+        try:
+            with torch.device("cpu"):  # where it draws, whatever the default device is
+                items = iter(self._loader)
+            if self._stop is None and (stop := getattr(items, "_shutdown_workers", None)):
+                # they ignore SIGTERM: at exit they would be waited for, for ever, where a traceback still holds them
+                self._stop = atexit.register(stop)
+            yield from items
+        except RuntimeError as error:
+            if not any(said in str(error) for said in ("exited unexpectedly", "killed by signal")):
+                raise
+            guard = "" if _start_method() == "fork" else ', or a script without `if __name__ == "__main__":`'
+            raise RunError(
+                f"a process that reads images was ended, perhaps for lack of memory{guard} ({first_line(error)}); "
+                "set workers lower, to 0 for none"
+            ) from error
+        except MemoryError as error:
+            raise RunError("there is not enough memory for the images at that size") from error
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._stop is not None:
+            atexit.unregister(self._stop)
+            self._stop()
 
 
 def _begin_worker(worker: int) -> None:
@@ -449,11 +469,11 @@ class ScaledImages(Dataset[Any]):
     """Image number i as (H,W,3) uint8 of NumPy, its shorter side so long, or a message where it cannot be read."""
 
     read: Callable[[int], Image.Image]
-    shorter: int | None
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, item: tuple[int, int | None]) -> Any:
+        i, shorter = item
         try:
-            return pixels_of(scaled(self.read(i), self.shorter)).numpy()
+            return pixels_of(scaled(self.read(i), shorter)).numpy()
         except ImageError as error:
             return str(error)
 

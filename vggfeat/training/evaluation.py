@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from vggfeat.settings import PRECISIONS, Settings
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import normalised, scale_for, split_holdout
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import LEAVE_OUT, ImageSet, ScaledImages, hashed, load_test_images, loaded
+from vggfeat.training.data import LEAVE_OUT, ImageSet, Readers, ScaledImages, hashed, load_test_images
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
 from vggfeat.weights import WeightsLike, load as load_set, run_metadata
 
@@ -195,8 +196,8 @@ def evaluate(
         home = next(net.parameters()).device
         dtype = autocast_dtype(precision, world.device)
         try:
-            with eval_mode(net.to(world.device)):
-                return evaluate_network(net, data, views, world, dtype, batch_size, bad_images, workers)
+            with eval_mode(net.to(world.device)), closing(Readers(ScaledImages(data.read), workers)) as readers:
+                return evaluate_network(net, data, views, world, dtype, batch_size, bad_images, readers)
         finally:
             net.to(home)
 
@@ -235,7 +236,7 @@ def evaluate_network(
     dtype: torch.dtype,
     batch_size: int,
     bad_images: str,
-    workers: int,
+    readers: Readers,
 ) -> Evaluation:
     """Test a network that is on `world.device`; every image once, shared among the processes."""
     size = views.size or images.side
@@ -248,7 +249,7 @@ def evaluate_network(
     with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
         for scale in scales:
             count += (1 if views.dense else views.grid**2) * (2 if views.flip else 1)
-            for numbers, pixels in _read(images, own, scale, batch_size, workers, bad_images):
+            for numbers, pixels in _read(images, own, scale, batch_size, readers, bad_images):
                 if pixels is None:
                     missing[numbers] = 1
                     continue
@@ -308,7 +309,7 @@ def _crops(images: Tensor, size: int, grid: int, label: str) -> Iterator[Tensor]
 
 
 def _read(
-    images: ImageSet, own: Tensor, scale: int | None, batch_size: int, workers: int, bad_images: str
+    images: ImageSet, own: Tensor, scale: int | None, batch_size: int, readers: Readers, bad_images: str
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Numbers and (n,H,W,3) uint8 of the images, `batch_size` at a time or as many of one size as there are in them.
 
@@ -318,10 +319,10 @@ def _read(
         for numbers in own.split(batch_size):
             yield numbers, images.pixels[numbers]
         return
-    plan = [numbers.tolist() for numbers in own.split(batch_size)]
-    for numbers, read in zip(plan, loaded(ScaledImages(images.read, scale), plan, workers), strict=True):
+    plan = [[(number, scale) for number in numbers.tolist()] for numbers in own.split(batch_size)]
+    for items, read in zip(plan, readers.read(plan), strict=True):
         shapes: dict[tuple[int, ...], list[tuple[int, Any]]] = {}
-        for number, pixels in zip(numbers, read, strict=True):
+        for (number, _), pixels in zip(items, read, strict=True):
             if not isinstance(pixels, str):
                 shapes.setdefault(pixels.shape, []).append((number, pixels))
             elif bad_images == "fail":

@@ -29,7 +29,7 @@ from vggfeat.signals import on_termination
 from vggfeat.training.batches import Batch, Batches, scale_for, seeded, split_holdout
 from vggfeat.training.components import mixing, network, schedule
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet, load_images
+from vggfeat.training.data import ImageSet, Readers, ScaledImages, load_images
 from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, process_group, run_on_main
 from vggfeat.training.evaluation import Evaluation, Views, evaluate_network, place_of
 from vggfeat.training.folder import Board, Epoch, arch_of, begin, check, write_log, write_weights
@@ -212,6 +212,7 @@ class _Run:
             )
         self.dtype = autocast_dtype(config.precision, world.device)
         self.batches = Batches(images, config, self.size, world)
+        self.readers = None if test is None else Readers(ScaledImages(test.read), config.workers)
         with torch.device("cpu"):  # drawn there, whatever the default device is, so that a seed means the same network
             net = network(config, len(images.classes), resumed)
         self.net = net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -366,6 +367,9 @@ class _Run:
                     self.save()
         finally:
             self.learner.close()
+            for readers in (self.batches.readers, self.readers):
+                if readers is not None:
+                    readers.close()
         if complete := self.epoch == self.config.epochs:
             if self.world.is_main:
                 write_weights(self.folder, self.tested_net, self._metadata())
@@ -492,13 +496,20 @@ class _Run:
         )
 
     def _test(self) -> Evaluation | None:
-        if self.test is None:
+        if self.test is None or self.readers is None:
             return None
-        bad_images, workers, batch_size = self.config.bad_images, self.config.workers, 256
+        batch_size = 256
         if self.world.device.type == "cuda":  # small batches would leave it waiting; what training has fits, and more
             batch_size = max(batch_size, 4 * self.config.batch_size // self.config.accumulate)
         return evaluate_network(
-            self.tested_net, self.test, self.views, self.world, self.dtype, batch_size, bad_images, workers
+            self.tested_net,
+            self.test,
+            self.views,
+            self.world,
+            self.dtype,
+            batch_size,
+            self.config.bad_images,
+            self.readers,
         )
 
     def _close_epoch(self, evaluation: Evaluation | None) -> None:
