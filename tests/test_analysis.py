@@ -411,6 +411,10 @@ def test_compare_says_what_is_wrong(torchvision):
     assert "vgg11-lrn_bn" not in offered  # there is none
     with pytest.raises(InputError, match="batch must be a whole number of at least 1"):
         compare(["vgg16"], batch=0)
+    for network in ("vgg16", "resnet18"):
+        for size in (0, 224.5, "a"):
+            with pytest.raises(InputError, match="input_size must be a whole number"):
+                compare([network], input_size=size)
     with pytest.raises(InputError, match="cannot take images of 5×5"):
         compare(["alexnet"], input_size=5)
     with pytest.raises(InputError, match="unknown device 'nonsense': choose auto, cpu, cuda"):

@@ -566,6 +566,9 @@ def test_pictures_that_are_read_are_not_replaced(vggstyle, folder):
         code, out, err = vggstyle(*words, "--overwrite")
         assert (code, out) == (2, "") and "one of the files that are read" in one_line(err)
     assert before == [Path(name).read_bytes() for name in PAIR]
+    Path("content").mkdir()  # the default of --init is no folder of that name
+    for output in ("content/out.png", "content/out.png"):
+        assert vggstyle(*PAIR, "-o", output, "--overwrite", "--checkpoint", "content/run.pt")[0] == 0
 
 
 # ── processes of their own ────────────────────────────────────────────────────────────────────────────────────────────

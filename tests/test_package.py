@@ -51,7 +51,7 @@ ROOMS = {
         "trunk.stage",
         "trunk.walk",
     },
-    "vggfeat.trunk.plan": {"arch", "errors"},
+    "vggfeat.trunk.plan": {"arch"},
     "vggfeat.trunk.direct": {"devices"},
     "vggfeat.trunk.filters": {"arch", "modes", "trunk.direct", "trunk.plan", "winograd"},
     "vggfeat.trunk.bits": {"devices"},

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -434,6 +435,26 @@ def test_lbfgs_on_a_slope_and_at_rest():
     assert torch.equal(LBFGS().step(image, torch.zeros_like(image)), image)
 
 
+def test_after_a_restart_the_spectrum_knows_nothing_of_before():
+    shape = (1, 3, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    curvature = 1 + 9 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    start = torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def walked(optimizer):
+        image, images = start, []
+        for _ in range(4):
+            image = optimizer.step(image, curvature * image)
+            images.append(image)
+        return torch.stack(images)
+
+    used, fresh = (LBFGS(preconditioner=FourierPreconditioner(start)) for _ in range(2))
+    walked(used)
+    used.restart()
+    fresh.scale = 0.5  # as after one restart
+    torch.testing.assert_close(walked(used), walked(fresh), rtol=1e-9, atol=1e-12)
+
+
 def test_restart_forgets_and_takes_half_steps():
     gradient, _ = quadratic(12, 10)
     start = torch.zeros(12, dtype=torch.float64)
@@ -618,6 +639,20 @@ def test_layers_that_are_not_there(config, pair, tmp_path):
     with pytest.raises(WeightsError, match=r"do not reach relu3_1.*features\.10\.weight.*(relu2_2|pool2)"):
         stylize(*pair, shallow)
     stylize(*pair, dataclasses.replace(shallow, style_layers=("relu1_1",), content_layers=("conv2_2",), steps=1))
+
+
+@pytest.mark.parametrize(("scale", "sizes"), [(1.0, [(24, 24), (48, 48)]), (2.0, [(48, 48), (96, 96)])])
+def test_the_style_grows_with_the_picture(config, pair, monkeypatch, scale, sizes):
+    seen = []
+    monkeypatch.setattr(
+        stylize_module,
+        "Objective",
+        lambda features, settings, content, styles, *rest: (
+            seen.append(tuple(styles[0].shape[2:])) or Objective(features, settings, content, styles, *rest)
+        ),
+    )
+    stylize(*pair, config(start_size=24, steps=1, style_scale=scale))
+    assert seen == sizes
 
 
 def test_a_thin_style_serves_every_scale(config, pair):
@@ -1093,6 +1128,33 @@ def test_the_callback_sees_the_colours_that_are_kept(config, pair):
         stylize(*pair, {"size": 48})
 
 
+def test_a_run_killed_within_a_minute_goes_on_from_its_last_whole_scale(config, pair, tmp_path):
+    path, settings = tmp_path / "run.pt", config(start_size=24, steps=6)
+    written, kept = [], tmp_path / "kept.pt"
+
+    def watch(step):
+        written.append(path.exists())
+        if (step.scale, step.step) == (2, 4):
+            shutil.copy(path, kept)  # as a kill would leave it
+
+    whole = stylize(*pair, settings, callback=watch, checkpoint=path)
+    assert written == [False] * 3 + [True] * 6
+    seen = []
+    result = stylize(*pair, settings, callback=seen.append, checkpoint=kept)
+    assert [(step.scale, step.step) for step in seen] == [(2, step) for step in range(1, 7)]
+    assert result.image.tobytes() == whole.image.tobytes() and result.history == whole.history
+
+
+def test_a_picture_that_no_step_improved_is_said_to_be_the_one_to_begin_with(config, pair):
+    settings = config(optimizer="adam", learning_rate=100.0, steps=3)
+    with pytest.warns(UserWarning, match="no step improved on the picture .*: lower learning_rate"):
+        result = stylize(*pair, settings)
+    assert result.image.tobytes() == to_pil(pair[0]).tobytes()
+    # where there is nothing to improve, that is no warning, which here would be an error
+    same = stylize(pair[0], pair[0], dataclasses.replace(settings, learning_rate=0.01))
+    assert same.image.tobytes() == to_pil(pair[0]).tobytes()
+
+
 def test_ctrl_c_brings_the_checkpoint_up_to_date(config, pair, tmp_path, ahead):
     path, settings = tmp_path / "run.pt", config(steps=6)
 
@@ -1115,7 +1177,7 @@ def test_a_checkpoint_is_of_one_run(config, state, pair, tmp_path, monkeypatch):
     stylize(*pair, settings, checkpoint=path)
     before = path.read_bytes()
     for images, changed, match in (
-        (pair, {"steps": 4}, "other settings: steps was 3, is 4"),
+        (pair, {"steps": 4}, r"other settings: steps was 3, is 4; name another file .*--init PICTURE"),
         (pair, {"style_layers": STYLE[:1]}, "other settings: style_layers was"),
         ((pair[0], pair[1].flip(3)), {}, "was written with other pictures"),
     ):
@@ -1140,6 +1202,48 @@ def test_a_checkpoint_is_of_one_run(config, state, pair, tmp_path, monkeypatch):
         stylize(*pair, settings, checkpoint=path)
     with pytest.raises(InputError, match="one of the files that are read"):
         stylize(tmp_path / "content.png", pair[1], settings, checkpoint=tmp_path / "content.png")
+
+
+def test_a_checkpoint_is_of_pictures_of_one_shape(config, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
+    content, path, settings = to_pil(pair[0]), tmp_path / "run.pt", config(steps=2)
+    stylize(content, pair[1], settings, checkpoint=path)
+    turned = Image.frombytes("RGB", content.size[::-1], content.tobytes())  # the same bytes, 36×48
+    with pytest.raises(InputError, match="was written with other pictures"):
+        stylize(turned, pair[1], settings, checkpoint=path)
+
+
+def test_a_run_that_goes_on_knows_how_good_its_best_picture_is(config, pair, tmp_path, monkeypatch):
+    """Its second picture is the best; the third, made after it went on, is better than the first alone."""
+    value_and_grad, first = Objective.value_and_grad, pair[0].mean()
+
+    def told(self, image):
+        _, *rest = value_and_grad(self, image)
+        number = round(float(image.mean() - first) / 0.01)
+        return torch.tensor([3.0, 1.0, 2.0, 2.5][number]), *rest
+
+    monkeypatch.setattr(Objective, "value_and_grad", told)
+    monkeypatch.setattr(LBFGS, "step", lambda self, image, grad: image + 0.01)
+    monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
+    path, settings = tmp_path / "run.pt", config(steps=4)
+    with pytest.raises(Killed):
+        stylize(*pair, settings, callback=killed_at(3), checkpoint=path)
+    result = stylize(*pair, settings, checkpoint=path)
+    assert len(result.history) == 4
+    assert result.image.tobytes() == to_pil(pair[0] + 0.01).tobytes()
+
+
+def test_a_run_goes_on_in_the_tiles_that_it_began_with(config, pair, tmp_path, monkeypatch):
+    """With as much free memory as there may be by then: L-BFGS remembers 8 steps in tiles and 20 without."""
+    settings, path, sides = config(steps=4), tmp_path / "run.pt", []
+    monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(stylize_module, "side_for", lambda *_: 16)
+    with pytest.raises(Killed):
+        stylize(*pair, settings, callback=killed_at(3), checkpoint=path)
+    monkeypatch.setattr(stylize_module, "side_for", lambda *_: 0)
+    monkeypatch.setattr(stylize_module, "Objective", lambda *given: sides.append(given[4]) or Objective(*given))
+    stylize(*pair, settings, checkpoint=path)
+    assert sides == [16]
 
 
 def test_a_full_disk_costs_the_checkpoint_alone(config, pair, tmp_path, monkeypatch):
@@ -1177,10 +1281,10 @@ def test_an_error_of_the_callback(config, pair, tmp_path):
         return callback
 
     settings, file = config(start_size=24, steps=4), tmp_path / "run.pt"
-    own = raising(MemoryError("of my own"), 2, 2)
     with pytest.raises(MemoryError, match="of my own"):
-        stylize(*pair, settings, callback=own, checkpoint=file)
+        stylize(*pair, settings, callback=raising(MemoryError("of my own"), 1, 2), checkpoint=file)
     assert not file.exists()  # where it would be in the way of other settings
+    own = raising(MemoryError("of my own"), 2, 2)
     assert stylize(*pair, settings, callback=raising(KeyboardInterrupt(), 1, 2), checkpoint=file).interrupted
     with pytest.raises(MemoryError, match="of my own"):
         stylize(*pair, settings, callback=own, checkpoint=file)
@@ -1235,6 +1339,25 @@ def spoilt(monkeypatch, at, how, width=48):
         return total, terms, grad
 
     monkeypatch.setattr(Objective, "value_and_grad", wrapper)
+
+
+def test_a_run_killed_after_a_restart_goes_on_from_the_best_picture(config, pair, tmp_path, monkeypatch):
+    settings, path = config(steps=10), tmp_path / "run.pt"
+
+    def exploded(total, grad):
+        return total * 1e9, 1e9, grad * 1e9
+
+    with monkeypatch.context() as patch:
+        spoilt(patch, {5}, exploded)
+        whole = stylize(*pair, settings)
+    monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
+    with monkeypatch.context() as patch:
+        spoilt(patch, {5}, exploded)
+        with pytest.raises(Killed):
+            stylize(*pair, settings, callback=killed_at(6), checkpoint=path)
+    result = stylize(*pair, settings, checkpoint=path)
+    assert result.image.tobytes() == whole.image.tobytes()
+    assert result.history == whole.history
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from vggfeat.transfer.objective import Objective
 from vggfeat.visualize import Sheet, cam, distance, dream, filters, invert, maps, sheet as sheet_module
 from vggfeat.visualize.dreams import _Fourier, _jittered, _Pixels
 from vggfeat.visualize.sheet import overlay, palette, spread
-from vggfeat.visualize.units import _crop, _peaks
+from vggfeat.visualize.units import _crop, _mosaic, _peaks
 from vggfeat.weights import DEFAULT, load
 
 REPO = Path(__file__).resolve().parents[1]
@@ -498,6 +498,8 @@ def test_dreams_of_a_run_s_classes_have_their_names(headed, tmp_path, call):
     assert dream("fc", [3], **options | {"weights": headed.state_dict()}).labels == ["3"]
     with pytest.raises(vggfeat.InputError, match="2 names for 5 classes"):
         dream("fc", [3], names=["ant", "bee"], **options)
+    headless = {"arch": Arch("A", head=None, channels=(4, 8, 16, 32, 32)), "weights": "random"}
+    assert dream("pool5", [1], names=["ant", "bee"], **options | headless).labels == ["1"]
     code, _, err = call("dream --class 4 --size 32 --steps 1", weights=str(tmp_path))
     assert code == 0 and "fc elk: " in err
 
@@ -678,6 +680,87 @@ def test_the_heat_is_where_the_images_differ(small):
 def test_images_of_different_sizes_have_no_distance(small):
     with pytest.raises(vggfeat.InputError, match="64×32 and 32×32"):
         distance(noise(32, 64), noise(32, 32), weights=small)
+
+
+def test_patches_are_in_reading_order():
+    crops = [Image.new("RGB", (3, 3), (10 * i, 0, 0)) for i in range(5)]
+    picture = _mosaic(crops, 5, 3)  # three across, two down, a pixel between
+    assert picture.size == (11, 7)
+    found = [picture.getpixel((1 + 4 * column, 1 + 4 * row)) for row in range(2) for column in range(3)]
+    assert found == [*((10 * i, 0, 0) for i in range(5)), (255, 255, 255)]
+
+
+def test_peaks_are_more_than_half_a_field_apart():
+    layer = parse("vgg11").layer("conv2_1")  # sees 8 pixels, stride 2: half of that is 2 units
+    for apart, expected in ((1, [5, -math.inf]), (2, [5, -math.inf]), (3, [5, 4])):
+        tap = torch.zeros(1, 20, 20)
+        tap[0, 10, 10], tap[0, 10, 10 + apart] = 5, 4
+        assert _peaks(tap, layer, 2)[0].tolist() == [expected]
+
+
+def test_a_few_active_units_have_the_highest_colour(small):
+    """Where the 99.5th percentile is 0, the colours go to the highest value."""
+    state = {key: value.clone() for key, value in small.state.items()}
+    state["features.0.weight"][4] = 0
+    state["features.0.weight"][4, 0, 1, 1], state["features.0.bias"][4] = 1, -0.4 / 0.229  # only red above its middle
+    image = torch.full((1, 3, 32, 32), 0.485)
+    image[0, 0, 16, 16] = 0.485 + 0.4 + 0.1  # one unit of 1024 at 0.1 / 0.229
+    sheet = maps(image, "relu1_1", channels=[4], size=None, tile=32, colors="grey", weights=state, arch="vgg11")
+    expected = torch.zeros(32, 32)
+    expected[16, 16] = 1
+    assert torch.equal(to_tensor(sheet.tiles[0])[0, 0], expected)
+
+
+def folders(tmp_path, a, b):
+    for name, image in (("a", a), ("b", b)):
+        (tmp_path / name).mkdir()
+        to_pil(image).save(tmp_path / name / "x.png")
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_distances_at_a_size(small, tmp_path):
+    a, b = noise(64, 48, seed=1), noise(64, 48, seed=2)
+    found = visualize.distances(*folders(tmp_path, a, b), ["relu1_1"], size=32, weights=small)
+    a, b = (to_tensor(resize(to_pil(each), 24, 32)) for each in (a, b))
+    taps = [vggfeat.VGGFeatures(["relu1_1"], weights=small)(each)["relu1_1"].double() for each in (a, b)]
+    x, y = (F.normalize(tap, dim=1, eps=1e-30) for tap in taps)
+    assert found.totals == pytest.approx([float((x - y).square().sum(1).mean())], rel=1e-4)
+
+
+def test_distances_by_lpips(tmp_path):
+    weights = load("random", "vgg16")
+    a, b = folders(tmp_path, noise(32, 32, seed=1), noise(32, 32, seed=2))
+    found = visualize.distances(a, b, lpips=True, weights=weights)
+    expected = vggfeat.LPIPS(weights=weights)(*(to_tensor(open_image(f / "x.png")) for f in (a, b)))
+    assert found.totals == pytest.approx(expected.tolist(), rel=1e-4) and len(found.layers[0]) == 5
+
+
+def test_the_sheet_lights_the_first_image_where_they_differ(small):
+    a, b = noise(32, 64, seed=1), noise(32, 64, seed=2)
+    found = distance(a, b, ["relu1_1", "relu2_1"], colors="grey", weights=small)
+    for tile, heat in zip(found.sheet.tiles[2:], (found.map, found.maps["relu1_1"]), strict=False):
+        expected = a * (0.15 + 0.85 * (heat / heat.max()).sqrt())
+        assert (to_tensor(tile) - expected).abs().max() < 0.6 / 255
+    assert found.sheet.settings["total"] == found.total and found.sheet.settings["layers"] == found.layers  # H9
+
+
+def test_the_sheet_lights_where_the_class_is_seen(headed):
+    image = noise(64, 64)
+    each = (cam(image, k, net=headed, size=None, colors="grey") for k in range(5))
+    found = next(one for one in each if one.map.any())
+    expected = image * (0.15 + 0.85 * found.map.sqrt())
+    assert (to_tensor(found.sheet.tiles[1]) - expected).abs().max() < 0.6 / 255
+
+
+def test_names_of_ones_own_go_before_those_of_the_run(headed, tmp_path):
+    write_weights(tmp_path, headed, {"classes": list("abcde"), "size": 32})
+    assert cam(noise(48, 48), 1, weights=tmp_path).class_name == "b"
+    assert cam(noise(48, 48), 1, weights=tmp_path, names=list("vwxyz")).class_name == "w"
+
+
+def test_both_images_are_brought_to_the_size(small):
+    a, b = noise(64, 48, seed=1), noise(32, 24, seed=2)
+    assert distance(b, a, ["relu1_1"], size=32, weights=small).map.shape == (32, 24)
 
 
 def test_a_blurred_tower_shows(oxford, test_data):
@@ -1027,7 +1110,7 @@ def test_exercise_3_tells_kinds_of_filters_apart(example, capsys, tmp_path, oxfo
     kinds = [module.kind(w) for w in (torch.ones(3, 3, 3), blob, edge, blob * edge, blob + edge)]
     assert kinds == list(module.KINDS)
     assert [module.direction(w) for w in (edge.mT, edge)] == ["vertical", "horizontal"]
-    module.main(tmp_path / "f.png", f"caffe:{oxford}")
+    module.main(tmp_path / "f.png", str(oxford))
     lines = capsys.readouterr().out.splitlines()
     counts = [int(line.split()[-1]) for line in lines[1:6]]
     assert sum(counts) == 64 and counts[1] > 10 and counts[2] > 20 and counts[4] < 16  # colour blobs, edges, mixtures

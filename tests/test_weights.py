@@ -777,6 +777,18 @@ def test_paths_that_lead_nowhere(monkeypatch, path):
             W.load(W.DEFAULT)
 
 
+def test_what_auto_follows_is_named_where_it_fails(monkeypatch, tmp_path):
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", str(tmp_path / "bad.pth"))
+    for weights in (W.DEFAULT, "auto"):
+        with pytest.raises(WeightsError, match=r"\(VGGFEAT_WEIGHTS is '.*bad\.pth'\)"):
+            W.load(weights)
+    monkeypatch.setenv("VGGFEAT_WEIGHTS", "auto")
+    monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
+    for weights in (W.DEFAULT, "auto"):
+        assert W.load(weights, "vgg11").name == "random"
+
+
 def test_an_unchanged_file_is_hashed_once(monkeypatch, state):
     data = torch_bytes(dict(state))
     entry = publish(monkeypatch, data)

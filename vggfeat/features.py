@@ -125,7 +125,7 @@ class VGGFeatures(nn.Module):
         self._done: set[str | torch.device] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"trunk": self.trunk.pickled(self._held)}
+        return self.__dict__ | {"trunk": PickledTrunk(self.trunk, self._held)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         trunk = state["trunk"]  # a part where this is a copy, the trunk itself where it was pickled
@@ -174,7 +174,7 @@ class VGGFeatures(nn.Module):
             on devices that leave the walk to autograd). The pullback can be called once and empties the taps.
         """
         if not self._walks(images):
-            return self._vjp_by_autograd(images.detach())
+            return self._vjp_by_autograd(images)
         with self._outside_autograd(images) as (x, walk):
             taps, pullback = walk.vjp(x)
         return taps, functools.partial(self._image_grad, pullback, images.dtype)
@@ -196,7 +196,7 @@ class VGGFeatures(nn.Module):
             where a part is the whole, the function may give a `trunk.Product`.
         """
         if not self._walks(image):
-            taps, pull = self._vjp_by_autograd(image.detach())
+            taps, pull = self._vjp_by_autograd(image)
             for name, tap in taps.items():
                 on_tap(name, tap, _every_row(tap))
             return lambda tap_grad: pull(lambda name, tap: whole(tap_grad(name, tap, _every_row(tap))))
@@ -234,7 +234,7 @@ class VGGFeatures(nn.Module):
         return grad.mul_(scale).to(dtype)
 
     def _vjp_by_autograd(self, images: Tensor) -> tuple[dict[str, Tensor], Pullback]:
-        leaf = images.requires_grad_()
+        leaf = images.detach().requires_grad_()
         with torch.enable_grad():
             taps = self.taps(leaf.view_as(leaf))  # hooks of counters and trackers cannot handle a leaf
         known = {name: tap.detach() for name, tap in taps.items()}

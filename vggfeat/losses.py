@@ -286,8 +286,7 @@ class _FeatureLoss(nn.Module):
         """How many images to run together: on a CPU few enough that activations stay in its caches.
 
         Blocks of more than 32 MB are also fetched from the system and returned at every use, which takes as long as
-        computing on them. In a compiled graph, and for a user's criterion, which may look at the whole batch, the
-        batch stays whole.
+        computing on them. For a user's criterion, which may look at the whole batch, it stays whole.
         """
         images = max(1, input.shape[0])
         if input.device.type != "cpu" or not isinstance(self.criterion, str):

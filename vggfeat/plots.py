@@ -243,17 +243,16 @@ def plot_stacked(stacked: Stacked, path: PathLike, *, overwrite: bool = False) -
     section, costs = figure.subplots(1, 2, width_ratios=(1.25, 1))
     colors = [SKY, GREEN, ORANGE, PINK, YELLOW, RED]
     for depth in range(n + 1):  # depth 0 is the output, n the image
-        reach = depth
         y = -depth
         for x in range(-n, n + 1):
-            inside = abs(x) <= reach
+            inside = abs(x) <= depth
             face = ("#dddddd" if depth == n else colors[depth % 6]) if inside else "white"
             box = _box((x - 0.45, y - 0.2), 0.9, 0.4, face, "#555555" if inside else "#dddddd")
             section.add_patch(box)
         if depth < n:
             for sign in (-1, 1):
-                section.plot([sign * (reach + 0.45), sign * (reach + 1.45)], [y - 0.2, y - 0.8], color="#555555", lw=1)
-        side = 2 * reach + 1
+                section.plot([sign * (depth + 0.45), sign * (depth + 1.45)], [y - 0.2, y - 0.8], color="#555555", lw=1)
+        side = 2 * depth + 1
         text = "1 output" if not depth else f"{side}×{side}" + (" of the image" if depth == stacked.n else "")
         section.text(n + 0.8, y, text, va="center", fontsize=10)
         if depth < n:
@@ -389,14 +388,13 @@ def _draw_squares(
     axes.imshow(picture)
     for layer, field, color in itertools.zip_longest(layers, fields, colors[: len(layers)]):
         full: float = layer.receptive_field
-        for side, style in ((full, "-"), (field.effective if field else 0, ":")):
+        squares = [(full, "black", 3.2, "-", None), (full, color, 1.8, "-", f"{layer.name}: {full} px")]
+        if field is not None and full > 30:  # dots would hide a small one
+            squares.append((field.effective, color, 1.8, ":", None))
+        for side, edge, width, style, label in squares:
             corner = ((wide - side) / 2 - 0.5, (high - side) / 2 - 0.5)
-            label = f"{layer.name}: {side} px" if side == full else None
-            if style == "-":
-                axes.add_patch(_box(corner, side, side, "none", "black", linewidth=3.2, clip_on=False))
-            if side and (style == "-" or full > 30):  # dots would hide a small one
-                options: dict[str, Any] = {"linewidth": 1.8, "linestyle": style, "label": label, "clip_on": False}
-                axes.add_patch(_box(corner, side, side, "none", color, **options))
+            options = {"linewidth": width, "linestyle": style, "label": label, "clip_on": False}
+            axes.add_patch(_box(corner, side, side, "none", edge, **options))
     axes.set_xlim((wide - across) / 2 - 0.5, (wide + across) / 2 - 0.5)
     axes.set_ylim((high + down) / 2 - 0.5, (high - down) / 2 - 0.5)
     axes.set_axis_off()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vggfeat.arch import Arch, Layer, scaled
-from vggfeat.errors import WeightsError
+from vggfeat.errors import WeightsError, warn
 
 VALUES = (".weight", ".bias", ".running_mean", ".running_var")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "net")  # the last two are those of our own checkpoints
@@ -41,13 +41,13 @@ def _is_of_features(raw: Mapping[str, Any]) -> bool:
     return getattr(raw.get("0.weight"), "ndim", 0) == 4
 
 
-def map_keys(raw: Mapping[str, Any], label: str, renumbered: Callable[[], object] | None = None) -> dict[str, Tensor]:
+def map_keys(raw: Mapping[str, Any], label: str, oxfords: bool = False) -> dict[str, Tensor]:
     """The tensors under torchvision's keys, whatever wraps them: {"state_dict": …}, "module." and other prefixes.
 
     Args:
         raw: as it was saved.
         label: what messages call it.
-        renumbered: called where the classifier is numbered as in Oxford's files.
+        oxfords: whether they are known to be; it warns where the classifier alone says so.
     """
     raw = _unwrapped(raw) or raw
     if _is_of_features(raw):
@@ -64,8 +64,11 @@ def map_keys(raw: Mapping[str, Any], label: str, renumbered: Callable[[], object
     }
     # Oxford's conversion numbers them differently
     if "classifier.4.weight" in state and "classifier.0.weight" not in state:
-        if renumbered is not None:
-            renumbered()
+        if not oxfords:
+            warn(
+                f"weights {label} number their classifier as Oxford's files do: if they take BGR in 0..255, too, load "
+                "their file as caffe:PATH"
+            )
         moved = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
         state = {moved.get(key[:12], key[:12]) + key[12:]: value for key, value in state.items()}
     if "features.0.weight" not in state:

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,8 @@ def apart(names: Sequence[str], most: int = 20) -> list[str]:
     labels = [short(name, most) for name in names]
     ends = ["…" + short(name, len(name))[1 - most :] for name in names]
     for made in (ends, [f"{i}: {short(name, most - 4)}" for i, name in enumerate(names)]):
-        labels = [own if labels.count(own) == 1 else made[i] for i, own in enumerate(labels)]
+        times = Counter(labels)
+        labels = [own if times[own] == 1 else new for own, new in zip(labels, made, strict=True)]
     return labels
 
 
@@ -63,11 +65,10 @@ class Table:
 
     def cells(self) -> list[list[str]]:
         """Every value as it is shown."""
-        shown = ((column.show(v) if v is not None else "–" for column, v in self._pairs(row)) for row in self.rows)
-        return [list(row) for row in shown]
-
-    def _pairs(self, row: Sequence[Any]) -> Iterable[tuple[Column, Any]]:
-        return zip(self.columns, row, strict=True)
+        return [
+            [column.show(v) if v is not None else "–" for column, v in zip(self.columns, row, strict=True)]
+            for row in self.rows
+        ]
 
     def text(self) -> str:
         """Aligned columns under the title."""

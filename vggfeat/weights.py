@@ -7,7 +7,6 @@ unpickled here.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import operator
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from vggfeat.arch import BLOCK_CHANNELS, HEAD_NAMES, Arch, parse
 from vggfeat.checkpoint import saved
-from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest, warn
+from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest
 from vggfeat.fetch import fetch, file_key, published_digest, verify
 from vggfeat.random_weights import random_state
 from vggfeat.state_dicts import (
@@ -247,7 +246,8 @@ def load(
             raise WeightsError(f"weights {weights.label} are of {weights.arch.name}, not of {wanted.name}")
         return weights
     told = "random" if weights is None else resolved(weights)
-    if isinstance(weights, _Default) and os.environ.get("VGGFEAT_WEIGHTS"):
+    follows = isinstance(weights, _Default) or (isinstance(weights, str) and told != weights)
+    if follows and os.environ.get("VGGFEAT_WEIGHTS"):
         try:
             return load(told, arch, default=default, classifier=classifier)
         except WeightsError as error:
@@ -374,7 +374,7 @@ def _read_state(
     note: str = "",
 ) -> Weights:
     label = _label(name, note)
-    state = map_keys(raw, label, None if convention == CAFFE else functools.partial(_is_it_oxfords, label))
+    state = map_keys(raw, label, convention == CAFFE)
     if key is None:  # the caller's own tensors, which may go on training
         state = {each: value.to("cpu", copy=True) for each, value in state.items()}
         key = ("state", _digest(state))
@@ -391,13 +391,6 @@ def _read_state(
         state["features.0.weight"] = state["features.0.weight"].flip(1)
     # a first convolution that took 0..255 still does: its std of 1/255 travels along
     return Weights(inferred, state, convention.mean, convention.std, name, key, note, _versions(state))
-
-
-def _is_it_oxfords(label: str) -> None:
-    warn(
-        f"weights {label} number their classifier as Oxford's files do: if they take BGR in 0..255, too, load "
-        "their file as caffe:PATH"
-    )
 
 
 def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -89,10 +90,12 @@ def train(
             click.echo(lines.pop(), err=True)
         click.echo(text, err=True)
 
-    with _Progress(config.epochs, disable=quiet or not first) as progress:
+    quiet = quiet or not first
+    with progress_bar(config.epochs, quiet, named=True) as bar:  # hidden in a log, where a line per epoch suffices
+        tell = functools.partial(_tell, bar, quiet)
         try:
             result = vggfeat.train(
-                data, config, test=test, folder=folder, resume=resume, callback=progress, announce=announce
+                data, config, test=test, folder=folder, resume=resume, callback=tell, announce=announce
             )
         except KeyboardInterrupt:  # a second one, or one of several processes
             rest = f"--resume continues from what was saved in {folder}" if folder.exists() else "nothing was written"
@@ -126,31 +129,19 @@ def train(
     return 0
 
 
-class _Progress:
-    """A progress bar, and a line for each finished epoch."""
-
-    def __init__(self, epochs: int, disable: bool) -> None:
-        self.disabled = disable
-        self.bar = progress_bar(epochs, disable, named=True)  # hidden in a log, where a line per epoch suffices
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def __call__(self, step: TrainStep) -> None:
-        self.bar.set_description_str(f"epoch {step.epoch}/{step.epochs} step {step.step}/{step.steps}", refresh=False)
-        self.bar.set_postfix_str(f"loss {step.loss:.4f} lr {step.lr:.2g}", refresh=False)
-        self.bar.update(step.epoch - 1 + step.step / step.steps - self.bar.n)
-        if (done := step.finished) is not None and not self.disabled:
-            test = "" if done.test_accuracy is None else f"  test {100 * done.test_accuracy:.2f} %"
-            skipped = f"  {done.skipped} images left out" if done.skipped else ""
-            self.bar.write(
-                f"epoch {done.epoch}/{step.epochs}  loss {done.train_loss:.4f}  train {100 * done.train_accuracy:.2f} %"
-                f"{test}  {done.seconds:.0f} s  {done.images_per_second:.0f} images/s{skipped}",
-                file=sys.stderr,
-            )
+def _tell(bar: Any, quiet: bool, step: TrainStep) -> None:
+    """Move the bar, and print a line for a finished epoch."""
+    bar.set_description_str(f"epoch {step.epoch}/{step.epochs} step {step.step}/{step.steps}", refresh=False)
+    bar.set_postfix_str(f"loss {step.loss:.4f} lr {step.lr:.2g}", refresh=False)
+    bar.update(step.epoch - 1 + step.step / step.steps - bar.n)
+    if (done := step.finished) is not None and not quiet:
+        test = "" if done.test_accuracy is None else f"  test {100 * done.test_accuracy:.2f} %"
+        skipped = f"  {done.skipped} images left out" if done.skipped else ""
+        bar.write(
+            f"epoch {done.epoch}/{step.epochs}  loss {done.train_loss:.4f}  train {100 * done.train_accuracy:.2f} %"
+            f"{test}  {done.seconds:.0f} s  {done.images_per_second:.0f} images/s{skipped}",
+            file=sys.stderr,
+        )
 
 
 @click.command(context_settings={"max_content_width": 100})

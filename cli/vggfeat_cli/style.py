@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 @click.option(
     "--checkpoint",
     type=click.Path(),
-    help="Save the run in this file once a minute and on Ctrl-C; the same command resumes it. Removed when the picture "
-    "is done.",
+    help="Save the run in this file after each scale, once a minute and on Ctrl-C; the same command resumes it. "
+    "Removed when the picture is done.",
 )
 @click.option(
     "--save-every",
     type=click.IntRange(1),
     metavar="STEPS",
-    help="Also save the picture every so many steps of each scale, as OUTPUT-SCALE-STEP.",
+    help="Also save the picture every so many steps of each scale, as OUTPUT-1-0010 for scale 1, step 10.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -69,7 +69,7 @@ def command(
     if output is not None and resumed:
         # a resumed run's picture so far may be there: the next one takes another name rather than replace it
         target = Target(None, output, overwrite)
-    inputs = (content, *style, config.init)
+    inputs = (content, *style, *config.init_files)
     check_output(target.path(), overwrite=overwrite, inputs=inputs)
     if checkpoint is not None and same_file(checkpoint, target.path()):
         raise vggfeat.InputError(f"--checkpoint and the picture are both {checkpoint}: give them two names")

@@ -187,6 +187,8 @@ def compare(
     if not names:
         raise InputError("nothing to compare: name at least one network, such as 'vgg16'")
     batch, num_classes = whole_number("batch", batch), whole_number("num_classes", num_classes)
+    if input_size is not None:
+        input_size = whole_number("input_size", input_size)
     builders = [_builder(name, num_classes, input_size) for name in names]  # checks all names before work begins
     place = None
     if measure:
@@ -225,7 +227,10 @@ def _builder(name: str | Arch, num_classes: int, input_size: int | None) -> _Bui
     except InputError:
         if not isinstance(name, str):
             raise
-        return _torchvision_builder(name, num_classes, input_size)
+        net = _counted().get(name)
+        if net is not None and num_classes == 1000 and input_size in (None, net.input_size):
+            return name, lambda: net, functools.partial(_torchvision_net, name, num_classes)
+        return _uncounted(name, num_classes, input_size)
     size = 224 if input_size is None else input_size
     report = describe(arch, input_size=size)
 
@@ -247,13 +252,6 @@ def _counted() -> dict[str, Net]:
     return {net["name"]: Net(**net | {"published": {k: tuple(v) for k, v in net["published"].items()}}) for net in nets}
 
 
-def _torchvision_builder(name: str, num_classes: int, input_size: int | None) -> _Builder:
-    net = _counted().get(name)
-    if net is not None and num_classes == 1000 and input_size in (None, net.input_size):
-        return name, lambda: net, functools.partial(_torchvision_net, name, num_classes)
-    return _uncounted(name, num_classes, input_size)
-
-
 def _uncounted(name: str, num_classes: int, input_size: int | None) -> _Builder:
     models = _torchvision_models(name)
     known = models.list_models(module=models)
@@ -262,8 +260,6 @@ def _uncounted(name: str, num_classes: int, input_size: int | None) -> _Builder:
     weights = [entry for entry in models.get_model_weights(name) if entry.name.startswith("IMAGENET1K_V")]
     own = weights[0].transforms.keywords["crop_size"] if weights else 224
     size = own if input_size is None else input_size
-    if size < 1:
-        raise InputError(f"images need at least 1 pixel on each side, got {size}")
     published = {}
     for entry in weights:
         score = entry.meta["_metrics"]["ImageNet-1K"]

@@ -74,8 +74,11 @@ class Description(Report):
 
     @property
     def label(self) -> str:
-        """What to call it in a table: `vgg16_bn`, `vgg16 slim`, `vgg16 ×0.5`."""
-        return _label(self.arch)
+        """What to call it in a table: `vgg16_bn`, `vgg16 slim`, `vgg16 ×0.5`, `vgg19 without head`."""
+        arch, width = self.arch, self.arch.width
+        scale = "/".join(map(str, arch.channels)) if width is None else f"×{width:g}" if width != 1 else ""
+        head = {"paper": "", "slim": " slim", None: " without head"}[arch.head]
+        return f"{arch.name}{head} {scale}".rstrip()
 
     @property
     def params(self) -> int:
@@ -212,17 +215,18 @@ class Description(Report):
         )
         share = "{:.2%}".format
         names = {"conv": "convolutions", "bn": "batch norm", "fc": "fully connected"}
-        parts = [(names[kind], *(part[key] for key in _SPLIT)) for kind, part in self.split.items()]
+        columns = [
+            Column("part", "part", left=True),
+            Column("params", "params", count),
+            Column("params_share", "share", share),
+            Column("macs", "G MACs", lambda value: mega(value / 1e3, 3)),
+            Column("macs_share", "share", share),
+        ]
+        parts = [(names[kind], *(part[column.key] for column in columns[1:])) for kind, part in self.split.items()]
         split = Table(
             f"Parameters and MACs by part; forward {mega(self.flops / 1e3)} G FLOPs, "
             f"forward + backward {mega(self.training_flops / 1e3)} G FLOPs",
-            [
-                Column("part", "part", left=True),
-                Column("params", "params", count),
-                Column("params_share", "share", share),
-                Column("macs", "G MACs", lambda value: mega(value / 1e3, 3)),
-                Column("macs_share", "share", share),
-            ],
+            columns,
             [*parts, ("all", self.params, 1.0, self.macs, 1.0)],
         )
         memory = self.memory
@@ -237,11 +241,7 @@ class Description(Report):
             *((f"training with {name}, fixed part", memory[f"{name}_fixed"]) for name in OPTIMIZERS),
             *((f"training with {name}, {images}", memory[name]) for name in OPTIMIZERS),
         ]
-        return [layers, split, Table("Memory", [_WHAT, Column("bytes", "MB", mega)], lines)]
-
-
-_SPLIT = ("params", "params_share", "macs", "macs_share")
-_WHAT = Column("what", "what", left=True)
+        return [layers, split, Table("Memory", [Column("what", "what", left=True), Column("bytes", "MB", mega)], lines)]
 
 
 def describe(
@@ -357,10 +357,3 @@ def _head_rows(arch: Arch, height: int, width: int) -> Iterable[Row]:
 def _dropout(name: str, values: int, field: int) -> Row:
     """Two tensors of its size: the next layer's input, and the scaled mask."""
     return _row(name, "dropout", (values,), field, None, saved_bytes=2 * FLOAT * values)
-
-
-def _label(arch: Arch) -> str:
-    """`vgg16_bn`, `vgg16 slim`, `vgg16 ×0.5`, `vgg19 without head 48/96/192/176/176`."""
-    scale = "/".join(map(str, arch.channels)) if arch.width is None else f"×{arch.width:g}" if arch.width != 1 else ""
-    head = {"paper": "", "slim": " slim", None: " without head"}[arch.head]
-    return f"{arch.name}{head} {scale}".rstrip()

@@ -174,9 +174,8 @@ def evaluate(
         if isinstance(weights, str | os.PathLike):
             facts = run_metadata(weights)
             names, held = facts.get("classes"), facts.get("holdout")
-            if "size" in facts:
-                scales = facts["scales"] and tuple(facts["scales"]) if views.size is None else None
-                views = replace(views, size=views.size or facts["size"], scales=views.scales or scales)
+            if "size" in facts and views.size is None:
+                views = replace(views, size=facts["size"], scales=views.scales or facts["scales"])
         net = network_from_weights(load_set(weights, arch)).to(memory_format=torch.channels_last)
     if not isinstance(data, ImageSet):
         data = load_test_images(data, bad_images=bad_images)

@@ -265,10 +265,8 @@ def _statistics(
     mean = tl.load(x + channel, there, 0.0).to(tl.float32) + away
     inverse = 1 / tl.sqrt_rn(variance + eps)
     factor = tl.load(weight + channel, there, 0.0) * inverse
-    tl.store(stats + channel, factor, there)
-    tl.store(stats + channels + channel, tl.load(bias + channel, there, 0.0) - mean * factor, there)
-    tl.store(stats + 2 * channels + channel, mean, there)
-    tl.store(stats + 3 * channels + channel, inverse, there)
+    _put(stats, channel, channels, factor, tl.load(bias + channel, there, 0.0) - mean * factor)
+    _put(stats + 2 * channels, channel, channels, mean, inverse)
     if LACKS:
         mean += tl.load(before + channel, there, 0.0)
     old = tl.load(running_mean + channel, there, 0.0)

@@ -33,7 +33,7 @@ class StyleConfig(Settings):
         normalization: `scale-free` (each layer's error relative to its target) or `gatys` (eqs. 1 and 4 of the paper).
         pooling: `max`, `average` or `l2`.
         padding: `zeros`, `reflect` or `replicate`.
-        init: `content`, `noise`, or an image file to start from.
+        init: `content`, `noise`, or an image file to start from, which is brought to the result's size.
         optimizer: `lbfgs` or `adam`.
         learning_rate: Adam's step, in units of the full range of a pixel.
         steps: steps at the finest scale; each coarser one gets half as many. A step looks at a picture and makes the
@@ -141,6 +141,11 @@ class StyleConfig(Settings):
             style if self.style_weight is None else self.style_weight,
             content if self.content_weight is None else self.content_weight,
         )
+
+    @property
+    def init_files(self) -> tuple[str, ...]:
+        """The image file to start from, if `init` is one."""
+        return () if self.init in ("content", "noise") else (self.init,)
 
     def shares(self, name: str, count: int) -> tuple[float, ...]:
         """The weights field of that name as `count` shares that sum to 1.

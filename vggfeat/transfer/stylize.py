@@ -154,9 +154,9 @@ def stylize(
         config: the settings.
         callback: called after each step. It may raise KeyboardInterrupt to end the run as Ctrl-C does; any other error
             ends the run without a picture.
-        checkpoint: a file written once a minute and on Ctrl-C, and where it was written before, at an error, too. If it
-            exists, the run resumes from it, and ends in the picture of an uninterrupted run, up to rounding. It is not
-            deleted at the end.
+        checkpoint: a file written after each scale but the last, once a minute, on Ctrl-C, and where it was written
+            before, at an error, too. If it exists, the run resumes from it, and ends in the picture of an uninterrupted
+            run, up to rounding. It is not deleted at the end.
 
     Raises:
         InputError: an image that cannot be read, settings that do not fit, images too small for the network, or a
@@ -192,7 +192,7 @@ def stylize(
     )
     run = _Run(features, config, picture, styles, device, dtype, callback)
     if checkpoint is not None:
-        given = (content, *several, config.init)
+        given = (content, *several, *config.init_files)
         run.resume_from(checkpoint, [each for each in given if isinstance(each, str | os.PathLike)])
     try:
         run.go()
@@ -360,6 +360,8 @@ class _Run:
                 if before:
                     scale.load_state_dict(_to(before, self.device))
                 self._improve(scale, self.objective)
+            if self.config.optimizer == "adam" and self.config.steps > 1 and not _improved(self.history):
+                warn("no step improved on the picture to begin with, which is what is returned: lower learning_rate")
         except (MemoryError, RuntimeError) as error:
             if number == 1 or self.telling or not lacks_memory(error):
                 raise
@@ -400,7 +402,7 @@ class _Run:
                     state = self._state(scale)
                 self._tell(number, step, steps, {"total": sum(parts)} | dict(zip(TERMS, parts, strict=True)))
                 self.state = state and state | {"best": scale.best} | self._progress()
-            if due:
+            if due or (scale.begun == steps and number < len(self.sizes)):
                 self.write_checkpoint()
 
     def _judge(self, scale: _Scale, step: int, value: float, image: Tensor) -> bool:
@@ -466,7 +468,10 @@ class _Run:
                 f"{path} is no checkpoint of a style transfer, or damaged ({first_line(error)}): name another file"
             ) from error
         if said := changed(state["config"], self.config.to_dict(), ("device",)):
-            raise InputError(f"the run in {path} has other settings: {said}")
+            raise InputError(
+                f"the run in {path} has other settings: {said}; name another file to begin anew, or from a picture "
+                "with init (--init PICTURE)"
+            )
         if odd := [what for what, value in self.identity.items() if what != "config" and state[what] != value]:
             others = " and ".join(odd)
             raise InputError(f"the run in {path} was written with other {others}: name another file to begin anew")
@@ -528,6 +533,12 @@ class _Run:
             interrupted=self.interrupted,
             failure=self.failure,
         )
+
+
+def _improved(history: list[dict[str, float]]) -> bool:
+    """Whether a step was better than its scale's first, or there was nothing to improve."""
+    first: dict[float, float] = {}
+    return any(step["total"] < first.setdefault(step["scale"], step["total"]) or step["total"] == 0 for step in history)
 
 
 def _to(value: Any, device: torch.device) -> Any:

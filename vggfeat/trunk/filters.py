@@ -79,7 +79,7 @@ class Trunk:
     """Frozen convolutions, shared by everything that uses the same weights, ready to run on any device and precision.
 
     Not a module: it has no parameters to train, no buffers to save, and copying or pickling what refers to it must not
-    copy 80 MB of weights. A copy is the same object; a pickle carries the weights and finds the live object again.
+    copy 80 MB of weights (`PickledTrunk`).
     """
 
     _live: weakref.WeakValueDictionary[tuple[object, ...], Trunk] = weakref.WeakValueDictionary()
@@ -100,19 +100,6 @@ class Trunk:
                 if name not in trunk.state:  # a copy: its owner may go on training it
                     trunk.state[name] = value.detach().clone()
         return trunk
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Trunk:
-        return self
-
-    def __copy__(self) -> Trunk:
-        return self
-
-    def __reduce__(self) -> tuple[Callable[..., Trunk], tuple[Any, ...]]:
-        return Trunk.shared, (self.arch, self.state, self.key)
-
-    def pickled(self, names: Sequence[str]) -> PickledTrunk:
-        """What stands for it in the pickle of an owner that uses only these keys of the state."""
-        return PickledTrunk(self, tuple(names))
 
     def filters(
         self,
@@ -227,7 +214,11 @@ if hasattr(os, "register_at_fork"):
 
 
 class PickledTrunk:
-    """Pickles the layers that one owner uses, not those that others have brought; unpickles to the shared trunk."""
+    """Stands for a trunk in the copies and pickles of an owner: a copy shares the trunk.
+
+    A pickle carries the layers that the owner uses, not those that others have brought, and becomes the live trunk
+    again, where there is one.
+    """
 
     def __init__(self, trunk: Trunk, names: tuple[str, ...]) -> None:
         self.trunk, self.names = trunk, names

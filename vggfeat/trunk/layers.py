@@ -207,15 +207,18 @@ def _to_winners(grad: Tensor, down: Tensor, right: Tensor, alive: Tensor, out: T
     torch.sub(bottom, d, out=c)
 
 
-def pool_backward(grad: Tensor, height: int, width: int, pooling: str, values: Tensor | None) -> Tensor:
-    """Through average pooling, or through l2 pooling of `values`."""
+def average_pool_backward(grad: Tensor, height: int, width: int) -> Tensor:
+    """Each gradient in four equal parts."""
     out = _unpooled(grad, height, width)
-    if pooling == "average":
-        share = grad / 4
-        for quarter in _quarters(out, *grad.shape[2:]):
-            quarter.copy_(share)
-        return out
-    assert values is not None
+    share = grad / 4
+    for quarter in _quarters(out, *grad.shape[2:]):
+        quarter.copy_(share)
+    return out
+
+
+def l2_pool_backward(grad: Tensor, height: int, width: int, values: Tensor) -> Tensor:
+    """Each gradient in proportion to the `values` that were pooled."""
+    out = _unpooled(grad, height, width)
     pooled = plain_pool(values, "l2")
     share = torch.where(pooled > 0, grad / (4 * pooled), 0)
     for quarter, value in zip(_quarters(out, *grad.shape[2:]), _quarters(values, *grad.shape[2:]), strict=True):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from vggfeat.arch import PADDINGS, POOLINGS, Arch
-from vggfeat.errors import check_choice
+from vggfeat.arch import Arch
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,6 @@ class Plan:
     padding: str = "zeros"
 
     def __post_init__(self) -> None:
-        self.arch.check(self.names)
-        check_choice("pooling", self.pooling, POOLINGS)
-        check_choice("padding", self.padding, PADDINGS)
         # computed now, since torch.compile cannot follow a cached property's first use (it takes a lock in Python 3.11)
         _ = self.code, self.stages, self._first_block, self.by_depth, self.tapped, self.min_size
 

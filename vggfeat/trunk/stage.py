@@ -105,10 +105,8 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
     tapped = "relu" in stage.taps
     beside = ("pool",) if keep == "values" and device.type == "cuda" else ()
     winners = ("argmax", *beside) if pool == "max" else ()
-    if "lrn" in stage.steps:
+    if "lrn" in stage.steps or pool == "l2":
         return ("relu", *winners)
-    if pool == "l2":
-        return ("relu",)
     if pool == "max" and not tapped:
         return winners
     return ("relu" if keep == "values" or (keep == "taps" and tapped) else "sign", *winners)
@@ -214,9 +212,12 @@ class ReadyStage:
                 if pooling == "max":
                     assert argmax is not None
                     flow.replace(layers.max_pool_backward(flow.grad, height, width, argmax, pooled))
+                elif pooling == "average":
+                    flow.replace(layers.average_pool_backward(flow.grad, height, width))
                 else:
-                    before = layers.lrn(values) if values is not None and "lrn" in stage.steps else values
-                    flow.replace(layers.pool_backward(flow.grad, height, width, pooling, before))
+                    assert values is not None
+                    before = layers.lrn(values) if "lrn" in stage.steps else values
+                    flow.replace(layers.l2_pool_backward(flow.grad, height, width, before))
                     del before
             argmax = pooled = None
         if "lrn" in stage.steps:

@@ -165,7 +165,7 @@ def dream(
     shown = chosen(channels, count, probe[0], "first", f"{layer} of {loaded.arch.name}")
     if names is not None and loaded.arch.head is not None and len(names) != loaded.arch.num_classes:
         raise InputError(f"{len(names)} names for {loaded.arch.num_classes} classes")
-    last = layer == loaded.arch.names[-1]
+    last = layer in HEAD_NAMES and layer == loaded.arch.names[-1]
     labels = [names[channel] if names is not None and last else str(channel) for channel in shown]
     place = _place(unit, probe, layer)
 

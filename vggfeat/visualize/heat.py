@@ -26,7 +26,6 @@ from vggfeat.visualize.inputs import load_image
 from vggfeat.visualize.sheet import Sheet, net_label, overlay, spread
 from vggfeat.weights import DEFAULT, IMAGENET, Weights, WeightsLike, load, run_metadata
 
-OWN_LAYERS = "LPIPS has its own five layers: leave layers out"
 SHOWN = 400  # pixels of the longer side of a picture on the sheet of distances
 
 
@@ -86,30 +85,29 @@ def distance(
         WeightsError: weights that are unavailable or do not reach the layers; with `lpips`, of a network other than
             VGG-16.
     """
-    if lpips and layers is not None:
-        raise InputError(OWN_LAYERS)
     first, second = _two(a, b, size)
     loss, loaded = _loss(layers, lpips, arch, weights)
     with torch.no_grad():
         maps = {name: each[0] for name, each in loss.maps(first, second).items()}
     values = {name: float(each.mean()) for name, each in maps.items()}
+    total = sum(values.values())
     full = (first.shape[2], first.shape[3])
     heats = {name: spread(each, full) for name, each in maps.items()}
-    total = torch.stack(list(heats.values())).sum(0)
+    summed = torch.stack(list(heats.values())).sum(0)
     tiles, labels = [_shown(first), _shown(second)], [_name(a, "A"), _name(b, "B")]
     by_layer = [(name, heats[name], values[name]) for name in heats]
-    together = [("all layers", total, sum(values.values()))] if len(heats) > 1 else []
+    together = [("all layers", summed, total)] if len(heats) > 1 else []
     for label, heat, value in together + by_layer:
         tiles.append(_shown(overlay(first, heat / heat.max().clamp_min(1e-6), colors)))
         labels.append(f"{label}: mean {value:.3g}, max {float(heat.max()):.3g}")
     what = "LPIPS" if lpips else "Perceptual distance"
     settings = {
-        "picture": "distance", "lpips": lpips, "total": sum(values.values()), "layers": values,
+        "picture": "distance", "lpips": lpips, "total": total, "layers": values,
         "arch": loaded.arch.name, "weights": loaded.label,
     }  # fmt: skip
-    title = f"{what} {sum(values.values()):.3g}, {net_label(loaded)}"
+    title = f"{what} {total:.3g}, {net_label(loaded)}"
     sheet = Sheet(tiles, labels, title, settings=settings)
-    return Distance(sum(values.values()), values, maps, total, sheet)
+    return Distance(total, values, maps, summed, sheet)
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,7 +147,7 @@ class Distances(Report):
         title = f"{what}, {self.arch}, weights {self.weights}: {of}"
         shown = dict(zip(self.names, apart(self.names), strict=True))
         columns = [Column("image", "image", shown.__getitem__, left=True)]
-        columns += [Column(name, name, _six) for name in ("total", *self.layers[0])]
+        columns += [Column(name, name, "{:.6g}".format) for name in ("total", *self.layers[0])]
         rows = zip(self.names, self.totals, self.layers, strict=True)
         return [Table(title, columns, [(name, total, *each.values()) for name, total, each in rows])]
 
@@ -188,8 +186,6 @@ def distances(
         InputError: as `distance`, naming the pair; no folder, or no two images of one name.
         WeightsError: as `distance`.
     """
-    if lpips and layers is not None:
-        raise InputError(OWN_LAYERS)
     first, second = (_images_in(Path(folder)) for folder in (a, b))
     names = sorted(first & second)
     if not names:
@@ -233,6 +229,8 @@ def _loss(
 ) -> tuple[PerceptualLoss, Weights]:
     """What measures the distance, and with which weights."""
     if lpips:
+        if layers is not None:
+            raise InputError("LPIPS has its own five layers: leave layers out")
         loaded = load(lpips_weights(weights), arch or "vgg16")
         return LPIPS(weights=loaded), loaded
     loaded = load(weights, arch)
@@ -242,10 +240,6 @@ def _loss(
     layers = layer_names(layers)
     channels = {name: loaded.arch.layer(name).channels for name in layers}  # the mean over them becomes the sum
     return PerceptualLoss(layers, layer_weights=channels, normalize_features=True, weights=loaded), loaded
-
-
-def _six(value: float) -> str:
-    return f"{value:.6g}"
 
 
 def _shown(image: Tensor) -> Image.Image:

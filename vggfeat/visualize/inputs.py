@@ -38,7 +38,7 @@ def chosen(channels: int | Sequence[int] | None, count: int, strength: Tensor, o
         channels = [whole_number("a channel", channel, least=0) for channel in channels]
         if not channels:
             raise InputError("no channel asked for: name at least one")
-        if bad := [c for c in channels if not 0 <= c < total]:
+        if bad := [c for c in channels if c >= total]:
             raise InputError(f"{what} has channels 0 to {total - 1}, got {', '.join(map(str, bad))}")
         return channels
     count = whole_number("count", count)
