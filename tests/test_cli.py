@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import click
@@ -554,6 +555,16 @@ def test_what_nohup_ignores_stays_ignored(vggstyle, folder, monkeypatch):
         assert vggstyle(*PAIR, "--quiet")[0] == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line_with_flags(vggstyle, folder):
+    shown = warnings.showwarning
+    code, _, err = vggstyle(*PAIR, "--optimizer", "adam", "--learning-rate", "100", "--steps", "3")
+    assert code == 0 and err.splitlines()[-2] == (
+        "vggstyle: no step improved on the picture to begin with, which is what is returned: lower --learning-rate"
+    )
+    assert warnings.showwarning is shown
 
 
 def test_pictures_that_are_read_are_not_replaced(vggstyle, folder):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import os
 import re
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +34,8 @@ def finish(command: click.Command) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")  # × and → are not in every code page
-    with contextlib.redirect_stderr(_Unheard(sys.stderr)):
+    with contextlib.redirect_stderr(_Unheard(sys.stderr)), warnings.catch_warnings():
+        warnings.showwarning = functools.partial(_warn, name, command)
         _finish(command, name)
 
 
@@ -54,6 +57,11 @@ def _finish(command: click.Command, name: str) -> None:
         said = " ".join(str(error).split())[:300] or "no details are known"
         fail(name, f"{type(error).__name__}: {said}", FAILED)
     sys.exit(code or 0)
+
+
+def _warn(name: str, command: click.Command, message: Warning | str, *_: object) -> None:
+    """A warning as one line: which line of ours led to it says nothing to who types commands."""
+    click.echo(f"{name}: {_with_flags(' '.join(str(message).split()), command)}", err=True)
 
 
 class _Unheard:
