@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -839,13 +841,14 @@ def test_no_network():
 
 
 @contextlib.contextmanager
-def serving(data, *, status=200, promise=0):
+def serving(data, *, status=200, promise=0, seconds=0):
     """A web server that answers every request with `data`, promising `promise` bytes more than it sends."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
+            time.sleep(seconds)
             self.send_response(status)
             self.send_header("Content-Length", str(len(data) + promise))
             self.end_headers()
@@ -881,6 +884,21 @@ def test_fetch(monkeypatch, net, state, capfd, terminal):
     assert (entry.filename in err and "100%" in err) if terminal else not err
     assert not out
     assert_same(W.load("imagenet"), net)  # with the server gone
+
+
+@pytest.mark.skipif(os.name == "nt", reason="fcntl")
+def test_of_several_that_want_a_file_one_fetches_it(monkeypatch, net, state):
+    data = torch_bytes(dict(state))
+    with serving(data, seconds=1) as (url, asked):
+        entry = publish(monkeypatch, data, folder=url)
+        with ThreadPoolExecutor(3) as threads:  # which lock one another out as processes do
+            found = [*threads.map(lambda _: W.find("imagenet"), range(3))]
+    assert found == [hub() / entry.filename] * 3 and asked == [f"/{entry.filename}"]
+    assert_same(W.load("imagenet"), net)
+    with serving(b"", status=404, seconds=1) as (url, asked), ThreadPoolExecutor(2) as threads:
+        publish(monkeypatch, data + b"0", folder=url)  # another file: the second tries for itself
+        errors = [*threads.map(lambda _: pytest.raises(WeightsUnavailableError, W.find, "imagenet"), range(2))]
+    assert len(asked) == 2 and all("answered 404" in str(error.value) for error in errors)
 
 
 def test_fetch_replaces_an_old_record(monkeypatch, state):

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, first_line
-from vggfeat.files import DAY, new_file, remove_leftovers
+from vggfeat.files import DAY, locked, new_file, remove_leftovers
 
 CONNECT_TIMEOUT = 5.0  # seconds until a server must have answered the call
 READ_TIMEOUT = 60.0  # seconds that a running download may stand still
@@ -136,11 +136,14 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 def fetch(url: str, folder: Path) -> Path:
     """Download a published file, verify it, and only then give it its name; on a terminal, with a progress bar.
 
+    Of several processes that want it at once, such as those of a training run, one downloads it for all.
+
     Args:
         url: where it is; the file's name publishes the start of its sha256.
         folder: where it goes; made if need be.
 
     Raises:
+        WeightsError: another process fetched it meanwhile, and it was changed since.
         WeightsUnavailableError: the server cannot be reached, refuses, or stops half way; or the folder is not
             writable; or what came is not what the name publishes. No partial file is left.
         InputError: the name publishes nothing.
@@ -155,20 +158,24 @@ def fetch(url: str, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder, DAY)
-        with opener.open(request, timeout=CONNECT_TIMEOUT) as response, new_file(path, overwrite=True) as file:
-            length = int(response.headers.get("Content-Length") or 0)
-            # disable=None: only where stderr is a terminal
-            with tqdm(total=length or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                while chunk := response.read(1 << 20):
-                    sha.update(chunk)
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            if file.tell() < length:
-                raise WeightsUnavailableError(f"download of {url} stopped after {file.tell()} of {length} bytes")
-            if not sha.hexdigest().startswith(digest):
-                raise WeightsUnavailableError(  # such as the page of a hotel's network
-                    f"{url} gave a file whose sha256 starts with {sha.hexdigest()[:8]}, expected {digest}"
-                )
+        with locked(folder, wait=True) as waited:
+            if waited and path.is_file():
+                verify(path, digest)
+                return path
+            with opener.open(request, timeout=CONNECT_TIMEOUT) as response, new_file(path, overwrite=True) as file:
+                length = int(response.headers.get("Content-Length") or 0)
+                # disable=None: only where stderr is a terminal
+                with tqdm(total=length or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+                    while chunk := response.read(1 << 20):
+                        sha.update(chunk)
+                        file.write(chunk)
+                        bar.update(len(chunk))
+                if file.tell() < length:
+                    raise WeightsUnavailableError(f"download of {url} stopped after {file.tell()} of {length} bytes")
+                if not sha.hexdigest().startswith(digest):
+                    raise WeightsUnavailableError(  # such as the page of a hotel's network
+                        f"{url} gave a file whose sha256 starts with {sha.hexdigest()[:8]}, expected {digest}"
+                    )
     except urllib.error.HTTPError as error:
         error.close()  # it is also the response, holding the connection
         raise WeightsUnavailableError(f"{url} answered {error.code} {error.reason}") from error

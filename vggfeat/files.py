@@ -184,22 +184,30 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
     """An advisory lock on a folder, as far as the system has locks; a process that dies releases it.
+
+    Args:
+        folder: which exists.
+        wait: for another that has it; the block is told whether there was one.
 
     Raises:
         InputError: another one has it.
     """
     if fcntl is None:
-        yield
+        yield False
         return
+    waited = False
     file = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InputError(f"another process is using {folder}: wait for it, or choose another") from error
-        yield
+                if not wait:
+                    raise InputError(f"another process is using {folder}: wait for it, or choose another") from error
+                waited = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield waited
     finally:
         os.close(file)
