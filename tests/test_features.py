@@ -210,6 +210,8 @@ def test_a_warning_made_an_error_comes_once(state, span, scale):
 
 def test_values_in_a_small_part_of_the_range_warn(state):
     f = VGGFeatures(["relu1_1"], weights=state, input_range=(0, 255))
+    with pytest.raises(AttributeError, match="input_range"):
+        f.input_range = (0, 1)
     f(torch.zeros(1, 3, 32, 32))  # black is black
     with pytest.warns(UserWarning, match=r"a small part of input_range=\(0, 255\)"):
         f(batch())

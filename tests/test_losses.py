@@ -1422,6 +1422,39 @@ def test_targets_encoded_beforehand_are_batches_of_a_data_loader():
     (batch, targets), _ = torch.utils.data.DataLoader(encoded, batch_size=2)
     assert len(targets) == 2 and loss(batch, targets) == 0
     assert torch.equal(loss(batch, targets[[1, 0]]), loss(images[:2], images[[1, 0]]))
+    # Lightning's plugins convert batches so
+    doubled = copy.copy(targets)
+    doubled.values = {name: value.double() for name, value in targets.values.items()}
+    assert loss(batch, doubled) == 0
+
+
+def test_a_target_serves_the_loss_of_whatever_class_it_became():
+    """FSDP makes a class of its own, and people subclass."""
+    loss = vggfeat.PerceptualLoss(["relu1_2"], weights=STATE)
+    images = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    target, expected = loss.encode(images[1]), loss(*images)
+    loss.__class__ = type("FSDPPerceptualLoss", (vggfeat.PerceptualLoss,), {})
+    assert loss(images[0], target) == expected
+    with pytest.raises(InputError, match="encoded by PerceptualLoss"):
+        vggfeat.StyleLoss(["relu1_2"], weights=STATE)(images[0], target)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning", "ignore:.torch.jit.:FutureWarning")
+def test_a_module_that_holds_a_loss_can_be_scripted():
+    class Host(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 3, 1)
+            self.loss = vggfeat.PerceptualLoss(["relu1_2"], weights=STATE)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    host, file = Host(), io.BytesIO()
+    torch.jit.save(torch.jit.script(host), file)
+    file.seek(0)
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.jit.load(file)(x), host(x))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning", "ignore:.torch.jit.:FutureWarning")

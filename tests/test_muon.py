@@ -206,3 +206,67 @@ def test_a_closure_computes_the_gradients_first():
 
     assert Muon([weight], lr=0.1).step(closure) == before.square().sum()
     assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_the_polar_direction_is_three_of_jordans_iterations(shape):
+    """Of each singular value s: x ← 3.4445 x - 4.775 x³ + 2.0315 x⁵, three times, from s / ‖matrix‖."""
+
+    torch.manual_seed(0)
+    matrix = torch.randn(*shape, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    x = s / matrix.norm()
+    for _ in range(3):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    expected = matrix.norm() * (u * x) @ vh
+    torch.testing.assert_close(polar_direction(matrix), expected, rtol=1e-9, atol=1e-9)
+
+
+def _stepped(values, grads, **options):
+
+    groups = options.pop("groups", None)
+    made = [torch.nn.Parameter(value.clone()) for value in values]
+    for value, grad in zip(made, grads, strict=True):
+        value.grad = grad.clone()
+    Muon([{"params": [v], **g} for v, g in zip(made, groups, strict=True)] if groups else made, **options).step()
+    return [value.detach() for value in made]
+
+
+def test_filters_of_1x1_are_filters():
+    """VGG-C has them."""
+    torch.manual_seed(0)
+    before, grad = torch.randn(2, 6, 8, 1, 1)
+    small, large = (_stepped([before], [grad * by], lr=0.1, weight_decay=0.5)[0] for by in (1, 1000))
+    torch.testing.assert_close(small, large)
+    assert float(small.norm()) == pytest.approx(float(before.norm()), rel=1e-5)
+
+
+def test_each_group_of_filters_has_its_rate():
+    torch.manual_seed(0)
+    filters, grads = torch.randn(2, 2, 6, 4, 3, 3)
+    rates = (0.01, 0.2)
+    moved = _stepped(filters, grads, groups=[{"lr": rate} for rate in rates])
+    for before, after, rate in zip(filters, moved, rates, strict=True):
+        alone = _stepped([before], [grads[0] if rate == rates[0] else grads[1]], lr=rate)[0]
+        torch.testing.assert_close(after, alone)
+        angle = torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0)
+        assert float(angle.clamp(max=1).acos()) == pytest.approx(rate, rel=0.15)  # orthogonal to about that
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-10, 1e-15])
+def test_tiny_gradients_of_filters_are_as_good(scale):
+    torch.manual_seed(0)
+    before, grad = torch.randn(2, 6, 4, 3, 3)
+    torch.testing.assert_close(*(_stepped([before], [grad * by])[0] for by in (1, scale)), rtol=1e-3, atol=1e-4)
+
+
+def test_polar_directions_in_bfloat16_are_near():
+
+    torch.manual_seed(0)
+    errors = []
+    for _ in range(4):
+        u, _, vh = torch.linalg.svd(torch.randn(32, 288, dtype=torch.float64), full_matrices=False)
+        matrix = ((u * torch.logspace(0, -2, 32)) @ vh).bfloat16()
+        exact = polar_direction(matrix.double())
+        errors.append(float((polar_direction(matrix).double() - exact).norm() / exact.norm()))
+    assert max(errors) < 0.02

@@ -37,6 +37,7 @@ from vggfeat.training.batches import split_holdout
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World
 from vggfeat.training.folder import NEEDED, Epoch
+from vggfeat.training.learner import Learner
 from vggfeat.training.muon import Muon
 
 REPO = Path(__file__).resolve().parents[1]
@@ -1577,3 +1578,65 @@ def test_muon_takes_the_momentum_and_a_warm_up_is_rounded():
     assert {group["momentum"] for group in groups} == {0.8}
     warm = rates(TrainConfig(lr=1.0, epochs=10, schedule="constant", warmup=0.29))  # 2.9 steps
     assert warm[2] < 1 == warm[3]
+
+
+def test_a_linear_schedule_after_a_warm_up_ends_at_0():
+    warm = rates(TrainConfig(lr=1.0, epochs=10, schedule="linear", warmup=2.0))
+    assert warm[20:] == pytest.approx([1 - i / 80 for i in range(80)])
+
+
+def test_shares_of_mixed_images_have_their_own_distributions(torchvision):
+
+    images, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
+    for option in ("mixup", "cutmix"):
+        mean = {}
+        for alpha in (0.05, 20.0):  # Beta(α, α): near 0 or 1, or near ½
+            torch.manual_seed(0)
+            mix = components.mixing(TrainConfig(**{option: alpha}), 4)
+            shares = torch.stack([mix(images, labels)[1].amax(1).mean() for _ in range(50)])
+            mean[alpha] = float(shares.mean())
+        assert mean[0.05] > mean[20.0] + 0.03, option
+
+
+def _learner(**changes):
+
+    torch.manual_seed(0)
+    net = vggfeat.vgg11(3, width=0.125, head="slim").to(memory_format=torch.channels_last)
+    return Learner(net, TrainConfig(batch_size=4, **changes), World(CPU), torch.float16)
+
+
+def test_the_scale_of_losses_halves_where_gradients_overflow_and_is_saved():
+    learner = _learner()
+    scale = learner.scaler.get_scale()
+    before = {key: value.clone() for key, value in learner.net.state_dict().items()}
+    images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    learner.step(images * 1e7, labels, labels, True)  # infinite in float16
+    assert all(torch.equal(value, before[key]) for key, value in learner.net.state_dict().items())
+    assert learner.scaler.get_scale() == scale / 2
+    other = _learner()
+    other.load_state_dict(learner.state_dict())
+    assert other.scaler.get_scale() == scale / 2
+
+
+def test_muon_computes_in_float32_where_the_network_does_in_float16():
+
+    net = vggfeat.vgg11(num_classes=2, width=0.125, head="slim")
+    assert components.optimizer(net, TrainConfig(optimizer="muon", precision="float16")).dtype == torch.float32
+
+
+def test_dropout_is_what_the_settings_say():
+    """Of a network that begins anew, one with weights, and one that goes on."""
+
+    state = vggfeat.vgg11(num_classes=3, width=0.125, head="slim").state_dict()
+    scratch = components.network(TrainConfig(arch="vgg11", width=0.125, dropout=0.2), 3)
+    given = TrainConfig(weights=state, dropout=0.2)
+    for net in (scratch, components.network(given, 3), components.network(given, 3, scratch.arch)):
+        assert {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)} == {0.2}
+
+
+def test_a_new_head_is_drawn_as_the_settings_say():
+
+    state = vggfeat.vgg11(num_classes=3, head="slim", width=0.5).state_dict()
+    net = components.network(TrainConfig(weights=state, new_head=True, init="paper"), 1000)
+    assert float(net.classifier[-1].weight.detach().std()) == pytest.approx(0.1, rel=0.05)  # section 3.1
+    assert torch.equal(net.features[0].weight, state["features.0.weight"])

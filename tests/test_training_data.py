@@ -19,10 +19,10 @@ from PIL import Image
 import vggfeat
 from vggfeat.errors import ImageError, InputError, RunError
 from vggfeat.training import batches as batches_module, data as data_module
-from vggfeat.training.batches import Batches, normalised, scale_for, seeded
+from vggfeat.training.batches import Batches, normalised, scale_for, seeded, split_holdout
 from vggfeat.training.cifar import read_cifar
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import Readers, ScaledImages, load_images
+from vggfeat.training.data import ImageSet, Readers, ScaledImages, load_images
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
@@ -798,3 +798,75 @@ def test_scales_that_no_crop_fits_are_refused(mixed, torchvision):
     found, _ = load_images(pictures.folder(mixed[1], mixed[0]))
     with pytest.raises(InputError, match="resize 31 with pad 0 is smaller than size 32"):
         epoch(found, resize=(31,))
+
+
+def numbered(count=12, classes=3, read=None):
+    pixels = torch.zeros(count, 32, 32, 3, dtype=torch.uint8)
+    pixels[..., 2] = torch.arange(count, dtype=torch.uint8)[:, None, None]
+    labels = torch.arange(count) % classes
+    return ImageSet("ramp", [str(i) for i in range(classes)], labels, [str(i) for i in range(count)], read, pixels)
+
+
+def test_a_holdout_is_the_nearest_number_of_each_class():
+    train, test = split_holdout(numbered(38, 2), 0.1, 0)  # 0.1 · 19 = 1.9
+    assert test.labels.bincount().tolist() == [2, 2] and len(train) == 34
+
+
+def test_other_files_are_of_the_training_part_alone(tmp_path):
+    found, _ = load_images(pictures.folder(tmp_path, pictures.tree(8) | {"ant/notes.txt": b"x"}))
+    train, test = split_holdout(found, 0.25, 0)
+    assert (train.others, test.others) == (["ant/notes.txt"], [])
+
+
+def test_random_operations_differ_between_epochs(monkeypatch, torchvision):
+    """TrivialAugment draws its operations, and which images share one, anew in every epoch."""
+    from torchvision.transforms import v2
+
+    drawn, groups = [], []
+
+    def forward(self, x):
+        drawn.append(int(torch.randint(1 << 30, ())))
+        groups.append(frozenset(x[:, 2, 0, 0].tolist()))
+        return x
+
+    monkeypatch.setattr(v2.TrivialAugmentWide, "forward", forward)
+    monkeypatch.setattr(batches_module, "OPERATIONS", 4)
+    config = TrainConfig(batch_size=4, flip="none", pad=0, augment="trivialaugment")
+    batches = Batches(numbered(), config, 32, World(CPU))
+    for number in (0, 1):
+        list(batches.epoch(number))
+    assert len(drawn) == 8 and not {*drawn[:4]} & {*drawn[4:]}
+    assert {*groups[:4]} != {*groups[4:]}
+
+
+def _read(batches, epoch):
+    order = torch.arange(12).view(3, 4)
+    read = list(batches._read(batches.readers, order, epoch, range(3)))
+    return torch.cat([numbers for numbers, _ in read]), torch.cat([crops for _, crops in read])
+
+
+def test_an_image_that_is_read_is_cropped_elsewhere_in_another_epoch(torchvision):
+    """Of a set that is read from files: red is the row that a crop begins with, green the column."""
+    from PIL import Image
+
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    whole = Image.fromarray(torch.stack([rows, columns, rows], -1).byte().numpy())
+    images = numbered(read=lambda i: whole)
+    images.pixels = None
+    config = TrainConfig(batch_size=4, flip="none", pad=0, resize=(64,), workers=0)
+    batches = Batches(images, config, 32, World(CPU))
+    corners = [
+        {int(n): tuple(c[:2, 0, 0].tolist()) for n, c in zip(numbers, crops, strict=True)}
+        for epoch in (0, 1)
+        for numbers, crops in [_read(batches, epoch)]
+    ]
+    assert all(len({*each.values()}) > 8 for each in corners)  # of one epoch
+    assert sum(corners[0][n] == corners[1][n] for n in range(12)) < 3  # one in 33² by chance
+
+
+def test_padding_may_make_up_for_a_small_scale(tmp_path, torchvision):
+    images, _ = load_images(pictures.folder(tmp_path, pictures.tree(4)))
+    images.pixels = None
+    config = TrainConfig(batch_size=4, flip="none", pad=2, resize=(28,), workers=0)
+    batches = list(Batches(images, config, 32, World(CPU)).epoch(0))
+    assert [part.images.shape for (part,) in batches] == [(4, 3, 32, 32)] * 3

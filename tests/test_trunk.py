@@ -22,8 +22,8 @@ from vggfeat.features import VGGFeatures
 from vggfeat.losses import PerceptualLoss, StyleLoss
 from vggfeat.trunk import Plan, Trunk, bits, direct, layers, operators, plain, run, strips, walk
 from vggfeat.trunk.bits import pack, unpack
-from vggfeat.trunk.filters import bounds, by_stage
-from vggfeat.trunk.stage import ByRows
+from vggfeat.trunk.filters import Filters, bounds, by_stage
+from vggfeat.trunk.stage import ByRows, GradientAccumulator
 from vggfeat.weights import load
 
 # Table 1 of the paper: channels as multiples of the first block's, M for a pool; "c1" is a 1×1 convolution
@@ -976,6 +976,25 @@ def test_plan_code_reads_back(arch):
     plan = Plan(arch, ("relu3_1", "conv1_1"), "l2", "reflect")
     assert Plan.decode(plan.code) == plan
     assert plan.by_depth == ("conv1_1", "relu3_1")
+
+
+def test_bounds_count_what_biases_add():
+
+    first, second = torch.zeros(2, 3, 3, 3), torch.zeros(1, 2, 3, 3)
+    first[0, 0, 1, 1], second[0, :, 0, 0] = 2.0, torch.tensor([3.0, -4.0])
+    biases = torch.tensor([5.0, -7.0]), torch.tensor([-1.0])
+    found = [*bounds(Filters(w, b, w) for w, b in zip((first, second), biases, strict=True))]
+    # |3| · 2 of the image, |-1| + |3| · 5 + |-4| · |-7| besides
+    assert found == [(2.0, 7.0), (6.0, 44.0)]
+
+
+def test_a_callers_gradient_is_left_alone_by_one_that_comes_in_rows():
+
+    given, tap = torch.ones(1, 2, 4, 4).contiguous(memory_format=torch.channels_last), torch.zeros(1, 2, 4, 4)
+    flow = GradientAccumulator()
+    flow.add(given)
+    flow.add(ByRows(lambda part, rows: part + 2, tap))
+    assert torch.equal(flow.grad, torch.full_like(given, 3)) and torch.equal(given, torch.ones_like(given))
 
 
 # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────────────

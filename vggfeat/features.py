@@ -61,6 +61,11 @@ class VGGFeatures(nn.Module):
         WeightsError: weights that are unavailable, or do not reach the deepest layer.
     """
 
+    __jit_unused_properties__ = (
+        "arch",
+        "input_range",
+    )  # so that modules that hold this one can be scripted, though not calls of it
+
     def __init__(
         self,
         layers: Sequence[str],
@@ -99,7 +104,7 @@ class VGGFeatures(nn.Module):
         self.layers = names
         self.weights = loaded.label
         self.precision = precision
-        self.input_range = (low, high)
+        self._input_range = (low, high)
         self.repeat_grey = repeat_grey
         self.keep = keep
         arch = loaded.arch
@@ -133,10 +138,16 @@ class VGGFeatures(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property
+    def input_range(self) -> tuple[float, float]:
+        """The lowest and the highest value of an image; it cannot be changed."""
+        return self._input_range
+
+    @property
     def arch(self) -> Arch:
         """The network."""
         return self.plan.arch
 
+    @torch.jit.unused
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The taps.
 

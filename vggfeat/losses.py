@@ -37,7 +37,7 @@ REDUCTIONS = ("none", "mean", "sum")
 VALUES_AT_A_TIME = 1 << 22  # of the first layer's output, 16 MB in float32
 
 
-@dataclass(frozen=True, eq=False)  # comparing tensors gives no single bool
+@dataclass(eq=False)  # comparing tensors gives no single bool; frameworks that move batches refuse a frozen one
 class EncodedTarget:
     """What a loss remembers of its targets; made by `encode`, given to the loss in place of the images.
 
@@ -106,6 +106,8 @@ default_collate_fn_map[EncodedTarget] = lambda batch, *, collate_fn_map=None: En
 class _FeatureLoss(nn.Module):
     """A weighted sum over layers of a distance between a VGG's features of two batches of images."""
 
+    __jit_unused_properties__ = ("_signature",)  # so that hosts can be scripted, though not calls of the loss
+
     def __init__(
         self,
         layers: Sequence[str] = (),
@@ -157,6 +159,7 @@ class _FeatureLoss(nn.Module):
             values = self._represent(target.detach(), mask)
         return EncodedTarget(values, size, self._signature)
 
+    @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None = None) -> Tensor:
         """The loss of `input` against `target`.
 
@@ -355,8 +358,9 @@ class _FeatureLoss(nn.Module):
     def _signature(self) -> str:
         features, plan = self.features, self.features.plan
         normalized = ", normalized features" * self.normalize_features
+        own = next(each for each in type(self).__mro__ if each.__module__.startswith("vggfeat."))  # FSDP renames it
         return (
-            f"{type(self).__name__} of {', '.join(sorted(features.layers))}{normalized}, {plan.arch.name} with "
+            f"{own.__name__} of {', '.join(sorted(features.layers))}{normalized}, {plan.arch.name} with "
             f"{'/'.join(map(str, plan.arch.channels))} channels, {plan.pooling} pooling, {plan.padding} padding, "
             f"weights {self._checksum}"
         )
