@@ -539,15 +539,34 @@ def test_a_run_does_not_go_on_at_another_size(tmp_path, monkeypatch):
 
 
 def test_what_is_left_out_is_told_once(tmp_path):
-    files = pictures.tree(8) | {"ant/x.heic": b"-", "bee/notes.txt": b"-"}
+    files = pictures.tree(8) | {"ant/x.heic": b"-", "bee/notes.txt": b"-", "loose.png": b"-", "README": b"-"}
     for holdout in (0, 0.25):
         lines = []
         source = pictures.folder(tmp_path / f"s{holdout}", files)
         config = TrainConfig(**TINY | {"epochs": 1, "holdout": holdout})
         vggfeat.train(source, config, folder=tmp_path / f"r{holdout}", announce=lines.append)
         assert [line for line in lines if "left out" in line] == [
-            f"left out 2 files of {source} without an image suffix: ant/x.heic …"
+            f"left out 3 files of {source} outside its folders or without an image suffix: ant/x.heic …"
         ]
+        (found,) = (line for line in lines if "images of" in line and "left" not in line)
+        assert found.startswith(f"{24 if not holdout else 18} images of 3 classes at 32 px, in memory; ")
+
+
+def test_crops_are_told_with_what_they_are_cut_from(tmp_path, torchvision):
+    mixed = pictures.tree(8, width=48, height=40) | {"ant/t.png": pictures.encoded(pictures.picture("ant", 7, 40, 60))}
+    one, several = (tmp_path / name for name in ("one", "several"))
+    pictures.folder(one, pictures.tree(8, width=48, height=40))
+    pictures.folder(several, mixed)
+    for source, changes, said in (
+        (one, {}, "40 px, in memory"),
+        (one, {"size": 32}, "32 px cropped from 40, in memory"),
+        (one, {"size": 32, "resize": (36,)}, "32 px cropped from 36, in memory"),
+        (several, {"size": 56}, "56 px cropped from 64, read in every epoch"),
+        (several, {"size": 32, "resize": (34, 40)}, "32 px cropped from 34 to 40, read in every epoch"),
+    ):
+        images, _ = vggfeat.load_images(source, resize=changes.get("resize"))
+        made = loop._Run(TrainConfig(**TINY | changes), images, None, World(CPU), tmp_path, None)
+        assert f"images of 3 classes at {said}; no test set" in [*made.summary([])][1]
 
 
 def test_an_empty_path_is_not_the_folder_where_one_is(tmp_path, monkeypatch):

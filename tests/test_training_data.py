@@ -148,7 +148,8 @@ def test_class_folders(tmp_path, kind):
     found, test = load_images(path)
     assert test is None
     assert found.classes == ["ant", "bee", "cow"]
-    assert found.labels.bincount().tolist() == [3, 4, 3] and found.others == ["bee/notes.txt"]
+    assert found.labels.bincount().tolist() == [3, 4, 3]
+    assert found.others == ["bee/notes.txt"] + ["cover.png"] * (kind == "zip")
     assert found.pixels.shape == (10, 32, 32, 3)
     for i in (0, 4, 9):
         assert numpy.array_equal(found.pixels[i].numpy(), numpy.asarray(found.read(i)))
@@ -279,7 +280,7 @@ class Readings(torch.utils.data.Dataset):
         return os.getpid(), i
 
 
-@pytest.mark.parametrize("method", {"fork", "spawn"} & {*multiprocessing.get_all_start_methods()})
+@pytest.mark.parametrize("method", sorted({"fork", "spawn"} & {*multiprocessing.get_all_start_methods()}))
 def test_processes_that_read_stay_until_they_are_ended(method, monkeypatch):
     """A plan that is given up half way, of which more was read than was taken, leaves nothing to the next."""
     monkeypatch.setattr(data_module, "_start_method", lambda: method)
@@ -870,3 +871,32 @@ def test_padding_may_make_up_for_a_small_scale(tmp_path, torchvision):
     config = TrainConfig(batch_size=4, flip="none", pad=2, resize=(28,), workers=0)
     batches = list(Batches(images, config, 32, World(CPU)).epoch(0))
     assert [part.images.shape for (part,) in batches] == [(4, 3, 32, 32)] * 3
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train", "val"),
+        ("Training", "Testing"),
+        ("training_set", "test_set"),
+        ("TRAIN", "eval"),
+        ("train2017", "val2017"),
+        ("train-images", "Validation Images"),
+    ],
+)
+def test_folders_for_training_and_test_by_their_usual_names(tmp_path, train, test):
+    files = {f"{train}/{name}": content for name, content in pictures.tree(2).items()}
+    files |= {f"{test}/{name}": content for name, content in pictures.tree(1).items()}
+    first, second = load_images(pictures.folder(tmp_path / "s", files))
+    assert (len(first), len(second), first.classes) == (6, 3, ["ant", "bee", "cow"])
+    more = files | {f"test_more/{name}": content for name, content in pictures.tree(1).items()}
+    with pytest.raises(InputError, match=f"give one of them, such as .*{train}, and to train another with --test"):
+        load_images(pictures.folder(tmp_path / "t", more))
+
+
+def test_classes_may_be_called_like_one_of_them(tmp_path):
+    files = {
+        f"{kind}/{i}.png": pictures.encoded(pictures.picture("ant", i)) for kind in ("train", "plane") for i in (1, 2)
+    }
+    first, second = load_images(pictures.folder(tmp_path / "s", files))
+    assert first.classes == ["plane", "train"] and second is None

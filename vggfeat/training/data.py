@@ -11,6 +11,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import tarfile
 import threading
 import zipfile
@@ -31,7 +32,7 @@ from vggfeat.image import SUFFIXES, open_image, pixels_of
 from vggfeat.signals import ignore_termination
 from vggfeat.training.cifar import cifar_files, missing_files, read_cifar
 
-TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
+TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation", "eval", "evaluation")
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 NAMED = 5  # unreadable images that a message names
 SIZES = 1000  # files whose sizes are looked at, at most
@@ -50,7 +51,7 @@ class ImageSet:
         read: gives image number i, RGB.
         pixels: (N,H,W,3) uint8 where all of them are in memory, else None.
         skipped: of those that could not be read and were left out, the label by name.
-        others: files in class folders that lack an image suffix.
+        others: files that were left out: in class folders without an image suffix, or with one beside these folders.
         size_of: gives the size in bytes of the file of that name, where there are files.
     """
 
@@ -125,7 +126,8 @@ def load_images(
 
     Args:
         data: CIFAR-10 or CIFAR-100 as published (the folder or the .tar.gz, Python's or the binary version); a folder
-            of class folders, or a zip of one, read in place; or either of them with `train` and `test` (`val`) in it.
+            of class folders, or a zip of one, read in place; or either of them with two folders in it, one of `TRAIN`
+            and one of `TEST`, such as `train` and `val`, or `Training_Set` and `Test_Set`.
             A set that was read already is passed on.
         test: the same for the test set, where `data` holds none.
         resize: shorter side that the images are brought to, in pixels, one number or a range; a range is drawn from in
@@ -225,15 +227,20 @@ def _parts(path: Path) -> list[_Tree]:
         folders = [name.rstrip("/") for name in names if name.endswith("/")]
     tree = _stripped(_Tree(path, "", sorted(filter(_visible, files)), sorted(filter(_visible, folders))))
     tops = {name.split("/")[0] for name in tree.files if "/" in name}
-    trains, tests = (sorted(name for name in tops if name.lower() in wanted) for wanted in (TRAIN, TEST))
+    trains, tests = (sorted(name for name in tops if _purpose(name) in wanted) for wanted in (TRAIN, TEST))
     if not (trains and tests):
         return [tree]
     if len(tops) > 2:
         raise InputError(
             f"{path} has {', '.join(sorted(tops))}: expected class folders, or one folder for training and one for the "
-            "test; name the two as DATA and --test (test=)"
+            f"test; give one of them, such as {path / trains[0]}, and to train another with --test (test=)"
         )
     return [_stripped(_under(tree, part)) for part in (trains[0], tests[0])]
+
+
+def _purpose(folder: str) -> str:
+    """What a folder is for, such as `train` for Train, train_set, train-images, train2017."""
+    return re.sub(r"[^a-z]|(set|images|data)$", "", folder.lower())
 
 
 def would_hold(source: Path, folder: Path) -> bool:
@@ -281,7 +288,7 @@ def _class_folders(path: Path, tree: _Tree) -> ImageSet:
         )
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[name.split("/")[0]] for name in names], device="cpu")
-    others = [name for name in tree.files if "/" in name and not name.lower().endswith(SUFFIXES)]
+    others = [name for name in tree.files if ("/" in name) != name.lower().endswith(SUFFIXES)]
     read = _Reader(path, tree.prefix, names)
     return ImageSet(
         f"{path}/{tree.prefix}".rstrip("/"), classes, labels, names, read, others=others, size_of=read.size_of

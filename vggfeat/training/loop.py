@@ -266,8 +266,11 @@ class _Run:
             f", {learning / 1e6:.2f} M of them learning" if config.freeze else ""
         )
         where = "in memory" if self.images.pixels is not None else "read in every epoch"
+        sides = self.config.resize or (self.images.side if self.images.pixels is not None else scale_for(self.size),)
+        crop = f" cropped from {' to '.join(map(str, sides))}" if sides != (self.size,) else ""
         test = f"{len(self.test):,} for the test" if self.test is not None else "no test set"
-        yield f"{len(self.images):,} images of {len(self.images.classes)} classes at {self.size} px, {where}; {test}"
+        found = f"{len(self.images):,} images of {len(self.images.classes)} classes"
+        yield f"{found} at {self.size} px{crop}, {where}; {test}"
         precision, device = str(self.dtype).removeprefix("torch."), str(self.world.device)
         if emulates(self.dtype, self.world.device):
             device += ", which computes it in loops: float32 is about ten times as fast"
@@ -280,7 +283,8 @@ class _Run:
                 yield f"left out {counted(len(each.skipped), 'image')} of {each.label} that cannot be read: {named}"
             if each is not None and each.others:
                 named = each.others[0] + " …" * (len(each.others) > 1)
-                yield f"left out {counted(len(each.others), 'file')} of {each.label} without an image suffix: {named}"
+                odd = "outside its folders or without an image suffix"
+                yield f"left out {counted(len(each.others), 'file')} of {each.label} {odd}: {named}"
         yield from damaged
 
     # ── the state ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,6 +31,7 @@ VECTOR = (".pdf", ".svg")
 MARGIN, GAP, SMALL, LARGE = 12, 6, 13, 18  # pixels; the last two are letter heights
 DPI = 100
 LONGEST = 60  # letters of a label
+NARROW = 320  # pixels that a title may be wide, or as wide as the pictures under it
 FONT = "DejaVuSans.ttf"
 
 
@@ -41,8 +42,8 @@ class Sheet:
     Attributes:
         tiles: the pictures; a single one without label and title is the whole sheet.
         labels: one for each tile, or none at all.
-        title: a line above everything.
-        columns: how many tiles side by side; None makes the sheet about square, or as wide as its title.
+        title: above everything, in lines as wide as the tiles.
+        columns: how many tiles side by side; None makes the sheet about square, or nearly as wide as its title.
         settings: stored in the file, as JSON; PDF and SVG hold none.
 
     Raises:
@@ -120,10 +121,12 @@ class Sheet:
         rows = math.ceil(count / columns)
         if self.columns is None:
             columns = math.ceil(count / rows)  # so that the last row is about as full as the others
-        top = MARGIN + (LARGE + 2 * GAP if title else 0)
-        width = 2 * MARGIN + max(columns * (wide + GAP) - GAP, title_width)
+        grid = columns * (wide + GAP) - GAP
+        lines = _lines(title, max(grid, NARROW))
+        top = MARGIN + len(lines) * (LARGE + GAP) + (GAP if title else 0)
+        width = 2 * MARGIN + max(grid, *(math.ceil(_font(LARGE).getlength(line)) for line in lines), 0)
         picture = Image.new("RGB", (width, top + rows * (high + GAP) - GAP + MARGIN), "white")
-        texts = [(MARGIN, MARGIN + LARGE // 2, title, LARGE, "lm")] if title else []
+        texts = [(MARGIN, MARGIN + LARGE // 2 + i * (LARGE + GAP), line, LARGE, "lm") for i, line in enumerate(lines)]
         for i, (tile, label) in enumerate(zip(self.tiles, labels, strict=True)):
             x, y = MARGIN + i % columns * (wide + GAP), top + i // columns * (high + GAP)
             picture.paste(tile, (x + (wide - tile.width) // 2, y + head))
@@ -141,6 +144,17 @@ def _font(height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         with contextlib.suppress(OSError):
             return ImageFont.truetype(str(place), height)
     return ImageFont.load_default(height)
+
+
+def _lines(title: str, width: int) -> list[str]:
+    """A title broken between words into lines of at most so many pixels; a longer word is a line of its own."""
+    lines: list[str] = []
+    for word in title.split():
+        if lines and _font(LARGE).getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def _drawable(text: str) -> str:
