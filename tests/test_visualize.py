@@ -502,6 +502,14 @@ def test_dreams_of_a_run_s_classes_have_their_names(headed, tmp_path, call):
     assert dream("pool5", [1], names=["ant", "bee"], **options | headless).labels == ["1"]
     code, _, err = call("dream --class 4 --size 32 --steps 1", weights=str(tmp_path))
     assert code == 0 and "fc elk: " in err
+    code, _, err = call("dream --class bee,dog --size 32 --steps 1", weights=str(tmp_path))
+    assert code == 0 and "fc bee: " in err and "fc dog: " in err
+    code, _, err = call("cam photo.png --class cat", weights=str(tmp_path))
+    assert code == 0 and "class 2 cat: " in err
+    code, _, err = call("cam photo.png --class kat", weights=str(tmp_path))
+    assert code == 2 and "no class 'kat': did you mean cat" in err
+    code, _, err = call("cam photo.png --class 1,2", weights=str(tmp_path))
+    assert code == 2 and "--class is one class, got '1,2'" in err
 
 
 def test_a_dream_of_a_class_needs_a_classifier(small):

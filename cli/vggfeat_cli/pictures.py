@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 import vggfeat
-from vggfeat.errors import counted
+from vggfeat.errors import counted, nearest
 from vggfeat_cli.options import Values
 from vggfeat_cli.reports import SUFFIXES, check_outputs, finish_report
 from vggfeat_cli.run import FAILED, INTERRUPTED, Target, print_result, progress_bar
@@ -36,6 +36,20 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gen
                 self.fail(f"expected a rising range of at most 10000, got {part!r}", param, ctx)
             numbers += range(first, last + 1)
         return numbers
+
+
+def _class_numbers(said: str, weights: str) -> list[int]:
+    """Numbers as they are; names by what a run recorded."""
+    from vggfeat.weights import run_metadata
+
+    names = run_metadata(weights).get("classes") or []
+    parts = [said] if said in names else [part.strip() for part in said.split(",")]
+    if not names or not any(re.search(r"[^\d-]", part) for part in parts):
+        return _Numbers().convert(said, None, None)  # type: ignore[no-any-return]
+    for part in parts:
+        if part not in names:
+            raise vggfeat.InputError(f"the weights have no class {part!r}: {nearest(part, names)}")
+    return [names.index(part) for part in parts]
 
 
 def _channels(command: Command) -> Command:
@@ -155,7 +169,11 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> int
 @click.command("dream")
 @click.option("--layer", help="Which layer.  [default: relu3_1; with --class the classifier's last]")
 @_channels
-@click.option("--class", "classes", type=_Numbers(), help="Classes instead: numbers such as 281; needs a classifier.")
+@click.option(
+    "--class",
+    "classes",
+    help="Classes instead: numbers such as 281,285, or of a run's their names; needs a classifier.",
+)
 @_count(9)
 @click.option("--unit", is_flag=True, help="The middle unit instead of the whole channel.")
 @click.option(
@@ -172,7 +190,7 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> int
 @_device
 @_quiet
 @_common
-def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet: bool, **options: Any) -> int:
+def dream(output: str | None, overwrite: bool, classes: str | None, quiet: bool, **options: Any) -> int:
     """Images that excite channels, units or classes most.
 
     Ctrl-C stops early and saves the pictures as they stand.
@@ -181,7 +199,7 @@ def dream(output: str | None, overwrite: bool, classes: list[int] | None, quiet:
         for other, field in (("--channel", "channels"), ("--layer", "layer")):
             if options[field] is not None:
                 raise vggfeat.InputError(f"give {other} or --class, not both")
-        options |= {"channels": classes, "layer": "fc8"}
+        options |= {"channels": _class_numbers(classes, options["weights"]), "layer": "fc8"}
     from vggfeat.arch import HEAD_NAMES
     from vggfeat.visualize import dream
     from vggfeat.weights import load, run_metadata
@@ -344,12 +362,12 @@ def _distances(
 
 @click.command("cam")
 @click.argument("image", type=click.Path())
-@click.option("--class", "class_index", type=int, help="Which class.  [default: the top one]")
+@click.option("--class", "chosen", help="Which class: its number, or of a run's its name.  [default: the top one]")
 @click.option("--layer", help="Which layer.  [default: the last ReLU before the classifier]")
 @_size(None, "Long side of the image in pixels.  [default: 224; for a run, such that the shorter is as trained]")
 @_colors("turbo")
 @_common
-def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> int:
+def cam(image: str, output: str | None, overwrite: bool, chosen: str | None, **options: Any) -> int:
     """Where the classifier sees a class in IMAGE (Grad-CAM).
 
     It needs weights with a classifier: imagenet, a run's folder, or a file with one.
@@ -358,6 +376,10 @@ def cam(image: str, output: str | None, overwrite: bool, **options: Any) -> int:
     from vggfeat.visualize import cam
 
     options["size"] = "auto" if options["size"] is None else options["size"]
+    if chosen is not None:
+        options["class_index"], *more = _class_numbers(chosen, options["weights"])
+        if more:
+            raise vggfeat.InputError(f"--class is one class, got {chosen!r}")
     result = cam(image, **options)
     name = "" if result.class_name is None else f" {result.class_name}"
     click.echo(f"class {result.class_index}{name}: {100 * result.probability:.1f} %", err=True)
