@@ -833,6 +833,11 @@ def test_grad_cam_finds_the_red_square_that_a_class_stands_for():
 
 
 def test_a_class_or_classifier_that_is_not_there(headed, small):
+    for wrong in (-1, 1.5, "1"):
+        with pytest.raises(vggfeat.InputError, match="class_index must be a whole number of at least 0"):
+            cam(noise(32, 32), wrong, net=headed)
+    with pytest.raises(vggfeat.InputError, match="mean and std are three numbers each"):
+        cam(noise(32, 32), net=headed, mean=(0.5, 0.5))
     with pytest.raises(vggfeat.InputError, match="classes 0 to 4 here, got 5"):
         cam(noise(32, 32), 5, net=headed)
     with pytest.raises(vggfeat.WeightsError, match="hold no classifier"):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vggfeat.arch import MIN_SIDE, Arch, layer_names
-from vggfeat.errors import ImageError, InputError, counted
+from vggfeat.errors import ImageError, InputError, counted, whole_number
 from vggfeat.functional import upcast
 from vggfeat.image import SUFFIXES, ImageLike, as_picture, fit, resize, to_pil
 from vggfeat.losses import PerceptualLoss
@@ -324,6 +324,8 @@ def cam(
     if useless:
         raise InputError(f"{useless[0]} has no effect {'without' if net is None else 'with'} net: leave it out")
     mean, std = IMAGENET.mean if mean is None else mean, IMAGENET.std if std is None else std
+    if len(mean) != 3 or len(std) != 3:
+        raise InputError(f"mean and std are three numbers each, for red, green and blue; got {mean} and {std}")
     picture = as_picture(image)  # before the weights, which may need fetching
     image = image if isinstance(image, Tensor) else picture  # a file is read once
     facts = run_metadata(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
@@ -350,7 +352,7 @@ def cam(
     last = net.arch.names[-1]
     layer = layer or [each.name for each in net.arch.layers if each.kind == "relu"][-1]
     net.arch.layer(layer)
-    if class_index is not None and not 0 <= class_index < net.arch.num_classes:
+    if class_index is not None and whole_number("class_index", class_index, least=0) >= net.arch.num_classes:
         raise InputError(f"{net.arch.name} has classes 0 to {net.arch.num_classes - 1} here, got {class_index}")
     if names is not None and len(names) != net.arch.num_classes:
         raise InputError(f"{len(names)} names for {net.arch.num_classes} classes")
