@@ -1429,12 +1429,15 @@ def test_targets_encoded_beforehand_are_batches_of_a_data_loader():
 
 
 def test_a_target_serves_the_loss_of_whatever_class_it_became():
-    """FSDP makes a class of its own, and people subclass."""
+    """By FSDP, not by people."""
     loss = vggfeat.PerceptualLoss(["relu1_2"], weights=STATE)
     images = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     target, expected = loss.encode(images[1]), loss(*images)
-    loss.__class__ = type("FSDPPerceptualLoss", (vggfeat.PerceptualLoss,), {})
+    loss.__class__ = type("FSDPPerceptualLoss", (vggfeat.PerceptualLoss,), {"__module__": "torch.distributed.fsdp"})
     assert loss(images[0], target) == expected
+    loss.__class__ = type("Own", (vggfeat.PerceptualLoss,), {})  # which may encode otherwise
+    with pytest.raises(InputError, match="this is Own of relu1_2"):
+        loss(images[0], target)
     with pytest.raises(InputError, match="encoded by PerceptualLoss"):
         vggfeat.StyleLoss(["relu1_2"], weights=STATE)(images[0], target)
 

@@ -1038,6 +1038,35 @@ def test_processes_that_read_make_no_difference_and_end_with_the_run(tmp_path, t
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL")
+def test_a_process_that_is_killed_while_it_waits_is_an_error_that_says_so(tmp_path, torchvision):
+    """Of those for the test, during training: torch raises in whatever the main process is doing."""
+    mixed = pictures.tree(8, width=48, height=40) | {"ant/t.png": pictures.encoded(pictures.picture("ant", 7, 40, 60))}
+    images, _ = vggfeat.load_images(pictures.folder(tmp_path / "a", mixed))
+    before, first = set(multiprocessing.active_children()), set()
+
+    def kill(step):
+        if step.finished is None and step.epoch == 1:
+            first.update(set(multiprocessing.active_children()) - before)  # those for training
+        if step.finished is not None:
+            waiting = set(multiprocessing.active_children()) - before - first
+            assert len(waiting) == 2
+            os.kill(waiting.pop().pid, signal.SIGKILL)
+            time.sleep(1)
+
+    with pytest.raises(RunError, match="a process that reads images was ended.*set workers lower"):
+        run(images, tmp_path / "r", test=images, size=32, resize=(34, 40), pad=0, epochs=2, workers=2, callback=kill)
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_images_in_memory_start_no_processes(tmp_path, monkeypatch):
+    """Nor does torch warn that there are too many."""
+    images, _ = vggfeat.load_images(pictures.folder(tmp_path / "a", pictures.tree(8)))
+    monkeypatch.setattr(vggfeat.training.data, "DataLoader", None)
+    run(images, tmp_path / "r", test=images, workers=2, epochs=1)
+    assert vggfeat.evaluate(tmp_path / "r", images, workers=2, precision="float32").images == 24
+
+
 def test_test_images_are_scaled_as_training_images_are(tmp_path, torchvision):
     mixed = pictures.tree(8, width=48, height=40) | {"ant/t.png": pictures.encoded(pictures.picture("ant", 7, 40, 60))}
     images, _ = vggfeat.load_images(pictures.folder(tmp_path / "a", mixed))

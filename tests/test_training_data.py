@@ -890,7 +890,7 @@ def test_folders_for_training_and_test_by_their_usual_names(tmp_path, train, tes
     first, second = load_images(pictures.folder(tmp_path / "s", files))
     assert (len(first), len(second), first.classes) == (6, 3, ["ant", "bee", "cow"])
     more = files | {f"test_more/{name}": content for name, content in pictures.tree(1).items()}
-    with pytest.raises(InputError, match=f"give one of them, such as .*{train}, and to train another with --test"):
+    with pytest.raises(InputError, match=r"give the one to train on and the other as test=FOLDER \(--test FOLDER\)"):
         load_images(pictures.folder(tmp_path / "t", more))
 
 
@@ -900,3 +900,6 @@ def test_classes_may_be_called_like_one_of_them(tmp_path):
     }
     first, second = load_images(pictures.folder(tmp_path / "s", files))
     assert first.classes == ["plane", "train"] and second is None
+    files = {name.replace("plane", "test set"): content for name, content in files.items()}
+    first, second = load_images(pictures.folder(tmp_path / "t", files))
+    assert first.classes == ["test set", "train"] and second is None

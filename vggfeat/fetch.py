@@ -134,16 +134,17 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """Download a published file, verify it, and only then give it its name; on a terminal, with a progress bar.
+    """Download a published file, unless it is there, verify it, and only then give it its name.
 
-    Of several processes that want it at once, such as those of a training run, one downloads it for all.
+    On a terminal there is a progress bar. Of several processes that want it at once, such as those of a training run,
+    one downloads it for all.
 
     Args:
         url: where it is; the file's name publishes the start of its sha256.
         folder: where it goes; made if need be.
 
     Raises:
-        WeightsError: another process fetched it meanwhile, and it was changed since.
+        WeightsError: it is there, and was changed.
         WeightsUnavailableError: the server cannot be reached, refuses, or stops half way; or the folder is not
             writable; or what came is not what the name publishes. No partial file is left.
         InputError: the name publishes nothing.
@@ -158,8 +159,8 @@ def fetch(url: str, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder, DAY)
-        with locked(folder, wait=True) as waited:
-            if waited and path.is_file():
+        with locked(folder, waiting=f"waiting for another process that downloads into {folder}"):
+            if path.is_file():
                 verify(path, digest)
                 return path
             with opener.open(request, timeout=CONNECT_TIMEOUT) as response, new_file(path, overwrite=True) as file:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from vggfeat.errors import InputError, RunError
+from vggfeat.errors import InputError, RunError, warn
 
 try:
     import fcntl
@@ -184,30 +184,31 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+def locked(folder: Path, waiting: str = "") -> Iterator[None]:
     """An advisory lock on a folder, as far as the system has locks; a process that dies releases it.
 
     Args:
         folder: which exists.
-        wait: for another that has it; the block is told whether there was one.
+        waiting: warn with this, and wait, where another has it; without, that is an error.
 
     Raises:
         InputError: another one has it.
     """
     if fcntl is None:
-        yield False
+        yield
         return
-    waited = False
     file = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                if not wait:
+                if not waiting:
                     raise InputError(f"another process is using {folder}: wait for it, or choose another") from error
-                waited = True
+                warn(waiting)
                 fcntl.flock(file, fcntl.LOCK_EX)
-        yield waited
+        yield
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # forked children share it
         os.close(file)

@@ -358,7 +358,7 @@ class _FeatureLoss(nn.Module):
     def _signature(self) -> str:
         features, plan = self.features, self.features.plan
         normalized = ", normalized features" * self.normalize_features
-        own = next(each for each in type(self).__mro__ if each.__module__.startswith("vggfeat."))  # FSDP renames it
+        own = next(each for each in type(self).__mro__ if not each.__module__.startswith("torch."))  # not FSDP's
         return (
             f"{own.__name__} of {', '.join(sorted(features.layers))}{normalized}, {plan.arch.name} with "
             f"{'/'.join(map(str, plan.arch.channels))} channels, {plan.pooling} pooling, {plan.padding} padding, "

@@ -39,16 +39,18 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gen
 
 
 def _class_numbers(said: str, weights: str) -> list[int]:
-    """Numbers as they are; names by what a run recorded."""
+    """Names by what a run recorded, which may look like numbers; else numbers."""
     from vggfeat.weights import run_metadata
 
     names = run_metadata(weights).get("classes") or []
     parts = [said] if said in names else [part.strip() for part in said.split(",")]
-    if not names or not any(re.search(r"[^\d-]", part) for part in parts):
-        return _Numbers().convert(said, None, None)  # type: ignore[no-any-return]
-    for part in parts:
-        if part not in names:
-            raise vggfeat.InputError(f"the weights have no class {part!r}: {nearest(part, names)}")
+    if lacking := [part for part in parts if part not in names]:
+        if names and any(re.search(r"[^\d-]", part) for part in lacking):
+            raise vggfeat.InputError(f"the weights have no class {lacking[0]!r}: {nearest(lacking[0], names)}")
+        try:
+            return _Numbers().convert(said, None, None)  # type: ignore[no-any-return]
+        except click.BadParameter as error:
+            raise click.BadParameter(error.message, param_hint="'--class'") from error
     return [names.index(part) for part in parts]
 
 

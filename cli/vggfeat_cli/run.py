@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +36,7 @@ def finish(command: click.Command) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")  # × and → are not in every code page
     with contextlib.redirect_stderr(_Unheard(sys.stderr)), warnings.catch_warnings():
-        warnings.showwarning = functools.partial(_warn, name, command)
+        warnings.showwarning = functools.partial(_warn, name, command, warnings.showwarning)
         _finish(command, name)
 
 
@@ -59,9 +60,13 @@ def _finish(command: click.Command, name: str) -> None:
     sys.exit(code or 0)
 
 
-def _warn(name: str, command: click.Command, message: Warning | str, *_: object) -> None:
-    """A warning as one line: which line of ours led to it says nothing to who types commands."""
-    click.echo(f"{name}: {_with_flags(' '.join(str(message).split()), command)}", err=True)
+def _warn(name: str, command: click.Command, otherwise: Callable[..., None], *warning: Any, **more: Any) -> None:
+    """The library's warnings as one line: which line of ours led to them says nothing to who types commands."""
+    message, _, place, *_ = warning
+    if Path(place).parent == Path(__file__).parent:
+        click.echo(f"{name}: {_with_flags(' '.join(str(message).split()), command)}", err=True)
+    else:
+        otherwise(*warning, **more)
 
 
 class _Unheard:

@@ -75,7 +75,8 @@ class TrainConfig(Settings):
             depends on the seed; they are also what `evaluate` tests, given the run's weights and images of the
             same names.
         bad_images: `fail` at an image that cannot be read, or `skip` it; skipped ones are named and counted.
-        workers: processes that read images which do not fit into memory; they make no difference to the result.
+        workers: processes that read images which do not fit into memory, so many for training and as many for the test;
+            they make no difference to the result.
         save_every: steps between checkpoints. There is one at the end of each epoch, too; on a GPU, where epochs may
             be short, only if the last is ten seconds old.
         seed: of everything that is drawn.
@@ -139,7 +140,7 @@ class TrainConfig(Settings):
     deterministic: bool = option(False, "Ask for deterministic algorithms, on GPUs too.")
     holdout: float = option(0.0, "Share set aside for testing if no test set is given.")
     bad_images: str = option("fail", "What to do with an image that cannot be read.")
-    workers: int = option(2, "Processes reading images that do not fit into memory.")
+    workers: int = option(2, "Processes reading images that do not fit into memory; as many again for the test.")
     save_every: int = option(0, "Steps between checkpoints; 0 means every epoch.")
     seed: int = option(0, "Seed of everything random.")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, …")

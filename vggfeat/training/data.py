@@ -126,8 +126,9 @@ def load_images(
 
     Args:
         data: CIFAR-10 or CIFAR-100 as published (the folder or the .tar.gz, Python's or the binary version); a folder
-            of class folders, or a zip of one, read in place; or either of them with two folders in it, one of `TRAIN`
-            and one of `TEST`, such as `train` and `val`, or `Training_Set` and `Test_Set`.
+            of class folders, or a zip of one, read in place; or either of them with two folders in it, `train` or
+            `training` and `test`, `testing`, `val`, `valid`, `validation`, `eval` or `evaluation`, also as in
+            `Train_Set` and `val2017`.
             A set that was read already is passed on.
         test: the same for the test set, where `data` holds none.
         resize: shorter side that the images are brought to, in pixels, one number or a range; a range is drawn from in
@@ -227,13 +228,14 @@ def _parts(path: Path) -> list[_Tree]:
         folders = [name.rstrip("/") for name in names if name.endswith("/")]
     tree = _stripped(_Tree(path, "", sorted(filter(_visible, files)), sorted(filter(_visible, folders))))
     tops = {name.split("/")[0] for name in tree.files if "/" in name}
-    trains, tests = (sorted(name for name in tops if _purpose(name) in wanted) for wanted in (TRAIN, TEST))
+    deep = {name.split("/")[0] for name in tree.files if name.count("/") > 1}  # in others there are no class folders
+    trains, tests = (sorted(name for name in deep if _purpose(name) in wanted) for wanted in (TRAIN, TEST))
     if not (trains and tests):
         return [tree]
     if len(tops) > 2:
         raise InputError(
             f"{path} has {', '.join(sorted(tops))}: expected class folders, or one folder for training and one for the "
-            f"test; give one of them, such as {path / trains[0]}, and to train another with --test (test=)"
+            f"test; give the one to train on and the other as test=FOLDER (--test FOLDER)"
         )
     return [_stripped(_under(tree, part)) for part in (trains[0], tests[0])]
 
@@ -413,18 +415,10 @@ class Readers:
     """
 
     def __init__(self, dataset: Dataset[Any], workers: int, collate: Callable[[list[Any]], Any] = list) -> None:
+        self.dataset, self.workers, self.collate = dataset, workers, collate
         self._plan: list[list[Any]] = []
-        self._loader = DataLoader(
-            dataset,
-            batch_sampler=self._plan,
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=_begin_worker,
-            multiprocessing_context=_start_method() if workers else None,  # or else torch would choose it for all
-            generator=torch.Generator("cpu"),  # or else it would draw from the global one
-            persistent_workers=workers > 0,
-        )
-        self._stop: Callable[[], object] | None = None  # where any were started
+        self._loader: DataLoader[Any] | None = None
+        self._stop: Callable[[], object] | None = None  # where processes were started
 
     def read(self, plan: Iterable[list[Any]]) -> Iterator[Any]:
         """The batches of a plan, each a list of places; one plan at a time; it may be given up half way.
@@ -433,29 +427,54 @@ class Readers:
             RunError: one of the processes was ended from outside.
         """
         self._plan[:] = plan
-        try:
+        if self._loader is None:  # now, since it warns of more processes than the machine has processors
+            self._loader = DataLoader(
+                self.dataset,
+                batch_sampler=self._plan,
+                num_workers=self.workers,
+                collate_fn=self.collate,
+                worker_init_fn=_begin_worker,
+                multiprocessing_context=_start_method() if self.workers else None,  # or torch would choose it for all
+                generator=torch.Generator("cpu"),  # or else it would draw from the global one
+                persistent_workers=self.workers > 0,
+            )
+        with said_of_readers():
             with torch.device("cpu"):  # where it draws, whatever the default device is
                 items = iter(self._loader)
             if self._stop is None and (stop := getattr(items, "_shutdown_workers", None)):
                 # they ignore SIGTERM: at exit they would be waited for, for ever, where a traceback still holds them
                 self._stop = atexit.register(stop)
-            yield from items
-        except RuntimeError as error:
-            if not any(said in str(error) for said in ("exited unexpectedly", "killed by signal")):
-                raise
-            guard = "" if _start_method() == "fork" else ', or a script without `if __name__ == "__main__":`'
-            raise RunError(
-                f"a process that reads images was ended, perhaps for lack of memory{guard} ({first_line(error)}); "
-                "set workers lower, to 0 for none"
-            ) from error
-        except MemoryError as error:
-            raise RunError("there is not enough memory for the images at that size") from error
+            try:
+                yield from items
+            except MemoryError as error:
+                raise RunError("there is not enough memory for the images at that size") from error
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; a further plan starts others."""
         if self._stop is not None:
             atexit.unregister(self._stop)
             self._stop()
+        self._loader = self._stop = None
+
+
+@contextlib.contextmanager
+def said_of_readers() -> Iterator[None]:
+    """Say what happened where one of the processes was ended from outside, which torch raises wherever the main one is.
+
+    Raises:
+        RunError: one was.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        torchs = not isinstance(error, RunError)
+        if not (torchs and any(said in str(error) for said in ("exited unexpectedly", "killed by signal"))):
+            raise
+        guard = "" if _start_method() == "fork" else ', or a script without `if __name__ == "__main__":`'
+        raise RunError(
+            f"a process that reads images was ended, perhaps for lack of memory{guard} ({first_line(error)}); "
+            "set workers lower, to 0 for none"
+        ) from error
 
 
 def _begin_worker(worker: int) -> None:

@@ -29,7 +29,7 @@ from vggfeat.signals import on_termination
 from vggfeat.training.batches import Batch, Batches, scale_for, seeded, split_holdout
 from vggfeat.training.components import mixing, network, schedule
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet, Readers, ScaledImages, load_images
+from vggfeat.training.data import ImageSet, Readers, ScaledImages, load_images, said_of_readers
 from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, process_group, run_on_main
 from vggfeat.training.evaluation import Evaluation, Views, evaluate_network, place_of
 from vggfeat.training.folder import Board, Epoch, arch_of, begin, check, write_log, write_weights
@@ -361,19 +361,17 @@ class _Run:
         """Train from where it is to the end."""
         evaluation = None
         board = Board(self.folder / "tensorboard", self.announce) if self.world.is_main else None
-        try:
-            with on_termination(self._asked_to_end):
+        with ExitStack() as ending:
+            for each in (self.batches.readers, self.readers, self.learner):
+                if each is not None:
+                    ending.callback(each.close)
+            with on_termination(self._asked_to_end), said_of_readers():
                 while self.epoch < self.config.epochs and not self.stop:
                     evaluation = self._epoch(board)
                     self._agree()
                 if self.stop and self.step == 0 and self.epoch < self.config.epochs:
                     # it was asked for during a test, and the epoch before may not have been saved
                     self.save()
-        finally:
-            self.learner.close()
-            for readers in (self.batches.readers, self.readers):
-                if readers is not None:
-                    readers.close()
         if complete := self.epoch == self.config.epochs:
             if self.world.is_main:
                 write_weights(self.folder, self.tested_net, self._metadata())

@@ -33,7 +33,7 @@ from vggfeat.transfer.config import StyleConfig
 from vggfeat.transfer.objective import TERMS, Objective
 from vggfeat.transfer.optimize import LBFGS, Adam, FourierPreconditioner, Optimizer
 from vggfeat.transfer.tiles import side_for
-from vggfeat.weights import load, resolved
+from vggfeat.weights import load
 
 Callback = Callable[["StyleStep"], object]
 
@@ -179,11 +179,10 @@ def stylize(
     if config.keep_color:
         _colors()  # now, not when the picture is done
     device = resolve(config.device)
-    weights = resolved(config.weights)
     dtype = trunk_dtype(config.precision, device)
     features = VGGFeatures(
         (*config.style_layers, *config.content_layers),
-        weights=load(weights, config.arch, default="vgg19"),
+        weights=load(config.weights, config.arch, default="vgg19"),
         pooling=config.pooling,
         padding=config.padding,
         precision=config.precision,
@@ -360,6 +359,8 @@ class _Run:
                 if before:
                     scale.load_state_dict(_to(before, self.device))
                 self._improve(scale, self.objective)
+                if number < len(self.sizes):
+                    self.write_checkpoint()
             if self.config.optimizer == "adam" and self.config.steps > 1 and not _improved(self.history):
                 warn("no step improved on the picture to begin with, which is what is returned: lower learning_rate")
         except (MemoryError, RuntimeError) as error:
@@ -402,7 +403,7 @@ class _Run:
                     state = self._state(scale)
                 self._tell(number, step, steps, {"total": sum(parts)} | dict(zip(TERMS, parts, strict=True)))
                 self.state = state and state | {"best": scale.best} | self._progress()
-            if due or (scale.begun == steps and number < len(self.sizes)):
+            if due:
                 self.write_checkpoint()
 
     def _judge(self, scale: _Scale, step: int, value: float, image: Tensor) -> bool:
@@ -470,7 +471,7 @@ class _Run:
         if said := changed(state["config"], self.config.to_dict(), ("device",)):
             raise InputError(
                 f"the run in {path} has other settings: {said}; name another file to begin anew, or from a picture "
-                "with init (--init PICTURE)"
+                "by init=PICTURE (--init PICTURE)"
             )
         if odd := [what for what, value in self.identity.items() if what != "config" and state[what] != value]:
             others = " and ".join(odd)

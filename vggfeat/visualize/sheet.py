@@ -116,14 +116,14 @@ class Sheet:
         )
         high = max(tile.height for tile in self.tiles) + head
         count, title_width = len(self.tiles), math.ceil(_font(LARGE).getlength(title))
-        room = (title_width + GAP) // (wide + GAP)  # tiles side by side under the title
+        room = math.ceil((title_width + GAP) / (wide + GAP))  # tiles side by side under the title
         columns = min(self.columns or max(_across(count, high / wide), room), count)
         rows = math.ceil(count / columns)
         if self.columns is None:
             columns = math.ceil(count / rows)  # so that the last row is about as full as the others
         grid = columns * (wide + GAP) - GAP
         lines = _lines(title, max(grid, NARROW))
-        top = MARGIN + len(lines) * (LARGE + GAP) + (GAP if title else 0)
+        top = MARGIN + len(lines) * (LARGE + GAP) + (GAP if lines else 0)
         width = 2 * MARGIN + max(grid, *(math.ceil(_font(LARGE).getlength(line)) for line in lines), 0)
         picture = Image.new("RGB", (width, top + rows * (high + GAP) - GAP + MARGIN), "white")
         texts = [(MARGIN, MARGIN + LARGE // 2 + i * (LARGE + GAP), line, LARGE, "lm") for i, line in enumerate(lines)]
