@@ -235,7 +235,7 @@ def _parts(path: Path) -> list[_Tree]:
     if len(tops) > 2:
         raise InputError(
             f"{path} has {', '.join(sorted(tops))}: expected class folders, or one folder for training and one for the "
-            f"test; give the one to train on and the other as test=FOLDER (--test FOLDER)"
+            "test; give the one to train on and the other as test=FOLDER (--test FOLDER)"
         )
     return [_stripped(_under(tree, part)) for part in (trains[0], tests[0])]
 
@@ -438,7 +438,7 @@ class Readers:
                 generator=torch.Generator("cpu"),  # or else it would draw from the global one
                 persistent_workers=self.workers > 0,
             )
-        with said_of_readers():
+        with reader_errors():
             with torch.device("cpu"):  # where it draws, whatever the default device is
                 items = iter(self._loader)
             if self._stop is None and (stop := getattr(items, "_shutdown_workers", None)):
@@ -458,7 +458,7 @@ class Readers:
 
 
 @contextlib.contextmanager
-def said_of_readers() -> Iterator[None]:
+def reader_errors() -> Iterator[None]:
     """Say what happened where one of the processes was ended from outside, which torch raises wherever the main one is.
 
     Raises:

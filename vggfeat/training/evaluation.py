@@ -23,7 +23,7 @@ from vggfeat.settings import PRECISIONS, Settings
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import normalised, scale_for, split_holdout
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import LEAVE_OUT, ImageSet, Readers, ScaledImages, hashed, load_test_images, said_of_readers
+from vggfeat.training.data import LEAVE_OUT, ImageSet, Readers, ScaledImages, hashed, load_test_images, reader_errors
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
 from vggfeat.weights import WeightsLike, load as load_set, run_metadata
 
@@ -196,7 +196,7 @@ def evaluate(
         dtype = autocast_dtype(precision, world.device)
         try:
             readers = Readers(ScaledImages(data.read), workers)
-            with eval_mode(net.to(world.device)), closing(readers), said_of_readers():
+            with eval_mode(net.to(world.device)), closing(readers), reader_errors():
                 return evaluate_network(net, data, views, world, dtype, batch_size, bad_images, readers)
         finally:
             net.to(home)

@@ -29,7 +29,7 @@ from vggfeat.signals import on_termination
 from vggfeat.training.batches import Batch, Batches, scale_for, seeded, split_holdout
 from vggfeat.training.components import mixing, network, schedule
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet, Readers, ScaledImages, load_images, said_of_readers
+from vggfeat.training.data import ImageSet, Readers, ScaledImages, load_images, reader_errors
 from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, process_group, run_on_main
 from vggfeat.training.evaluation import Evaluation, Views, evaluate_network, place_of
 from vggfeat.training.folder import Board, Epoch, arch_of, begin, check, write_log, write_weights
@@ -365,7 +365,7 @@ class _Run:
             for each in (self.batches.readers, self.readers, self.learner):
                 if each is not None:
                     ending.callback(each.close)
-            with on_termination(self._asked_to_end), said_of_readers():
+            with on_termination(self._asked_to_end), reader_errors():
                 while self.epoch < self.config.epochs and not self.stop:
                     evaluation = self._epoch(board)
                     self._agree()
