@@ -740,6 +740,8 @@ def test_describe_command(call, tmp_path):
 def test_compare_and_stacked_commands(call, tmp_path):
     assert call("compare", "vgg11", "E_bn") == (0, f"{compare(['vgg11', 'vgg19_bn'])}\n", "")
     assert call("stacked", 4, "--format", "csv") == (0, stacked_3x3(4).to_csv(), "")
+    code, _, err = call("compare", "vgg11", "--size", 0)
+    assert code == 2 and "--size must be a whole number of at least 1, got 0" in err
     pytest.importorskip("matplotlib")
     assert call("stacked", 2, "--plot", "stack.svg")[0] == 0
     assert call("compare", "vgg11", "vgg19", "--plot", "cost.png", "-o", "table.txt")[:2] == (0, "table.txt\n")

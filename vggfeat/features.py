@@ -61,10 +61,8 @@ class VGGFeatures(nn.Module):
         WeightsError: weights that are unavailable, or do not reach the deepest layer.
     """
 
-    __jit_unused_properties__ = (
-        "arch",
-        "input_range",
-    )  # so that modules that hold this one can be scripted, though not calls of it
+    # so that modules that hold this one can be scripted, though not calls of it
+    __jit_unused_properties__ = ("arch", "input_range")
 
     def __init__(
         self,

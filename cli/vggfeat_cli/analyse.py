@@ -72,7 +72,9 @@ def describe(
 
 @click.command()
 @click.argument("networks", nargs=-1)
-@click.option("--size", type=int, help="Side of the image.  [default: as the published weights were tested]")
+@click.option(
+    "--size", "input_size", type=int, help="Side of the image.  [default: as the published weights were tested]"
+)
 @click.option("--classes", type=int, default=1000, show_default=True, help="Outputs.")
 @click.option("--measure", is_flag=True, help="Run them: latency, throughput and peak memory on this machine.")
 @click.option("--batch", type=int, help="Images at a time when measuring.  [default: 8]")
@@ -83,7 +85,7 @@ def describe(
 @overwrite_option
 def compare(
     networks: tuple[str, ...],
-    size: int | None,
+    input_size: int | None,
     classes: int,
     measure: bool,
     batch: int | None,
@@ -103,7 +105,7 @@ def compare(
     check_outputs(output, plot, overwrite)
     tell: Callable[[str], None] | None = (lambda name: click.echo(f"measuring {name}", err=True)) if measure else None
     names = networks or ("vgg16", "resnet50", "efficientnet_b0")
-    options: dict[str, Any] = {"num_classes": classes, "input_size": size}
+    options: dict[str, Any] = {"num_classes": classes, "input_size": input_size}
     if plot is not None:
         from vggfeat.plots import published
 
