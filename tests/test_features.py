@@ -738,19 +738,22 @@ WALKS = [
 ]
 
 
-@pytest.mark.parametrize("keep", ["bits", "values", "by autograd"])
+@pytest.mark.parametrize("keep", ["bits", "values", "small", "by autograd"])
 @pytest.mark.parametrize(("config", "options", "names", "how"), WALKS)
 def test_vjp_is_what_autograd_does(config, options, names, how, keep, monkeypatch):
     net = small(config, **options)
+    monkeypatch.setattr(features_module, "SMALL", 2 * 35 * 42 * 8 - (keep != "small"))
     if keep == "by autograd":  # as on MPS
         monkeypatch.setattr(features_module, "CUSTOM_BACKWARD_DEVICES", ())
-        keep = "bits"
-    features = VGGFeatures(names, net.arch, net.state_dict(), keep=keep, **how)
+    features = VGGFeatures(names, net.arch, net.state_dict(), keep="values" if keep == "values" else "bits", **how)
     x = batch(2, 3, 35, 42, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
     wanted = features(leaf)
     seeds = {name: torch.randn(tap.shape, dtype=tap.dtype) for name, tap in wanted.items()}
     (gradient,) = torch.autograd.grad([*wanted.values()], leaf, [seeds[name] for name in wanted])
+    if keep in ("small", "values") and "fc6" not in names:  # no bits
+        for room in ("stage", "layers"):
+            monkeypatch.setattr(f"vggfeat.trunk.{room}.pack", None)
     with torch.autocast("cpu", torch.bfloat16):  # which float64 has no use for
         taps, back = features.vjp(x)
         assert {*taps} == {*names} and not any(tap.requires_grad for tap in taps.values())

@@ -583,14 +583,15 @@ def test_pack_round_trip(shape):
     x = images(*shape)
     x.flatten()[::3] = 0
     for laid in (x, x.contiguous(memory_format=torch.channels_last)):
-        bits = pack(laid)
-        assert bits.dtype == torch.uint8
-        assert bits.shape == (shape[0], -(-math.prod(shape[1:]) // 8))
-        assert torch.equal(unpack(bits, shape) > 0, x > 0)
-        assert torch.equal(unpack(pack(laid > 0), shape) > 0, x > 0)
-        rectified = laid.relu().bfloat16()
-        signed = torch.where(rectified == 0, -rectified, rectified)  # a ReLU may leave zeros with a sign
-        assert torch.equal(unpack(pack(signed), shape) > 0, signed > 0)
+        positive = (x > 0).to(torch.uint8)
+        assert torch.equal(unpack(pack(laid > 0), shape), positive)
+        assert torch.equal(unpack(pack((laid > 0).to(torch.int16)), shape), positive)
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            rectified = laid.relu().to(dtype)
+            for values in (rectified, torch.where(rectified == 0, -rectified, rectified)):  # zeros may have a sign
+                bits = pack(values)
+                assert bits.dtype == torch.uint8 and bits.shape == (shape[0], -(-math.prod(shape[1:]) // 8))
+                assert torch.equal(unpack(bits, shape), positive)
 
 
 @pytest.mark.parametrize("pooling", ["max", "average", "l2"])
@@ -646,6 +647,9 @@ def test_max_pools_as_torch_pools(dtype):
         if argmax is not None:
             pooled = y if keep == "values" else None
             assert torch.equal(layers.max_pool_backward(grad, 33, 47, argmax, pooled), x.grad)
+    assert argmax is not None and argmax.dtype == layers.argmax_type(dtype, x.device)
+    bytes_ = argmax.to(torch.uint8)  # as on CUDA
+    assert torch.equal(layers.max_pool_backward(grad, 33, 47, bytes_, wanted.detach()), x.grad)
     for keep in ("none", "bits", "values"):
         y, argmax = layers.pool(x.detach()[:0], "max", keep, True)
         assert y.shape == (0, 8, 16, 23)
@@ -933,8 +937,7 @@ class _Sizes(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("keep", ["values", "taps"])
-def test_no_map_of_the_first_block_is_made_whole(thin, trunks, keep):
+def test_no_map_of_the_first_block_is_made_whole(thin, trunks):
     plan = Plan(ARCHS["vgg16"], ("relu3_1",))
     x = images(3, 3, 64, 22)
     filters = trunks(plan.arch).filters(plan, x.device, x.dtype)
@@ -942,7 +945,7 @@ def test_no_map_of_the_first_block_is_made_whole(thin, trunks, keep):
         if cut:
             thin(22)
         with torch.no_grad(), _Sizes() as sizes:
-            taps, pullback = walk.Walk(filters, plan, keep).vjp(x)
+            taps, pullback = walk.Walk(filters, plan, "taps").vjp(x)
             pullback(lambda name, tap: torch.ones_like(tap))
         assert expected <= sizes.seen and (64 in sizes.seen) == (not cut)
         # the gradient of 8 rows is made of 10 and 12, and the way there of 10

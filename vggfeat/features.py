@@ -26,6 +26,7 @@ from vggfeat.weights import DEFAULT, SETS, WeightsLike, load, resolved
 
 # devices on which the trunk's own walk runs; elsewhere ordinary operations do
 CUSTOM_BACKWARD_DEVICES = ("cpu", "cuda")
+SMALL = 1 << 19  # bytes of one channel of images at which a CPU needs 120 MB at most for what is kept unpacked
 
 RANGE = "range"  # the warning about it
 
@@ -53,8 +54,8 @@ class VGGFeatures(nn.Module):
             bfloat16 at all computes it in float32, which saves memory but no time.
         input_range: the lowest and the highest value of an image.
         repeat_grey: accept (N,1,H,W) and repeat the channel three times.
-        keep: what is saved for the backward: `"bits"` takes least memory; `"values"` can be faster
-            in bfloat16.
+        keep: what is saved for the backward: `"bits"` takes least memory, `"values"` least time, above all in
+            bfloat16 on a CPU.
 
     Raises:
         InputError: an unknown layer, a layer that the network lacks, or an unknown choice.
@@ -184,7 +185,8 @@ class VGGFeatures(nn.Module):
         """
         if not self._walks(images):
             return self._vjp_by_autograd(images)
-        with self._outside_autograd(images) as (x, walk):
+        keep = "values" if self._are_small(images) else self._keep_beside_taps
+        with self._outside_autograd(images, keep) as (x, walk):
             taps, pullback = walk.vjp(x)
         return taps, functools.partial(self._image_grad, pullback, images.dtype)
 
@@ -209,7 +211,7 @@ class VGGFeatures(nn.Module):
             for name, tap in taps.items():
                 on_tap(name, tap, _every_row(tap))
             return lambda tap_grad: pull(lambda name, tap: whole(tap_grad(name, tap, _every_row(tap))))
-        with self._outside_autograd(image) as (x, walk):
+        with self._outside_autograd(image, self._keep_beside_taps) as (x, walk):
             pullback = walk.vjp_by_rows(x, on_tap)
         return functools.partial(self._image_grad, pullback, image.dtype)
 
@@ -220,17 +222,26 @@ class VGGFeatures(nn.Module):
                 for name, tap in self.taps(image).items():
                     on_tap(name, tap, _every_row(tap))
             return
-        with self._outside_autograd(image, backward=False) as (x, walk):
+        with self._outside_autograd(image, "none") as (x, walk):
             walk.forward(x, on_tap)
 
     def _walks(self, images: Tensor) -> bool:
         """Whether the trunk's own walk runs instead of autograd."""
         return not self._head and images.device.type in CUSTOM_BACKWARD_DEVICES
 
+    @property
+    def _keep_beside_taps(self) -> str:
+        """What a walk keeps whose caller holds the taps."""
+        return "taps" if self.keep == "bits" else "values"
+
+    def _are_small(self, images: Tensor) -> bool:
+        """Whether packing bits, on a CPU, would cost more time than it saves memory worth speaking of."""
+        size = trunk_dtype(self.precision, images.device, images.dtype).itemsize
+        return images.device.type == "cpu" and images[:, 0].numel() * size <= SMALL
+
     @contextmanager
-    def _outside_autograd(self, images: Tensor, backward: bool = True) -> Iterator[tuple[Tensor, Walk]]:
-        """The normalised images and the walk for them, with or without a backward."""
-        keep = "none" if not backward else "taps" if self.keep == "bits" else "values"
+    def _outside_autograd(self, images: Tensor, keep: str) -> Iterator[tuple[Tensor, Walk]]:
+        """The normalised images and the walk for them; `keep` as `trunk.stage.Keep`."""
         walk = Walk(self._filters(images), self.plan, keep)
         with torch.no_grad(), no_autocast(images.device):  # autocast's choice is already in the filters' type
             yield self._normalised(images.detach()), walk

@@ -60,9 +60,7 @@ def pack(x: Tensor) -> Tensor:
 
 
 def _pack(x: Tensor) -> Tensor:
-    if x.dtype == torch.bfloat16:  # only -0 has a sign: with it shifted out, nonzero means positive
-        x = x.view(torch.int16).bitwise_left_shift(1).to(torch.bool)  # faster than a comparison
-    flat = (x > 0 if x.is_floating_point() else x.to(torch.bool)).permute(0, 2, 3, 1).flatten(1)
+    flat = x.to(torch.bool).permute(0, 2, 3, 1).flatten(1)  # a fifth of a comparison's time
     if flat.shape[1] % 8:
         flat = F.pad(flat, (0, 8 - flat.shape[1] % 8))
     if flat.storage_offset() % 8:  # bools off an 8-byte boundary cannot be viewed as int64
@@ -71,10 +69,7 @@ def _pack(x: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `pack`: uint8 (N,C,H,W), channels_last, above 0 where the bit was set.
-
-    Not bool, which a CPU takes several times as long to convert to bfloat16.
-    """
+    """The inverse of `pack`: uint8 (N,C,H,W), channels_last, 1 where the bit was set, else 0."""
     n, c, h, w = shape
-    spread = bits.to(torch.int64).mul_(_SPREAD).bitwise_and_(_SELECT)
-    return spread.view(torch.uint8)[:, : c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
+    spread = bits.to(torch.int64).mul_(_SPREAD).bitwise_and_(_SELECT).view(torch.uint8).clamp_(max=1)
+    return spread[:, : c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)

@@ -22,6 +22,7 @@ from vggfeat.trunk.filters import Filters
 # values up to here overflow in no convolution: Winograd's intermediate ones are 5000 times as large at most
 SAFE = 1e33
 SAFE_SQUARED = 1e18  # nor, up to here, do four or five squares added
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def stays_finite(images: Tensor, bounds: Iterable[tuple[float, float]], safe: Iterable[float]) -> bool:
@@ -131,33 +132,42 @@ def pool(x: Tensor, pooling: str, keep: str, finite: bool) -> tuple[Tensor, Tens
     small = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
     y = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if keep == "none":
-        a, b, c, d = _quarters(_comparable(x), *small[2:])
-        largest = torch.maximum(a, b, out=_comparable(y))
+        a, b, c, d = _quarters(as_integers(x), *small[2:])
+        largest = torch.maximum(a, b, out=as_integers(y))
         torch.maximum(torch.maximum(largest, c, out=largest), d, out=largest)
         return y, None
-    if keep == "values":
-        down, right = _winners(x, y, proven)
-        return y, down.mul_(2).add_(right).to(torch.uint8)
-    argmax = torch.empty((len(x), 3, bytes_of(small)), dtype=torch.uint8, device=x.device)
+    argmax = (
+        torch.empty_like(y, dtype=argmax_type(x.dtype, x.device))
+        if keep == "values"
+        else torch.empty((len(x), 3, bytes_of(small)), dtype=torch.uint8, device=x.device)
+    )
     for images, rows, where in bands(small, x.device):
         part = y[images, :, rows]
         down, right = _winners(x[images, :, 2 * rows.start : 2 * rows.stop], part, proven)
+        if keep == "values":
+            torch.add(right, down, alpha=2, out=argmax[images, :, rows])
+            continue
         for plane, values in enumerate((down, right, part)):
             argmax[images, plane, where] = pack(values)
     return y, argmax
 
 
-def _comparable(x: Tensor) -> Tensor:
-    """Floats of at least 0 as integers, which are in the same order and several times as fast to compare on a CPU."""
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+def argmax_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the map of a max pool's winners: on a CPU integers as wide as the values, which are fastest to multiply."""
+    return torch.uint8 if device.type == "cuda" else INTEGERS[dtype.itemsize]
+
+
+def as_integers(x: Tensor) -> Tensor:
+    """The bits of floats. Those of at least 0 are in the same order, and several times as fast to compare on a CPU."""
+    return x.view(INTEGERS[x.itemsize])
 
 
 def _winners(x: Tensor, y: Tensor, finite: bool) -> tuple[Tensor, Tensor]:
     """Max pooling of `x` into `y`, and 1 where each window's maximum is in its lower row, and in its right column."""
-    a, b, c, d = _quarters(_comparable(x), *y.shape[2:])
+    a, b, c, d = _quarters(as_integers(x), *y.shape[2:])
     top, bottom = torch.maximum(a, b), torch.maximum(c, d)
     if finite:
-        torch.maximum(top, bottom, out=_comparable(y))
+        torch.maximum(top, bottom, out=as_integers(y))
     else:
         y.copy_(F.max_pool2d(x, 2))
     # ties go to the first, as in torch.nn.MaxPool2d; where the result is no bool, comparisons are vectorised
@@ -185,25 +195,30 @@ def max_pool_backward(grad: Tensor, height: int, width: int, argmax: Tensor, poo
         if grad.shape[1] % 8 == 0:
             return kernels.max_pool_backward_packed(grad, argmax, height, width)  # type: ignore[no-any-return]
     out = _unpooled(grad, height, width)
-    if pooled is not None:
-        _to_winners(grad, (argmax >= 2).to(grad.dtype), (argmax & 1).to(grad.dtype), pooled, out)
-        return out
     for images, rows, where in bands(grad.shape, grad.device):
         part = grad[images, :, rows]
-        down, right, alive = (unpack(argmax[images, i, where], part.shape).to(grad.dtype) for i in range(3))
-        _to_winners(part, down, right, alive, out[images, :, 2 * rows.start : 2 * rows.stop])
+        if pooled is not None:
+            winners = argmax[images, :, rows]
+            down, right = winners >> 1, winners & 1
+            part = as_integers(torch.ops.aten.threshold_backward(part, pooled[images, :, rows], 0))
+        else:
+            down, right, alive = (unpack(argmax[images, i, where], part.shape) for i in range(3))
+            part = as_integers(part) * alive
+        _to_winners(part, down, right, out[images, :, 2 * rows.start : 2 * rows.stop])
     return out
 
 
-def _to_winners(grad: Tensor, down: Tensor, right: Tensor, alive: Tensor, out: Tensor) -> None:
-    """The gradient of each window to the place of its maximum in `out`, where that was above 0."""
-    grad = torch.ops.aten.threshold_backward(grad, alive, 0)
-    a, b, c, d = _quarters(out, *grad.shape[2:])
-    bottom = torch.ops.aten.threshold_backward(grad, down, 0)
-    top = grad.sub_(bottom)
-    torch.ops.aten.threshold_backward.grad_input(top, right, 0, grad_input=b)
+def _to_winners(bits: Tensor, down: Tensor, right: Tensor, out: Tensor) -> None:
+    """The gradient of each window to the place of its maximum in `out`, from the gradients' bits as integers.
+
+    These times 1 or 0 are fast to compute, and leave nothing of NaN, too, where it does not belong.
+    """
+    a, b, c, d = _quarters(as_integers(out), *bits.shape[2:])
+    bottom = bits * down
+    top = bits.sub_(bottom)
+    torch.mul(top, right, out=b)
     torch.sub(top, b, out=a)
-    torch.ops.aten.threshold_backward.grad_input(bottom, right, 0, grad_input=d)
+    torch.mul(bottom, right, out=d)
     torch.sub(bottom, d, out=c)
 
 

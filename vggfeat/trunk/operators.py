@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vggfeat.trunk.bits import bytes_of
+from vggfeat.trunk.layers import argmax_type
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.stage import kept_of
 from vggfeat.trunk.walk import Walk
@@ -124,7 +125,7 @@ def _(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor
         if "argmax" in wants and "pool" not in wants:
             kept.append(_fake_pack((x.shape[0], *small), x, (3,)))
         elif "argmax" in wants:
-            kept.append(like(*small, dtype=torch.uint8))
+            kept.append(like(*small, dtype=argmax_type(filters[0].dtype, x.device)))
         if "pool" in wants and "pool" not in stage.taps:
             kept.append(like(*small))
     return taps + kept

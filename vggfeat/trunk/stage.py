@@ -17,7 +17,7 @@ from vggfeat.trunk.plan import Plan, Stage
 ByName = dict[str, Tensor]  # taps of a stage by their kind, or what is kept of it by the names of `kept_of`
 Rows = slice  # some rows of a map: where they start and where they stop
 # what the forward keeps for the backward: "none"; "values", the ReLUs' outputs; "bits", their signs; or "taps", bits
-# except for ReLUs that are taps, for callers that hold those anyway. In strips "values" means bits, too
+# except for ReLUs that are taps, for callers that hold those anyway
 Keep = str
 OnTap = Callable[[str, Tensor, Rows], object]  # gets some rows of one image's tap, and which they are
 
@@ -83,8 +83,8 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
     | "relu"   | the output of the ReLU              | (N,C,H,W)                                                    |
     | "sign"   | whether that was positive           | bits, uint8 (N, bytes)                                       |
     | "argmax" | of each window of a max pool        | bits, uint8 (N, 3, bytes): its row, its column, and whether  |
-    |          |                                     | the maximum was positive; or beside "pool", on CUDA, uint8   |
-    |          |                                     | (N,C,h,w), 2 · row + column                                  |
+    |          |                                     | the maximum was positive; or beside "pool" 2 · row + column, |
+    |          |                                     | (N,C,h,w) of `layers.argmax_type`                            |
     | "pool"   | the pooled map                      | (N,C,h,w)                                                    |
 
     A ReLU right before a max pool needs no sign unless it was tapped: those of the maxima suffice. What is also a tap
@@ -99,11 +99,9 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
     stage = plan.stages[number]
     if keep == "none" or "relu" not in stage.steps:
         return ()
-    if number < plan.in_strips(device.type):
-        keep = "bits"  # a strip's values are packed while in the cache; unpacked, they would go to memory
     pool = plan.pooling if "pool" in stage.steps else ""
     tapped = "relu" in stage.taps
-    beside = ("pool",) if keep == "values" and device.type == "cuda" else ()
+    beside = ("pool",) if keep == "values" else ()
     winners = ("argmax", *beside) if pool == "max" else ()
     if "lrn" in stage.steps or pool == "l2":
         return ("relu", *winners)
@@ -332,5 +330,4 @@ class GradientAccumulator:
             return
         for images, rows, where in bands(self.grad.shape, self.grad.device):
             part = self.grad[images, :, rows]
-            signs = unpack(packed[images, where], part.shape).to(part.dtype)
-            torch.ops.aten.threshold_backward.grad_input(part, signs, 0, grad_input=part)
+            layers.as_integers(part).mul_(unpack(packed[images, where], part.shape))

@@ -76,9 +76,9 @@ def forward_in_strips(
             for named, those in zip(whole, (taps, kept), strict=True):
                 for name, part in those.items():
                     strip.write(named, name, part)
-        if "pool" not in taps:
+        if not {"pool"} & (taps.keys() | kept.keys()):
             strip.write(out, "pool", y)
-    return (by_stage[-1][0] | out)["pool"], by_stage
+    return (by_stage[-1][0] | by_stage[-1][1] | out)["pool"], by_stage
 
 
 def backward_in_strips(
