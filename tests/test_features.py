@@ -781,7 +781,7 @@ def test_by_rows_is_what_autograd_does(config, options, names, how, keep, monkey
         monkeypatch.setattr(features_module, "CUSTOM_BACKWARD_DEVICES", ())
         keep = "bits"
     monkeypatch.setattr(strips, "ROWS", 8)
-    monkeypatch.setattr(strips, "VALUES", 1)
+    monkeypatch.setattr(strips, "BYTES", 8)
     features = VGGFeatures(names, net.arch, net.state_dict(), keep=keep, **how)
     leaf = batch(1, 3, 35, 42, dtype=torch.float64).requires_grad_()
     wanted = features(leaf)

@@ -221,7 +221,7 @@ def test_gradient_is_the_finite_difference(state, config, normalization):
 def thin(monkeypatch):
     """The first block goes by strips of 8 rows, gradients of taps come 8 rows at a time."""
     monkeypatch.setattr(strips_module, "ROWS", 8)
-    monkeypatch.setattr(strips_module, "VALUES", 1)
+    monkeypatch.setattr(strips_module, "BYTES", 8)
     monkeypatch.setattr(bits_module, "BAND", 1)
 
 

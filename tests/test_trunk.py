@@ -700,15 +700,15 @@ def test_in_bands_as_in_one_piece(monkeypatch, dtype, height):
 def thin(monkeypatch):
     """Sets strips of 8 rows for maps of 8 channels and that many columns, or of so many whole images of 16 rows."""
 
-    def cut(width, together=None):
+    def cut(width, together=None, dtype=torch.float64):
         monkeypatch.setattr(strips, "ROWS", 8)
-        monkeypatch.setattr(strips, "VALUES", 8 * width * (8 if together is None else 16 * together))
+        monkeypatch.setattr(strips, "BYTES", dtype.itemsize * 8 * width * (8 if together is None else 16 * together))
 
     return cut
 
 
-def number_of_strips(plan, count, height, width):
-    return len(list(strips._strips(plan, count, height, width)))
+def number_of_strips(plan, count, height, width, dtype=torch.float64):
+    return len(list(strips._strips(plan, dtype, count, height, width)))
 
 
 @pytest.mark.parametrize("keep", (*KEEPS, "taps"))
@@ -820,9 +820,9 @@ def test_strips_and_images_together_change_no_bit(thin, trunks, dtype, padding):
     x = images(3, 3, 37, 21, dtype=torch.float32)
     found = []
     for together, count in ((1 << 10, 1), (5, 2), (None, 3 * 5)):
-        thin(21, together)
+        thin(21, together, dtype)
         for plan in (Plan(trunk.arch, names, "max", padding), Plan(trunk.arch, names[-1:], "max", padding)):
-            assert number_of_strips(plan, 3, 37, 21) == count
+            assert number_of_strips(plan, 3, 37, 21, dtype) == count
             leaf = x.clone().requires_grad_()
             taps = run(leaf, trunk.filters(plan, x.device, dtype), plan)
             sum(tap.float().square().sum() for tap in taps[-1:]).backward()
@@ -955,12 +955,12 @@ def test_no_map_of_the_first_block_is_made_whole(thin, trunks):
 def test_strips_cover_every_row_once(monkeypatch):
     plan = Plan(Arch(channels=scaled(8), head=None), ("relu2_1",))
     several = False
-    for height, width, count, values in itertools.product(
-        (2, 15, 16, 100, 1000), (1, 64), (1, 5), (1, 1 << 11, 1 << 16)
+    for height, width, count, values, dtype in itertools.product(
+        (2, 15, 16, 100, 1000), (1, 64), (1, 5), (1, 1 << 11, 1 << 16), (torch.float32, torch.bfloat16)
     ):
-        monkeypatch.setattr(strips, "VALUES", values)
+        monkeypatch.setattr(strips, "BYTES", values * dtype.itemsize)
         seen = torch.zeros(count, height)
-        for strip in strips._strips(plan, count, height, width):
+        for strip in strips._strips(plan, dtype, count, height, width):
             rows, together = strip.rows.stop - strip.rows.start, strip.images.stop - strip.images.start
             assert strip.rows.start % 32 == 0 and (rows >= 16 or rows == height)
             assert rows * together * width * 8 <= max(values, (32 + 15) * width * 8)

@@ -30,7 +30,7 @@ from vggfeat.trunk.stage import (
     length,
 )
 
-VALUES = 1 << 20  # of one map of a strip, for each thread
+BYTES = 4 << 20  # of one map of a strip, for each thread
 ROWS = 32  # a strip has a multiple of it; each convolution computes up to two more on either side and discards them
 POOLED = ("pool", "argmax")  # of the size of the pool's output
 
@@ -64,7 +64,7 @@ def forward_in_strips(
     by_stage: list[tuple[ByName, ByName]] = [({}, {}) for _ in stages]
     out: ByName = {}
     images, _, height, width = x.shape
-    for strip in _strips(stages[0].plan, images, height, width):
+    for strip in _strips(stages[0].plan, x.dtype, images, height, width):
         reads = strip.reads(len(stages))
         y = cut(x[strip.images], reads[0])
         for stage, below, here, whole in zip(stages, reads[:-1], reads[1:], by_stage, strict=True):
@@ -100,7 +100,7 @@ def backward_in_strips(
     plan, grads = held[0][0].plan, ByName()
     # where a border was made by reflection, its gradient goes to the row after the first
     reach = 2 if plan.padding == "reflect" else 1
-    for strip in _strips(plan, images, height, width):
+    for strip in _strips(plan, held[0][0].folded.weight.dtype, images, height, width):
         *reads, here = strip.reads_back(len(held), reach)
         flow = GradientAccumulator()
         flow.add(None if grad is None else strip.read("pool", grad, here))
@@ -201,10 +201,10 @@ class _Strip:
         return rows, self.height
 
 
-def _strips(plan: Plan, count: int, height: int, width: int) -> Iterator[_Strip]:
-    """The strips of so many images of that size, in pixels."""
+def _strips(plan: Plan, dtype: torch.dtype, count: int, height: int, width: int) -> Iterator[_Strip]:
+    """The strips of so many images of that size, in pixels, for maps of that type."""
     row = width * max(plan.arch.layer(stage.conv).channels for stage in plan.stages[: plan.in_strips("cpu")])
-    fits = VALUES * torch.get_num_threads()
+    fits = BYTES // dtype.itemsize * torch.get_num_threads()
     together = max(1, fits // (row * height))
     rows = ROWS * math.ceil(height / math.ceil(row * height / fits) / ROWS)
     cuts = [*range(0, max(1, height - ROWS // 2), rows), height]  # a few rows are no strip of their own
