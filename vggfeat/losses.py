@@ -534,6 +534,8 @@ class PerceptualLoss(_FeatureLoss):
         padding: `"zeros"`, `"reflect"` or `"replicate"`.
         repeat_grey: accept one channel and repeat it.
         keep: `"bits"` or `"values"`, see `VGGFeatures`: kept for the current images until their gradient is known.
+            Values in any case for small images on a CPU: 256×256 in float32, 362×362 in bfloat16, in all that run
+            together.
         cuda_graphs: allow that on a GPU. While a graph is captured, other threads must not draw random numbers there.
 
     Raises:
