@@ -112,6 +112,20 @@ def test_saved_for_backward(name, mb):
     assert describe(name).index_bytes / 1e6 == pytest.approx(12.24, abs=5e-3)
 
 
+def test_totals_count_what_they_name():
+    plain, normalized = describe("vgg16"), describe("vgg16_bn")
+    assert describe("vgg16", batch=3).index_bytes == 3 * plain.index_bytes
+    assert normalized.split["conv"]["macs_share"] == pytest.approx(15.347 / 15.470, abs=1e-3)  # GMACs, of VGG_FACTS
+    memory = normalized.memory
+    assert memory["inference"] == memory["weights"] + normalized.peak_bytes
+    assert memory["weights"] == memory["parameters"] + memory["buffers"] > memory["parameters"]
+    assert memory["sgd_fixed"] == memory["weights"] + memory["parameters"]
+    assert plain.to_dict()["totals"]["weights_without_biases"] == plain.params - 13_416  # 4224 + 8192 + 1000 biases
+    sizes = (224, 448, 256, (448, 224), (224, 448))
+    strides = [rows(describe("vgg16", input_size=size))["avgpool"].stride for size in sizes]
+    assert strides == [32, 64, None, None, None]
+
+
 def test_vgg16_memory():
     memory = describe("vgg16").memory
     assert memory["weights"] / 1e6 == pytest.approx(553.43, abs=5e-3)

@@ -738,6 +738,39 @@ WALKS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("keep", "precision", "dtype", "size", "wanted"),
+    [
+        ("bits", "float32", torch.float32, (1, 256, 256), "values"),
+        ("bits", "float32", torch.float32, (1, 256, 257), "taps"),
+        ("bits", "float32", torch.float32, (2, 256, 129), "taps"),
+        ("bits", "bfloat16", torch.float32, (1, 362, 362), "values"),
+        ("bits", "bfloat16", torch.float32, (1, 363, 363), "taps"),
+        ("bits", "float32", torch.float64, (1, 256, 129), "taps"),
+        ("values", "float32", torch.float32, (1, 256, 257), "values"),
+    ],
+)
+def test_small_images_are_kept_as_values(monkeypatch, keep, precision, dtype, size, wanted):
+    net = small("A")
+    features = VGGFeatures(["relu1_1"], net.arch, net.state_dict(), keep=keep, precision=precision)
+
+    class Made(Exception):
+        """Says what the walk is to keep."""
+
+    def made(filters, plan, keep):
+        raise Made(keep)
+
+    monkeypatch.setattr(features_module, "Walk", made)
+    count, height, width = size
+    x = torch.zeros(count, 3, height, width, dtype=dtype)
+    with pytest.raises(Made, match=f"^{wanted}$"):
+        features.vjp(x)
+    with pytest.raises(Made, match="^values$" if keep == "values" else "^taps$"):  # for pictures, whatever their size
+        features.vjp_by_rows(x[:1, :, :64], lambda *_: None)
+    with pytest.raises(Made, match="^none$"):
+        features.taps_by_rows(x[:1], lambda *_: None)
+
+
 @pytest.mark.parametrize("keep", ["bits", "values", "small", "by autograd"])
 @pytest.mark.parametrize(("config", "options", "names", "how"), WALKS)
 def test_vjp_is_what_autograd_does(config, options, names, how, keep, monkeypatch):

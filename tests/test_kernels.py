@@ -103,6 +103,9 @@ def test_signs_of_a_number_of_values_that_fills_no_byte(device):
     x = maps((3, 5, 3, 3), torch.float32, device).relu()
     packed, grad = kernels.pack(x), torch.ones_like(x)
     assert torch.equal(packed.cpu(), bits.pack(x.cpu()))
+    bad = x.clone()
+    bad[1, 2] = torch.nan
+    assert torch.equal(kernels.pack(bad).cpu(), bits.pack(bad.cpu())) and not torch.equal(kernels.pack(bad), packed)
     kernels.mask(grad, packed)
     assert torch.equal(grad > 0, x > 0)
 

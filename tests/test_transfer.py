@@ -743,6 +743,8 @@ def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
     whole, narrow = 12e6 * 1536 / 0.7, 12e6 * 1024 / 0.7
     assert side(whole * 1.001) == 0 and side(narrow * 1.001, dtype=torch.bfloat16, device="cuda") == 0
     assert side(narrow * 0.999, dtype=torch.bfloat16, device="cuda") > 0
+    monkeypatch.setattr(tiles_module, "emulates", lambda dtype, device: False)
+    assert side(narrow * 1.001, dtype=torch.bfloat16) == 0 and side(narrow * 0.999, dtype=torch.bfloat16) > 0
     monkeypatch.setattr(tiles_module, "emulates", lambda dtype, device: True)  # bfloat16 that is computed in float32
     assert side(narrow * 1.001, dtype=torch.bfloat16) > 0 and side(whole * 1.001, dtype=torch.bfloat16) == 0
     monkeypatch.undo()

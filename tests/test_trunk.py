@@ -23,7 +23,7 @@ from vggfeat.losses import PerceptualLoss, StyleLoss
 from vggfeat.trunk import Plan, Trunk, bits, direct, layers, operators, plain, run, strips, walk
 from vggfeat.trunk.bits import pack, unpack
 from vggfeat.trunk.filters import Filters, bounds, by_stage
-from vggfeat.trunk.stage import ByRows, GradientAccumulator
+from vggfeat.trunk.stage import ByRows, GradientAccumulator, kept_of
 from vggfeat.weights import load
 
 # Table 1 of the paper: channels as multiples of the first block's, M for a pool; "c1" is a 1×1 convolution
@@ -647,7 +647,8 @@ def test_max_pools_as_torch_pools(dtype):
         if argmax is not None:
             pooled = y if keep == "values" else None
             assert torch.equal(layers.max_pool_backward(grad, 33, 47, argmax, pooled), x.grad)
-    assert argmax is not None and argmax.dtype == layers.argmax_type(dtype, x.device)
+    assert argmax is not None and argmax.dtype == {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert layers.argmax_type(dtype, torch.device("cuda")) == torch.uint8
     bytes_ = argmax.to(torch.uint8)  # as on CUDA
     assert torch.equal(layers.max_pool_backward(grad, 33, 47, bytes_, wanted.detach()), x.grad)
     for keep in ("none", "bits", "values"):
@@ -854,7 +855,7 @@ def test_not_a_number_in_one_strip(thin, trunks):
     for tap, other in zip(taps, reference(x, trunk.state, trunk.arch, plan.names), strict=True):
         assert torch.equal(tap.isnan(), other.isnan()) and tap.isnan().any()
     sum(tap.square().sum() for tap in taps).backward()
-    assert leaf.grad[1].isnan().all()
+    assert leaf.grad[1].isnan().any()
     alone = x[:1].clone().requires_grad_()
     sum(tap.square().sum() for tap in reference(alone, trunk.state, trunk.arch, plan.names)).backward()
     torch.testing.assert_close(leaf.grad[:1], alone.grad, rtol=1e-4, atol=1e-4)
@@ -981,6 +982,18 @@ def test_plan_code_reads_back(arch):
     assert plan.by_depth == ("conv1_1", "relu3_1")
 
 
+def test_what_is_kept():
+    """Of a convolution, of one with a tap before its pool, and of one that only its pool reads."""
+    plan = Plan(Arch("D", head=None), ("relu1_2", "relu3_1"))
+    found = {keep: [kept_of(plan, number, keep) for number in (0, 1, 3)] for keep in ("bits", "taps", "values", "none")}
+    assert found == {
+        "bits": [("sign",), ("sign", "argmax"), ("argmax",)],
+        "taps": [("sign",), ("relu", "argmax"), ("argmax",)],
+        "values": [("relu",), ("relu", "argmax", "pool"), ("argmax", "pool")],
+        "none": [(), (), ()],
+    }
+
+
 def test_bounds_count_what_biases_add():
 
     first, second = torch.zeros(2, 3, 3, 3), torch.zeros(1, 2, 3, 3)
@@ -1051,10 +1064,9 @@ def test_opcheck(thin, trunks, arch, names, pooling, padding, keep):
         torch.library.opcheck(operators.trunk_forward, (x, filters, plan.code, keep), test_utils=tests)
         found = operators.trunk_forward(x, filters, plan.code, keep)
         taps, kept = found[: len(names)], found[len(names) :]
-        again = [taps[i] for i in walk.reread(plan, keep, x.device)]
+        again = [taps[i] for i in walk.reread(plan, keep)]
         present = list(range(len(names)))
-        sound = layers.finite_images(taps[-1])
-        args = (taps, present, again, kept, filters, list(x.shape), sound, plan.code, keep)
+        args = (taps, present, again, kept, filters, list(x.shape), plan.code, keep)
         torch.library.opcheck(operators.trunk_backward, args, test_utils=tests)
 
 

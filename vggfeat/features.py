@@ -183,7 +183,8 @@ class VGGFeatures(nn.Module):
             tap of that value, it returns the gradient with respect to the images, in their type. `tap_grad` is called
             once for each tap, deepest first, when the backward gets there, and the tap is then freed, so that there is
             never more than one such gradient (except on a CPU within the first block, with a classifier's layers, and
-            on devices that leave the walk to autograd). The pullback can be called once and empties the taps.
+            on devices that leave the walk to autograd). The pullback can be called once and empties the taps. On a CPU
+            it keeps values of small images, whatever `keep` says.
         """
         if not self._walks(images):
             return self._vjp_by_autograd(images)

@@ -176,7 +176,7 @@ def _max_pool_backward(
 
 
 def pack(x: Tensor) -> Tensor:
-    """One bit for each value, set where it is positive: uint8 (N, ceil(C·H·W / 8)), as by `trunk.bits.pack`."""
+    """One bit for each value, set where it is not 0: uint8 (N, ceil(C·H·W / 8)), as by `trunk.bits.pack`."""
     x = laid_out(x)
     out = torch.empty(len(x), triton.cdiv(x.shape[1:].numel(), 8), dtype=torch.uint8, device=x.device)
     _run_bits(_pack, x, out)
@@ -224,7 +224,7 @@ def _pack(x, out, each, count, blocks, BYTES: tl.constexpr):
     bit = tl.arange(0, 8)[None, :]
     at = byte[:, None] * 8 + bit
     value = tl.load(x + image * each + at, (byte[:, None] < count) & (at < each), 0.0)
-    tl.store(out + image * count + byte, tl.sum((value > 0).to(tl.int32) << bit, 1), byte < count)
+    tl.store(out + image * count + byte, tl.sum((value != 0).to(tl.int32) << bit, 1), byte < count)
 
 
 @triton.jit
@@ -268,7 +268,7 @@ def _max_pool_packed(x, y, planes, places, h, w, height, width, channels, ROWS: 
     plane = h * w * (channels // 8)
     tl.store(planes + bits, tl.sum(down.to(tl.int32) << bit, 2), exists)
     tl.store(planes + bits + plane, tl.sum(right.to(tl.int32) << bit, 2), exists)
-    tl.store(planes + bits + 2 * plane, tl.sum((maximum > 0).to(tl.int32) << bit, 2), exists)
+    tl.store(planes + bits + 2 * plane, tl.sum((maximum != 0).to(tl.int32) << bit, 2), exists)
 
 
 @triton.jit

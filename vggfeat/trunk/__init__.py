@@ -3,7 +3,8 @@
 A loss network is frozen, which autograd does not exploit: it keeps every convolution's input, every ReLU's output, all
 pool inputs and 64-bit indices. All that the gradient with respect to the image needs is the weights, the sign of each
 ReLU's output and the argmax of each pooling window. The forward keeps just that, as single bits (`keep="bits"`), or
-the ReLU outputs themselves where memory does not matter and time does (`keep="values"`); the backward walks back.
+the outputs of ReLUs and pools and maps of the pools' winners, where memory does not matter and time does
+(`keep="values"`); the backward walks back.
 
 Everything runs in channels_last, in which these convolutions are fastest on CPUs and GPUs alike. `plain` is the same
 computation in ordinary differentiable operations: for second derivatives, for export, and to test against.

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vggfeat.modes import in_forward_mode, in_functorch, is_batched, is_watched, no_autocast
 from vggfeat.trunk import operators
-from vggfeat.trunk.layers import finite_images
 from vggfeat.trunk.plain import plain
 from vggfeat.trunk.plan import Plan
 from vggfeat.trunk.walk import reread
@@ -28,7 +27,7 @@ def run(x: Tensor, filters: Sequence[Tensor], plan: Plan, *, keep: str = "bits")
     if in_forward_mode():  # forward-mode derivatives need ordinary operations
         taps: Sequence[Tensor] = plain(x, filters, plan)
     elif torch.is_grad_enabled() and (x.requires_grad or in_functorch()):  # inside vmap, x does not say
-        taps = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep, x.device), *filters)
+        taps = _Trunk.apply(x, plan.code, keep, len(plan.names), reread(plan, keep), *filters)
     else:
         taps = _walk_forward(x, filters, plan.code, "none")
     return list(taps[: len(plan.names)])  # what is kept follows them
@@ -56,23 +55,20 @@ class _Trunk(torch.autograd.Function):
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         ctx.split = (len(again), len(kept))
-        sound = finite_images(taps[-1]) if x.device.type == "cpu" else None
-        ctx.save_for_backward(x, sound, *[taps[i] for i in again], *kept, *filters)
+        ctx.save_for_backward(x, *[taps[i] for i in again], *kept, *filters)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        x, sound, *rest = ctx.saved_tensors
+        x, *rest = ctx.saved_tensors
         nothing = (None,) * (4 + len(rest) - sum(ctx.split))
         present = [i for i, grad in enumerate(grads[: ctx.count]) if grad is not None]
         if not present:
             return (None, *nothing)
         if is_batched(*grads):
             return (_ordinary_gradient(x, rest[sum(ctx.split) :], Plan.decode(ctx.code), present, grads), *nothing)
-        if sound is not None and present[-1] < ctx.count - 1:  # the deepest tap has no part in it
-            sound = finite_images(x)
         # called directly where possible: torch.compile of torch 2.13 gives `apply` in a backward one argument too many
         back: Any = _TrunkBackward.apply if torch.is_grad_enabled() else _TrunkBackward.forward
-        return (back(x, sound, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest), *nothing)
+        return (back(x, ctx.code, ctx.keep, ctx.split, present, *[grads[i] for i in present], *rest), *nothing)
 
 
 def _ordinary_gradient(
@@ -96,7 +92,6 @@ class _TrunkBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        sound: Tensor | None,
         code: str,
         keep: str,
         split: tuple[int, int],
@@ -107,12 +102,12 @@ class _TrunkBackward(torch.autograd.Function):
         grads, rest = rest[:n], rest[n:]
         taps, rest = rest[:again], rest[again:]
         back = operators.trunk_backward if is_watched(x, *grads) else operators.backward
-        to_x: Tensor = back(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), sound, code, keep)
+        to_x: Tensor = back(grads, present, taps, rest[:kept], rest[kept:], list(x.shape), code, keep)
         return to_x.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, ctx.code, _, split, ctx.present, *rest = inputs
+        x, ctx.code, _, split, ctx.present, *rest = inputs
         n = len(ctx.present)
         ctx.nothing = (None,) * (len(rest) - n)
         ctx.save_for_backward(x, *rest[:n], *rest[n + sum(split) :])
@@ -134,4 +129,4 @@ class _TrunkBackward(torch.autograd.Function):
 
         with no_autocast(x.device):
             of_x, of_grads = torch.func.vjp(first, x, rest[:n])[1](grad)
-        return (of_x, None, None, None, None, None, *of_grads, *ctx.nothing)
+        return (of_x, None, None, None, None, *of_grads, *ctx.nothing)

@@ -46,9 +46,9 @@ def bytes_of(shape: Sequence[int]) -> int:
 
 
 def pack(x: Tensor) -> Tensor:
-    """One bit for each value, set where it is positive: (N,C,H,W) channels_last to uint8 (N, ceil(C·H·W / 8)).
+    """One bit for each value, set where it is not 0: (N,C,H,W) channels_last to uint8 (N, ceil(C·H·W / 8)).
 
-    Values are bool, integers or out of a ReLU: none is below 0.
+    Values are bool, integers or out of a ReLU: none is below 0. NaN sets it, so that no bad step looks like a good one.
     """
     if x.device.type != "cpu":
         kernels = triton_kernels(x.device, x.dtype)

@@ -5,7 +5,6 @@ Tensors are (N,C,H,W), laid out channels_last.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -42,14 +41,6 @@ def stays_finite(images: Tensor, bounds: Iterable[tuple[float, float]], safe: It
     largest = max(-float(low), float(high))
     # NaN is below nothing
     return largest < SAFE and all(largest * by + shift < most for (by, shift), most in zip(bounds, safe, strict=True))
-
-
-def finite_images(values: Tensor) -> Tensor:
-    """Which images' values (N,C,H,W) are all finite, (N,1,1,1) bool."""
-    if not values.numel():
-        return values.new_ones(len(values), 1, 1, 1, dtype=torch.bool)
-    dims = (1, 2, 3)
-    return (values.amax(dims, keepdim=True) < math.inf) & (values.amin(dims, keepdim=True) > -math.inf)
 
 
 def conv(x: Tensor, filters: Filters, pad: int, *, relu: bool = False, overwrite: bool = False) -> Tensor:
@@ -183,7 +174,7 @@ def plain_pool(x: Tensor, pooling: str) -> Tensor:
     if pooling == "average":
         return F.avg_pool2d(x, 2)
     square = F.avg_pool2d(x * x, 2)
-    alive = square > 0  # the root's slope at 0 is infinite; the gradient there is 0
+    alive = square != 0  # the root's slope at 0 is infinite; the gradient there is 0
     return torch.where(alive, torch.where(alive, square, 1).sqrt(), 0)
 
 
@@ -235,7 +226,7 @@ def l2_pool_backward(grad: Tensor, height: int, width: int, values: Tensor) -> T
     """Each gradient in proportion to the `values` that were pooled."""
     out = _unpooled(grad, height, width)
     pooled = plain_pool(values, "l2")
-    share = torch.where(pooled > 0, grad / (4 * pooled), 0)
+    share = torch.where(pooled != 0, grad / (4 * pooled), 0)
     for quarter, value in zip(_quarters(out, *grad.shape[2:]), _quarters(values, *grad.shape[2:]), strict=True):
         torch.mul(share, value, out=quarter)
     return out

@@ -34,7 +34,6 @@ def backward(
     kept: Sequence[Tensor],
     filters: Sequence[Tensor],
     shape: Sequence[int],
-    sound: Tensor | None,
     code: str,
     keep: str,
 ) -> Tensor:
@@ -43,18 +42,17 @@ def backward(
     Args:
         grads: gradients of some of the taps, in their shapes.
         present: which taps, as positions shallow to deep.
-        taps: those at `walk.reread(plan, keep, device)`.
+        taps: those at `walk.reread(plan, keep)`.
         kept: what `trunk_forward` returned behind the taps.
         filters: as there.
         shape: of the images.
-        sound: see `Walk.backward`.
         code: as there.
         keep: as there.
     """
     plan = Plan.decode(code)
     incoming = {plan.by_depth[i]: grad for i, grad in zip(present, grads, strict=True)}
     walk = Walk(filters, plan, keep)
-    image_grad = walk.backward(incoming.get, walk.kept_by_stage(taps, kept), (shape[2], shape[3]), sound)
+    image_grad = walk.backward(incoming.get, walk.kept_by_stage(taps, kept), (shape[2], shape[3]))
     return grads[0].new_zeros(tuple(shape)) if image_grad is None else image_grad
 
 
@@ -91,7 +89,6 @@ def _(
     kept: Any,
     filters: Any,
     shape: Any,
-    sound: Any,
     code: str,
     keep: str,
     *,
@@ -115,7 +112,7 @@ def _(x: Tensor, filters: Sequence[Tensor], code: str, keep: str) -> list[Tensor
 
     for number, (stage, (h, w)) in enumerate(zip(plan.stages, plan.sizes(*x.shape[2:]), strict=True)):
         c = plan.arch.layer(stage.conv).channels
-        wants = kept_of(plan, number, keep, x.device)
+        wants = kept_of(plan, number, keep)
         small = (c, h // 2, w // 2)
         taps += [like(*small) if kind == "pool" else like(c, h, w) for kind in stage.taps]
         if "relu" in wants and "relu" not in stage.taps:
@@ -139,7 +136,6 @@ def _(
     kept: Sequence[Tensor],
     filters: Sequence[Tensor],
     shape: Sequence[int],
-    sound: Tensor | None,
     code: str,
     keep: str,
 ) -> Tensor:
@@ -170,7 +166,6 @@ def _(
     kept: Sequence[Tensor],
     filters: Sequence[Tensor],
     shape: Sequence[int],
-    sound: Tensor | None,
     code: str,
     keep: str,
 ) -> tuple[Tensor, Any]:
@@ -180,7 +175,7 @@ def _(
         where = where if isinstance(where, list | tuple) else [where] * len(values)
         return [_joined(size, value, dim) for value, dim in zip(values, where, strict=True)]
 
-    whole, all_sound = [size * shape[0], *shape[1:]], None if sound is None else _joined(size, sound, dims[6])
+    whole = [size * shape[0], *shape[1:]]
     parts = join(taps, dims[2]), join(kept, dims[3])
-    grad = trunk_backward(join(grads, dims[0]), present, *parts, filters, whole, all_sound, code, keep)
+    grad = trunk_backward(join(grads, dims[0]), present, *parts, filters, whole, code, keep)
     return grad.unflatten(0, (size, shape[0])), 0

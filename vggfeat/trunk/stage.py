@@ -75,7 +75,7 @@ def whole(grad: Tensor | Product) -> Tensor:
     return grad.whole() if isinstance(grad, Product) else grad
 
 
-def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[str, ...]:
+def kept_of(plan: Plan, number: int, keep: Keep) -> tuple[str, ...]:
     """What the backward of a stage needs besides the weights, in the order in which it is kept.
 
     | name     | what                                | as                                                           |
@@ -94,7 +94,6 @@ def kept_of(plan: Plan, number: int, keep: Keep, device: torch.device) -> tuple[
         plan: what is run.
         number: of the stage.
         keep: what the backward will find.
-        device: where.
     """
     stage = plan.stages[number]
     if keep == "none" or "relu" not in stage.steps:

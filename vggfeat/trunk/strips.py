@@ -2,8 +2,8 @@
 
 About half of a VGG's activations are in its first block, in maps of the image's size. Where these are too large for a
 processor's caches, they are computed a few rows at a time, which fit; they then never exist as a whole, unless they are
-tapped (and those of the first convolution not even then, where some rows at a time suffice). Small images are computed
-whole, several together.
+kept as values or tapped (and those of the first convolution not even as taps, where some rows at a time suffice).
+Small images are computed whole, several together.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def forward_in_strips(
             for named, those in zip(whole, (taps, kept), strict=True):
                 for name, part in those.items():
                     strip.write(named, name, part)
-        if not {"pool"} & (taps.keys() | kept.keys()):
+        if "pool" not in taps | kept:
             strip.write(out, "pool", y)
     return (by_stage[-1][0] | by_stage[-1][1] | out)["pool"], by_stage
 

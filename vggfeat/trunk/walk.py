@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from vggfeat.modes import no_autocast
@@ -31,10 +30,10 @@ TapGradOf = Callable[[str, Tensor], Tensor]  # the gradient with respect to a ta
 TapGradOfRows = Callable[[str, Tensor, Rows], Tensor | Product]  # the same of some rows of one image's tap
 
 
-def reread(plan: Plan, keep: Keep, device: torch.device) -> tuple[int, ...]:
+def reread(plan: Plan, keep: Keep) -> tuple[int, ...]:
     """Positions, shallow to deep, of the taps that the backward reads again, rather than keep them twice."""
     kinds = [(number, kind) for number, stage in enumerate(plan.stages) for kind in stage.taps]
-    return tuple(i for i, (number, kind) in enumerate(kinds) if kind in kept_of(plan, number, keep, device))
+    return tuple(i for i, (number, kind) in enumerate(kinds) if kind in kept_of(plan, number, keep))
 
 
 class Walk:
@@ -50,7 +49,7 @@ class Walk:
         self.filters, self.plan, self.keep = filters, plan, keep
         self.device = filters[0].device
         self.stages = [
-            ReadyStage(plan, stage, folded, unfolded, kept_of(plan, number, keep, self.device))
+            ReadyStage(plan, stage, folded, unfolded, kept_of(plan, number, keep))
             for number, (stage, (folded, unfolded)) in enumerate(zip(plan.stages, by_stage(plan, filters), strict=True))
         ]
         self.in_strips = plan.in_strips(self.device.type)
@@ -109,7 +108,6 @@ class Walk:
         tap_grad: Callable[[str], TapGrad],
         kept: list[ByName],
         size: tuple[int, int],
-        sound: Tensor | None,
         recompute: Recompute | None = None,
     ) -> Tensor | None:
         """The gradient with respect to the normalised images, in the filters' type; None where no tap has one.
@@ -120,24 +118,14 @@ class Walk:
             kept: for each stage what the forward kept of it, by the names of `kept_of`; is emptied on the way, to
                 free memory early.
             size: height and width of the images.
-            sound: which images' deepest tap is finite, (N,1,1,1); None where no ReLU loses a NaN: where there is none,
-                and off the CPU.
             recompute: what the first stage's taps are recomputed from, where they were passed in strips.
         """
         sizes = self.plan.sizes(*size)
         flow = GradientAccumulator()
         held: list[Held] = []
-        first = True  # the first gradient is the deepest tap's
-        lost: Tensor | None = None  # which images' gradient is, if any
 
         def of_kind(names: dict[str, str], kind: str) -> TapGrad:
-            nonlocal first, lost
-            grad = tap_grad(names[kind]) if kind in names else None
-            if grad is not None and first:
-                grad, first = grad.whole() if isinstance(grad, ByRows) else grad, False
-                if sound is not None and isinstance(grad, Tensor) and not bool(sound.all()):
-                    lost = ~(sound | layers.finite_images(grad))
-            return grad
+            return tap_grad(names[kind]) if kind in names else None
 
         with no_autocast(self.device):
             for number, stage in reversed([*enumerate(self.stages)]):
@@ -151,10 +139,7 @@ class Walk:
         images = self.plan.arch.layers[0].in_channels
         if flow.grad is not None and flow.grad.shape[1] > images:  # CUDA computes more
             flow.replace(layers.channels_last(flow.grad[:, :images]))
-        # an image's NaN is packed as 0, so that a bad step would look like a good one; every NaN reaches the deepest
-        # tap, and its gradient, except for |a - b|: to torch, too, the sign of NaN is 0. (Where the tap is finite, a
-        # gradient that is not and meets a ReLU's 0, such as that of a root, is dropped, as torch does.)
-        return flow.grad if flow.grad is None or lost is None else flow.grad.masked_fill(lost, torch.nan)
+        return flow.grad
 
     def vjp(self, x: Tensor) -> tuple[dict[str, Tensor], Callable[[TapGradOf], Tensor]]:
         """The taps by name, and the pullback to the images, bypassing autograd.
@@ -214,11 +199,9 @@ class Walk:
             kept.append(besides | {kind: tap for kind, tap in own.items() if kind in ready.keeps})
         recompute = Recompute(prepared, finite) if len(taps) < len(self.plan.names) else None
         size, dtype = (x.shape[2], x.shape[3]), x.dtype
-        # the first convolution's taps may not be here; it alone makes no NaN of finite images
-        sound = None if finite else layers.finite_images(taps.get(self.plan.by_depth[-1], x))
 
         def pullback(tap_grad: Callable[[str], TapGrad]) -> Tensor:
-            grad = self.backward(tap_grad, kept, size, sound, recompute)
+            grad = self.backward(tap_grad, kept, size, recompute)
             assert grad is not None  # every tap has one
             return grad.to(dtype)
 
