@@ -19,8 +19,8 @@ from vggfeat.devices import emulates
 from vggfeat.features import CUSTOM_BACKWARD_DEVICES
 
 # a step's peak memory in outputs of the first convolution, with some margin: measured on a CPU were 3 (max pooling) to
-# 5.5 (l2, padded by replication) in float32, 6 to 9 in bfloat16, which keeps values, and 10 to 15 by autograd, for which
-# it is doubled; a GPU has no strips, and the walk without them took 4 to 6.5
+# 5.5 (l2, padded by replication) in float32, 6 to 9 in bfloat16, which keeps values, and 10 to 15 by autograd, for
+# which it is doubled; a GPU has no strips, and the walk without them took 4 to 6.5
 MAPS, IN_STRIPS = 9, 6
 IMAGES = 30  # float32, of the whole picture: what the optimiser and the steps around it take
 SHARE = 0.7  # of the free memory that a step may take
