@@ -60,8 +60,8 @@ ROOMS = {
     "vggfeat.trunk.stage": {"devices", "trunk.bits", "trunk.filters", "trunk.layers", "trunk.plan"},
     "vggfeat.trunk.strips": {"trunk.plan", "trunk.stage"},
     "vggfeat.trunk.walk": {"modes", "trunk.filters", "trunk.layers", "trunk.plan", "trunk.stage", "trunk.strips"},
-    "vggfeat.trunk.operators": {"trunk.bits", "trunk.plan", "trunk.stage", "trunk.walk"},
-    "vggfeat.trunk.autograd": {"modes", "trunk.layers", "trunk.operators", "trunk.plain", "trunk.plan", "trunk.walk"},
+    "vggfeat.trunk.operators": {"trunk.bits", "trunk.layers", "trunk.plan", "trunk.stage", "trunk.walk"},
+    "vggfeat.trunk.autograd": {"modes", "trunk.operators", "trunk.plain", "trunk.plan", "trunk.walk"},
     "vggfeat.features": {
         "arch",
         "devices",
