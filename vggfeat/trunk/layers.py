@@ -137,9 +137,9 @@ def pool(x: Tensor, pooling: str, keep: str, finite: bool) -> tuple[Tensor, Tens
         down, right = _winners(x[images, :, 2 * rows.start : 2 * rows.stop], part, proven)
         if keep == "values":
             torch.add(right, down, alpha=2, out=argmax[images, :, rows])
-            continue
-        for plane, values in enumerate((down, right, part)):
-            argmax[images, plane, where] = pack(values)
+        else:
+            for plane, values in enumerate((down, right, part)):
+                argmax[images, plane, where] = pack(values)
     return y, argmax
 
 

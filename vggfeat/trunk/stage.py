@@ -16,8 +16,8 @@ from vggfeat.trunk.plan import Plan, Stage
 
 ByName = dict[str, Tensor]  # taps of a stage by their kind, or what is kept of it by the names of `kept_of`
 Rows = slice  # some rows of a map: where they start and where they stop
-# what the forward keeps for the backward: "none"; "values", the ReLUs' outputs; "bits", their signs; or "taps", bits
-# except for ReLUs that are taps, for callers that hold those anyway
+# what the forward keeps for the backward: "none"; "values", the outputs of ReLUs and max pools; "bits", their signs; or
+# "taps", bits except for ReLUs that are taps, for callers that hold those anyway
 Keep = str
 OnTap = Callable[[str, Tensor, Rows], object]  # gets some rows of one image's tap, and which they are
 
