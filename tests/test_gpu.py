@@ -38,9 +38,9 @@ from vggfeat import (
     cuda_graphs,
     devices,
     evaluate,
+    feature_loss as feature_loss_module,
     features as features_module,
     functional as functional_module,
-    losses as losses_module,
     stylize,
     train,
 )
@@ -339,7 +339,7 @@ def replays(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "supports_capture", lambda device: True)
     monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, *inputs, aside: step(*inputs))
     monkeypatch.setattr(cuda_graphs, "capture", record)
-    monkeypatch.setattr(losses_module, "supports_capture", lambda device: True)
+    monkeypatch.setattr(feature_loss_module, "supports_capture", lambda device: True)
     stream = types.SimpleNamespace(wait_event=lambda event: None)
     names = {
         "is_current_stream_capturing": lambda: False,

@@ -630,7 +630,7 @@ def test_one_target_for_all_gets_its_gradient_from_every_part(pair, make, monkey
     x, y = (image.double() for image in pair)
     loss, found = make(), []
     for values in (1, 1 << 30):  # image by image, and all at once
-        monkeypatch.setattr("vggfeat.losses.VALUES_AT_A_TIME", values)
+        monkeypatch.setattr("vggfeat.feature_loss.VALUES_AT_A_TIME", values)
         leaf, target = x.clone().requires_grad_(), y[:1].clone().requires_grad_()
         found.append(torch.autograd.grad(loss(leaf, target), (leaf, target)))
     for one, other in zip(*found, strict=True):
@@ -1079,7 +1079,7 @@ def test_parts_of_a_batch_add_up(monkeypatch, kind, masked):
     seen = []
     checked = loss.features.checked
     monkeypatch.setattr(loss.features, "checked", lambda images: seen.append(len(images)) or checked(images))
-    monkeypatch.setattr("vggfeat.losses.VALUES_AT_A_TIME", 2 * 32 * 32 * NET.arch.layers[0].channels)
+    monkeypatch.setattr("vggfeat.feature_loss.VALUES_AT_A_TIME", 2 * 32 * 32 * NET.arch.layers[0].channels)
     parts = loss(parts_x, y, mask)
     assert sorted(seen) == [1, 1, 2, 2]  # the target, and five images in twos
     close(parts, whole, rtol=1e-5)

@@ -23,7 +23,8 @@ _HOMES = {
     "vggfeat.network": ("VGG", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"),
     "vggfeat.weights": ("load_weights",),
     "vggfeat.features": ("VGGFeatures",),
-    "vggfeat.losses": ("EncodedTarget", "PerceptualLoss", "StyleLoss"),
+    "vggfeat.encoded_target": ("EncodedTarget",),
+    "vggfeat.losses": ("PerceptualLoss", "StyleLoss"),
     "vggfeat.metrics": ("LPIPS",),
     "vggfeat.analysis": ("compare", "describe", "effective_field", "stacked_3x3"),
     "vggfeat.plots": (
@@ -62,6 +63,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors
         effective_field as effective_field,
         stacked_3x3 as stacked_3x3,
     )
+    from vggfeat.encoded_target import EncodedTarget as EncodedTarget
     from vggfeat.errors import (
         DependencyError as DependencyError,
         ImageError as ImageError,
@@ -72,7 +74,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors
         WeightsUnavailableError as WeightsUnavailableError,
     )
     from vggfeat.features import VGGFeatures as VGGFeatures
-    from vggfeat.losses import EncodedTarget as EncodedTarget, PerceptualLoss as PerceptualLoss, StyleLoss as StyleLoss
+    from vggfeat.losses import PerceptualLoss as PerceptualLoss, StyleLoss as StyleLoss
     from vggfeat.metrics import LPIPS as LPIPS
     from vggfeat.network import VGG as VGG, vgg as vgg, vgg11 as vgg11, vgg13 as vgg13, vgg16 as vgg16, vgg19 as vgg19
     from vggfeat.plots import (

@@ -97,6 +97,29 @@ def _compare(folder: Path, before: dict[str, Any], config: TrainConfig) -> None:
         raise InputError(f"the run in {folder} has other settings, pass the same ones: {said}")
 
 
+def _compare_images(folder: Path, state: dict[str, Any], images: ImageSet) -> None:
+    if (state["classes"], state["images"]) != (images.classes, len(images)):
+        raise InputError(
+            f"the run in {folder} was on {state['images']} images of {len(state['classes'])} classes, "
+            f"{images.label} has {len(images)} of {len(images.classes)}"
+        )
+    if state["digest"] != images.digest:
+        raise InputError(f"the run in {folder} was on other images than {images.label}: their names or labels differ")
+    if images.sizes != state.get("sizes", images.sizes):
+        raise InputError(f"the run in {folder} was on other files than those of {images.label}: their sizes differ")
+
+
+def _compare_test(folder: Path, state: dict[str, Any], test: ImageSet | None) -> None:
+    now = None if test is None else test.digest
+    if (before := state.get("test", now)) != now:
+        if before is None:
+            raise InputError(f"the run in {folder} has no test set: go on without one, or begin anew")
+        given = f"not {test.label}" if test is not None else "and now there is none"
+        raise InputError(f"the run in {folder} has another test set, {given}: pass the same one")
+    if test is not None and test.sizes != state.get("test_sizes", test.sizes):
+        raise InputError(f"the run in {folder} has another test set, not {test.label}, whose files differ in size")
+
+
 def arch_of(folder: Path) -> Arch | None:
     """The network of the run in a folder that has a checkpoint; None where that is not recorded."""
     recorded = _config_of(folder / "config.json").get("network")
@@ -148,25 +171,8 @@ def begin(
         raise InputError(f"{folder / 'config.json'} was not written by vggfeat: choose another folder")
     if state is not None:
         _compare(folder, state["config"], config)
-        if (state["classes"], state["images"]) != (images.classes, len(images)):
-            raise InputError(
-                f"the run in {folder} was on {state['images']} images of {len(state['classes'])} classes, "
-                f"{images.label} has {len(images)} of {len(images.classes)}"
-            )
-        if state["digest"] != images.digest:
-            raise InputError(
-                f"the run in {folder} was on other images than {images.label}: their names or labels differ"
-            )
-        if images.sizes != state.get("sizes", images.sizes):
-            raise InputError(f"the run in {folder} was on other files than those of {images.label}: their sizes differ")
-        now = None if test is None else test.digest
-        if (before := state.get("test", now)) != now:
-            if before is None:
-                raise InputError(f"the run in {folder} has no test set: go on without one, or begin anew")
-            given = f"not {test.label}" if test is not None else "and now there is none"
-            raise InputError(f"the run in {folder} has another test set, {given}: pass the same one")
-        if test is not None and test.sizes != state.get("test_sizes", test.sizes):
-            raise InputError(f"the run in {folder} has another test set, not {test.label}, whose files differ in size")
+        _compare_images(folder, state, images)
+        _compare_test(folder, state, test)
     else:
         facts = {"classes": images.classes, "data": images.label, "network": asdict(arch)}
         text = json.dumps(facts | config.to_dict(), indent=2)

@@ -329,16 +329,7 @@ def cam(
     picture = as_picture(image)  # before the weights, which may need fetching
     image = image if isinstance(image, Tensor) else picture  # a file is read once
     facts = run_metadata(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
-    seen: int | None
-    shown: int | None
-    if size == "auto":
-        trained = max(facts.get("scales") or [facts.get("size", 0)])
-        seen = round(trained * max(picture.size) / min(picture.size)) if trained else 224
-        shown = max(224, seen)  # what a network for small images sees is hard to make out
-    elif isinstance(size, str):
-        raise InputError(f"size must be a number of pixels, None or 'auto', got {size!r}")
-    else:
-        seen = shown = size
+    seen, shown = _sizes(size, picture, facts)
     x = load_image(image, seen)
     if min(x.shape[2:]) < MIN_SIDE:
         got = f"{x.shape[3]}×{x.shape[2]}"
@@ -349,23 +340,15 @@ def cam(
         names = facts.get("classes") if names is None else names
         label = loaded.label
         net = network_from_weights(loaded)
-    last = net.arch.names[-1]
     layer = layer or [each.name for each in net.arch.layers if each.kind == "relu"][-1]
     net.arch.layer(layer)
     if class_index is not None and whole_number("class_index", class_index, least=0) >= net.arch.num_classes:
         raise InputError(f"{net.arch.name} has classes 0 to {net.arch.num_classes - 1} here, got {class_index}")
     if names is not None and len(names) != net.arch.num_classes:
         raise InputError(f"{len(names)} names for {net.arch.num_classes} classes")
-    like = next(net.parameters())
     with torch.device("cpu"):
         shift, scale = (torch.tensor(tuple(v), dtype=torch.float32)[:, None, None] for v in (mean, std))
-    with eval_mode(net), with_gradients():
-        taps = net.taps(((x - shift) / scale).to(like.device, like.dtype).requires_grad_(), [layer, last])
-        logits = upcast(taps[last][0])
-        chosen = int(logits.argmax()) if class_index is None else class_index
-        (grad,) = torch.autograd.grad(logits[chosen], taps[layer])
-    logits, alpha = logits.detach(), grad.mean((2, 3), keepdim=True)
-    raw = (alpha * taps[layer]).sum(1).relu()[0].detach().float().cpu()
+    raw, chosen, logits = _grad_cam(net, (x - shift) / scale, layer, class_index)
 
     def over(image: Tensor) -> Tensor:
         heat = spread(raw, (image.shape[2], image.shape[3]))
@@ -388,3 +371,26 @@ def cam(
         settings=settings,
     )
     return Cam(over(x), raw, chosen, name, float(logits[chosen]), probability, sheet)
+
+
+def _grad_cam(net: VGG, x: Tensor, layer: str, class_index: int | None) -> tuple[Tensor, int, Tensor]:
+    """The map (h,w) of a class or of the top-ranked one, that class, and the logits of all; of normalised images."""
+    like, last = next(net.parameters()), net.arch.names[-1]
+    with eval_mode(net), with_gradients():
+        taps = net.taps(x.to(like.device, like.dtype).requires_grad_(), [layer, last])
+        logits = upcast(taps[last][0])
+        chosen = int(logits.argmax()) if class_index is None else class_index
+        (grad,) = torch.autograd.grad(logits[chosen], taps[layer])
+    alpha = grad.mean((2, 3), keepdim=True)
+    return (alpha * taps[layer]).sum(1).relu()[0].detach().float().cpu(), chosen, logits.detach()
+
+
+def _sizes(size: int | str | None, picture: Image.Image, facts: dict[str, Any]) -> tuple[int | None, int | None]:
+    """The long sides at which a classifier sees a picture, and at which that is shown."""
+    if not isinstance(size, str):
+        return size, size
+    if size != "auto":
+        raise InputError(f"size must be a number of pixels, None or 'auto', got {size!r}")
+    trained = max(facts.get("scales") or [facts.get("size", 0)])
+    seen = round(trained * max(picture.size) / min(picture.size)) if trained else 224
+    return seen, max(224, seen)  # what a network for small images sees is hard to make out

@@ -1,0 +1,463 @@
+"""What the losses share: checks, batches in parts, and the gradient that is computed together with the value."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vggfeat.arch import Arch, layer_names
+from vggfeat.cuda_graphs import Replays, supports_capture
+from vggfeat.encoded_target import EncodedTarget
+from vggfeat.errors import InputError, check_choice
+from vggfeat.features import CUSTOM_BACKWARD_DEVICES, VGGFeatures, count_and_size
+from vggfeat.functional import CRITERIA, peak_at_1, upcast
+from vggfeat.modes import needs_composite_ops, no_autocast, values_are_hidden
+from vggfeat.weights import DEFAULT, WeightsLike
+
+Criterion = str | Callable[[Tensor, Tensor], Tensor]
+REDUCTIONS = ("none", "mean", "sum")
+VALUES_AT_A_TIME = 1 << 22  # of the first layer's output, 16 MB in float32
+
+
+class FeatureLoss(nn.Module):
+    """A weighted sum over layers of a distance between a VGG's features of two batches of images."""
+
+    __jit_unused_properties__ = ("_signature",)  # so that hosts can be scripted, though not calls of the loss
+
+    def __init__(
+        self,
+        layers: Sequence[str] = (),
+        *,
+        layer_weights: Sequence[float] | Mapping[str, float] | None = None,
+        criterion: Criterion = "mse",
+        arch: str | Arch | None = None,
+        weights: WeightsLike = DEFAULT,
+        normalize_features: bool = False,
+        input_range: tuple[float, float] = (0.0, 1.0),
+        reduction: str = "mean",
+        precision: str = "float32",
+        pooling: str = "max",
+        padding: str = "zeros",
+        repeat_grey: bool = False,
+        keep: str = "bits",
+        cuda_graphs: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(criterion, type):
+            raise InputError(f"criterion is a class: make one of it, {criterion.__name__}()")
+        if not callable(criterion):
+            check_choice("criterion", criterion, CRITERIA, " (or pass a function)")
+        check_choice("reduction", reduction, REDUCTIONS)
+        names = tuple(dict.fromkeys(layer_names(layers)))
+        self.layer_weights = _weights_by_layer(names, layer_weights)
+        self.features = VGGFeatures(
+            names,
+            arch,
+            weights,
+            pooling=pooling,
+            padding=padding,
+            precision=precision,
+            input_range=input_range,
+            repeat_grey=repeat_grey,
+            keep=keep,
+        )
+        self._checksum = self.features.checksum()  # now: a compiler could not trace it
+        self.criterion = criterion
+        self.normalize_features = normalize_features
+        self.reduction = reduction
+        self.cuda_graphs = cuda_graphs
+        self._replays = Replays()
+
+    def _encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
+        """What the loss needs of target images."""
+        _, size = count_and_size(target)
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be trained against
+            values = self._represent(target.detach(), mask)
+        return EncodedTarget(values, size, self._signature)
+
+    @torch.jit.unused
+    def forward(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None = None) -> Tensor:
+        """The loss of `input` against `target`.
+
+        Args:
+            input: (N,3,H,W), floating, in `input_range`.
+            target: (N,3,H,W) or (1,3,H,W) of the same kind, or what `encode` made of such images; of `StyleLoss` also
+                of another size.
+            mask: (N,1,H,W) or (1,1,H,W), not negative, such as a mask in [0,1], of the input's size: its area average
+                over each feature's pixels weighs the mean, or the Gram matrices' positions: those of the input alone
+                where the target is encoded. None weighs all alike.
+
+        Returns:
+            A scalar, or with `reduction="none"` a value for each image, (N,); float32, float64 for float64 images.
+
+        Raises:
+            InputError: images that the features refuse, shapes that do not match, or a target encoded by another loss.
+        """
+        target = self._checked_target(input, target, mask is not None)
+        if mask is not None:
+            self._check_masked()
+            mask = checked_mask(mask, input)
+        constant = self._compares_with_constants(input, target, mask)
+        if constant and torch.is_grad_enabled() and input.requires_grad:
+            target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
+            total: Tensor = _LossWithGradient.apply(input, self, target, mask)
+        elif constant and self._may_replay(input):
+            (total,) = self._snapshot()._replayed(self._replays, input, target, mask, gradient=False)
+        else:
+            total = self._compare_parts(input, target, mask)
+        if self.reduction == "none":
+            if total.ndim != 1:
+                raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
+            return total
+        return {"mean": Tensor.mean, "sum": Tensor.sum}[self.reduction](total)
+
+    def _checked_target(
+        self, input: Tensor, target: Tensor | EncodedTarget, masked: bool = False
+    ) -> Tensor | EncodedTarget:
+        """The target, which fits the input: as many images or one, of a valid size, and in a type no wider."""
+        if isinstance(input, EncodedTarget):
+            raise InputError("the input is an encoded target: give images, and what was encoded as the target")
+        if isinstance(target, EncodedTarget):
+            if target.made_by != self._signature:
+                raise InputError(f"this target was encoded by {target.made_by}; this is {self._signature}")
+            count, size = len(target), target.size
+            place = next(iter(target.values.values())).device
+        else:
+            count, size = count_and_size(target)
+            place = target.device
+        images, own_size = count_and_size(input)
+        if place != input.device:
+            raise InputError(f"the input is on {input.device}, the target on {place}: target.to({str(input.device)!r})")
+        if count not in (1, images):
+            raise InputError(f"{images} images against {count} targets: expected as many, or one for all")
+        self._check_sizes(own_size, size, masked and isinstance(target, Tensor))
+        if input.dtype == torch.float64:
+            return target
+        return target.map(_narrowed) if isinstance(target, EncodedTarget) else _narrowed(target)
+
+    def _check_masked(self) -> None:
+        if heads := [name for name in self.layer_weights if name in self.features.arch.head_names]:
+            raise InputError(f"a mask fits no layer of the classifier, which has no positions: leave out {heads[0]}")
+
+    def _compares_with_constants(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
+        """Whether no gradient but the input's can be asked for, so that it is computed with the value."""
+        others = [*target.values.values()] if isinstance(target, EncodedTarget) else [target]
+        others += [] if mask is None else [mask]
+        weights: Iterable[Any] = self.layer_weights.values()
+        others += [weight for weight in weights if isinstance(weight, Tensor)]
+        return (
+            input.device.type in CUSTOM_BACKWARD_DEVICES
+            and not (torch.is_grad_enabled() and any(other.requires_grad for other in others))
+            and isinstance(self.criterion, str)
+            and not (self.features._forward_hooks or self.features._forward_pre_hooks)  # which want to see both images
+            and not needs_composite_ops()
+            and not torch._C._len_torch_dispatch_stack()  # modes see operators, and no graph
+        )
+
+    def _may_replay(self, input: Tensor) -> bool:
+        """Whether calls may become CUDA graphs."""
+        return (
+            self.cuda_graphs
+            and supports_capture(input.device)
+            and input.numel() > 0
+            and all(isinstance(weight, int | float) for weight in self.layer_weights.values())
+        )
+
+    def _replayed(
+        self,
+        replays: Replays,
+        input: Tensor,
+        target: Tensor | EncodedTarget,
+        mask: Tensor | None,
+        *,
+        gradient: bool,
+    ) -> tuple[Tensor, ...]:
+        """`_value_and_gradient`, or `_compare` alone, of the whole batch; of a snapshot, which a graph then keeps."""
+        encoded = replace(target, values={}) if isinstance(target, EncodedTarget) else None
+        theirs = target.values if isinstance(target, EncodedTarget) else {"": target}
+        names, masks = [*theirs], [] if mask is None else [mask]
+
+        def compute(input: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            values = dict(zip(names, others[: len(names)], strict=True))
+            target = values[""] if encoded is None else replace(encoded, values=values)
+            mask = None if len(others) == len(names) else others[-1]
+            if gradient:
+                return self._value_and_gradient(input, target, mask)
+            return (self._compare(input, target, mask),)
+
+        features, kind = self.features, input.device.type
+        settings = (
+            (features.trunk, features.plan.code, features.precision, features.keep, features.input_range),
+            (self.criterion, self.normalize_features, *self.layer_weights.items()),
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+        )
+        with torch.no_grad():
+            return replays(compute, [input.detach(), *theirs.values(), *masks], (gradient, *names, settings))
+
+    def _snapshot(self) -> FeatureLoss:
+        """The loss as it is now, without graphs."""
+        loss = object.__new__(type(self))  # no copy: where FSDP changed the class, that would call __init__
+        loss.__dict__.update(self.__dict__)
+        loss.layer_weights, loss._replays = dict(self.layer_weights), Replays()
+        return loss
+
+    def _images_at_a_time(self, input: Tensor) -> int:
+        """How many images to run together: on a CPU few enough that activations stay in its caches.
+
+        Blocks of more than 32 MB are also fetched from the system and returned at every use, which takes as long as
+        computing on them. For a user's criterion, which may look at the whole batch, it stays whole.
+        """
+        images = max(1, input.shape[0])
+        if input.device.type != "cpu" or not isinstance(self.criterion, str):
+            return images
+        values = input.shape[2] * input.shape[3] * self.features.arch.layers[0].channels
+        return min(images, max(1, VALUES_AT_A_TIME // max(1, values)))
+
+    def _parts(
+        self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | EncodedTarget, Tensor | None]]:
+        """Some images at a time, each with its target and mask."""
+        if torch.compiler.is_compiling():  # whole, whatever their number: a loop would fix it in the graph
+            yield input, target, mask
+            return
+        step, images = self._images_at_a_time(input), len(input)
+        if step < images and len(target) == 1 and isinstance(target, Tensor):  # encoded once, not for every part
+            target = EncodedTarget(self._represent(target, mask), count_and_size(target)[1], self._signature)
+        for i in range(0, max(1, images), step):
+            yield (
+                input[i : i + step],
+                target if len(target) == 1 else target[i : i + step],
+                mask if mask is None or len(mask) == 1 else mask[i : i + step],
+            )
+
+    def _compare_parts(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> Tensor:
+        parts = [self._compare(*part) for part in self._parts(input, target, mask)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part may be a scalar, of the user's criterion
+
+    def _compare(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> Tensor:
+        ours = self._represent(input, mask)
+        theirs = self._representation_of(target, mask)
+        with no_autocast(input.device):
+            parts = [
+                weight * self._distance(name, ours[name], theirs[name], self._mask_of(name, mask))
+                for name, weight in self.layer_weights.items()
+            ]
+        return functools.reduce(torch.add, parts)
+
+    def _value_and_gradient(
+        self, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The losses (N,) and their gradients in the images' shape, by the trunk's pullback."""
+        theirs = dict(self._representation_of(target, mask))
+        # in float16, small gradients would be lost: they are not scaled yet
+        _, pullback = self.features.vjp(self.features.checked(upcast(images.detach())))
+        values: dict[str, Tensor] = {}
+
+        def tap_grad(name: str, tap: Tensor) -> Tensor:
+            weight = self.layer_weights[name]
+            with no_autocast(images.device):
+                value, grad = self._distance_and_gradient(name, tap, theirs.pop(name), self._mask_of(name, mask))
+            values[name] = weight * value
+            return grad if weight == 1 else grad.mul_(weight)
+
+        gradient = pullback(tap_grad).sum_to_size(images.shape)  # of a grey image that was repeated
+        return functools.reduce(torch.add, (values[name] for name in self.layer_weights)), gradient
+
+    def _mask_of(self, name: str, mask: Tensor | None) -> Tensor | None:
+        """The mask's mean over the pixels of each position of a layer: squares of its stride, as the pools see them."""
+        if mask is None:
+            return None
+        stride = self.features.arch.layer(name).stride
+        return mask if stride == 1 else F.avg_pool2d(mask, stride)
+
+    @property
+    def _signature(self) -> str:
+        features, plan = self.features, self.features.plan
+        normalized = ", normalized features" * self.normalize_features
+        own = next(each for each in type(self).__mro__ if not each.__module__.startswith("torch."))  # not FSDP's
+        return (
+            f"{own.__name__} of {', '.join(sorted(features.layers))}{normalized}, {plan.arch.name} with "
+            f"{'/'.join(map(str, plan.arch.channels))} channels, {plan.pooling} pooling, {plan.padding} padding, "
+            f"weights {self._checksum}"
+        )
+
+    def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """By layer, what images are compared by."""
+        taps = self.features(images)
+        return {name: self._representation(tap, self._mask_of(name, mask)) for name, tap in taps.items()}
+
+    def _representation_of(self, target: Tensor | EncodedTarget, mask: Tensor | None) -> Mapping[str, Tensor]:
+        """The same of targets, which may have been encoded."""
+        return target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
+
+    def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
+        """What is compared of a tap."""
+        raise NotImplementedError
+
+    def _distance(self, name: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+        """Distance of two representations: (N,), or a scalar if the user's criterion gives one."""
+        raise NotImplementedError
+
+    def _distance_and_gradient(
+        self, name: str, tap: Tensor, theirs: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The distance (N,) of a tap, which is in no graph, and its gradient with respect to that."""
+        with torch.enable_grad():
+            leaf = tap.detach().requires_grad_()
+            distance = self._distance(name, self._representation(leaf, mask), theirs, mask)
+            (gradient,) = torch.autograd.grad(distance.sum(), leaf)
+        return distance.detach(), gradient
+
+    def _criterion(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        if isinstance(self.criterion, str):
+            return CRITERIA[self.criterion](upcast(ours), upcast(theirs))
+        theirs = theirs.expand(len(ours), *theirs.shape[1:])  # of one target for all
+        values = self.criterion(upcast(ours), upcast(theirs))
+        if not isinstance(values, Tensor) or (values.ndim and len(values) != len(ours)):
+            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
+            raise InputError(f"expected the criterion to give values ({len(ours)},…) or a scalar tensor, got {got}")
+        return values
+
+    def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        named = self.criterion
+        if not isinstance(named, str):
+            named = getattr(named, "__name__", type(named).__name__)
+        return f"criterion={named}, reduction={self.reduction}, layer_weights={self.layer_weights}"
+
+
+class _LossWithGradient(torch.autograd.Function):
+    """Losses (N,) whose input gradient is computed in the forward, and is all that is kept for the backward.
+
+    If the input requires a gradient, it will be asked for sooner or later. Computed one chunk of the batch at a time,
+    it needs memory for one chunk only, for which the activations may be kept unpacked.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        loss: FeatureLoss,
+        target: Tensor | EncodedTarget,
+        mask: Tensor | None,
+    ) -> Tensor:
+        kind = input.device.type
+        ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+        now = ctx.loss = loss._snapshot()  # for a second derivative, too
+        # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
+        with _no_saved_tensors_hooks():
+            if loss._may_replay(input):
+                values, gradient = now._replayed(loss._replays, input, target, mask, gradient=True)
+            else:
+                parts = [loss._value_and_gradient(*part) for part in loss._parts(input, target, mask)]
+                values, gradient = (torch.cat(each) for each in zip(*parts, strict=True))
+        ctx.gradient = gradient.contiguous() if input.is_contiguous() else gradient
+        ctx.dtype = input.dtype
+        # only for a second derivative, where images modified in the meantime are an error; a first one does not care
+        if isinstance(target, Tensor):
+            ctx.encoded, theirs = None, [target]
+        else:
+            ctx.encoded, ctx.names, theirs = replace(target, values={}), [*target.values], [*target.values.values()]
+        ctx.save_for_backward(input, mask, *theirs)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # a second derivative was asked for
+            input, mask, *theirs = ctx.saved_tensors
+            target = theirs[0]
+            if ctx.encoded is not None:
+                target = replace(ctx.encoded, values=dict(zip(ctx.names, theirs, strict=True)))
+            with torch.autocast(input.device.type, **ctx.autocast):
+                losses = ctx.loss._compare_parts(input, target, mask)
+            (gradient,) = torch.autograd.grad(losses, input, grad, create_graph=True)
+        else:
+            if ctx.gradient is None:
+                raise RuntimeError("backward() a second time on one loss: pass retain_graph=True the first time")
+            gradient = (ctx.gradient * grad[:, None, None, None]).to(ctx.dtype)
+            if not _keeps_graph():
+                ctx.gradient = None
+        return gradient, None, None, None
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward that is running was asked with `retain_graph`."""
+    asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    # torch's compiled backward cannot trace the question; a gradient that is kept costs memory alone
+    return asked is None or torch.compiler.is_compiling() or bool(asked())
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _no_saved_tensors_hooks() -> AbstractContextManager[object]:
+    """A context without the caller's."""
+    allowed = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", bool)  # where forbidden, there are none
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same) if allowed() else contextlib.nullcontext()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _for_graphs(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of an inference tensor: autograd takes none."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _weights_by_layer(layers: Sequence[str], given: Sequence[float] | Mapping[str, float] | None) -> dict[str, float]:
+    if given is None:
+        return dict.fromkeys(layers, 1.0)
+    if isinstance(given, Mapping):
+        if unknown := set(given) - set(layers):
+            raise InputError(f"layer_weights for {', '.join(sorted(unknown))}, which is not among {', '.join(layers)}")
+        given = [given.get(name, 1.0) for name in layers]
+    unfit = f"layer_weights are numbers, one for each of {', '.join(layers)}; got {given!r}"
+    given = [*given] if isinstance(given, Iterable) else None
+    if given is None or any(isinstance(value, str) for value in given):
+        raise InputError(unfit)
+    if any(isinstance(value, Tensor) and value.requires_grad for value in given):
+        raise InputError("layer_weights are fixed numbers: weigh the losses of single layers by what is trained")
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError) as error:
+        raise InputError(unfit) from error
+    if bad := [value for value in values if not math.isfinite(value)]:
+        raise InputError(f"layer_weights must be finite numbers, got {bad[0]}")
+    if len(values) != len(layers):
+        raise InputError(f"{len(values)} layer_weights for {len(layers)} layers ({', '.join(layers)})")
+    return dict(zip(layers, values, strict=True))
+
+
+def checked_mask(mask: Tensor, images: Tensor) -> Tensor:
+    """A mask (N,1,H,W) or (1,1,H,W) of images in float32, float64 with such images, its largest value 1.
+
+    Raises:
+        InputError: no such mask, or one with negative or infinite values.
+    """
+    n, (h, w) = count_and_size(images)
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        what = f"{mask.dtype} values" if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}) with values such as 0 and 1, got {what}")
+    if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
+        raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}), got shape {tuple(mask.shape)}")
+    mask = mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
+    if mask.device.type == "cpu" and mask.numel() and not values_are_hidden():
+        low, high = torch.aminmax(mask.detach())
+        if not (low >= 0 and high < math.inf):
+            reach = f"{float(low):.4g} to {float(high):.4g}"
+            raise InputError(f"a mask has finite values of at least 0, this one from {reach}")
+    return peak_at_1(mask)  # now: the means over a layer's pixels are sums, too
