@@ -1,6 +1,7 @@
 """The hand-written trunk against plain PyTorch, written here layer by layer from the paper's table."""
 
 import importlib.util
+import io
 import itertools
 import math
 import os
@@ -1130,7 +1131,14 @@ def test_compiled_by_inductor(fresh_compiler):
     torch.testing.assert_close(step(host, x, compiled), step(host, x), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def _reloaded(exported):
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:No complete tensor")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("arch", ["vgg16", "vgg19_bn", "A-LRN"])
 def test_export(arch, strict):
@@ -1138,12 +1146,23 @@ def test_export(arch, strict):
     state = make_state(arch, seed=1234)  # not used before: exporting first must not spoil the shared trunk
     f = VGGFeatures(["conv1_1", "relu2_1", "pool2"], arch=arch, weights=state)
     x = torch.rand(2, 3, 17, 20)
-    exported = torch.export.export(f, (x,), strict=strict).module()(x)
+    exported = _reloaded(torch.export.export(f, (x,), strict=strict))(x)
     ours = f(x)
     assert exported.keys() == ours.keys()
     for name, tap in ours.items():
         assert type(tap) is torch.Tensor
         torch.testing.assert_close(exported[name], tap)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:No complete tensor")
+@pytest.mark.parametrize("kind", [PerceptualLoss, StyleLoss])
+def test_export_of_a_loss(kind):
+    """Of images of any size, to a file."""
+    loss = kind(["relu1_2", "relu2_1"], weights=make_state(ARCHS["vgg16"], seed=2345))  # not used before
+    sizes = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    exported = _reloaded(torch.export.export(loss, tuple(torch.rand(2, 2, 3, 16, 24)), dynamic_shapes=(sizes, sizes)))
+    pair = torch.rand(2, 2, 3, 30, 20)
+    torch.testing.assert_close(exported(*pair), loss(*pair))
 
 
 @pytest.mark.filterwarnings("ignore")

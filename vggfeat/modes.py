@@ -93,12 +93,14 @@ def with_gradients() -> Iterator[None]:
 def without_modes() -> Iterator[None]:
     """Outside the caller's modes (inference mode, export, vmap): what is cached must be real tensors."""
     tracing = torch._C._get_tracing_state()
-    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
-        try:
-            torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-            yield
-        finally:
-            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch._C.DisableTorchFunction():
+        # only now: export notes in its graph whether gradients are on, until its function mode is disabled
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+                yield
+            finally:
+                torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 def constant_when_traced(function: F) -> F:
