@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from vggfeat_cli import main as vggfeat_command
 
 import vggfeat
 from vggfeat import DependencyError, InputError, compare, describe, stacked_3x3
-from vggfeat.analysis import ACCURACY, PeakMemory, comparison, effective_field, saved_for_backward
+from vggfeat.analysis import ACCURACY, PeakMemory, comparison, effective_field, measure, saved_for_backward
 from vggfeat.analysis.measure import measure_net
 from vggfeat.arch import BLOCKS, Arch, scaled
 from vggfeat.network import VGG
@@ -509,6 +510,7 @@ def test_three_against_seven():
     found = stacked_3x3(3)
     assert (found.stacked_params, found.single_params, round(100 * found.saving)) == (27, 49, 45)
     assert len(json.loads(found.to_json())["stacks"]) == 3 and "7×7" in str(found)
+    assert stacked_3x3(50).receptive_field == 101
     for n, said in ((0, "a whole number of at least 1, got 0"), (2.5, "a whole number"), (51, "at most 50, got 51")):
         with pytest.raises(InputError, match=f"n must be {said}"):
             stacked_3x3(n)
@@ -859,3 +861,60 @@ def test_latency_is_that_of_one_image():
 
     measure_net(lambda: Net(3, 2), 8, 5, torch.device("cpu"), 0.0)
     assert seen == [(False, 1)] * 4 + [(False, 5)] * 4 + [(True, 5)] * 4
+
+
+def test_measured_field_is_as_high_as_it_is_wide(narrow):
+    """Not where only the middle column of each kernel is left: then 5 pixels of one column count."""
+    middle = torch.tensor([0.0, 1.0, 0.0])
+    upright = {name: value * middle if value.ndim == 4 else value for name, value in narrow.items()}
+    assert effective_field("conv1_2", weights=upright, samples=1).support == (5, 1)
+    flat = {name: value * middle[:, None] if value.ndim == 4 else value for name, value in narrow.items()}
+    assert effective_field("conv1_2", weights=flat, samples=1).support == (1, 5)
+
+
+@pytest.mark.parametrize(("layer", "images"), [("conv1_1", 2 * 16), ("conv3_3", 6), ("conv5_3", 2)])
+def test_a_small_field_is_measured_with_more_images(narrow, monkeypatch, layer, images):
+    """128 pixels' worth of each sample, but at most 16 times as many, and no fewer than asked for."""
+    run, seen = vggfeat.VGGFeatures.forward, []
+    monkeypatch.setattr(vggfeat.VGGFeatures, "forward", lambda self, x: seen.append(len(x)) or run(self, x))
+    effective_field(layer, weights=narrow, samples=2)
+    assert seen == [1] * images  # 128 / 40 · 2 = 6.4; 128 / 196 · 2 = 1.3
+
+
+def test_a_field_without_a_gradient_is_an_error(narrow):
+    with pytest.raises(InputError, match="no gradient reaches the image from the middle of relu1_1: try more samples"):
+        effective_field("relu1_1", weights={name: 0 * value for name, value in narrow.items()}, samples=1)
+
+
+@pytest.mark.parametrize(("budget", "runs"), [(0.0, 3), (28.0, 3), (29.0, 4), (61.0, 6)])
+def test_time_is_the_median_after_a_warm_up(monkeypatch, budget, runs):
+    """At least three times, and until they make up the budget."""
+    each = [100.0, 5.0, 1.0, 22.0, 3.0, 29.0, 7.0]
+    clock = iter([moment for i, took in enumerate(each) for moment in (1000 * i, 1000 * i + took)])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    done = []
+    found = measure._seconds(lambda: done.append(1), torch.device("cpu"), budget)
+    assert len(done) == 1 + runs
+    assert found == {3: 5, 4: 4, 6: 6}[runs]
+
+
+def test_the_machine_is_named_with_its_threads(monkeypatch):
+    device = torch.device("cpu")
+    text = "processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\nflags\t\t: fpu\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: text)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert measure.machine(device) == f"Some CPU @ 2.00GHz, 6 threads, torch {torch.__version__}"
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: Path("/nowhere/at/all").open())  # as on other systems
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert measure.machine(device) == f"arm64, 6 threads, torch {torch.__version__}"
+
+
+def test_memory_that_cannot_be_told_is_none(monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", forbidden)  # as some containers do
+    assert PeakMemory(torch.device("cpu")).read() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert PeakMemory(torch.device("cpu")).read() is None

@@ -786,7 +786,7 @@ def test_train_and_evaluate(vgg, labelled):
     assert (code, out) == (0, "vgg11_bn-fast\n")
     lines = err.splitlines()
     assert lines[0].startswith("recipe fast: ") and "lr=0.02" in lines[0] and "label_smoothing=0.1" in lines[0]
-    assert "24 images of 3 classes at 32 px, in memory; 12 for the test" in err
+    assert "24 images of 3 classes at 32 px, in memory; 12 for the test (set.zip/test)\n" in err
     assert [line.split("  ")[0] for line in lines if line.startswith("epoch ")] == ["epoch 1/2", "epoch 2/2"]
     assert lines[-1].startswith("test accuracy ")
     code, out, err = vgg(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pictures
 import pytest
@@ -205,6 +206,10 @@ def test_labels_tell_classes_apart():
 
 def test_class_counts_must_fit(folder):
     with pytest.raises(InputError, match="has 3 classes, the network 4"):
+        vggfeat.evaluate(made(4), folder, **ONE)
+    for other in ("bee", "cow"):
+        shutil.rmtree(folder / other)
+    with pytest.raises(InputError, match="has one class, the network 4"):
         vggfeat.evaluate(made(4), folder, **ONE)
 
 

@@ -1413,6 +1413,23 @@ def test_only_what_a_gradient_passes_counts():
     with FlopCounterMode(display=False) as counter:
         taps["relu1_1"].sum().backward()
     assert counter.get_total_flops() == 2 * 16 * 16 * 9 * 3 * taps["relu1_1"].shape[1]
+    taps = features(x)
+    with FlopCounterMode(display=False) as deep:
+        taps["relu2_2"].sum().backward()
+    with FlopCounterMode(display=False) as whole:
+        features(x)
+    assert deep.get_total_flops() == whole.get_total_flops() > counter.get_total_flops()
+
+
+def test_flops_of_1x1_convolutions_are_those_torch_counts():
+    net = vggfeat.VGG(Arch("C", head="slim", num_classes=2, channels=scaled(8)))
+    features, x = vggfeat.VGGFeatures(["conv3_3"], weights=net.state_dict()), torch.rand(2, 3, 20, 28)
+    counts = []
+    for call in (features, lambda x: net.taps(x, ["conv3_3"])):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_targets_encoded_beforehand_are_batches_of_a_data_loader():

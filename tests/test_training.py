@@ -120,6 +120,7 @@ def test_saved_weights_have_torchvisions_keys_and_work_everywhere(finished, torc
     ours = {key for key in weights(result.folder) if key.startswith("features.")}
     assert ours == {key for key in other.state_dict() if key.startswith("features.")}
     with safe_open(path, "pt") as file:
+        assert [*file.metadata()] == ["vggfeat"]  # of several the order, and with it the file's hash, is random
         facts = json.loads(file.metadata()["vggfeat"])
     assert facts == {"classes": ["ant", "bee", "cow"], "size": 32, "scales": [32]}
     images = torch.rand(2, 3, 32, 32)
@@ -1257,6 +1258,8 @@ def test_recipes_bend():
     assert vggfeat.recipe("fast", epochs=1).epochs == 1
     bent = vggfeat.recipe("fast", optimizer="sgd", lr=0.2, nesterov=True)
     assert (bent.optimizer, bent.lr, bent.nesterov, bent.schedule) == ("sgd", 0.2, True, "linear")
+    with pytest.raises(InputError, match="unknown setting 'rate': choose from arch, head, width, "):
+        vggfeat.recipe("fast", rate=0.2)
 
 
 def test_a_refusal_reaches_every_process(data, tmp_path):

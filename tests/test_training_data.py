@@ -1,5 +1,6 @@
 """What `vggfeat.training.data` reads, and the batches made of it."""
 
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -9,6 +10,8 @@ import sys
 import tarfile
 import warnings
 import zipfile
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy
 import pictures
@@ -22,7 +25,7 @@ from vggfeat.training import batches as batches_module, data as data_module
 from vggfeat.training.batches import Batches, normalised, scale_for, seeded, split_holdout
 from vggfeat.training.cifar import read_cifar
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet, Readers, ScaledImages, load_images
+from vggfeat.training.data import ImageSet, Readers, ScaledImages, hashed, load_images, load_test_images
 from vggfeat.training.distributed import World
 from vggfeat.weights import IMAGENET
 
@@ -184,6 +187,40 @@ def test_a_split_by_other_names(tmp_path):
     pictures.folder(tmp_path / "s", {"Meta/0.png": pictures.encoded(pictures.picture("ant", 0))})
     with pytest.raises(InputError, match="has Meta, Test, Train: expected class folders"):
         load_images(tmp_path / "s")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_split_in_three(tmp_path, kind):
+    """What is tested during training is not what is tested at the end."""
+    sizes = {"train": 3, "valid": 1, "Test": 2}
+    files = {f"{part}/{k}": v for part, count in sizes.items() for k, v in pictures.tree(count).items()}
+    path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
+    train, during = load_images(path)
+    assert (len(train), len(during), len(load_test_images(path))) == (9, 3, 6)
+    assert during.label == f"{path}/valid" and during.classes == train.classes == ["ant", "bee", "cow"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "flat"),
+    [
+        (["train", "extra"], []),
+        (["train"], ["test"]),  # images without labels
+        (["train", "val"], ["test"]),
+        (["val", "test"], []),
+        (["train", "val", "valid"], []),
+        (["train", "test", "testing"], []),
+        (["train", "training", "test"], []),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_parts_do_not_pass_for_classes(tmp_path, parts, flat, kind):
+    files = {f"top/{part}/{k}": v for part in parts for k, v in pictures.tree(1).items()}
+    files |= {f"top/{part}/0.png": pictures.encoded(pictures.picture("ant", 0)) for part in flat}
+    path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
+    alone = path / "top" / parts[0] if kind == "folder" else f"top/{parts[0]} unpacked"
+    for load in (load_images, load_test_images):
+        with pytest.raises(InputError, match=f"has {', '.join(sorted(parts + flat))}: .* such as {alone} "):
+            load(path)
 
 
 def test_sets_can_be_sent_to_other_processes(tmp_path):
@@ -819,7 +856,7 @@ def test_other_files_are_of_the_training_part_alone(tmp_path):
     assert (train.others, test.others) == (["ant/notes.txt"], [])
 
 
-def test_random_operations_differ_between_epochs(monkeypatch, torchvision):
+def test_random_operations_differ_between_epochs_and_seeds(monkeypatch, torchvision):
     """TrivialAugment draws its operations, and which images share one, anew in every epoch."""
     from torchvision.transforms import v2
 
@@ -832,12 +869,10 @@ def test_random_operations_differ_between_epochs(monkeypatch, torchvision):
 
     monkeypatch.setattr(v2.TrivialAugmentWide, "forward", forward)
     monkeypatch.setattr(batches_module, "OPERATIONS", 4)
-    config = TrainConfig(batch_size=4, flip="none", pad=0, augment="trivialaugment")
-    batches = Batches(numbered(), config, 32, World(CPU))
-    for number in (0, 1):
-        list(batches.epoch(number))
-    assert len(drawn) == 8 and not {*drawn[:4]} & {*drawn[4:]}
-    assert {*groups[:4]} != {*groups[4:]}
+    for seed, number in ((0, 0), (0, 1), (1, 0)):
+        epoch(numbered(), number, augment="trivialaugment", seed=seed)
+    assert len(drawn) == len({*drawn}) == 12
+    assert {*groups[:4]} != {*groups[4:8]} and {*groups[:4]} != {*groups[8:]}
 
 
 def _read(batches, epoch):
@@ -846,7 +881,7 @@ def _read(batches, epoch):
     return torch.cat([numbers for numbers, _ in read]), torch.cat([crops for _, crops in read])
 
 
-def test_an_image_that_is_read_is_cropped_elsewhere_in_another_epoch(torchvision):
+def test_an_image_that_is_read_is_cropped_elsewhere_in_another_epoch_and_by_another_seed(torchvision):
     """Of a set that is read from files: red is the row that a crop begins with, green the column."""
     from PIL import Image
 
@@ -854,15 +889,14 @@ def test_an_image_that_is_read_is_cropped_elsewhere_in_another_epoch(torchvision
     whole = Image.fromarray(torch.stack([rows, columns, rows], -1).byte().numpy())
     images = numbered(read=lambda i: whole)
     images.pixels = None
-    config = TrainConfig(batch_size=4, flip="none", pad=0, resize=(64,), workers=0)
-    batches = Batches(images, config, 32, World(CPU))
-    corners = [
-        {int(n): tuple(c[:2, 0, 0].tolist()) for n, c in zip(numbers, crops, strict=True)}
-        for epoch in (0, 1)
-        for numbers, crops in [_read(batches, epoch)]
-    ]
+    corners = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        config = TrainConfig(batch_size=4, flip="none", pad=0, resize=(64,), workers=0, seed=seed)
+        numbers, crops = _read(Batches(images, config, 32, World(CPU)), epoch)
+        corners.append({int(n): tuple(c[:2, 0, 0].tolist()) for n, c in zip(numbers, crops, strict=True)})
     assert all(len({*each.values()}) > 8 for each in corners)  # of one epoch
-    assert sum(corners[0][n] == corners[1][n] for n in range(12)) < 3  # one in 33² by chance
+    for other in corners[1:]:
+        assert sum(corners[0][n] == other[n] for n in range(12)) < 3  # one in 33² by chance
 
 
 def test_padding_may_make_up_for_a_small_scale(tmp_path, torchvision):
@@ -890,7 +924,7 @@ def test_folders_for_training_and_test_by_their_usual_names(tmp_path, train, tes
     first, second = load_images(pictures.folder(tmp_path / "s", files))
     assert (len(first), len(second), first.classes) == (6, 3, ["ant", "bee", "cow"])
     more = files | {f"test_more/{name}": content for name, content in pictures.tree(1).items()}
-    with pytest.raises(InputError, match=r"give the one to train on and the other as test=FOLDER \(--test FOLDER\)"):
+    with pytest.raises(InputError, match=r"and to train, another as test=FOLDER, --test FOLDER"):
         load_images(pictures.folder(tmp_path / "t", more))
 
 
@@ -903,3 +937,195 @@ def test_classes_may_be_called_like_one_of_them(tmp_path):
     files = {name.replace("plane", "test set"): content for name, content in files.items()}
     first, second = load_images(pictures.folder(tmp_path / "t", files))
     assert first.classes == ["test set", "train"] and second is None
+
+
+# ── what tells sets apart, and how much is read ───────────────────────────────────────────────────────────────────────
+
+
+def test_the_default_side_is_the_shorter_one(tmp_path):
+    for width, height in ((40, 24), (24, 40)):
+        files = pictures.tree(1, width=width, height=height)
+        assert load_images(pictures.folder(tmp_path / f"{width}", files))[0].side == 24
+
+
+def test_a_digest_is_a_hash_of_sorted_names_and_labels():
+    """Names may be of any bytes; what was left out counts."""
+    images = replace(numbered(2), names=["b", "\udcff"], skipped={"a": 2})
+    assert images.digest == hashlib.sha256(b"a\0002\nb\0000\n\xff\0001\n").hexdigest()
+
+
+def test_sizes_are_those_of_files_spread_over_the_set(monkeypatch):
+    monkeypatch.setattr(data_module, "SIZES", 3)
+    images = replace(numbered(6), size_of=int, skipped={"6": 0})  # each file as large as its name says
+    assert images.sizes == hashed("0\n3\n6\n")
+    assert replace(images, skipped={}).sizes == hashed("0\n2\n4\n")
+    assert images.subset(torch.tensor([2, 1])).sizes == hashed("1\n2\n")
+    assert numbered().sizes is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_sizes_are_those_of_unpacked_files(tmp_path, kind):
+    files = {f"ant/{i}.png": pictures.encoded(Image.new("RGB", (100 + i, 100))) + bytes(1000) for i in range(3)}
+    path = pictures.folder(tmp_path / "s", files)
+    if kind == "zip":
+        path = tmp_path / "s.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    images, _ = load_images(path)
+    assert images.sizes == hashed("".join(f"{len(content)}\n" for content in files.values()))
+    assert images.size_of("ant/3.png") == -1  # which never was there
+    path.rename(tmp_path / "elsewhere")
+    assert pickle.loads(pickle.dumps(images)).sizes == hashed("-1\n" * 3)
+
+
+def test_of_a_place_for_the_test_set_its_test_part_is_taken(tmp_path):
+    """And the rest is not read; both sets are brought to size."""
+    train = pictures.folder(tmp_path / "a", pictures.tree(3))
+    files = {f"test/{name}": content for name, content in pictures.tree(2, offset=50).items()}
+    both = pictures.folder(tmp_path / "b", files | {f"train/{name}": b"no image" for name in pictures.tree(4)})
+    _, test = load_images(train, both, resize=(16,))
+    assert len(test) == 6 and test.pixels.shape[1:3] == (16, 16)
+    assert load_test_images(both).names == test.names
+
+
+def test_what_was_left_out_stays_so_at_another_size(tmp_path):
+    files = pictures.tree(2) | {"bee/bad.png": b"no image"}
+    images, _ = load_images(pictures.folder(tmp_path, files), bad_images="skip")
+    assert load_images(images, resize=(16,))[0].skipped == {"bee/bad.png": 1}
+
+
+def test_of_many_unreadable_images_five_are_named(tmp_path):
+    path = pictures.folder(tmp_path, dict.fromkeys(pictures.tree(2), b"no image"))
+    for bad_images in ("fail", "skip"):  # where nothing is left
+        with pytest.raises(InputError, match=r"6 of 6 images cannot be read: .*cow/0\.png.* …; fix") as info:
+            load_images(path, bad_images=bad_images)
+        assert "cow/1.png" not in str(info.value)
+
+
+def test_images_are_scaled_as_by_torchvision(torchvision):
+    image = pictures.picture("ant", 0, 90, 60)
+    expected = torchvision.transforms.functional.resize(image, 40)  # bilinear
+    assert data_module.scaled(image, 40).tobytes() == expected.tobytes() and expected.size == (60, 40)
+
+
+@pytest.mark.parametrize(
+    ("threads", "cpus", "method", "daemon", "expected"),
+    [
+        (16, 16, "fork", False, 8),
+        (16, 6, "fork", False, 6),
+        (4, 16, "fork", False, 4),
+        (3, 16, "fork", False, 0),
+        (16, 16, "spawn", False, 0),
+        (16, 16, "fork", True, 0),  # which may have no children
+    ],
+)
+def test_how_many_processes_read(monkeypatch, threads, cpus, method, daemon, expected):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(data_module, "_start_method", lambda: method)
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(daemon=daemon))
+    assert data_module._processes() == expected
+
+
+# ── what is drawn ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_seeds_are_mixed_by_splitmix64():
+    """Whose first values from 0 and from 1234567 are published."""
+    assert seeded(0).initial_seed() == 0xE220A8397B1DCDAF % 2**63
+    assert seeded(1234567).initial_seed() == 6457827717110365317
+
+
+@pytest.mark.parametrize(
+    ("drawn", "changes"),
+    [
+        (lambda images: raw(images)[:, 16, 16, 2].tolist(), {}),  # the order
+        (lambda images: raw(images)[:, 16, 16, :2].tolist(), {"pad": 4}),
+        (mirrored, {"flip": "random"}),
+        (
+            lambda images: torch.tensor(mirrored(images))[raw(images)[:, 0, 0, 2].argsort()].tolist(),
+            {"flip": "alternating"},
+        ),
+        (lambda images: (images == 0).all(1).tolist(), {"cutout": 8}),
+    ],
+    ids=["order", "crops", "random flips", "alternating flips", "cutout"],
+)
+def test_the_seed_decides_all_that_is_drawn(ramp, drawn, changes):
+    first, again, other = (
+        drawn(torch.cat([batch.images for (batch,) in epoch(ramp, seed=seed, **changes)])) for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_a_holdout_is_drawn_by_the_seed():
+    first, again, other = (split_holdout(numbered(60), 0.25, seed)[1].names for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_a_holdout_of_nothing_is_refused():
+    with pytest.raises(InputError, match=r"holdout 0.1 of 12 images sets aside no image: raise it"):
+        split_holdout(numbered(), 0.1, 0)  # 0.1 · 4 of each class
+
+
+@pytest.mark.parametrize(("accumulate", "fewer"), [(1, 6), (4, 4), (8, 8)])
+def test_a_batch_size_that_fits_is_an_eighth_of_the_images(accumulate, fewer):
+    """And divisible as it has to be."""
+    with pytest.raises(InputError, match=f"50 images, fewer than batch_size 64: .* to {fewer}$"):
+        epoch(numbered(50), batch_size=64, accumulate=accumulate)
+
+
+def test_parts_are_of_each_process():
+    with pytest.raises(InputError, match=r"batch_size 4 is not divisible by 8 \(processes × accumulate\)"):
+        epoch(numbered(), accumulate=4, world=2)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("pad_mode", ["zeros", "reflect"])
+@pytest.mark.parametrize(("height", "width"), [(24, 40), (40, 24)])
+def test_crops_of_images_that_are_not_square(height, width, pad_mode, in_memory, request):
+    """Windows of what torch pads, each of them in time."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    pixels = torch.stack([rows, columns, rows], -1).byte().repeat(12, 1, 1, 1)
+    images = replace(numbered(), pixels=pixels, read=data_module._Pixels(pixels))
+    mode = {"zeros": "constant", "reflect": "reflect"}[pad_mode]
+    whole = torch.nn.functional.pad(normalised(pixels[:1]), (4,) * 4, mode)
+    options = {"pad": 4, "pad_mode": pad_mode}
+    if not in_memory:
+        request.getfixturevalue("torchvision")
+        images.pixels, options = None, options | {"resize": (24,), "workers": 0}
+    (whole,), tops, lefts = raw(whole), set(), set()
+    for number in range(20):
+        for (batch,) in epoch(images, number, size=20, **options):
+            for image in raw(batch.images):
+                top, left = (image[10, 10, :2] - 6).tolist()
+                assert torch.equal(image, whole[top : top + 20, left : left + 20])
+                tops.add(top)
+                lefts.add(left)
+    assert tops == {*range(height - 11)} and lefts == {*range(width - 11)}
+    options["resize"] = None if in_memory else (24,)
+    said = f"images of {width}×{height} with pad 0 are" if in_memory else "resize 24 with pad 0 is"
+    with pytest.raises(InputError, match=f"{said} smaller than size 32"):
+        epoch(images, **options | {"pad": 0})
+
+
+@pytest.mark.parametrize("side", [1, 3, 8])
+def test_a_blank_square_may_be_around_any_pixel(ramp, side):
+    """As far as it is inside the image: `side // 2` pixels before that one, the others behind it."""
+    starts = [middle - side // 2 for middle in range(32)]
+    expected = {(max(0, start), min(32, start + side)) for start in starts}
+    rows, columns = set(), set()
+    for number in range(40):
+        for (batch,) in epoch(ramp, number, cutout=side):
+            for blank in (batch.images == 0).all(1):
+                for found, lines in ((rows, blank.any(1)), (columns, blank.any(0))):
+                    found.add((int(lines.nonzero()[0]), int(lines.nonzero()[-1]) + 1))
+    assert rows == columns == expected
+
+
+def test_images_read_one_by_one_are_brought_to_8_7_of_the_crops(mixed, torchvision, monkeypatch):
+    drawn, real = set(), batches_module.scaled
+    monkeypatch.setattr(batches_module, "scaled", lambda image, side: (drawn.add(side), real(image, side))[1])
+    found, _ = load_images(pictures.folder(mixed[1], mixed[0]))
+    epoch(found, size=28, workers=0)
+    assert drawn == {32}

@@ -1355,3 +1355,49 @@ def test_a_forked_child_waits_for_no_thread_that_it_lacks():
         sys.exit(ended != 0 or warnings.filters != before)
     """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("dim", [0, 1, 2, 4])
+def test_vmap_over_any_dimension(trunks, keep, dim):
+    """Three calls with two images each."""
+    arch = ARCHS["vgg16"]
+    plan = Plan(arch, ("relu1_1", "pool2"))
+    filters = trunks(arch).filters(plan, torch.device("cpu"), torch.float64)
+
+    def taps(x):
+        return run(x, filters, plan, keep=keep)
+
+    def grad(x):
+        return [torch.func.grad(lambda x: sum(tap.square().mean() for tap in taps(x)))(x)]
+
+    calls = images(6, 3, 9, 13).unflatten(0, (3, 2))
+    for call in (taps, grad):
+        found = torch.func.vmap(call, in_dims=dim)(calls.movedim(0, dim))
+        for values, expected in zip(zip(*found, strict=True), map(call, calls), strict=True):
+            torch.testing.assert_close(list(values), expected)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_vmap_over_gradients_alone(trunks, keep):
+    """Those of both taps, or of one, and of the same two images."""
+    arch = ARCHS["vgg16"]
+    plan = Plan(arch, ("relu1_1", "pool2"))
+    filters = trunks(arch).filters(plan, torch.device("cpu"), torch.float64)
+    taps, pull = torch.func.vjp(lambda x: run(x, filters, plan, keep=keep), images(2, 3, 9, 13))
+    first, last = (images(3 * len(tap), *tap.shape[1:]).unflatten(0, (3, -1)) for tap in taps)
+    (found,) = torch.func.vmap(pull)([first, last])
+    torch.testing.assert_close(found, torch.stack([pull(list(each))[0] for each in zip(first, last, strict=True)]))
+    (found,) = torch.func.vmap(lambda grad: pull([grad, last[0]]))(first)
+    torch.testing.assert_close(found, torch.stack([pull([each, last[0]])[0] for each in first]))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_opcheck_of_bfloat16(thin, trunks, keep):
+    """For which images stay float32."""
+    thin(14)
+    arch = ARCHS["vgg16"]
+    plan = Plan(arch, ("relu1_2", "pool1"))
+    x = images(2, 3, 17, 14, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    args = (x, trunks(arch).filters(plan, x.device, torch.bfloat16), plan.code, keep)
+    torch.library.opcheck(operators.trunk_forward, args, test_utils=("test_schema", "test_faketensor"))

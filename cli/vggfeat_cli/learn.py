@@ -62,7 +62,8 @@ def train(
 ) -> int:
     """Train a classifier on DATA.
 
-    DATA is CIFAR's folder or .tar.gz, a folder of class folders, or of train and test folders of them, or a zip.
+    DATA is CIFAR's folder or .tar.gz, a folder of class folders, or of train, val and test folders of them, or a zip.
+    Where there is a val folder, the run is tested on that one.
 
     Ctrl-C saves a checkpoint; the same command with the run's folder as --output and --resume continues.
 
@@ -200,8 +201,8 @@ def evaluate(
 
     WEIGHTS are a run's folder, a file, imagenet or caffe.
 
-    DATA is CIFAR's folder or .tar.gz, a folder of class folders or a zip of one; its test set, if it has one; for a
-    run with --holdout and its own images, the held-out ones.
+    DATA is CIFAR's folder or .tar.gz, a folder of class folders or a zip of one; its test folder or, without one, its
+    val folder, if it has one; for a run with --holdout and its own images, the held-out ones.
     """
     file = Path(weights.removeprefix("caffe:"))
     check_outputs(output, plot, overwrite, inputs=(str(file / "weights.safetensors" if file.is_dir() else file), data))

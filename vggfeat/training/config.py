@@ -272,7 +272,7 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
         InputError: an unknown recipe or field, or a value out of range.
     """
     check_choice("recipe", name, RECIPES)
-    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
     for key in changes:
         check_choice("setting", key, fields)
     settings = dict(RECIPES[name])

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -32,11 +32,15 @@ from vggfeat.image import SUFFIXES, open_image, pixels_of
 from vggfeat.signals import ignore_termination
 from vggfeat.training.cifar import cifar_files, missing_files, read_cifar
 
-TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation", "eval", "evaluation")
+TRAIN = ("train", "training")
+VALIDATION = ("val", "valid", "validation", "dev")
+TEST = ("test", "testing", "eval", "evaluation")
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 NAMED = 5  # unreadable images that a message names
 SIZES = 1000  # files whose sizes are looked at, at most
 ALONE = 2000  # images that are read by one process: so many take half a second
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -126,9 +130,9 @@ def load_images(
 
     Args:
         data: CIFAR-10 or CIFAR-100 as published (the folder or the .tar.gz, Python's or the binary version); a folder
-            of class folders, or a zip of one, read in place; or either of them with two folders in it, `train` or
-            `training` and `test`, `testing`, `val`, `valid`, `validation`, `eval` or `evaluation`, also as in
-            `Train_Set` and `val2017`.
+            of class folders, or a zip of one, read in place; or either of them with such folders in it, `train` or
+            `training`, and `val`, `valid`, `validation` or `dev`, or `test`, `testing`, `eval` or `evaluation`, also as
+            in `Train_Set` and `val2017`. Where it has all three, the test set here is the one for validation.
             A set that was read already is passed on.
         test: the same for the test set, where `data` holds none.
         resize: shorter side that the images are brought to, in pixels, one number or a range; a range is drawn from in
@@ -155,7 +159,7 @@ def load_images(
 
 
 def load_test_images(data: PathLike | ImageSet, *, bad_images: str = "fail") -> ImageSet:
-    """The test set of what `load_images` knows, where it has one, else all of it; the rest is not read."""
+    """The test set of what `load_images` knows, else the one for validation, else all of it; the rest is not read."""
     return _load(data, None, bad_images, last=True)[0]
 
 
@@ -179,15 +183,20 @@ def _load(
         for part in read_cifar(path)
     ]
     try:
-        sets = sets or [_class_folders(path, part) for part in _parts(path)]
+        sets = sets or [_class_folders(path, part) for part in _chosen(_parts(path), last)]
     except InputError as error:
         if lacking := missing_files(path):
             raise InputError(f"{path} is CIFAR without {', '.join(lacking)}: fetch it again") from error
         raise
-    sets = sets[-1:] if last else sets
+    sets = _chosen(sets, last)
     for each in sets:
         _read_into_memory(each, resize, bad_images)
     return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def _chosen(parts: list[T], last: bool) -> list[T]:
+    """Of the parts for training, validation and test, as far as there are, the last, or the first two."""
+    return parts[-1:] if last else parts[:2]
 
 
 def _numbered(images: Tensor) -> list[str]:
@@ -205,7 +214,7 @@ class _Tree:
 
 
 def _parts(path: Path) -> list[_Tree]:
-    """The folder of class folders at `path`, or the two of them in its `train` and `test`."""
+    """The folder of class folders at `path`, or those in it for training, validation and test, in this order."""
     if path.is_dir():
         files, folders = [], []
         for here, below, names in os.walk(path, followlinks=True):
@@ -229,15 +238,19 @@ def _parts(path: Path) -> list[_Tree]:
     tree = _stripped(_Tree(path, "", sorted(filter(_visible, files)), sorted(filter(_visible, folders))))
     tops = {name.split("/")[0] for name in tree.files if "/" in name}
     deep = {name.split("/")[0] for name in tree.files if name.count("/") > 1}  # in others there are no class folders
-    trains, tests = (sorted(name for name in deep if _purpose(name) in wanted) for wanted in (TRAIN, TEST))
-    if not (trains and tests):
+    parts = [[name for name in sorted(deep) if _purpose(name) in words] for words in (TRAIN, VALIDATION, TEST)]
+    if not any(parts):
         return [tree]
-    if len(tops) > 2:
+    named = [*itertools.chain(*parts)]
+    if tops != {*named} or not parts[0] or len(named) == 1 or any(len(each) > 1 for each in parts):
+        found = ", ".join(sorted(tops)[:NAMED]) + " …" * (len(tops) > NAMED)
+        alone = path / tree.prefix / named[0] if path.is_dir() else f"{tree.prefix}{named[0]} unpacked"
         raise InputError(
-            f"{path} has {', '.join(sorted(tops))}: expected class folders, or one folder for training and one for the "
-            "test; give the one to train on and the other as test=FOLDER (--test FOLDER)"
+            f"{path} has {found}: expected class folders, or folders of them named train and val, train and test, or "
+            f"all three; give one alone, such as {alone} (and to train, another as test=FOLDER, --test FOLDER), or "
+            "rename a class of such a name"
         )
-    return [_stripped(_under(tree, part)) for part in (trains[0], tests[0])]
+    return [_stripped(_under(tree, name)) for name in named]
 
 
 def _purpose(folder: str) -> str:

@@ -180,8 +180,9 @@ def evaluate(
     if not isinstance(data, ImageSet):
         data = load_test_images(data, bad_images=bad_images)
     if len(data.classes) != net.arch.num_classes:
+        found = "one class" if len(data.classes) == 1 else f"{len(data.classes)} classes"
         raise InputError(
-            f"{data.label} has {len(data.classes)} classes, the network {net.arch.num_classes}: "
+            f"{data.label} has {found}, the network {net.arch.num_classes}: "
             "test it on the classes that it was trained for"
         )
     if names is not None and names != data.classes:

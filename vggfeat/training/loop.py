@@ -268,7 +268,10 @@ class _Run:
         where = "in memory" if self.images.pixels is not None else "read in every epoch"
         sides = self.config.resize or (self.images.side if self.images.pixels is not None else scale_for(self.size),)
         crop = f" cropped from {' to '.join(map(str, sides))}" if sides != (self.size,) else ""
-        test = f"{len(self.test):,} for the test" if self.test is not None else "no test set"
+        test = "no test set"
+        if self.test is not None:
+            apart = f" ({self.test.label})" if self.test.label != self.images.label else ""
+            test = f"{len(self.test):,} for the test{apart}"
         found = f"{len(self.images):,} images of {len(self.images.classes)} classes"
         yield f"{found} at {self.size} px{crop}, {where}; {test}"
         precision, device = str(self.dtype).removeprefix("torch."), str(self.world.device)
@@ -491,7 +494,7 @@ class _Run:
 
     def _diverged(self, step: int) -> RunError:
         kept = checkpoint.saved(self.folder / "checkpoints")
-        rest = f"; {kept[0]} is from before, and can be the weights of another run" if kept else ""
+        rest = f"; {kept[0]} is from before, and another run can start with it as its weights" if kept else ""
         return RunError(
             f"the loss is not finite at epoch {self.epoch + 1}, step {step} of {self.batches.steps}: lower lr, or "
             f"set warmup or clip{rest}"
