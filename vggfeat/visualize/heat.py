@@ -348,7 +348,8 @@ def cam(
         raise InputError(f"{len(names)} names for {net.arch.num_classes} classes")
     with torch.device("cpu"):
         shift, scale = (torch.tensor(tuple(v), dtype=torch.float32)[:, None, None] for v in (mean, std))
-    raw, chosen, logits = _grad_cam(net, (x - shift) / scale, layer, class_index)
+    with eval_mode(net), with_gradients():
+        raw, chosen, logits = _grad_cam(net, (x - shift) / scale, layer, class_index)
 
     def over(image: Tensor) -> Tensor:
         heat = spread(raw, (image.shape[2], image.shape[3]))
@@ -376,11 +377,10 @@ def cam(
 def _grad_cam(net: VGG, x: Tensor, layer: str, class_index: int | None) -> tuple[Tensor, int, Tensor]:
     """The map (h,w) of a class or of the top-ranked one, that class, and the logits of all; of normalised images."""
     like, last = next(net.parameters()), net.arch.names[-1]
-    with eval_mode(net), with_gradients():
-        taps = net.taps(x.to(like.device, like.dtype).requires_grad_(), [layer, last])
-        logits = upcast(taps[last][0])
-        chosen = int(logits.argmax()) if class_index is None else class_index
-        (grad,) = torch.autograd.grad(logits[chosen], taps[layer])
+    taps = net.taps(x.to(like.device, like.dtype).requires_grad_(), [layer, last])
+    logits = upcast(taps[last][0])
+    chosen = int(logits.argmax()) if class_index is None else class_index
+    (grad,) = torch.autograd.grad(logits[chosen], taps[layer])
     alpha = grad.mean((2, 3), keepdim=True)
     return (alpha * taps[layer]).sum(1).relu()[0].detach().float().cpu(), chosen, logits.detach()
 
