@@ -1123,6 +1123,22 @@ def test_distributed_data_parallel(pair, tmp_path):
                 close(one, parameter.grad, rtol=1e-4)
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", [vggfeat.PerceptualLoss, vggfeat.StyleLoss])
+def test_equal_images_have_no_distance_where_channels_are_dead(kind, criterion, normalize, pair):
+    """Of all eight in the second layer, and of one in the first, whose Gram matrix then has a row of zeros."""
+    state = {name: value.clone() for name, value in STATE.items()}
+    state["features.0.bias"][3] = state["features.2.bias"][:] = -100
+    loss = kind(["relu1_1", "relu1_2"], weights=state, criterion=criterion, normalize_features=normalize)
+    x, y = pair
+    leaf = x.clone().requires_grad_()
+    value = loss(leaf, x)
+    value.backward()
+    assert value == 0 and torch.equal(leaf.grad, torch.zeros_like(x))
+    assert loss(x, y) > 0
+
+
 # ── other people's losses ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

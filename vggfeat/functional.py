@@ -237,11 +237,12 @@ def charbonnier(a: Tensor, b: Tensor, eps: float = CHARBONNIER_EPS) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """1 - cos of the angle between the channel vectors at each position, (N,1,…), in [0,2].
 
-    A vector of zeros is at 90° to every vector, itself included; gradients are finite there.
+    A vector of zeros is at 90° to any other, and at 0° to one of zeros; gradients are finite there.
     """
-    # 1 - ⟨u, v⟩ as ½‖u - v‖² + ½(1 - ‖u‖²) + ½(1 - ‖v‖²): without cancellation, and so never below 0
+    # 1 - ⟨u, v⟩ for unit vectors is ½‖u - v‖²: without cancellation, and so never below 0. What a vector of zeros lacks
+    # in length is added, unless both lack it
     apart = (unit_normalize(a) - unit_normalize(b)).square().sum(1, keepdim=True)
-    return (apart + _shortfall(a) + _shortfall(b)) / 2
+    return (apart + (_shortfall(a) - _shortfall(b)).abs()) / 2
 
 
 def _shortfall(features: Tensor) -> Tensor:
