@@ -209,7 +209,7 @@ def test_class_counts_must_fit(folder):
         vggfeat.evaluate(made(4), folder, **ONE)
     for other in ("bee", "cow"):
         shutil.rmtree(folder / other)
-    with pytest.raises(InputError, match="has one class, the network 4"):
+    with pytest.raises(InputError, match="has one class, ant, the network 4"):
         vggfeat.evaluate(made(4), folder, **ONE)
 
 

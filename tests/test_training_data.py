@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -185,7 +186,9 @@ def test_a_split_by_other_names(tmp_path):
     train, test = load_images(pictures.folder(tmp_path / "s", files))
     assert (len(train), len(test)) == (6, 3)
     pictures.folder(tmp_path / "s", {"Meta/0.png": pictures.encoded(pictures.picture("ant", 0))})
-    with pytest.raises(InputError, match="has Meta, Test, Train: expected class folders"):
+    with pytest.raises(
+        InputError, match="has Meta, Test, Train, with folders in Test, Train alone: expected class folders"
+    ):
         load_images(tmp_path / "s")
 
 
@@ -218,9 +221,27 @@ def test_parts_do_not_pass_for_classes(tmp_path, parts, flat, kind):
     files |= {f"top/{part}/0.png": pictures.encoded(pictures.picture("ant", 0)) for part in flat}
     path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
     alone = path / "top" / parts[0] if kind == "folder" else f"top/{parts[0]} unpacked"
+    said = f"has {', '.join(sorted(parts + flat))}" + f", with folders in {', '.join(parts)} alone" * bool(flat)
     for load in (load_images, load_test_images):
-        with pytest.raises(InputError, match=f"has {', '.join(sorted(parts + flat))}: .* such as {alone} "):
+        with pytest.raises(InputError, match=f"{said}: .* such as {re.escape(str(alone))} "):
             load(path)
+
+
+def test_folders_without_images_are_no_parts(tmp_path):
+    """Nor do they make a class a folder of classes."""
+    files = {f"{part}/{k}": v for part in ("train", "test") for k, v in pictures.tree(1).items()}
+    beside = {"val/ant/notes.txt": b"", "annotations/a.json": b""}
+    train, test = load_images(pictures.folder(tmp_path / "s", files | beside))
+    assert (len(train), len(test), test.label) == (3, 3, f"{tmp_path / 's'}/test")
+    files = {name.replace("ant", "train"): content for name, content in pictures.tree(1).items()}
+    train, test = load_images(pictures.folder(tmp_path / "t", files | {"train/meta/info.json": b""}))
+    assert (train.classes, test) == (["bee", "cow", "train"], None)
+
+
+def test_a_test_set_given_is_read_instead_of_ones_own(tmp_path):
+    files = {f"train/{k}": v for k, v in pictures.tree(2).items()} | {f"val/{k}": b"no image" for k in pictures.tree(1)}
+    train, test = load_images(pictures.folder(tmp_path / "a", files), pictures.folder(tmp_path / "b", pictures.tree(1)))
+    assert (len(train), len(test)) == (6, 3)
 
 
 def test_sets_can_be_sent_to_other_processes(tmp_path):
@@ -975,8 +996,10 @@ def test_sizes_are_those_of_unpacked_files(tmp_path, kind):
     images, _ = load_images(path)
     assert images.sizes == hashed("".join(f"{len(content)}\n" for content in files.values()))
     assert images.size_of("ant/3.png") == -1  # which never was there
+    sent = pickle.dumps(images)
+    del images  # and with it the open zip
     path.rename(tmp_path / "elsewhere")
-    assert pickle.loads(pickle.dumps(images)).sizes == hashed("-1\n" * 3)
+    assert pickle.loads(sent).sizes == hashed("-1\n" * 3)
 
 
 def test_of_a_place_for_the_test_set_its_test_part_is_taken(tmp_path):

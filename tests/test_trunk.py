@@ -1138,7 +1138,7 @@ def _reloaded(exported):
     return torch.export.load(file).module()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:No complete tensor")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("arch", ["vgg16", "vgg19_bn", "A-LRN"])
 def test_export(arch, strict):
@@ -1154,7 +1154,7 @@ def test_export(arch, strict):
         torch.testing.assert_close(exported[name], tap)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:No complete tensor")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", [PerceptualLoss, StyleLoss])
 def test_export_of_a_loss(kind):
     """Of images of any size, to a file."""

@@ -91,10 +91,10 @@ def with_gradients() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
-    """Outside the caller's modes (inference mode, export, vmap): what is cached must be real tensors."""
+    """Outside the caller's modes (inference mode, export, vmap, a default device): what is cached must be real."""
     tracing = torch._C._get_tracing_state()
     with _disable_current_modes(), torch._C._DisableFuncTorch(), torch._C.DisableTorchFunction():
-        # only now: export notes in its graph whether gradients are on, until its function mode is disabled
+        # inside those: export notes in its graph where gradients are switched
         with torch.inference_mode(False), torch.no_grad():
             try:
                 torch._C._set_tracing_state(None)  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @click.command(context_settings={"max_content_width": 100})
 @click.argument("data", type=click.Path())
-@click.option("--test", type=click.Path(), help="The test set, if DATA holds none.")
+@click.option("--test", type=click.Path(), help="The test set, instead of one that DATA may hold.")
 @click.option(
     "--recipe",
     "name",

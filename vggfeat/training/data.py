@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -39,8 +39,6 @@ LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
 NAMED = 5  # unreadable images that a message names
 SIZES = 1000  # files whose sizes are looked at, at most
 ALONE = 2000  # images that are read by one process: so many take half a second
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -134,7 +132,7 @@ def load_images(
             `training`, and `val`, `valid`, `validation` or `dev`, or `test`, `testing`, `eval` or `evaluation`, also as
             in `Train_Set` and `val2017`. Where it has all three, the test set here is the one for validation.
             A set that was read already is passed on.
-        test: the same for the test set, where `data` holds none.
+        test: the same for the test set, instead of one that `data` may hold.
         resize: shorter side that the images are brought to, in pixels, one number or a range; a range is drawn from in
             every epoch, so that the set is not kept in memory.
         bad_images: `fail` or `skip`.
@@ -146,9 +144,10 @@ def load_images(
         InputError: nothing there, no image, a class without one, other classes in the test set, or, with
             `bad_images="fail"`, images that cannot be read, named and counted.
     """
-    train, tested = _load(data, resize, bad_images)
+    train, *rest = _load(data, resize, bad_images, slice(2 if test is None else 1))
     if test is not None:
-        tested, _ = _load(test, resize, bad_images, last=True)
+        rest = _load(test, resize, bad_images, slice(-1, None))
+    tested = rest[0] if rest else None
     if tested is not None and tested.classes != train.classes:
         odd = sorted(set(tested.classes) ^ set(train.classes))
         raise InputError(
@@ -160,16 +159,15 @@ def load_images(
 
 def load_test_images(data: PathLike | ImageSet, *, bad_images: str = "fail") -> ImageSet:
     """The test set of what `load_images` knows, else the one for validation, else all of it; the rest is not read."""
-    return _load(data, None, bad_images, last=True)[0]
+    return _load(data, None, bad_images, slice(-1, None))[0]
 
 
-def _load(
-    data: PathLike | ImageSet, resize: tuple[int, ...] | None, bad_images: str, last: bool = False
-) -> tuple[ImageSet, ImageSet | None]:
+def _load(data: PathLike | ImageSet, resize: tuple[int, ...] | None, bad_images: str, wanted: slice) -> list[ImageSet]:
+    """The sets for training, validation and test, as far as there are and they are wanted."""
     if isinstance(data, ImageSet):
         if resize is not None:
             _read_into_memory(data := copy.copy(data), resize, bad_images)
-        return data, None
+        return [data]
     if not isinstance(data, str | os.PathLike):
         raise InputError(f"data is a path, or an ImageSet of vggfeat.load_images, got {type(data).__name__}")
     path = Path(data)
@@ -183,20 +181,14 @@ def _load(
         for part in read_cifar(path)
     ]
     try:
-        sets = sets or [_class_folders(path, part) for part in _chosen(_parts(path), last)]
+        sets = sets[wanted] or [_class_folders(path, part) for part in _parts(path)[wanted]]
     except InputError as error:
         if lacking := missing_files(path):
             raise InputError(f"{path} is CIFAR without {', '.join(lacking)}: fetch it again") from error
         raise
-    sets = _chosen(sets, last)
     for each in sets:
         _read_into_memory(each, resize, bad_images)
-    return sets[0], sets[1] if len(sets) > 1 else None
-
-
-def _chosen(parts: list[T], last: bool) -> list[T]:
-    """Of the parts for training, validation and test, as far as there are, the last, or the first two."""
-    return parts[-1:] if last else parts[:2]
+    return sets
 
 
 def _numbered(images: Tensor) -> list[str]:
@@ -236,8 +228,9 @@ def _parts(path: Path) -> list[_Tree]:
         files = [name for name in names if not name.endswith("/")]
         folders = [name.rstrip("/") for name in names if name.endswith("/")]
     tree = _stripped(_Tree(path, "", sorted(filter(_visible, files)), sorted(filter(_visible, folders))))
-    tops = {name.split("/")[0] for name in tree.files if "/" in name}
-    deep = {name.split("/")[0] for name in tree.files if name.count("/") > 1}  # in others there are no class folders
+    images = [name for name in tree.files if name.lower().endswith(SUFFIXES)]
+    tops = {name.split("/")[0] for name in images if "/" in name}
+    deep = {name.split("/")[0] for name in images if name.count("/") > 1}  # in others there are no class folders
     parts = [[name for name in sorted(deep) if _purpose(name) in words] for words in (TRAIN, VALIDATION, TEST)]
     if not any(parts):
         return [tree]
@@ -245,10 +238,11 @@ def _parts(path: Path) -> list[_Tree]:
     if tops != {*named} or not parts[0] or len(named) == 1 or any(len(each) > 1 for each in parts):
         found = ", ".join(sorted(tops)[:NAMED]) + " …" * (len(tops) > NAMED)
         alone = path / tree.prefix / named[0] if path.is_dir() else f"{tree.prefix}{named[0]} unpacked"
+        only = "" if tops == deep else f", with folders in {', '.join(sorted(deep))} alone"
         raise InputError(
-            f"{path} has {found}: expected class folders, or folders of them named train and val, train and test, or "
-            f"all three; give one alone, such as {alone} (and to train, another as test=FOLDER, --test FOLDER), or "
-            "rename a class of such a name"
+            f"{path} has {found}{only}: expected class folders, or folders of them named train and val, train and "
+            f"test, or all three; give one alone, such as {alone} (and to train, another as test=FOLDER, --test "
+            "FOLDER), or rename the class if that is one"
         )
     return [_stripped(_under(tree, name)) for name in named]
 

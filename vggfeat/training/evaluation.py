@@ -142,8 +142,8 @@ def evaluate(
 
     Args:
         weights: a network, or what `vggfeat.weights.load` knows with a classifier in it, such as a run's folder.
-        data: what `vggfeat.load_images` knows, its test set where it has one, else all of it; or one set that it
-            gave. Of the set that a run was trained on with a share held out, only that share.
+        data: what `vggfeat.load_images` knows: its test set where it has one, else the one for validation, else all of
+            it; or one set that it gave. Of the set that a run was trained on with a share held out, only that share.
         views: what is seen of each image; one centre crop by default, of the size and scale that a run of `train` was
             tested at.
         arch: the network, where the weights do not say.
@@ -180,7 +180,7 @@ def evaluate(
     if not isinstance(data, ImageSet):
         data = load_test_images(data, bad_images=bad_images)
     if len(data.classes) != net.arch.num_classes:
-        found = "one class" if len(data.classes) == 1 else f"{len(data.classes)} classes"
+        found = f"one class, {data.classes[0]}" if len(data.classes) == 1 else f"{len(data.classes)} classes"
         raise InputError(
             f"{data.label} has {found}, the network {net.arch.num_classes}: "
             "test it on the classes that it was trained for"

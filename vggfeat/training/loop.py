@@ -107,7 +107,7 @@ def train(
         data: what `vggfeat.load_images` knows: CIFAR's folder, a folder or a zip of class folders; or what it
             gave.
         config: the settings, such as `recipe("fast")`.
-        test: the same as `data` for the test set, where `data` holds none.
+        test: the same as `data` for the test set, instead of one that `data` may hold, for validation or test.
         folder: of the run, new or empty unless it is resumed.
         resume: go on with the run in `folder`, whose settings (a state dict is not compared) and images (their names,
             labels and sizes) must be these; begin it where it has no checkpoint yet.

@@ -375,7 +375,7 @@ def cam(
 
 
 def _grad_cam(net: VGG, x: Tensor, layer: str, class_index: int | None) -> tuple[Tensor, int, Tensor]:
-    """The map (h,w) of a class or of the top-ranked one, that class, and the logits of all; of normalised images."""
+    """The map (h,w) of a class or of the top-ranked one, that class, and the logits of all; of one normalised image."""
     like, last = next(net.parameters()), net.arch.names[-1]
     taps = net.taps(x.to(like.device, like.dtype).requires_grad_(), [layer, last])
     logits = upcast(taps[last][0])
