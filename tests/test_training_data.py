@@ -50,6 +50,11 @@ def test_cifar_as_published(tmp_path, classes, version, where):
         assert numpy.array_equal(numpy.asarray(found.read(2)).transpose(2, 0, 1).ravel(), pixels[2])
 
 
+def placed(kind, path, files):
+    """The files in a folder, or in a zip beside it."""
+    return pictures.folder(path, files) if kind == "folder" else pictures.zipped(path.with_suffix(".zip"), files)
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -166,7 +171,7 @@ def test_class_folders(tmp_path, kind):
 def test_train_and_test_in_one(tmp_path, kind, second):
     files = {f"train/{k}": v for k, v in pictures.tree(3).items()}
     files |= {f"{second}/{k}": v for k, v in pictures.tree(2, offset=50).items()}
-    path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
+    path = placed(kind, tmp_path / "s", files)
     train, test = load_images(path)
     assert (len(train), len(test)) == (9, 6)
     assert numpy.array_equal(test.pixels[0].numpy(), numpy.asarray(pictures.picture("ant", 50)))
@@ -197,7 +202,7 @@ def test_a_split_in_three(tmp_path, kind):
     """What is tested during training is not what is tested at the end."""
     sizes = {"train": 3, "valid": 1, "Test": 2}
     files = {f"{part}/{k}": v for part, count in sizes.items() for k, v in pictures.tree(count).items()}
-    path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
+    path = placed(kind, tmp_path / "s", files)
     train, during = load_images(path)
     assert (len(train), len(during), len(load_test_images(path))) == (9, 3, 6)
     assert during.label == f"{path}/valid" and during.classes == train.classes == ["ant", "bee", "cow"]
@@ -219,7 +224,7 @@ def test_a_split_in_three(tmp_path, kind):
 def test_parts_do_not_pass_for_classes(tmp_path, parts, flat, kind):
     files = {f"top/{part}/{k}": v for part in parts for k, v in pictures.tree(1).items()}
     files |= {f"top/{part}/0.png": pictures.encoded(pictures.picture("ant", 0)) for part in flat}
-    path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
+    path = placed(kind, tmp_path / "s", files)
     alone = path / "top" / parts[0] if kind == "folder" else f"top/{parts[0]} unpacked"
     said = f"has {', '.join(sorted(parts + flat))}" + f", with folders in {', '.join(parts)} alone" * bool(flat)
     for load in (load_images, load_test_images):
@@ -297,7 +302,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path, kind):
     files = pictures.tree(3)
     files["ant/1.png"] = files["ant/1.png"][:60]
     files["cow/0.png"] = b"no image"
-    path = pictures.folder(tmp_path / "s", files) if kind == "folder" else pictures.zipped(tmp_path / "s.zip", files)
+    path = placed(kind, tmp_path / "s", files)
     with pytest.raises(InputError, match=r"2 of 9 images cannot be read: .*ant/1\.png.*cow/0\.png.*--bad-images skip"):
         load_images(path)
     found, _ = load_images(path, bad_images="skip")
