@@ -28,10 +28,7 @@ def in_functorch() -> bool:
     This depends on the active transform, not on the tensors: under one, `Function.apply` needs `setup_context` and a
     vmap rule even for tensors that nothing maps over.
     """
-    if torch.compiler.is_compiling():
-        return False
-    check: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return bool(check and check())
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_batched(*grads: torch.Tensor | None) -> bool:

@@ -22,7 +22,6 @@ def benefits_from_reordering(weight: Tensor) -> bool:
         weight.numel() >= LARGE_WEIGHT
         and weight.device.type == "cpu"
         and _onednn_takes(weight)
-        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
         and not emulates(weight.dtype, weight.device)
         and weight not in _reordered
     )
@@ -72,12 +71,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, *, relu: 
 
 
 def _onednn_takes(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and has_onednn()
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    )
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and has_onednn()
 
 
 def _cudnn_takes(x: Tensor, weight: Tensor) -> bool:
