@@ -13,8 +13,9 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.tables import apart
+from vggfeat.training.config import Views
 from vggfeat.training.data import ImageSet, load_images
-from vggfeat.training.evaluation import Evaluation, Views, _crops, _metrics
+from vggfeat.training.evaluation import Evaluation, _crops, _metrics
 from vggfeat.weights import IMAGENET
 
 ONE = {"precision": "float32", "device": "cpu"}

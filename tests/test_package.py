@@ -251,7 +251,7 @@ ROOMS = {
     "vggfeat_cli.reports": {"errors", "files", "plots"},
     "vggfeat_cli.style": {"", "errors", "files", "image", "transfer.config"},
     "vggfeat_cli.analyse": {"", "image", "plots", "weights"},
-    "vggfeat_cli.learn": {"", "errors", "files", "plots", "settings", "training.config", "training.evaluation"},
+    "vggfeat_cli.learn": {"", "errors", "files", "plots", "settings", "training.config"},
     "vggfeat_cli.pictures": {"", "arch", "errors", "visualize", "weights"},
     "vggfeat_cli.main": {"", "fetch", "weights"},
 }

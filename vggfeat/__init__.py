@@ -37,10 +37,10 @@ _HOMES = {
     ),
     "vggfeat.transfer.config": ("StyleConfig",),
     "vggfeat.transfer.stylize": ("StyleResult", "StyleStep", "stylize"),
-    "vggfeat.training.config": ("TrainConfig", "recipe"),
+    "vggfeat.training.config": ("TrainConfig", "Views", "recipe"),
     "vggfeat.training.data": ("ImageSet", "load_images"),
     "vggfeat.training.loop": ("TrainResult", "TrainStep", "train"),
-    "vggfeat.training.evaluation": ("Evaluation", "Views", "evaluate"),
+    "vggfeat.training.evaluation": ("Evaluation", "evaluate"),
 }
 _MODULES = ("analysis", "errors", "functional", "image", "visualize", "weights")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -85,9 +85,9 @@ if TYPE_CHECKING:  # the same for type checkers and editors
         plot_stacked as plot_stacked,
         plot_training as plot_training,
     )
-    from vggfeat.training.config import TrainConfig as TrainConfig, recipe as recipe
+    from vggfeat.training.config import TrainConfig as TrainConfig, Views as Views, recipe as recipe
     from vggfeat.training.data import ImageSet as ImageSet, load_images as load_images
-    from vggfeat.training.evaluation import Evaluation as Evaluation, Views as Views, evaluate as evaluate
+    from vggfeat.training.evaluation import Evaluation as Evaluation, evaluate as evaluate
     from vggfeat.training.loop import TrainResult as TrainResult, TrainStep as TrainStep, train as train
     from vggfeat.transfer.config import StyleConfig as StyleConfig
     from vggfeat.transfer.stylize import StyleResult as StyleResult, StyleStep as StyleStep, stylize as stylize

@@ -14,8 +14,8 @@ import click
 import vggfeat
 from vggfeat.errors import counted
 from vggfeat.settings import PRECISIONS
-from vggfeat.training.config import RECIPES, TrainConfig, recipe
-from vggfeat_cli.options import Values, settings
+from vggfeat.training.config import RECIPES, TrainConfig, Views, recipe
+from vggfeat_cli.options import settings
 from vggfeat_cli.reports import (
     check_outputs,
     finish_report,
@@ -149,17 +149,7 @@ def _tell(bar: Any, quiet: bool, step: TrainStep) -> None:
 @click.argument("weights", type=click.Path())
 @click.argument("data", type=click.Path())
 @click.option("--arch", help="Network, if the weights do not say.")
-@click.option("--size", type=int, help="Side of the crops.  [default: a run's own; else the images', or 224]")
-@click.option(
-    "--scales",
-    type=Values(int),
-    help="Shorter sides to resize each image to, such as 256,384,512.  [default: a run's own]",
-)
-@click.option(
-    "--grid", type=int, default=1, show_default=True, help="Grid of N×N crops; 1 is the centre, 5 the paper's."
-)
-@click.option("--flip", is_flag=True, help="Also test each view mirrored.")
-@click.option("--dense", is_flag=True, help="The paper's dense evaluation, instead of crops.")
+@settings(Views)
 @click.option("--batch-size", type=int, default=256, show_default=True, help="Images at a time.")
 @click.option(
     "--precision",
@@ -207,8 +197,6 @@ def evaluate(
     file = Path(weights.removeprefix("caffe:"))
     check_outputs(output, plot, overwrite, inputs=(str(file / "weights.safetensors" if file.is_dir() else file), data))
     keep_memory()
-    from vggfeat.training.evaluation import Views
-
     views = Views(size, scales, grid, flip, dense)
     report = vggfeat.evaluate(weights, data, views, **options)
     finish_report(report, form, output, overwrite)

@@ -1,4 +1,4 @@
-"""The settings of a training run, and recipes by name: every default is stated here and nowhere else. No torch."""
+"""The settings of a training run and of a test, and recipes by name: every default is stated here alone. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vggfeat.arch import HEADS, INITS, MIN_SIDE, channels_at, parse
-from vggfeat.errors import InputError, check_choice
+from vggfeat.errors import InputError, check_choice, whole_number
 from vggfeat.settings import PRECISIONS, Settings, option
 
 MAX_SIDE = 1 << 16  # of images, in pixels: JPEG's
@@ -193,6 +193,44 @@ def _within(config: TrainConfig, name: str, low: float, high: float) -> None:
         bounded = high < math.inf and (high == 1 or value >= high)
         what = f"from {low} to under {high}" if bounded else f"a number of at least {low}"
         raise InputError(f"{name} must be {what}, got {value}")
+
+
+@dataclass(frozen=True)
+class Views(Settings):
+    """What a network sees of each test image; the probabilities of all views are averaged (paper, section 3.2).
+
+    Each field is a flag of `vggfeat evaluate` with the same name in dashes.
+
+    Attributes:
+        size: side of the crops; None means the image's own where all have one, else 224.
+        scales: shorter sides that each image is brought to in turn; None means as it is, or 8/7 of `size` where images
+            differ in size.
+        grid: crops are taken on a regular grid of so many by so many; 1 is the centre alone, 5 the paper's.
+        flip: see each view mirrored, too.
+        dense: run the network over the whole image, the fully connected layers as convolutions, and average the class
+            scores over space, instead of crops.
+
+    Raises:
+        InputError: a number out of range, or no number.
+    """
+
+    size: int | None = option(None, "Side of the crops.  [default: a run's own; else the images', or 224]")
+    scales: tuple[int, ...] | None = option(
+        None, "Shorter sides to resize each image to, such as 256,384,512.  [default: a run's own]"
+    )
+    grid: int = option(1, "Grid of N×N crops; 1 is the centre, 5 the paper's.")
+    flip: bool = option(False, "Also test each view mirrored.")
+    dense: bool = option(False, "The paper's dense evaluation, instead of crops.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("grid", self.grid)
+        if self.size is not None:
+            whole_number("size", self.size, least=MIN_SIDE)
+        if self.scales is not None and (not self.scales or min(self.scales) < MIN_SIDE):
+            raise InputError(f"scales must be shorter sides of at least {MIN_SIDE} pixels, got {self.scales}")
+        if self.dense and self.grid > 1:
+            raise InputError("dense looks at the whole image: leave grid at 1")
 
 
 # The chapter: Adam, batch 64, steps of 30 epochs, crop and flip. The paper (section 3.1): SGD, batch 256, 74 epochs,

@@ -19,49 +19,15 @@ from vggfeat.devices import autocast_dtype
 from vggfeat.errors import InputError, RunError, check_choice, whole_number
 from vggfeat.files import PathLike
 from vggfeat.network import VGG, eval_mode, network_from_weights
-from vggfeat.settings import PRECISIONS, Settings
+from vggfeat.settings import PRECISIONS
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import normalised, scale_for, split_holdout
-from vggfeat.training.config import TrainConfig
+from vggfeat.training.config import TrainConfig, Views
 from vggfeat.training.data import LEAVE_OUT, ImageSet, Readers, ScaledImages, hashed, load_test_images, reader_errors
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
 from vggfeat.weights import WeightsLike, load as load_set, run_metadata
 
 _percent = "{:.2f} %".format
-
-
-@dataclass(frozen=True)
-class Views(Settings):
-    """What a network sees of each test image; the probabilities of all views are averaged (paper, section 3.2).
-
-    Attributes:
-        size: side of the crops; None means the image's own where all have one, else 224.
-        scales: shorter sides that each image is brought to in turn; None means as it is, or 8/7 of `size` where images
-            differ in size.
-        grid: crops are taken on a regular grid of so many by so many; 1 is the centre alone, 5 the paper's.
-        flip: see each view mirrored, too.
-        dense: run the network over the whole image, the fully connected layers as convolutions, and average the class
-            scores over space, instead of crops.
-
-    Raises:
-        InputError: a number out of range, or no number.
-    """
-
-    size: int | None = None
-    scales: tuple[int, ...] | None = None
-    grid: int = 1
-    flip: bool = False
-    dense: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        whole_number("grid", self.grid)
-        if self.size is not None:
-            whole_number("size", self.size, least=MIN_SIDE)
-        if self.scales is not None and (not self.scales or min(self.scales) < MIN_SIDE):
-            raise InputError(f"scales must be shorter sides of at least {MIN_SIDE} pixels, got {self.scales}")
-        if self.dense and self.grid > 1:
-            raise InputError("dense looks at the whole image: leave grid at 1")
 
 
 @dataclass(frozen=True, repr=False)
