@@ -174,9 +174,7 @@ def place_of(label: str) -> str:
     return hashed(os.path.realpath(label))
 
 
-def _held_out(
-    images: ImageSet, share: float, seed: int, digest: str, data: str, sizes: str | None = None
-) -> ImageSet | None:
+def _held_out(images: ImageSet, share: float, seed: int, digest: str, data: str, sizes: str | None) -> ImageSet | None:
     """The part of a training set that a run had set aside, and says so; None where this is another set.
 
     Names decide, since a copy may have been converted; where files differ in size, that is said.

@@ -26,7 +26,7 @@ from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import ImageSet, would_hold
 
 RESUMABLE = "the run can go on from its checkpoints"
-NEEDED = ("config", "classes", "images", "size", "digest", "net")  # what makes a checkpoint ours
+NEEDED = ("config", "classes", "images", "size", "digest", "sizes", "test", "test_sizes", "net")  # a checkpoint of ours
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,18 @@ def _compare_images(folder: Path, state: dict[str, Any], images: ImageSet) -> No
         )
     if state["digest"] != images.digest:
         raise InputError(f"the run in {folder} was on other images than {images.label}: their names or labels differ")
-    if images.sizes != state.get("sizes", images.sizes):
+    if images.sizes != state["sizes"]:
         raise InputError(f"the run in {folder} was on other files than those of {images.label}: their sizes differ")
 
 
 def _compare_test(folder: Path, state: dict[str, Any], test: ImageSet | None) -> None:
     now = None if test is None else test.digest
-    if (before := state.get("test", now)) != now:
-        if before is None:
+    if state["test"] != now:
+        if state["test"] is None:
             raise InputError(f"the run in {folder} has no test set: go on without one, or begin anew")
         given = f"not {test.label}" if test is not None else "and now there is none"
         raise InputError(f"the run in {folder} has another test set, {given}: pass the same one")
-    if test is not None and test.sizes != state.get("test_sizes", test.sizes):
+    if test is not None and test.sizes != state["test_sizes"]:
         raise InputError(f"the run in {folder} has another test set, not {test.label}, whose files differ in size")
 
 
