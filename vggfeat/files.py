@@ -148,8 +148,8 @@ def remove_leftovers(folder: Path, age: int) -> None:
 
 
 @contextmanager
-def written(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the name `path` once all went well.
+def written(path: Path, *, overwrite: bool = False, hint: str = "") -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the name `path` once all went well; errors say what to do by `hint`, if given.
 
     Raises:
         InputError: the name is taken by now and must not be.
@@ -162,7 +162,7 @@ def written(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
         raise InputError(taken(path)) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "make room there" if full else "choose another place"
+        hint = hint or ("make room there" if full else "choose another place")
         raise RunError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
 
 

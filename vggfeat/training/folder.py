@@ -18,8 +18,8 @@ from typing import Any
 
 from vggfeat import checkpoint
 from vggfeat.arch import Arch
-from vggfeat.errors import InputError, RunError, first_line
-from vggfeat.files import TEMPORARY, locked, new_file
+from vggfeat.errors import InputError, first_line
+from vggfeat.files import TEMPORARY, locked, new_file, written
 from vggfeat.network import VGG
 from vggfeat.settings import changed
 from vggfeat.training.config import TrainConfig
@@ -203,7 +203,8 @@ def write_log(folder: Path, history: Sequence[Epoch], hint: str = RESUMABLE) -> 
     writer = csv.DictWriter(out, [each.name for each in fields(Epoch)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(epoch) for epoch in history)
-    _write(folder / "log.csv", out.getvalue().encode(), hint)
+    with written(folder / "log.csv", overwrite=True, hint=hint) as file:
+        file.write(out.getvalue().encode())
 
 
 def write_weights(folder: Path, net: VGG, facts: dict[str, Any]) -> None:
@@ -216,15 +217,9 @@ def write_weights(folder: Path, net: VGG, facts: dict[str, Any]) -> None:
 
     state = {key: value.detach().contiguous().cpu() for key, value in net.state_dict().items()}
     # one entry: several are written in an order that changes from run to run
-    _write(folder / "weights.safetensors", save(state, {"vggfeat": json.dumps(facts)}))
-
-
-def _write(path: Path, content: bytes, hint: str = RESUMABLE) -> None:
-    try:
-        with new_file(path, overwrite=True) as file:
-            file.write(content)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; {hint}") from error
+    content = save(state, {"vggfeat": json.dumps(facts)})
+    with written(folder / "weights.safetensors", overwrite=True, hint=RESUMABLE) as file:
+        file.write(content)
 
 
 class Board:
