@@ -447,7 +447,12 @@ def test_series_that_are_not_used_are_forgotten_and_graphs_stay(replays):
     assert 4 < len(replays) == len(graphs) <= len(calls._series) == cuda_graphs.MOST_SERIES  # none was made in vain
 
 
-@pytest.mark.parametrize("kind", ["perceptual", "cosine", "style", "lpips"])
+def content_and_style(**options):
+    content = vggfeat.PerceptualLoss(["relu2_2"], criterion="l1", **options)
+    return vggfeat.CombinedLoss([content, vggfeat.StyleLoss(["relu1_2", "relu2_2"], **options)], [0.1, 50.0])
+
+
+@pytest.mark.parametrize("kind", ["perceptual", "cosine", "style", "lpips", "combined"])
 @pytest.mark.parametrize("given", ["images", "encoded", "masked", "one target", "no grad"])
 def test_losses_that_are_replayed_are_the_losses(replays, kind, given):
     make = {
@@ -457,6 +462,7 @@ def test_losses_that_are_replayed_are_the_losses(replays, kind, given):
         ),
         "style": lambda **options: vggfeat.StyleLoss(["relu1_1", "relu2_1"], weights="random", **options),
         "lpips": lambda **options: vggfeat.LPIPS(weights="random", **options),
+        "combined": lambda **options: content_and_style(weights="random", **options),
     }[kind]
     ours, theirs = make(), make(cuda_graphs=False)
     fixed = scene(24, 16, seed=50)
@@ -808,7 +814,7 @@ def test_cudnns_convolution_and_relu_in_one(dtype, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["perceptual", "cosine", "style", "lpips"])
+@pytest.mark.parametrize("kind", ["perceptual", "cosine", "style", "lpips", "combined"])
 @pytest.mark.parametrize("given", ["images", "encoded", "masked", "no grad", "autocast"])
 def test_losses_called_again_on_a_gpu_are_replayed_and_stay_the_same(monkeypatch, precision, kind, given):
     monkeypatch.setattr(cuda_graphs._Series, "_waits_for_host", lambda self: True)
@@ -818,6 +824,7 @@ def test_losses_called_again_on_a_gpu_are_replayed_and_stay_the_same(monkeypatch
         "cosine": functools.partial(vggfeat.PerceptualLoss, ["relu2_2"], criterion="cosine"),
         "style": functools.partial(vggfeat.StyleLoss, ["relu1_1", "relu2_1"]),
         "lpips": vggfeat.LPIPS,
+        "combined": content_and_style,
     }[kind]
     ours, theirs = make(**options), make(**options, cuda_graphs=False)
     streams = [torch.cuda.default_stream(), torch.cuda.Stream()]

@@ -57,6 +57,11 @@ def style(layers=("relu1_2", "relu2_2"), **options):
     return vggfeat.StyleLoss(layers, **{"weights": STATE, **options})
 
 
+def combined(**options):
+    own = {"reduction": options.get("reduction", "mean"), "weights": STATE} | options
+    return vggfeat.CombinedLoss([perceptual(["relu2_2", "conv3_1"], **own), style(**own)], [2.0, 30.0])
+
+
 def taps(images, names):
     """The taps by ordinary modules and ordinary autograd."""
     net = NET if images.dtype == torch.float32 else copy.deepcopy(NET).to(images.dtype)
@@ -518,7 +523,7 @@ def test_a_style_target_of_another_size(pair):
         ({"layers": ["rel2_2"]}, "did you mean relu2_2"),
         ({"layers": "relu2_2"}, "write ['relu2_2']"),
         ({"layers": []}, "name at least one"),
-        ({"layer_weights": [1.0, 2.0]}, "2 layer_weights for 1 layers (relu2_2)"),
+        ({"layer_weights": [1.0, 2.0]}, "2 layer_weights for relu2_2: expected 1"),
         ({"layer_weights": {"relu3_3": 1.0}}, "layer_weights for relu3_3, which is not among relu2_2"),
         ({"precision": "float16"}, "unknown precision 'float16'"),
         ({"pooling": "mean"}, "unknown pooling 'mean'"),
@@ -762,10 +767,156 @@ def test_bfloat16_on_photographs(oxford, test_data, kind, layer, floor):
         assert ours >= peer - 5e-4
 
 
+# ── several losses in one pass ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("given", ["images", "another size", "one target", "masked", "encoded", "encoded masked"])
+def test_a_sum_of_losses_is_their_sum(reduction, given):
+    options = {"reduction": reduction, "criterion": "l1"}
+    terms = [
+        style(["relu1_2", "relu2_2", "conv3_2"], layer_weights=[1.0, 0.5, 2.0], **options),
+        style(["relu2_2"], normalize_features=True, reduction=reduction),
+    ]
+    if given not in ("another size", "encoded masked"):
+        terms.append(perceptual(["relu2_2", "conv3_1"], layer_weights=[0.25, 3.0], **options))
+    weights = [4.0, -0.5, 2.0][: len(terms)]
+    x = torch.rand(3, 3, 24, 32, dtype=torch.float64, requires_grad=True)
+    y = torch.rand(1 if given == "one target" else 3, 3, *((40, 24) if given == "another size" else (24, 32)))
+    y, mask = y.double(), torch.rand(3, 1, 24, 32).double()
+
+    def of(loss):
+        target = loss.encode(y, *[mask.flip(0)] * (given == "encoded masked")) if "encoded" in given else y
+        values = loss(x, target, *[mask] * ("masked" in given))
+        return values.detach(), torch.autograd.grad(values.sum(), x)[0]
+
+    found = of(vggfeat.CombinedLoss(terms, weights))
+    for own, parts in zip(found, zip(*map(of, terms), strict=True), strict=True):
+        close(own, sum(weight * part for weight, part in zip(weights, parts, strict=True)), rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        close(of_value(vggfeat.CombinedLoss(terms, weights), x, y, mask, given), found[0], rtol=1e-9, atol=1e-12)
+
+
+def of_value(loss, x, y, mask, given):
+    target = loss.encode(y, *[mask.flip(0)] * (given == "encoded masked")) if "encoded" in given else y
+    return loss(x, target, *[mask] * ("masked" in given))
+
+
+def test_a_sum_runs_the_network_once(pair):
+    x, y = pair[0].requires_grad_(), pair[1]
+    single, both = perceptual(["relu3_3"]), style(["relu1_2", "relu3_3"])
+    flops = []
+    for loss in (single, both, vggfeat.CombinedLoss([single, both])):
+        with FlopCounterMode(display=False) as counter:
+            loss(x, y).backward()
+        flops.append(counter.get_total_flops())
+    assert flops[2] - flops[1] < 0.01 * flops[0]
+
+
+def test_sums_of_sums_and_of_features_from_the_classifier():
+    x, y = torch.rand(2, 3, 32, 32).double().requires_grad_(), torch.rand(2, 3, 32, 32).double()
+    tap, gram, head = perceptual(["relu1_1"]), style(), perceptual(["fc"], criterion="l1")
+    inner = vggfeat.CombinedLoss([tap, gram], [3.0, 5.0])
+    value = vggfeat.CombinedLoss([inner, head], [0.5, 2.0])(x, y)
+    wanted = 1.5 * tap(x, y) + 2.5 * gram(x, y) + 2 * head(x, y)
+    close(value, wanted, rtol=1e-9)
+    close(torch.autograd.grad(value, x)[0], torch.autograd.grad(wanted, x)[0], rtol=1e-7, atol=1e-12)
+
+
+def test_a_sum_follows_its_losses(pair):
+    x, y = pair
+    parts = perceptual(), style()
+    loss = vggfeat.CombinedLoss(parts, [1.0, 7.0])
+    parts[1].layer_weights["relu1_2"] = 0.0
+    parts[0].criterion = "l1"
+    close(loss(x, y), F.l1_loss(*(taps(each, ["relu2_2"])["relu2_2"] for each in pair)) + 7 * parts[1](x, y))
+    loss.weights[1] = 0.0
+    close(loss(x, y), parts[0](x, y))
+
+
+def test_a_sum_is_one_loss_when_it_is_differentiated_again(pair):
+    x, y = pair[0][:, :, :16, :16].double().requires_grad_(), pair[1][:, :, :16, :16].double()
+    loss = combined()
+    assert torch.autograd.gradcheck(lambda x: loss(x, y), x)
+    (gradient,) = torch.autograd.grad(loss(x, y), x, create_graph=True)
+    loss.weights[1] = 0.0  # too late
+    loss.losses[0].layer_weights["relu2_2"] = 0.0
+    found = torch.autograd.grad(gradient.square().sum(), x)[0]
+    parts = combined().losses
+    (gradient,) = torch.autograd.grad(2 * parts[0](x, y) + 30 * parts[1](x, y), x, create_graph=True)
+    close(found, torch.autograd.grad(gradient.square().sum(), x)[0], rtol=1e-8, atol=1e-14)
+
+
+def test_a_criterion_of_ones_own_in_a_sum(pair):
+    x, y = pair
+
+    def whole(a, b):
+        return (a - b).square().sum()
+
+    parts = [perceptual(criterion=whole), style(criterion=lambda a, b: (a - b).abs())]
+    close(vggfeat.CombinedLoss(parts)(x, y), parts[0](x, y) + parts[1](x, y))
+    for reduction in ("sum", "none"):
+        parts = [perceptual(criterion=whole, reduction=reduction), style(reduction=reduction)]
+        with pytest.raises(InputError, match="only reduction='mean' suits both"):
+            vggfeat.CombinedLoss(parts)(x, y)
+
+
+def test_lpips_in_a_sum():
+    x, y = torch.rand(2, 3, 32, 32, requires_grad=True), torch.rand(2, 3, 32, 32)
+    lpips, l1 = vggfeat.LPIPS(weights="random"), vggfeat.StyleLoss(["relu4_1"], weights="random", reduction="none")
+    loss = vggfeat.CombinedLoss([lpips, l1], [1.0, 1e3])
+    close(loss(x, y), lpips(x, y) + 1e3 * l1(x, y))
+    assert repr(loss).startswith("CombinedLoss(\n  weights=[1.0, 1000.0], reduction=none")
+
+
+def test_targets_encoded_by_other_sums_are_refused(pair):
+    x, y = pair
+    target = vggfeat.CombinedLoss([perceptual(), style()]).encode(y)
+    with pytest.raises(InputError, match="this target was encoded by PerceptualLoss of relu2_2.* and StyleLoss of"):
+        vggfeat.CombinedLoss([style(), perceptual()])(x, target)
+    again = vggfeat.CombinedLoss([perceptual(), style()])
+    close(again(x, target), again(x, y))
+    close(again(x, vggfeat.EncodedTarget.cat([target[1:], target[:1]])), again(x, y.flip(0)))
+
+
+@pytest.mark.parametrize(
+    ("losses", "weights", "message"),
+    [
+        ([], None, "losses are a list of PerceptualLoss, StyleLoss and the like, got none"),
+        (perceptual(), None, "losses are a list of PerceptualLoss, StyleLoss and the like, got PerceptualLoss"),
+        ([perceptual(), F.mse_loss], None, "got PerceptualLoss, function"),
+        ([perceptual(), style(reduction="sum")], None, "a sum needs losses with the same reduction, got mean and sum"),
+        ([perceptual(), style(pooling="average")], None, "one pass needs the same pooling, got max and average"),
+        ([perceptual(), style(padding="reflect")], None, "one pass needs the same padding, got zeros and reflect"),
+        ([perceptual(), style(precision="bfloat16")], None, "the same precision, got float32 and bfloat16"),
+        ([perceptual(), style(input_range=(-1, 1))], None, r"the same input_range, got (0.0, 1.0) and (-1.0, 1.0)"),
+        ([perceptual(), style(repeat_grey=True)], None, "the same repeat_grey, got False and True"),
+        (
+            [perceptual(), style(arch="vgg19", weights="random")],
+            None,
+            "the same arch, got vgg16 with head slim and vgg19 with head None",
+        ),
+        (
+            [perceptual(), style(weights={key: 2 * value for key, value in STATE.items()})],
+            None,
+            "one pass needs the same weights, not others that are called",
+        ),
+        ([perceptual(), style()], [1.0], "1 weights for PerceptualLoss, StyleLoss: expected 2"),
+        ([perceptual(), style()], 3.0, "weights are numbers, one for each of PerceptualLoss, StyleLoss; got 3.0"),
+        ([perceptual(), style()], {"style": 1}, "weights are numbers, one for each of"),
+        ([perceptual(), style()], [1, math.inf], "weights must be finite numbers, got inf"),
+        ([perceptual(), style()], [1, torch.tensor(1.0, requires_grad=True)], "weights are fixed numbers"),
+    ],
+)
+def test_sums_that_are_none(losses, weights, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        vggfeat.CombinedLoss(losses, weights)
+
+
 # ── in somebody's model ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(params=[perceptual, style], ids=["perceptual", "style"])
+@pytest.fixture(params=[perceptual, style, combined], ids=["perceptual", "style", "combined"])
 def loss(request):
     return request.param()
 
@@ -845,6 +996,11 @@ def test_a_criterion_of_ones_own_sees_as_many_targets_as_images(pair, make):
 def test_a_weight_that_is_trained_gets_its_gradient(pair, loss):
     """Though the constructor refuses it, it can be put there later."""
     x, y = pair
+    if isinstance(loss, vggfeat.CombinedLoss):
+        loss.weights[0] = weight = torch.nn.Parameter(torch.tensor(1.5))
+        loss(x.clone().requires_grad_(), y).backward()
+        close(weight.grad, loss.losses[0](x, y))
+        return
     name = next(iter(loss.layer_weights))
     loss.layer_weights[name] = weight = torch.nn.Parameter(torch.tensor(1.5))
     loss(x.clone().requires_grad_(), y).backward()
@@ -1212,7 +1368,7 @@ def test_targets_of_inference_mode_can_be_trained_against(pair, loss):
     leaf = x.clone().requires_grad_()
     expected = torch.autograd.grad(loss(leaf, y, mask), leaf)[0]
     with torch.inference_mode():
-        encoded = loss.encode(y, mask) if isinstance(loss, vggfeat.StyleLoss) else loss.encode(y)
+        encoded = loss.encode(y) if isinstance(loss, vggfeat.PerceptualLoss) else loss.encode(y, mask)
         target, weight = y * 1, mask * 1
         part = encoded[:2]
     for theirs in (target, encoded, part):
@@ -1558,7 +1714,7 @@ def test_what_is_wrong_is_said_before_weights_are_fetched(monkeypatch):
         ("unknown layer 'relu3': did you mean relu3_1 or relu3_2", ["relu3"], {}),
         ("vgg16 has no layer 'conv3_4'", ["conv3_4"], {"weights": "imagenet"}),
         ("vgg11 has no layer 'relu1_2'", ["relu1_2"], {"arch": "vgg11"}),
-        ("2 layer_weights for 1 layers", ["relu1_2"], {"layer_weights": [1, 2]}),
+        ("2 layer_weights for relu1_2: expected 1", ["relu1_2"], {"layer_weights": [1, 2]}),
         ("unknown pooling 'avg': did you mean average", ["relu1_2"], {"pooling": "avg"}),
         ("unknown padding 'zero'", ["relu1_2"], {"padding": "zero"}),
     ):

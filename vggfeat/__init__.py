@@ -24,7 +24,7 @@ _HOMES = {
     "vggfeat.weights": ("load_weights",),
     "vggfeat.features": ("VGGFeatures",),
     "vggfeat.encoded_target": ("EncodedTarget",),
-    "vggfeat.losses": ("PerceptualLoss", "StyleLoss"),
+    "vggfeat.losses": ("CombinedLoss", "PerceptualLoss", "StyleLoss"),
     "vggfeat.metrics": ("LPIPS",),
     "vggfeat.analysis": ("compare", "describe", "effective_field", "stacked_3x3"),
     "vggfeat.plots": (
@@ -74,7 +74,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors
         WeightsUnavailableError as WeightsUnavailableError,
     )
     from vggfeat.features import VGGFeatures as VGGFeatures
-    from vggfeat.losses import PerceptualLoss as PerceptualLoss, StyleLoss as StyleLoss
+    from vggfeat.losses import CombinedLoss as CombinedLoss, PerceptualLoss as PerceptualLoss, StyleLoss as StyleLoss
     from vggfeat.metrics import LPIPS as LPIPS
     from vggfeat.network import VGG as VGG, vgg as vgg, vgg11 as vgg11, vgg13 as vgg13, vgg16 as vgg16, vgg19 as vgg19
     from vggfeat.plots import (

@@ -18,7 +18,7 @@ class EncodedTarget:
     """What a loss remembers of its targets; made by `encode`, given to the loss in place of the images.
 
     Attributes:
-        values: by layer, features (N,C,h,w) or Gram matrices (N,C,C), detached.
+        values: by layer (of a `CombinedLoss` by loss and layer), features (N,C,h,w) or Gram matrices (N,C,C), detached.
         size: height and width of the images.
         made_by: the loss, its layers and network and a checksum of its weights, in words; only a loss of the same can
             use it.

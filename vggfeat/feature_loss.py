@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,54 +28,49 @@ REDUCTIONS = ("none", "mean", "sum")
 VALUES_AT_A_TIME = 1 << 22  # of the first layer's output, 16 MB in float32
 
 
+class Term(NamedTuple):
+    """One distance of a loss.
+
+    Attributes:
+        key: of what is compared, in `EncodedTarget.values`.
+        layer: whose features are compared.
+        loss: which says how.
+        weight: what the distance is multiplied by.
+    """
+
+    key: str
+    layer: str
+    loss: LayerLoss
+    weight: float
+
+
 class FeatureLoss(nn.Module):
-    """A weighted sum over layers of a distance between a VGG's features of two batches of images."""
+    """A weighted sum of distances between a VGG's features of two batches of images."""
 
-    __jit_unused_properties__ = ("_signature",)  # so that hosts can be scripted, though not calls of the loss
+    # so that hosts can be scripted, though not calls of the loss
+    __jit_unused_properties__ = ("_signature", "_terms", "_takes_parts", "_each")
 
-    def __init__(
-        self,
-        layers: Sequence[str] = (),
-        *,
-        layer_weights: Sequence[float] | Mapping[str, float] | None = None,
-        criterion: Criterion = "mse",
-        arch: str | Arch | None = None,
-        weights: WeightsLike = DEFAULT,
-        normalize_features: bool = False,
-        input_range: tuple[float, float] = (0.0, 1.0),
-        reduction: str = "mean",
-        precision: str = "float32",
-        pooling: str = "max",
-        padding: str = "zeros",
-        repeat_grey: bool = False,
-        keep: str = "bits",
-        cuda_graphs: bool = True,
-    ) -> None:
+    def __init__(self, features: VGGFeatures, reduction: str, cuda_graphs: bool) -> None:
         super().__init__()
-        if isinstance(criterion, type):
-            raise InputError(f"criterion is a class: make one of it, {criterion.__name__}()")
-        if not callable(criterion):
-            check_choice("criterion", criterion, CRITERIA, " (or pass a function)")
         check_choice("reduction", reduction, REDUCTIONS)
-        names = tuple(dict.fromkeys(layer_names(layers)))
-        self.layer_weights = _weights_by_layer(names, layer_weights)
-        self.features = VGGFeatures(
-            names,
-            arch,
-            weights,
-            pooling=pooling,
-            padding=padding,
-            precision=precision,
-            input_range=input_range,
-            repeat_grey=repeat_grey,
-            keep=keep,
-        )
-        self._checksum = self.features.checksum()  # now: a compiler could not trace it
-        self.criterion = criterion
-        self.normalize_features = normalize_features
+        self.features = features
         self.reduction = reduction
         self.cuda_graphs = cuda_graphs
         self._replays = Replays()
+
+    @property
+    def _terms(self) -> list[Term]:
+        """What is summed."""
+        raise NotImplementedError
+
+    @property
+    def _signature(self) -> str:
+        """In words, all that an encoded target depends on."""
+        raise NotImplementedError
+
+    def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
+        """Raise `InputError` where images of these sizes, in pixels, cannot be compared."""
+        raise NotImplementedError
 
     def _encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
         """What the loss needs of target images."""
@@ -145,23 +140,28 @@ class FeatureLoss(nn.Module):
         return target.map(_narrowed) if isinstance(target, EncodedTarget) else _narrowed(target)
 
     def _check_masked(self) -> None:
-        if heads := [name for name in self.layer_weights if name in self.features.arch.head_names]:
+        if heads := [term.layer for term in self._terms if term.layer in self.features.arch.head_names]:
             raise InputError(f"a mask fits no layer of the classifier, which has no positions: leave out {heads[0]}")
 
     def _compares_with_constants(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
         """Whether no gradient but the input's can be asked for, so that it is computed with the value."""
         others = [*target.values.values()] if isinstance(target, EncodedTarget) else [target]
         others += [] if mask is None else [mask]
-        weights: Iterable[Any] = self.layer_weights.values()
+        weights: list[Any] = [term.weight for term in self._terms]
         others += [weight for weight in weights if isinstance(weight, Tensor)]
         return (
             input.device.type in CUSTOM_BACKWARD_DEVICES
             and not (torch.is_grad_enabled() and any(other.requires_grad for other in others))
-            and isinstance(self.criterion, str)
+            and self._takes_parts
             and not (self.features._forward_hooks or self.features._forward_pre_hooks)  # which want to see both images
             and not needs_composite_ops()
             and not torch._C._len_torch_dispatch_stack()  # modes see operators, and no graph
         )
+
+    @property
+    def _takes_parts(self) -> bool:
+        """Whether images may be compared a few at a time: a user's criterion may look at the whole batch."""
+        return all(isinstance(term.loss.criterion, str) for term in self._terms)
 
     def _may_replay(self, input: Tensor) -> bool:
         """Whether calls may become CUDA graphs."""
@@ -169,7 +169,7 @@ class FeatureLoss(nn.Module):
             self.cuda_graphs
             and supports_capture(input.device)
             and input.numel() > 0
-            and all(isinstance(weight, int | float) for weight in self.layer_weights.values())
+            and all(isinstance(term.weight, int | float) for term in self._terms)
         )
 
     def _replayed(
@@ -197,27 +197,27 @@ class FeatureLoss(nn.Module):
         features, kind = self.features, input.device.type
         settings = (
             (features.trunk, features.plan.code, features.precision, features.keep, features.input_range),
-            (self.criterion, self.normalize_features, *self.layer_weights.items()),
+            tuple((key, loss.criterion, loss.normalize_features, weight) for key, _, loss, weight in self._terms),
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
         )
         with torch.no_grad():
             return replays(compute, [input.detach(), *theirs.values(), *masks], (gradient, *names, settings))
 
-    def _snapshot(self) -> FeatureLoss:
+    def _snapshot(self) -> Self:
         """The loss as it is now, without graphs."""
         loss = object.__new__(type(self))  # no copy: where FSDP changed the class, that would call __init__
         loss.__dict__.update(self.__dict__)
-        loss.layer_weights, loss._replays = dict(self.layer_weights), Replays()
+        loss._replays = Replays()
         return loss
 
     def _images_at_a_time(self, input: Tensor) -> int:
         """How many images to run together: on a CPU few enough that activations stay in its caches.
 
         Blocks of more than 32 MB are also fetched from the system and returned at every use, which takes as long as
-        computing on them. For a user's criterion, which may look at the whole batch, it stays whole.
+        computing on them.
         """
         images = max(1, input.shape[0])
-        if input.device.type != "cpu" or not isinstance(self.criterion, str):
+        if input.device.type != "cpu" or not self._takes_parts:
             return images
         values = input.shape[2] * input.shape[3] * self.features.arch.layers[0].channels
         return min(images, max(1, VALUES_AT_A_TIME // max(1, values)))
@@ -248,9 +248,11 @@ class FeatureLoss(nn.Module):
         theirs = self._representation_of(target, mask)
         with no_autocast(input.device):
             parts = [
-                weight * self._distance(name, ours[name], theirs[name], self._mask_of(name, mask))
-                for name, weight in self.layer_weights.items()
+                weight * loss._distance(layer, ours[key], theirs[key], self._mask_of(layer, mask))
+                for key, layer, loss, weight in self._terms
             ]
+        if self.reduction != "mean" and len({part.ndim for part in parts}) > 1:
+            raise InputError("criteria that give a scalar and such as keep the batch: only reduction='mean' suits both")
         return functools.reduce(torch.add, parts)
 
     def _value_and_gradient(
@@ -261,16 +263,21 @@ class FeatureLoss(nn.Module):
         # in float16, small gradients would be lost: they are not scaled yet
         _, pullback = self.features.vjp(self.features.checked(upcast(images.detach())))
         values: dict[str, Tensor] = {}
+        terms = self._terms
 
         def tap_grad(name: str, tap: Tensor) -> Tensor:
-            weight = self.layer_weights[name]
-            with no_autocast(images.device):
-                value, grad = self._distance_and_gradient(name, tap, theirs.pop(name), self._mask_of(name, mask))
-            values[name] = weight * value
-            return grad if weight == 1 else grad.mul_(weight)
+            total: Tensor | None = None
+            for key, _, loss, weight in (term for term in terms if term.layer == name):
+                with no_autocast(images.device):
+                    value, grad = loss._distance_and_gradient(name, tap, theirs.pop(key), self._mask_of(name, mask))
+                values[key] = weight * value
+                grad = grad if weight == 1 else grad.mul_(weight)
+                total = grad if total is None else total.add_(grad)
+            assert total is not None
+            return total
 
         gradient = pullback(tap_grad).sum_to_size(images.shape)  # of a grey image that was repeated
-        return functools.reduce(torch.add, (values[name] for name in self.layer_weights)), gradient
+        return functools.reduce(torch.add, (values[term.key] for term in terms)), gradient
 
     def _mask_of(self, name: str, mask: Tensor | None) -> Tensor | None:
         """The mask's mean over the pixels of each position of a layer: squares of its stride, as the pools see them."""
@@ -278,6 +285,71 @@ class FeatureLoss(nn.Module):
             return None
         stride = self.features.arch.layer(name).stride
         return mask if stride == 1 else F.avg_pool2d(mask, stride)
+
+    def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """By key, what images are compared by."""
+        taps = self.features(images)
+        return {
+            key: loss._representation(taps[layer], self._mask_of(layer, mask)) for key, layer, loss, _ in self._terms
+        }
+
+    def _representation_of(self, target: Tensor | EncodedTarget, mask: Tensor | None) -> Mapping[str, Tensor]:
+        """The same of targets, which may have been encoded."""
+        return target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
+
+
+class LayerLoss(FeatureLoss):
+    """One distance, of the same kind for each layer."""
+
+    def __init__(
+        self,
+        layers: Sequence[str] = (),
+        *,
+        layer_weights: Sequence[float] | Mapping[str, float] | None = None,
+        criterion: Criterion = "mse",
+        arch: str | Arch | None = None,
+        weights: WeightsLike = DEFAULT,
+        normalize_features: bool = False,
+        input_range: tuple[float, float] = (0.0, 1.0),
+        reduction: str = "mean",
+        precision: str = "float32",
+        pooling: str = "max",
+        padding: str = "zeros",
+        repeat_grey: bool = False,
+        keep: str = "bits",
+        cuda_graphs: bool = True,
+    ) -> None:
+        if isinstance(criterion, type):
+            raise InputError(f"criterion is a class: make one of it, {criterion.__name__}()")
+        if not callable(criterion):
+            check_choice("criterion", criterion, CRITERIA, " (or pass a function)")
+        names = tuple(dict.fromkeys(layer_names(layers)))
+        by_layer = _weights_by_layer(names, layer_weights)
+        features = VGGFeatures(
+            names,
+            arch,
+            weights,
+            pooling=pooling,
+            padding=padding,
+            precision=precision,
+            input_range=input_range,
+            repeat_grey=repeat_grey,
+            keep=keep,
+        )
+        super().__init__(features, reduction, cuda_graphs)
+        self.layer_weights = by_layer
+        self.criterion = criterion
+        self.normalize_features = normalize_features
+        self._checksum = features.checksum()  # now: a compiler could not trace it
+
+    @property
+    def _terms(self) -> list[Term]:
+        return [Term(name, name, self, weight) for name, weight in self.layer_weights.items()]
+
+    def _snapshot(self) -> Self:
+        loss = super()._snapshot()
+        loss.layer_weights = dict(self.layer_weights)
+        return loss
 
     @property
     def _signature(self) -> str:
@@ -289,15 +361,6 @@ class FeatureLoss(nn.Module):
             f"{'/'.join(map(str, plan.arch.channels))} channels, {plan.pooling} pooling, {plan.padding} padding, "
             f"weights {self._checksum}"
         )
-
-    def _represent(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """By layer, what images are compared by."""
-        taps = self.features(images)
-        return {name: self._representation(tap, self._mask_of(name, mask)) for name, tap in taps.items()}
-
-    def _representation_of(self, target: Tensor | EncodedTarget, mask: Tensor | None) -> Mapping[str, Tensor]:
-        """The same of targets, which may have been encoded."""
-        return target.values if isinstance(target, EncodedTarget) else self._represent(target, mask)
 
     def _representation(self, tap: Tensor, mask: Tensor | None) -> Tensor:
         """What is compared of a tap."""
@@ -326,9 +389,6 @@ class FeatureLoss(nn.Module):
             got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
             raise InputError(f"expected the criterion to give values ({len(ours)},…) or a scalar tensor, got {got}")
         return values
-
-    def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -419,27 +479,43 @@ def _for_graphs(tensor: Tensor) -> Tensor:
 
 
 def _weights_by_layer(layers: Sequence[str], given: Sequence[float] | Mapping[str, float] | None) -> dict[str, float]:
-    if given is None:
-        return dict.fromkeys(layers, 1.0)
     if isinstance(given, Mapping):
         if unknown := set(given) - set(layers):
             raise InputError(f"layer_weights for {', '.join(sorted(unknown))}, which is not among {', '.join(layers)}")
         given = [given.get(name, 1.0) for name in layers]
-    unfit = f"layer_weights are numbers, one for each of {', '.join(layers)}; got {given!r}"
-    given = [*given] if isinstance(given, Iterable) else None
-    if given is None or any(isinstance(value, str) for value in given):
+    return dict(zip(layers, checked_weights("layer_weights", given, layers), strict=True))
+
+
+def checked_weights(name: str, given: Sequence[float] | None, of: Sequence[str]) -> list[float]:
+    """One finite number for each; 1 where none are given.
+
+    Args:
+        name: of the argument.
+        given: the numbers.
+        of: what they weigh, by name.
+
+    Raises:
+        InputError: something else, or not as many.
+    """
+    if given is None:
+        return [1.0] * len(of)
+    unfit = f"{name} are numbers, one for each of {', '.join(of)}; got {given!r}"
+    if not isinstance(given, Iterable) or isinstance(given, Mapping):
+        raise InputError(unfit)
+    given = [*given]
+    if any(isinstance(value, str) for value in given):
         raise InputError(unfit)
     if any(isinstance(value, Tensor) and value.requires_grad for value in given):
-        raise InputError("layer_weights are fixed numbers: weigh the losses of single layers by what is trained")
+        raise InputError(f"{name} are fixed numbers: weigh single losses by what is trained")
     try:
         values = [float(value) for value in given]
     except (TypeError, ValueError) as error:
         raise InputError(unfit) from error
     if bad := [value for value in values if not math.isfinite(value)]:
-        raise InputError(f"layer_weights must be finite numbers, got {bad[0]}")
-    if len(values) != len(layers):
-        raise InputError(f"{len(values)} layer_weights for {len(layers)} layers ({', '.join(layers)})")
-    return dict(zip(layers, values, strict=True))
+        raise InputError(f"{name} must be finite numbers, got {bad[0]}")
+    if len(values) != len(of):
+        raise InputError(f"{len(values)} {name} for {', '.join(of)}: expected {len(of)}")
+    return values
 
 
 def checked_mask(mask: Tensor, images: Tensor) -> Tensor:

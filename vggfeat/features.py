@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,6 +130,33 @@ class VGGFeatures(nn.Module):
         self._shift = tuple(-(low / span + mean) / std for mean, std in zip(loaded.mean, loaded.std, strict=True))
         # what was said once, and on which devices values were looked at; one set for all replicas of a DataParallel
         self._done: set[str | torch.device] = set()
+
+    def joined(self, *others: VGGFeatures) -> VGGFeatures:
+        """The same with the layers of others, too.
+
+        Args:
+            others: with the same weights and options, but for `keep`.
+
+        Raises:
+            InputError: they differ.
+        """
+        every = (self, *others)
+        for name in ("arch", "weights", "pooling", "padding", "precision", "input_range", "repeat_grey"):
+            first, *rest = (getattr(each.plan if name in ("pooling", "padding") else each, name) for each in every)
+            if odd := [value for value in rest if value != first]:
+                got = [f"{a.name} with head {a.head}" if isinstance(a, Arch) else str(a) for a in (first, odd[0])]
+                raise InputError(f"one pass needs the same {name}, got {' and '.join(got)}")
+        if any(each.trunk is not self.trunk for each in others):
+            raise InputError(f"one pass needs the same weights, not others that are called {self.weights}, too")
+        joined = object.__new__(type(self))
+        joined.__dict__.update(self.__dict__)
+        joined.layers = tuple(dict.fromkeys(name for each in every for name in each.layers))
+        in_trunk = dict.fromkeys(name for each in every for name in each.plan.names)
+        joined.plan = replace(self.plan, names=tuple(in_trunk))
+        joined._head = max((each._head for each in every), key=len)
+        joined._held = tuple(sorted({key for each in every for key in each._held}))
+        joined._done = set()
+        return joined
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"trunk": PickledTrunk(self.trunk, self._held)}

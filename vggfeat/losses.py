@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterable, Sequence
+from typing import Self, cast
+
+from torch import Tensor, nn
 
 from vggfeat.encoded_target import EncodedTarget
 from vggfeat.errors import InputError
-from vggfeat.feature_loss import FeatureLoss, checked_mask
+from vggfeat.feature_loss import FeatureLoss, LayerLoss, Term, checked_mask, checked_weights
 from vggfeat.functional import DERIVATIVES, distance_and_gradient, gram, masked_mean, unit_normalize, upcast
 from vggfeat.modes import no_autocast
 
 
-class PerceptualLoss(FeatureLoss):
+class PerceptualLoss(LayerLoss):
     """Distance of two images in the features of a VGG (Johnson et al. 2016, arXiv:1603.08155, eq. 2).
 
     Σ over layers of weight · mean over channels and positions of criterion(F(input), F(target)), per image.
@@ -133,7 +136,7 @@ class PerceptualLoss(FeatureLoss):
             raise InputError(f"input of {input[1]}×{input[0]} pixels against a target of {target[1]}×{target[0]}")
 
 
-class StyleLoss(FeatureLoss):
+class StyleLoss(LayerLoss):
     """Distance of two images in the Gram matrices of a VGG's features (Gatys et al. 2016; Johnson et al. 2016, eq. 4).
 
     Σ over layers of weight · mean of criterion(G(input), G(target)), per image, with G of `vggfeat.functional.gram`.
@@ -172,3 +175,82 @@ class StyleLoss(FeatureLoss):
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         if masked and input != target:
             raise InputError("a mask fits one size: encode a target of another size, loss.encode(target, its_mask)")
+
+
+class CombinedLoss(FeatureLoss):
+    """A weighted sum of losses of one network, such as content and style, for which the network runs once.
+
+    Its value and gradient are those of the sum; two losses of their own would run the network twice. To log the parts,
+    call them by themselves now and then.
+
+        >>> import torch, vggfeat
+        >>> content = vggfeat.PerceptualLoss(["relu3_3"], criterion="l1", weights="random")
+        >>> style = vggfeat.StyleLoss(["relu1_2", "relu2_2", "relu3_3"], criterion="l1", weights="random")
+        >>> loss = vggfeat.CombinedLoss([content, style], weights=[0.05, 120])
+        >>> output, target = torch.rand(2, 3, 64, 64, requires_grad=True), torch.rand(2, 3, 64, 64)
+        >>> loss(output, target).backward()
+
+    Args:
+        losses: `PerceptualLoss`, `StyleLoss`, `LPIPS` or such sums, with the same network, weights, pooling, padding,
+            precision, input range and reduction, which is then that of the sum.
+        weights: a number for each; 1 by default.
+
+    Raises:
+        InputError: no loss, something else, losses that differ in what they must share, or weights that are no finite
+            numbers or not as many.
+    """
+
+    def __init__(self, losses: Sequence[FeatureLoss], weights: Sequence[float] | None = None) -> None:
+        given = [*losses] if isinstance(losses, Iterable) else []
+        kinds = [type(loss).__name__ for loss in given]
+        if not given or not all(isinstance(loss, FeatureLoss) for loss in given):
+            got = ", ".join(kinds) or ("none" if isinstance(losses, Iterable) else type(losses).__name__)
+            raise InputError(f"losses are a list of PerceptualLoss, StyleLoss and the like, got {got}")
+        if odd := [loss.reduction for loss in given if loss.reduction != given[0].reduction]:
+            raise InputError(f"a sum needs losses with the same reduction, got {given[0].reduction} and {odd[0]}")
+        features = given[0].features.joined(*(loss.features for loss in given[1:]))
+        super().__init__(features, given[0].reduction, all(loss.cuda_graphs for loss in given))
+        self.losses = nn.ModuleList(given)
+        self.weights = checked_weights("weights", weights, kinds)
+
+    def encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
+        """What the losses need of target images, computed once and used often.
+
+        Args:
+            target: (N,3,H,W).
+            mask: (N,1,H,W) or (1,1,H,W) weights of its positions, in the Gram matrices of style losses.
+
+        Raises:
+            InputError: images that the features refuse, or a mask that does not fit them.
+        """
+        return self._encode(target, None if mask is None else checked_mask(mask, target))
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"weights={self.weights}, reduction={self.reduction}"
+
+    @property
+    def _each(self) -> Iterable[FeatureLoss]:
+        return cast(Iterable[FeatureLoss], self.losses)
+
+    @property
+    def _terms(self) -> list[Term]:
+        return [
+            term._replace(key=f"{i}/{term.key}", weight=weight * term.weight)
+            for i, (loss, weight) in enumerate(zip(self._each, self.weights, strict=True))
+            for term in loss._terms
+        ]
+
+    @property
+    def _signature(self) -> str:
+        return " and ".join(loss._signature for loss in self._each)
+
+    def _snapshot(self) -> Self:
+        now = super()._snapshot()
+        now.weights = [*self.weights]
+        now.__dict__["_modules"] = self._modules | {"losses": nn.ModuleList(loss._snapshot() for loss in self._each)}
+        return now
+
+    def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
+        for loss in self._each:
+            loss._check_sizes(input, target, masked)
