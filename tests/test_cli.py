@@ -32,7 +32,7 @@ from vggfeat_cli import main as vggfeat_command, run, style as vggstyle_command
 
 import vggfeat
 from vggfeat import StyleConfig, weights
-from vggfeat.image import FORMATS, read_settings, to_pil
+from vggfeat.image import FORMATS, open_image, read_settings, save_image, to_pil
 from vggfeat.transfer import stylize as stylize_module
 from vggfeat.transfer.objective import Objective
 
@@ -503,9 +503,9 @@ def test_a_run_goes_on_from_its_checkpoint(vggstyle, folder, monkeypatch, real_s
     code, _, err = vggstyle(*PAIR, "--checkpoint", "run.pt")
     assert code == 130 and err.splitlines()[-1].endswith("; the same command resumes from run.pt")
     code, out, err = vggstyle(*PAIR, "--checkpoint", "run.pt")
-    assert (code, out) == (0, "content-style-2.png\n") and "resuming after step 2 of scale 1/1" in err
+    assert (code, out) == (0, "content-style.png\n") and "resuming after step 2 of scale 1/1" in err
     assert len(calls) == 3 + 2 and whole[0] == 0
-    with Image.open("content-style-2.png") as ours, Image.open("whole.png") as theirs:
+    with Image.open("content-style.png") as ours, Image.open("whole.png") as theirs:
         assert ours.tobytes() == theirs.tobytes()
     assert not Path("run.pt").exists()
     code, out, err = vggstyle(*PAIR, "--checkpoint", "content.jpg")
@@ -513,17 +513,41 @@ def test_a_run_goes_on_from_its_checkpoint(vggstyle, folder, monkeypatch, real_s
 
 
 def test_the_same_command_with_an_output_goes_on(vggstyle, folder, monkeypatch, real_signals):
-    """The picture so far stays, and the last one takes the next number."""
+    """The picture so far gives way to the finished one."""
     told_in_third_step(monkeypatch, signal.SIGTERM)
     command = (*PAIR, "--checkpoint", "run.pt", "-o", "o.png")
     assert vggstyle(*command)[0] == 130
-    before = Path("o.png").read_bytes()
+    assert read_settings("o.png")["interrupted"]
     code, out, err = vggstyle(*command)
-    assert (code, out) == (0, "o-2.png\n") and "resuming after step 2" in err
-    assert "o.png already exists: the picture is o-2.png" in err
-    assert Path("o.png").read_bytes() == before and not Path("run.pt").exists()
+    assert (code, out) == (0, "o.png\n") and "resuming after step 2" in err and "already exists" not in err
+    assert not read_settings("o.png")["interrupted"]
+    assert not Path("run.pt").exists() and not Path("o-2.png").exists()
+    before = Path("o.png").read_bytes()
     code, out, err = vggstyle(*command)  # now there is nothing to go on from
     assert (code, out) == (2, "") and "o.png: it already exists" in one_line(err)
+    assert Path("o.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["something else", "a finished picture", "other settings", "before the checkpoint"])
+def test_another_picture_in_the_place_of_a_resumed_run_stays(vggstyle, folder, monkeypatch, real_signals, what):
+    told_in_third_step(monkeypatch, signal.SIGTERM)
+    command = (*PAIR, "--checkpoint", "run.pt", "-o", "o.png")
+    assert vggstyle(*command)[0] == 130
+    settings = read_settings("o.png")
+    picture = open_image("o.png")
+    if what == "something else":
+        Path("o.png").write_bytes(b"mine")
+    elif what == "before the checkpoint":
+        os.utime("o.png", ns=(0, Path("run.pt").stat().st_mtime_ns - 1))
+    else:
+        changed = (
+            {"interrupted": False} if what == "a finished picture" else {"config": settings["config"] | {"seed": 5}}
+        )
+        save_image(picture, "o.png", settings=settings | changed, overwrite=True)
+    before = Path("o.png").read_bytes()
+    code, out, err = vggstyle(*command)
+    assert (code, out) == (0, "o-2.png\n") and "o.png already exists: the picture is o-2.png" in err
+    assert Path("o.png").read_bytes() == before and not Path("run.pt").exists()
 
 
 @pytest.mark.parametrize(

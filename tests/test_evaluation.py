@@ -341,6 +341,8 @@ def test_a_picture_of_confusions(tmp_path):
     ("call", "message"),
     [
         (lambda: Views(scales=256), r"scales must be a tuple, got 256: write \(256,\)"),
+        (lambda: Views(scales="256, 384"), r"scales must be a tuple, got '256, 384': write \('256', '384'\)"),
+        (lambda: Views(scales={256: 1}), r"scales must be a tuple, got {256: 1}: write the values alone, in order"),
         (lambda: Views(grid=2.5), "grid must be a whole number"),
         (lambda: Views(size="32"), "size must be a whole number"),
         (lambda: vggfeat.evaluate(made(), images(), {"flip": True}), "views must be a Views"),

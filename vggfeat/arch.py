@@ -201,8 +201,8 @@ def layer_names(layers: Iterable[str]) -> list[str]:
     if isinstance(layers, str):
         raise InputError(f"layers is a list of names: write [{layers!r}]")
     if isinstance(layers, Mapping | Set):
-        hint = ", numbers in layer_weights" if isinstance(layers, Mapping) else ""
-        raise InputError(f"layers is a list of names{hint}; got a {type(layers).__name__}")
+        hint = ": for weights by layer write layers=[*w], layer_weights=w" if isinstance(layers, Mapping) else ""
+        raise InputError(f"layers is a list of names, got a {type(layers).__name__}{hint}")
     names = [*layers] if isinstance(layers, Iterable) else [layers]
     if not all(isinstance(name, str) for name in names):
         raise InputError(f"layers is a list of names such as 'relu3_3', got {layers!r}")
@@ -227,13 +227,13 @@ def check_names(names: Iterable[str], arch: str | Arch | None) -> None:
         return
     for name in names:
         if name not in _every_name():
-            raise InputError(f"unknown layer {name!r}: {nearest(name, sorted(_every_name()))}")
+            raise InputError(f"unknown layer {name!r}: {nearest(name, _every_name(), parse('vgg19').names)}")
 
 
 @functools.cache
-def _every_name() -> frozenset[str]:
+def _every_name() -> tuple[str, ...]:
     archs = [parse(name) for name in ARCHS] + [parse("vgg19_bn"), Arch(head="slim")]
-    return frozenset(name for arch in archs for name in arch.names)
+    return tuple(sorted({name for arch in archs for name in arch.names}))
 
 
 def channels_at(width: float) -> tuple[int, ...]:

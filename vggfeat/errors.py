@@ -78,12 +78,13 @@ def check_choice(what: str, value: object, choices: Iterable[str], or_else: str 
         raise InputError(f"unknown {what} {value!r}: {nearest(value, choices)}{or_else}")
 
 
-def nearest(name: object, choices: Iterable[str]) -> str:
-    """The end of an error message: the nearest of `choices`, or all of them if none is near."""
+def nearest(name: object, choices: Iterable[str], usual: Iterable[str] | None = None) -> str:
+    """The end of an error message: the nearest of `choices`, or all of them, or the usual ones, if none is near."""
     choices = list(choices)
     close = [choice for choice in choices if _letters(choice) == _letters(name)]
     close = close or [choice for choice in choices if len(str(name)) > 2 and choice.startswith(str(name))][:3]
     close = close or difflib.get_close_matches(str(name), choices, n=3, cutoff=0.6)
+    choices = list(usual or choices)
     rest = "" if len(choices) <= MANY else f", … ({len(choices)} in all)"
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices[:MANY])}{rest}"
 

@@ -24,6 +24,11 @@ from vggfeat.modes import needs_composite_ops, no_autocast, values_are_hidden
 from vggfeat.weights import DEFAULT, WeightsLike
 
 Criterion = str | Callable[[Tensor, Tensor], Tensor]
+ELSEWHERE = {  # criteria by other packages' names
+    "mae": "here it is 'l1'",
+    "l2": "the mean square is 'mse'",
+    "fro": "pass lambda a, b: torch.linalg.vector_norm(a - b)",
+}
 REDUCTIONS = ("none", "mean", "sum")
 VALUES_AT_A_TIME = 1 << 22  # of the first layer's output, 16 MB in float32
 
@@ -52,7 +57,6 @@ class FeatureLoss(nn.Module):
 
     def __init__(self, features: VGGFeatures, reduction: str, cuda_graphs: bool) -> None:
         super().__init__()
-        check_choice("reduction", reduction, REDUCTIONS)
         self.features = features
         self.reduction = reduction
         self.cuda_graphs = cuda_graphs
@@ -95,7 +99,8 @@ class FeatureLoss(nn.Module):
             A scalar, or with `reduction="none"` a value for each image, (N,); float32, float64 for float64 images.
 
         Raises:
-            InputError: images that the features refuse, shapes that do not match, or a target encoded by another loss.
+            InputError: images that the features refuse, NaN and infinite values among them (`VGGFeatures.forward`),
+                shapes that do not match, or a target encoded by another loss.
         """
         target = self._checked_target(input, target, mask is not None)
         if mask is not None:
@@ -322,7 +327,10 @@ class LayerLoss(FeatureLoss):
         if isinstance(criterion, type):
             raise InputError(f"criterion is a class: make one of it, {criterion.__name__}()")
         if not callable(criterion):
+            if isinstance(criterion, str) and criterion in ELSEWHERE:
+                raise InputError(f"unknown criterion {criterion!r}: {ELSEWHERE[criterion]}")
             check_choice("criterion", criterion, CRITERIA, " (or pass a function)")
+        check_choice("reduction", reduction, REDUCTIONS)
         names = tuple(dict.fromkeys(layer_names(layers)))
         by_layer = _weights_by_layer(names, layer_weights)
         features = VGGFeatures(
@@ -525,11 +533,12 @@ def checked_mask(mask: Tensor, images: Tensor) -> Tensor:
         InputError: no such mask, or one with negative or infinite values.
     """
     n, (h, w) = count_and_size(images)
+    wanted = f"({n},1,{h},{w})" + f" or (1,1,{h},{w})" * (n != 1)
     if not isinstance(mask, Tensor) or mask.is_complex():
         what = f"{mask.dtype} values" if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}) with values such as 0 and 1, got {what}")
+        raise InputError(f"expected a mask {wanted} with values such as 0 and 1, got {what}")
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
-        raise InputError(f"expected a mask ({n},1,{h},{w}) or (1,1,{h},{w}), got shape {tuple(mask.shape)}")
+        raise InputError(f"expected a mask {wanted}, got shape {tuple(mask.shape)}")
     mask = mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
     if mask.device.type == "cpu" and mask.numel() and not values_are_hidden():
         low, high = torch.aminmax(mask.detach())

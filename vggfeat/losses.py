@@ -65,7 +65,7 @@ class PerceptualLoss(LayerLoss):
     """
 
     def encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
-        """The features of target images, computed once and used often.
+        """The features of target images, computed once and used often; gradients do not flow to these images.
 
         Args:
             target: (N,3,H,W).
@@ -153,7 +153,7 @@ class StyleLoss(LayerLoss):
     """
 
     def encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
-        """The Gram matrices of target images, computed once and used often.
+        """The Gram matrices of target images, computed once and used often; gradients do not flow to these images.
 
         Args:
             target: (N,3,H,W), of any size.
@@ -214,7 +214,7 @@ class CombinedLoss(FeatureLoss):
         self.weights = checked_weights("weights", weights, kinds)
 
     def encode(self, target: Tensor, mask: Tensor | None = None) -> EncodedTarget:
-        """What the losses need of target images, computed once and used often.
+        """What the losses need of target images, computed once and used often; gradients do not flow to these images.
 
         Args:
             target: (N,3,H,W).

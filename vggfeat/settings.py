@@ -73,7 +73,10 @@ class Kind:
         if not self.many:
             return self._item(name, given)
         if isinstance(given, str) or not isinstance(given, Iterable):
-            raise InputError(f"{name} must be a tuple, got {given!r}: write ({given!r},)")
+            items = tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else (given,)
+            raise InputError(f"{name} must be a tuple, got {given!r}: write {items!r}")
+        if isinstance(given, Mapping):
+            raise InputError(f"{name} must be a tuple, got {reprlib.repr(given)}: write the values alone, in order")
         return tuple(self._item(name, each) for each in given)
 
     def _item(self, name: str, given: Any) -> Any:

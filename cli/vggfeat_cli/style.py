@@ -64,13 +64,15 @@ def command(
     from vggfeat.files import free_name, same_file
     from vggfeat.image import check_output, save_image
 
-    target = Target(output, "-".join(Path(path).stem for path in (content, *style)) + ".png", overwrite)
+    name = output or "-".join(Path(path).stem for path in (content, *style)) + ".png"
     resumed = checkpoint is not None and Path(checkpoint).exists()
-    if output is not None and resumed:
-        # a resumed run's picture so far may be there: the next one takes another name rather than replace it
-        target = Target(None, output, overwrite)
+    if checkpoint is not None and resumed:
+        # what the run itself left when it was interrupted is replaced; what else is there is not, nor in the way
+        target = Target(None, name, overwrite or _is_unfinished(Path(name), config, Path(checkpoint)))
+    else:
+        target = Target(output, name, overwrite)
     inputs = (content, *style, *config.init_files)
-    check_output(target.path(), overwrite=overwrite, inputs=inputs)
+    check_output(target.path(), overwrite=target.overwrite, inputs=inputs)
     if checkpoint is not None and same_file(checkpoint, target.path()):
         raise vggfeat.InputError(f"--checkpoint and the picture are both {checkpoint}: give them two names")
     with _Bar(disable=quiet) as bar:
@@ -118,6 +120,18 @@ def command(
     if checkpoint is not None:  # the picture is where it should be
         Path(checkpoint).unlink(missing_ok=True)
     return FAILED if unheard else 0
+
+
+def _is_unfinished(path: Path, config: StyleConfig, checkpoint: Path) -> bool:
+    """Whether a picture is what a run with these settings left at an interruption, after it wrote the checkpoint."""
+    from vggfeat.image import read_settings
+
+    try:
+        settings = read_settings(path) or {}
+    except vggfeat.ImageError:  # none, or none that can be read
+        return False
+    same = settings.get("config") == json.loads(json.dumps(config.to_dict()))
+    return same and settings.get("interrupted") is True and path.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns
 
 
 class _Bar:
