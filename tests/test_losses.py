@@ -1720,9 +1720,11 @@ def test_what_is_wrong_is_said_before_weights_are_fetched(monkeypatch):
         ("2 layer_weights for relu1_2: expected 1", ["relu1_2"], {"layer_weights": [1, 2]}),
         ("unknown pooling 'avg': did you mean average", ["relu1_2"], {"pooling": "avg"}),
         ("unknown padding 'zero'", ["relu1_2"], {"padding": "zero"}),
+        ("unknown reduction 'average'", ["relu1_2"], {"reduction": "average"}),
+        ("unknown criterion 'huber'", ["relu1_2"], {"criterion": "huber"}),
     ):
         for kind in (PerceptualLoss, StyleLoss):
-            with pytest.raises(InputError, match=said):
+            with pytest.raises(InputError, match=re.escape(said)):
                 kind(layers, **options)
     with pytest.raises(AssertionError, match="were looked for"):
         PerceptualLoss(["relu3_3"], weights="imagenet")
