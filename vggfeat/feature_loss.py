@@ -199,10 +199,10 @@ class FeatureLoss(nn.Module):
                 return self._value_and_gradient(input, target, mask)
             return (self._compare(input, target, mask),)
 
-        features, kind = self.features, input.device.type
+        features, terms, kind = self.features, self._terms, input.device.type
         settings = (
             (features.trunk, features.plan.code, features.precision, features.keep, features.input_range),
-            tuple((key, loss.criterion, loss.normalize_features, weight) for key, _, loss, weight in self._terms),
+            tuple((key, type(loss), loss.criterion, loss.normalize_features, weight) for key, _, loss, weight in terms),
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
         )
         with torch.no_grad():

@@ -1,4 +1,7 @@
-"""PerceptualLoss, forward and backward, against piq.ContentLoss and lpips.LPIPS: VGG-16, noise, random weights.
+"""Losses, forward and backward, against piq.ContentLoss, lpips.LPIPS and plain modules: noise, random weights.
+
+Content and style of three layers of VGG-19 are what image restoration trains with; the plain side runs the network
+once, as BasicSR does.
 
 python -m tests.bench.perceptual [--device cuda] [--batch 4] [--size 256]        (pip install piq lpips)
 """
@@ -12,9 +15,15 @@ import lpips
 import piq
 import torch
 import torchvision
+from torch import Tensor
+from torch.nn import functional as F
 
 from tests.bench.harness import alternate, report
-from vggfeat import LPIPS, PerceptualLoss
+from tests.bench.peer import Normalize
+from vggfeat import LPIPS, CombinedLoss, PerceptualLoss, StyleLoss
+from vggfeat.functional import gram
+
+LAYERS = {"conv1_2": 2, "conv2_2": 7, "conv3_4": 16}  # and their places in torchvision's VGG-19
 
 
 def step(loss: Callable[..., torch.Tensor], image: torch.Tensor, target: object) -> Callable[[], None]:
@@ -22,6 +31,26 @@ def step(loss: Callable[..., torch.Tensor], image: torch.Tensor, target: object)
         loss(image.detach().requires_grad_(), target).sum().backward()
 
     return run
+
+
+def plain(net: torch.nn.Module, weights: list[float]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Content and style by modules and autograd, the network cut behind the last layer."""
+    normalize = Normalize().to(next(net.parameters()).device)
+
+    def taps(x: Tensor) -> list[Tensor]:
+        x, found = normalize(x), []
+        for index, module in enumerate(net.features[: max(LAYERS.values()) + 1]):
+            x = x.relu() if isinstance(module, torch.nn.ReLU) else module(x)  # not in place: what is tapped stays
+            found += [x] if index in LAYERS.values() else []
+        return found
+
+    def loss(image: Tensor, target: Tensor) -> Tensor:
+        ours, theirs = taps(image), taps(target.detach())
+        content = sum(F.l1_loss(a, b) for a, b in zip(ours, theirs, strict=True))
+        style = sum(F.l1_loss(gram(a), gram(b)) for a, b in zip(ours, theirs, strict=True))
+        return weights[0] * content + weights[1] * style
+
+    return loss
 
 
 def main() -> None:
@@ -55,6 +84,14 @@ def main() -> None:
         ours = LPIPS(weights=net.state_dict(), precision=precision, input_range=(-1, 1))
         sides[f"vggfeat.LPIPS, {precision}"] = step(ours, image, target)
     report(f"LPIPS, {args.batch}×3×{args.size}×{args.size}", alternate(sides, 7, warmup), "lpips.LPIPS(net='vgg')")
+
+    net = torchvision.models.vgg19().requires_grad_(False).to(device)
+    sides = {"plain modules": step(plain(net, [1.0, 100.0]), image, target)}
+    for precision in ("float32", "bfloat16"):
+        options = {"criterion": "l1", "weights": net.state_dict(), "precision": precision}
+        content, style = PerceptualLoss([*LAYERS], **options), StyleLoss([*LAYERS], **options)
+        sides[f"vggfeat.CombinedLoss, {precision}"] = step(CombinedLoss([content, style], [1.0, 100.0]), image, target)
+    report(f"content and style, {args.batch}×3×{args.size}×{args.size}", alternate(sides, 7, warmup), "plain modules")
 
 
 if __name__ == "__main__":
