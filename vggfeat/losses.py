@@ -243,7 +243,7 @@ class CombinedLoss(FeatureLoss):
 
     @property
     def _signature(self) -> str:
-        return " and ".join(loss._signature for loss in self._each)
+        return f"({' and '.join(loss._signature for loss in self._each)})"
 
     def _snapshot(self) -> Self:
         now = super()._snapshot()
