@@ -1338,6 +1338,25 @@ def test_training_a_network_leaves_the_weights_it_came_from(state):
     assert all(torch.equal(loaded.state[key], value) for key, value in state.items())
 
 
+def test_any_change_of_the_state_makes_another_key(state):
+    def change(key, value=None):
+        loaded = W.load(dict(state))
+        if value is not None:
+            loaded.state[key] = value
+        else:
+            loaded.state[key].add_(1)
+        assert loaded.current_key == W.load(dict(loaded.state)).key != loaded.key
+
+    change("features.0.weight")
+    change("classifier.6.bias")
+    change("features.0.weight", torch.nn.Parameter(state["features.0.weight"] + 1))
+    change("features.0.bias", torch.zeros(8)[::2])  # not contiguous
+    change("classifier.7.bias", torch.zeros(1))
+    loaded = W.load(dict(state))
+    loaded.state.popitem()
+    assert loaded.current_key == W.load(dict(loaded.state)).key != loaded.key
+
+
 def test_a_file_that_is_no_record_stays(tmp_path):
     (path := tmp_path / "w.bin").write_bytes(b"abc")
     (note := tmp_path / "w.bin.sha256").write_text("notes of mine\n")

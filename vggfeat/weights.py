@@ -314,7 +314,7 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for key in sorted(state):
         sha.update(f"{key}{state[key].dtype}{tuple(state[key].shape)}".encode())
-        raw: Any = state[key].flatten().view(torch.uint8).numpy()
+        raw: Any = state[key].flatten().contiguous().view(torch.uint8).numpy()
         sha.update(raw)
     return sha.hexdigest()
 
