@@ -151,6 +151,13 @@ def test_alpha_is_composited_over_white(tmp_path):
     assert pixels(vi.open_image(tmp_path / "la.png")) == [[(204, 204, 204), WHITE, (9, 9, 9)]]
 
 
+def test_premultiplied_alpha_is_composited_over_white():
+    # 255 - alpha + colour: 255 - 51 + 10 = 214
+    assert pixels(vi.as_picture(picture([[(10, 51), (0, 0), (9, 255)]], "La"))) == [[(214,) * 3, WHITE, (9, 9, 9)]]
+    colours = picture([[(10, 20, 30, 51), (0, 0, 0, 0)]], "RGBa")
+    assert pixels(vi.as_picture(colours)) == [[(214, 224, 234), WHITE]]
+
+
 @pytest.mark.parametrize(
     ("mode", "shown", "hidden", "key"), [("RGB", (7, 8, 9), (1, 1, 1), (1, 1, 1)), ("L", 7, 1, 1), ("1", 0, 255, 1)]
 )
@@ -749,6 +756,31 @@ def test_check_output_refuses_a_link_into_a_folder_without_permission(tmp_path, 
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != file.parent)
     with pytest.raises(ImageError, match="that it leads to is not writable"):
         vi.check_output(link, overwrite=True)
+
+
+@pytest.mark.parametrize("read", ["", "a.png", "\0.png"], ids=["folder", "file", "none"])
+@pytest.mark.parametrize("name", ["\0.png", "there\0/a.png", "x" * 300 + ".png"], ids=["zero", "in zero", "long"])
+def test_names_that_no_file_can_have(tmp_path, scene, name, read):
+    with pytest.raises(ImageError, match=r"(?s)^cannot write .*; (choose|create)") as info:
+        vi.check_output(tmp_path / name, inputs=[tmp_path / read])
+    assert one_line(info)
+    with pytest.raises(ImageError, match=r"(?s)^cannot write .*; (choose|create)"):
+        vi.save_image(scene, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_that_lead_in_a_circle(tmp_path):
+    link, back = tmp_path / "a.png", tmp_path / "b.png"
+    link.symlink_to(back)
+    back.symlink_to(link)
+    assert vi.check_output(tmp_path / "c.png", inputs=[link]) == tmp_path / "c.png"
+    with pytest.raises(ImageError, match="expected a folder at .*a.png, found none"):
+        vi.check_output(link / "c.png", inputs=[tmp_path / "d.png"])
+    with pytest.raises(ImageError, match="one of the files that are read"):
+        vi.check_output(link, overwrite=True, inputs=[link])
+    with pytest.raises(ImageError, match="already exists"):
+        vi.check_output(link, inputs=[tmp_path])
+    assert vi.check_output(link, overwrite=True, inputs=[tmp_path]) == link
 
 
 def test_numbers_that_json_lacks_inside_a_tuple(tmp_path):

@@ -68,14 +68,15 @@ def check_path(
         os.lstat(path)  # unlike exists(), sees a dangling link, and reports a name that is too long
     except FileNotFoundError:
         return path
-    except OSError as failure:
-        raise error(f"cannot write {path}: {failure.strerror}; choose another name") from failure
+    except (OSError, ValueError) as failure:  # the second is of a name with a zero byte
+        reason = getattr(failure, "strerror", failure)
+        raise error(f"cannot write {path}: {reason}; choose another name") from failure
     if not overwrite:
         raise error(taken(path))
     place = _led_to(path)
     if place != path and not os.access(place.parent, os.W_OK | os.X_OK):
         raise error(f"cannot write {path}: the folder {place.parent} that it leads to is not writable; choose another")
-    if place.exists() and not os.access(place, os.W_OK):
+    if os.path.exists(place) and not os.access(place, os.W_OK):
         raise error(f"cannot write {path}: it is protected against writing; choose another name")
     return path
 
@@ -99,10 +100,13 @@ def same_file(path: PathLike, other: PathLike) -> bool:
 
 def _is_among(path: Path, folder: PathLike) -> bool:
     """Whether a file is anywhere in a folder, or, where it does not exist, would be in a folder of that."""
-    place, folder = path.resolve(), Path(folder).resolve()
-    if not folder.is_dir() or not place.is_relative_to(folder):
+    try:  # unlike resolve(), lets links lead in a circle
+        place, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    except (OSError, ValueError):  # one of them is no name at all
         return False
-    return place.exists() or place.parent != folder
+    if not os.path.isdir(folder) or not place.is_relative_to(folder):
+        return False
+    return os.path.exists(place) or place.parent != folder
 
 
 def _led_to(path: Path) -> Path:

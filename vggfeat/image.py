@@ -288,6 +288,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError(f"expected at least 1x1 pixels, got {image.width}x{image.height}")
     image.load()  # a TIFF is turned upright by Pillow here, and only then forgets its orientation
     turn, profile = _TURNS.get(_orientation(image)), image.info.get("icc_profile")
+    if image.mode == "La":  # premultiplied, which Pillow converts to nothing else
+        image = image.convert("LA")
     if image.mode in _WHITE:
         image = _to_8_bit(image)
     rgba = image.convert("RGBA") if image.has_transparency_data else None
