@@ -141,6 +141,28 @@ def test_the_state_dict_of_the_features_alone(batch_norm):
         W.load(net.classifier[0].state_dict(prefix="0."))
 
 
+def test_tensors_that_require_gradients(net):
+    loaded = W.load(net.state_dict(keep_vars=True))
+    assert_same(loaded, net)
+    assert not any(value.requires_grad for value in loaded.state.values())
+
+
+def test_a_variance_may_be_0():
+    state = small("A", batch_norm=True).state_dict()
+    state["features.1.running_var"][0] = 0
+    assert float(W.load(state).state["features.1.running_var"][0]) == 0
+
+
+def test_other_keys_may_hold_whole_numbers(state):
+    loaded = W.load(state | {"index.weight": torch.zeros(2, dtype=torch.long)})
+    assert all(torch.equal(loaded.state[key], value) for key, value in state.items())
+
+
+def test_a_pickle_of_another_protocol_is_read_without_a_warning(tmp_path, net, state):
+    torch.save(dict(state), tmp_path / "w.pth", pickle_protocol=3)
+    assert_same(W.load(tmp_path / "w.pth"), net)
+
+
 def test_batch_norm_state_dict():
     """Its counters are tensors without dimensions."""
     net = small("B", batch_norm=True)
@@ -173,6 +195,22 @@ def test_key_tells_the_numbers_apart(state):
     assert W.load(state).key == W.load({"state_dict": state}).key
     assert W.load(state).key != W.load(other).key
     assert W.load({"state_dict": state}).key != W.load({"state_dict": other}).key
+
+
+def test_the_same_numbers_under_other_keys_are_other_weights():
+    values = [torch.ones(4, 3, 3, 3), torch.ones(4), torch.ones(4, 4, 3, 3), torch.ones(4)]
+    one, other = (
+        W.load(
+            dict(zip([f"features.{i}.{part}" for i in (0, second) for part in ("weight", "bias")], values, strict=True))
+        )
+        for second in (2, 3)  # conv1_2, and conv2_1 of a network whose first block is one convolution
+    )
+    assert one.arch != other.arch and one.key != other.key
+
+
+def test_other_layers_of_a_classifier_are_not_oxfords(state):
+    loaded = W.load(state | {"classifier.4.weight": torch.zeros(2, 2)})  # and no warning
+    assert torch.equal(loaded.state["classifier.3.weight"], state["classifier.3.weight"])
 
 
 def test_jcjohnsons_keys(tmp_path, net, state):
@@ -235,6 +273,25 @@ def test_a_shallow_file_serves_any_network_that_begins_so(state):
         W.load(state, "vgg19")
 
 
+def test_a_shallow_file_with_a_classifier_keeps_it(state):
+    first = shallow(state, 7) | {key: value for key, value in state.items() if key.startswith("classifier.")}
+    arch = W.load(first, "vgg19").arch
+    assert (arch.name, arch.head, arch.num_classes) == ("vgg19", "paper", 5)
+
+
+@pytest.mark.parametrize(("key", "columns"), [("classifier.6.weight", 64), ("classifier.1.weight", 7)])
+def test_a_last_layer_of_another_width_is_of_another_classifier(state, key, columns):
+    convs = {key: value for key, value in state.items() if key.startswith("features.")}
+    assert W.load(convs | {key: torch.rand(5, columns)}).arch.head is None
+
+
+def test_served(state):
+    loaded = W.load(shallow(state, 7))  # to conv2_2
+    assert loaded.served(["conv1_1", "relu2_2", "conv3_1", "conv1_2"]) == ["conv1_1", "relu2_2"]
+    with pytest.raises(WeightsError, match="do not reach conv3_1"):
+        loaded.served(["conv3_1"])
+
+
 def test_require(state, net):
     loaded = W.load(shallow(state, 7))
     loaded.require(["conv1_1", "pool2"])
@@ -242,7 +299,8 @@ def test_require(state, net):
         WeightsError, match=r"do not reach relu3_1: missing features.10.weight, features.10.bias; .*pool2"
     ):
         loaded.require(["relu3_1", "conv1_1"])
-    with pytest.raises(WeightsError, match=r"missing features.10.weight, .* …; the deepest layer they serve is pool2"):
+    four = "features.10.weight, features.10.bias, features.12.weight, features.12.bias"
+    with pytest.raises(WeightsError, match=rf"missing {four} …; the deepest layer they serve is pool2"):
         loaded.require(["pool5"])
     hole = W.load({key: value for key, value in state.items() if key != "features.2.bias"})
     with pytest.raises(WeightsError, match=r"do not reach conv1_2: missing features.2.bias; .* serve is relu1_1$"):
@@ -396,6 +454,30 @@ def test_keras_notop_and_partial_files(tmp_path):
     assert loaded.arch.head is None
     with pytest.raises(WeightsError, match=r"w.h5 do not reach conv3_2: missing features.12.weight"):
         loaded.require(["conv3_2"])
+
+
+def test_keras_file_of_the_first_blocks_of_vgg19(tmp_path):
+    arrays = {name: each for name, each in keras_arrays("E").items() if "block1" <= name < "block4"}
+    write_keras(tmp_path / "w.h5", arrays, "new")
+    loaded = W.load(tmp_path / "w.h5")
+    loaded.require(["conv3_4"])
+    assert loaded.arch.name == "vgg19"
+
+
+def test_keras_file_of_two_networks(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    arrays = keras_arrays("D")
+    write_keras(tmp_path / "w.h5", arrays, "new")
+    with h5py.File(tmp_path / "w.h5", "a") as file:
+        file["other/block1_conv1/kernel:0"] = arrays["block1_conv1"][0].numpy()
+    with pytest.raises(WeightsError, match="holds more than one network: block1_conv1 is there twice"):
+        W.load(tmp_path / "w.h5")
+
+
+def test_keras_archive(tmp_path):
+    (tmp_path / "vgg.keras").write_bytes(b"PK\3\4")
+    with pytest.raises(WeightsError, match="is a Keras archive: save the weights alone, model.save_weights"):
+        W.load(tmp_path / "vgg.keras")
 
 
 def test_keras_convention_does_not_hang_on_the_files_name(tmp_path):
@@ -590,8 +672,9 @@ def test_published_names_end_in_their_digest():
             assert entry.filename.startswith(f"{arch}-{entry.digest}.")
             assert len(entry.digest) == 8 and int(entry.digest, 16)
             assert parse(arch).name == arch
-    with pytest.raises(InputError, match="publishes its sha256"):
-        W.fetch("http://127.0.0.1:9/vgg16.pth", hub())
+    for name in ("vgg16.pth", "vgg16-1a2b3c.pth"):  # six digits are too few
+        with pytest.raises(InputError, match="publishes its sha256"):
+            W.fetch(f"http://127.0.0.1:9/{name}", hub())
 
 
 def test_own_folder_comes_before_torch_hubs(tmp_path, monkeypatch, net, state):
@@ -623,6 +706,18 @@ def test_record_of_the_first_check(tmp_path):
     note.write_text("ba7816bf" + "0" * 56 + "  w.bin\n")  # the published digits fit, the recorded ones do not
     with pytest.raises(WeightsError, match=r"changed since it was first checked: .* recorded in w.bin.sha256"):
         W.verify(path, "ba7816bf")
+
+
+def test_a_record_may_be_in_capitals(tmp_path):
+    """As some of Windows' tools write it."""
+    (path := tmp_path / "w.bin").write_bytes(b"abc")
+    note = tmp_path / "w.bin.sha256"
+    note.write_text("BA7816BF8F01CFEA414140DE5DAE2223B00361A396177A9CB410FF61F20015AD  w.bin\n")
+    W.verify(path)
+    assert fetch.recorded(path)
+    note.write_text("A" * 64 + "  w.bin\n")
+    with pytest.raises(WeightsError, match="was changed since it was first checked"):
+        W.verify(path)
 
 
 def test_a_record_is_read_the_same_in_any_locale(tmp_path):
@@ -658,6 +753,23 @@ def test_a_published_file_that_was_saved_again_is_taken_where_its_convention_is_
     path = hub() / entry.filename
     torch.save(dict(state) | {"classifier.0.bias": torch.zeros_like(state["classifier.0.bias"])}, path)
     assert W.load(f"caffe:{path}").std == W.CAFFE.std
+
+
+def test_a_published_file_in_torchs_older_format(monkeypatch, net, state):
+    """No zip, which alone can be mapped into memory."""
+    data = torch_bytes(dict(state), _use_new_zipfile_serialization=False)
+    entry = publish(monkeypatch, data)
+    hub().mkdir(parents=True)
+    (hub() / entry.filename).write_bytes(data)
+    assert_same(W.load("imagenet"), net)
+
+
+def test_a_published_file_given_by_its_path_is_recorded(monkeypatch, tmp_path, state):
+    data = torch_bytes(dict(state))
+    path = tmp_path / publish(monkeypatch, data).filename
+    path.write_bytes(data)
+    W.load(path)
+    assert fetch.recorded(path)
 
 
 def test_published_files_are_known_through_links(monkeypatch, tmp_path, state):
@@ -757,7 +869,11 @@ def test_another_classifier_says_how_it_differs(state):
         VGGFeatures(["fc6"], weights=weights)
 
 
-@pytest.mark.parametrize("order", [("model", "state_dict"), ("state_dict", "model"), ("net", "model")], ids="-".join)
+@pytest.mark.parametrize(
+    "order",
+    [("model", "state_dict"), ("state_dict", "model"), ("net", "model"), ("ema", "model_state_dict")],
+    ids="-".join,
+)
 def test_wrapped_twice(net, state, order):
     outer, inner = order
     assert_same(W.load({outer: {inner: dict(state)}, "epoch": 3}), net)
@@ -809,6 +925,23 @@ def test_an_unchanged_file_is_hashed_once(monkeypatch, state):
     assert hashed == [str(path)] * 2
 
 
+def test_a_file_that_changes_within_a_second_is_hashed_again(tmp_path):
+    path = tmp_path / "w.bin"
+    for nanoseconds, data in enumerate((b"abc", b"xyz")):
+        path.write_bytes(data)
+        os.utime(path, ns=(nanoseconds, nanoseconds))
+        assert W.verify(path, record=False) == hashlib.sha256(data).hexdigest()
+
+
+def test_files_of_one_name_in_two_folders_are_two(tmp_path, monkeypatch):
+    for name, data in (("a", b"abc"), ("b", b"xyz")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w.bin").write_bytes(data)
+        os.utime(tmp_path / name / "w.bin", ns=(5, 5))
+        monkeypatch.chdir(tmp_path / name)
+        assert W.verify(W.Path("w.bin"), record=False) == hashlib.sha256(data).hexdigest()
+
+
 def test_sets_that_do_not_exist():
     with pytest.raises(WeightsError, match="unknown weight set 'imagnet': did you mean imagenet"):
         W.find("imagnet")
@@ -835,6 +968,8 @@ def test_no_network():
     with pytest.raises(WeightsUnavailableError) as caught:
         W.load("imagenet", "vgg16")  # which the bundled weights are not of
     assert "bundled" not in str(caught.value)
+    with pytest.raises(WeightsUnavailableError, match=r"or use the weights 'bundled' \(a slim VGG-19\)"):
+        W.load("imagenet", "vgg19")
 
 
 # ── fetch, from a real server ─────────────────────────────────────────────────────────────────────────────────────────
@@ -954,19 +1089,40 @@ def test_bad_downloads_leave_nothing(monkeypatch, state, how, kind, message):
     assert not left()
 
 
-def test_a_server_that_speaks_something_else(tmp_path):
+@contextlib.contextmanager
+def answering(data):
+    """A server that answers one call with these bytes, whatever they are."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():
             call, _ = server.accept()
             with call:
                 call.recv(1 << 16)
-                call.sendall(b"SSH-2.0-x\r\n")
+                call.sendall(data)
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(WeightsUnavailableError, match="failed"):
-            fetch.fetch(f"http://127.0.0.1:{server.getsockname()[1]}/a-1a2b3c4d.pth", tmp_path)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc"], ids=["ssh", "no number"]
+)
+def test_a_server_that_speaks_something_else(tmp_path, answer):
+    with answering(answer) as url, pytest.raises(WeightsUnavailableError, match=r"download of .* failed \("):
+        fetch.fetch(f"{url}/a-1a2b3c4d.pth", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_does_not_say_how_much_comes(tmp_path):
+    with answering(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nabc") as url:
+        assert fetch.fetch(f"{url}/a-ba7816bf.pth", tmp_path).read_bytes() == b"abc"
+
+
+def test_what_is_there_is_verified_before_it_is_taken_for_fetched(tmp_path):
+    (tmp_path / "a-1a2b3c4d.pth").write_bytes(b"other")
+    with pytest.raises(WeightsError, match="damaged or was changed") as caught:
+        fetch.fetch("http://127.0.0.1:9/a-1a2b3c4d.pth", tmp_path)
+    assert caught.type is WeightsError
 
 
 def test_what_a_killed_download_left_is_removed_a_day_later(monkeypatch, state):
@@ -1065,6 +1221,27 @@ def test_environment_names_the_default(tmp_path, monkeypatch, state):
     monkeypatch.delenv("VGGFEAT_WEIGHTS")
     with pytest.raises(WeightsUnavailableError, match="imagenet weights for vgg16 are unavailable"):
         W.load(W.DEFAULT)
+
+
+def test_the_environment_may_name_oxfords_file(tmp_path, monkeypatch, state):
+    torch.save(dict(state), tmp_path / "w.pth")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for told in ("caffe:~/w.pth", f"caffe:{tmp_path / 'w.pth'}"):
+        monkeypatch.setenv("VGGFEAT_WEIGHTS", told)
+        for asked in (W.DEFAULT, "auto"):
+            assert W.load(asked).std == W.CAFFE.std
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch, net, state):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(dict(state), tmp_path / "w.safetensors", {"vggfeat": '{"size": 32}'})
+    assert_same(W.load("~/w.safetensors"), net)
+    assert W.run_metadata("~/w.safetensors") == {"size": 32}
+    data = torch_bytes(dict(state))
+    entry = publish(monkeypatch, data)
+    (tmp_path / entry.filename).write_bytes(data)
+    monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", "~")
+    assert W.find("imagenet") == tmp_path / entry.filename
 
 
 def test_auto(monkeypatch, net, state):
@@ -1338,6 +1515,12 @@ def test_training_a_network_leaves_the_weights_it_came_from(state):
     assert all(torch.equal(loaded.state[key], value) for key, value in state.items())
 
 
+def test_weights_loaded_in_inference_mode_have_a_current_key(state):
+    with torch.inference_mode():
+        loaded = W.load(dict(state))
+    assert loaded.current_key == W.load(dict(state)).key
+
+
 def test_any_change_of_the_state_makes_another_key(state):
     def change(key, value=None):
         loaded = W.load(dict(state))
@@ -1357,11 +1540,12 @@ def test_any_change_of_the_state_makes_another_key(state):
     assert loaded.current_key == W.load(dict(loaded.state)).key != loaded.key
 
 
-def test_a_file_that_is_no_record_stays(tmp_path):
+@pytest.mark.parametrize("text", ["notes of mine\n", "1a2b3c4d is what they say\n"], ids=["words", "short"])
+def test_a_file_that_is_no_record_stays(tmp_path, text):
     (path := tmp_path / "w.bin").write_bytes(b"abc")
-    (note := tmp_path / "w.bin.sha256").write_text("notes of mine\n")
+    (note := tmp_path / "w.bin.sha256").write_text(text)
     W.verify(path, "ba7816bf")
-    assert note.read_text() == "notes of mine\n"
+    assert note.read_text() == text and not fetch.recorded(path)
 
 
 @pytest.mark.parametrize(
