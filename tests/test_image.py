@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageCms
 
 from vggfeat import files, image as vi
-from vggfeat.errors import ImageError, InputError, quiet
+from vggfeat.errors import ImageError, InputError, RunError, quiet
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
 LOSSLESS = [".png", ".tif"]
@@ -149,6 +149,14 @@ def test_alpha_is_composited_over_white(tmp_path):
     assert pixels(vi.open_image(tmp_path / "rgba.png")) == [[(204, 204, 204), WHITE, (1, 2, 3)]]
     picture([[(0, 51), (7, 0), (9, 255)]], "LA").save(tmp_path / "la.png")
     assert pixels(vi.open_image(tmp_path / "la.png")) == [[(204, 204, 204), WHITE, (9, 9, 9)]]
+
+
+def test_tensors_a_little_beyond_0_to_1_are_clamped_and_others_refused():
+    a_little = torch.tensor([-0.4, 0.2, 1.4]).expand(3, 1, 3)
+    assert pixels(vi.as_picture(a_little)) == [[(0, 0, 0), (51, 51, 51), WHITE]]
+    for low, high in ((-0.6, 1.0), (0.0, 1.6)):
+        with pytest.raises(InputError, match=rf"expected an image in \[0,1\], got values from {low:g} to {high:g};"):
+            vi.as_picture(torch.tensor([low, high]).expand(3, 1, 2))
 
 
 def test_premultiplied_alpha_is_composited_over_white():
@@ -447,6 +455,7 @@ def test_fit_refuses_lengths_below_one(size):
 def test_resize():
     image = picture([[(100, 100, 100)] * 4 + [(200, 200, 200)] * 4] * 8)
     assert vi.resize(image, 8, 8) is image
+    assert vi.resize(Image.new("RGB", (4, 2)), 2, 4).size == (2, 4)
     small = vi.resize(image, 2, 4)
     assert small.size == (2, 4)
     # Lanczos is symmetric about the edge, so the halves stay as far from 150 on either side, and apart
@@ -496,9 +505,10 @@ def test_check_output_refuses(tmp_path, monkeypatch):
         vi.check_output(file / "b.png")
     with pytest.raises(ImageError, match="File name too long"):
         vi.check_output(tmp_path / ("x" * 300 + ".png"))
-    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK))
-    with pytest.raises(ImageError, match="not writable"):
-        vi.check_output(tmp_path / "b.png")
+    for right in (os.W_OK, os.X_OK):  # both are needed to make a file
+        monkeypatch.setattr(os, "access", lambda path, mode, right=right: not (Path(path) == tmp_path and mode & right))
+        with pytest.raises(ImageError, match="not writable"):
+            vi.check_output(tmp_path / "b.png")
 
 
 def test_check_output_refuses_what_is_read_and_what_is_no_file(tmp_path, monkeypatch):
@@ -516,6 +526,13 @@ def test_check_output_refuses_what_is_read_and_what_is_no_file(tmp_path, monkeyp
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != file)
     with pytest.raises(ImageError, match="protected against writing"):
         vi.check_output(file, overwrite=True)
+
+
+def test_files_in_a_folder_that_is_read_stay(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"old")
+    with pytest.raises(ImageError, match="it is one of the files that are read"):
+        vi.check_output(tmp_path / "a.png", overwrite=True, inputs=[tmp_path])
+    assert vi.check_output(tmp_path / "b.png", inputs=[tmp_path]) == tmp_path / "b.png"
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
@@ -541,6 +558,22 @@ def test_a_temporary_file_that_cannot_be_removed_loses_no_picture(tmp_path, monk
     assert (tmp_path / "a.png").read_bytes() == b"picture"
 
 
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOSPC, "make room there"),
+        (errno.EDQUOT, "make room there"),
+        (errno.EACCES, "choose another place"),
+    ],
+    ids=["full", "quota", "permission"],
+)
+def test_what_to_do_about_a_file_that_cannot_be_written(tmp_path, number, hint):
+    said = f"cannot write .*a.txt: {os.strerror(number)}; {hint}$"
+    with pytest.raises(RunError, match=said), files.written(tmp_path / "a.txt"):
+        raise OSError(number, os.strerror(number))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_free_name(tmp_path):
     path = tmp_path / "a.b.png"
     assert files.free_name(str(path)) == path
@@ -564,6 +597,11 @@ def test_save_and_open(tmp_path, scene, suffix):
     error = (vi.to_tensor(vi.open_image(path)) - scene).abs().max() * 255
     assert error <= (0.501 if suffix in (".png", ".tif", ".tiff") else 8)
     assert [p.name for p in tmp_path.iterdir()] == [f"a{suffix}"]
+
+
+def test_suffixes_in_capitals(tmp_path, scene):
+    with Image.open(vi.save_image(scene, tmp_path / "a.JPG")) as stored:
+        assert stored.format == "JPEG"
 
 
 def test_quality(tmp_path, scene):
@@ -630,6 +668,17 @@ def test_settings_that_do_not_fit(tmp_path, scene):
     for suffix in (".png", ".webp", ".tif"):
         path = vi.save_image(scene, tmp_path / f"a{suffix}", settings={"long": "x" * 70_000})
         assert vi.read_settings(path) == {"long": "x" * 70_000}
+
+
+def test_settings_that_just_fit(tmp_path, scene):
+    """A JPEG segment's length is 16 bits and counts its own two bytes: 65535 - 2 are left."""
+    with pytest.raises(ImageError, match=r"at most 65533 bytes in a JPEG, got \d+") as info:
+        vi.save_image(scene, tmp_path / "a.jpg", settings={"long": "x" * 70_000})
+    around = int(str(info.value).split("got ")[1].split(";")[0]) - 70_000
+    fits = {"long": "x" * (65533 - around)}
+    assert vi.read_settings(vi.save_image(scene, tmp_path / "a.jpg", settings=fits)) == fits
+    with pytest.raises(ImageError, match="at most 65533 bytes in a JPEG, got 65534"):
+        vi.save_image(scene, tmp_path / "b.jpg", settings={"long": fits["long"] + "x"})
 
 
 def test_never_overwrites_unasked(tmp_path, scene):
@@ -746,6 +795,13 @@ def test_what_replaces_a_file_is_as_private_and_where_its_link_leads(tmp_path, s
     assert link.is_symlink() and private.stat().st_mode & 0o777 == 0o600 and vi.open_image(private).size == (32, 24)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "link.png"]
     assert [*private.parent.iterdir()] == [private]
+
+
+def test_what_a_dangling_link_leads_to_is_written(tmp_path, scene):
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "new.png")
+    assert vi.save_image(scene, link, overwrite=True) == link
+    assert link.is_symlink() and vi.open_image(tmp_path / "new.png").size == (32, 24)
 
 
 def test_check_output_refuses_a_link_into_a_folder_without_permission(tmp_path, monkeypatch):
