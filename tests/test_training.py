@@ -1415,6 +1415,50 @@ def test_a_log_that_is_open_elsewhere_ends_no_run(data, tmp_path, monkeypatch):
     assert len(run(data, tmp_path / "s", resume=True).history) == 2 and (tmp_path / "s/log.csv").exists()
 
 
+class Evil:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def test_a_checkpoint_that_would_run_code_is_passed_over(tmp_path):
+    folder, marker = tmp_path / "checkpoints", tmp_path / "marker"
+    folder.mkdir()
+    checkpoint.write(folder / "step-000000001.pt", {"step": 1})
+    torch.save({"step": Evil(marker)}, folder / "step-000000002.pt")
+    torch.load(folder / "step-000000002.pt", weights_only=False)
+    marker.rmdir()  # so it does run code where one lets it
+    state, wrong = checkpoint.newest(folder, {"step"})
+    assert state == {"step": 1} and len(wrong) == 1 and "step-000000002.pt is damaged" in wrong[0]
+    assert not marker.exists()
+
+
+def test_a_checkpoint_that_lacks_something_is_passed_over(tmp_path):
+    checkpoint.write(tmp_path / "step-000000001.pt", {"step": 1, "net": {}})
+    checkpoint.write(tmp_path / "step-000000002.pt", {"step": 2})
+    state, wrong = checkpoint.newest(tmp_path, {"step", "net"})
+    assert state == {"step": 1, "net": {}} and len(wrong) == 1 and "it lacks net" in wrong[0]
+
+
+def test_a_disk_that_is_full_by_now_names_the_newest_checkpoint(tmp_path, monkeypatch):
+    for steps in (1, 2):
+        checkpoint.save(tmp_path, steps, {"step": steps})
+
+    class Full:
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(checkpoint, "new_file", lambda path, overwrite: contextlib.nullcontext(Full()))
+    said = r"step-000000003.pt: No space left on device; free some space; the run can go on from .*step-000000002.pt$"
+    with pytest.raises(RunError, match=said):
+        checkpoint.save(tmp_path, 3, {"step": 3})
+
+
 def test_damage_that_looks_like_the_system_s_is_passed_over(data, tmp_path):
     """A bit of the zip's end, by which its reader seeks to before the beginning: invalid argument."""
     run(data, tmp_path / "r", epochs=2)

@@ -68,6 +68,18 @@ def test_equals_the_convolution_and_its_gradients(n, c, k, height, width, pad):
         assert error(weight_gradient(given, back, pad), of_weight) < 1e-5  # sums of thousands: oneDNN has up to 6e-6
 
 
+@pytest.mark.parametrize("pad", [1, 2])
+def test_of_several_images_in_bands_each_has_borders_of_its_own(monkeypatch, pad):
+    for name, value in (("WORKSPACE", 1), ("LEAST", 40), ("SUMMED", 40)):
+        monkeypatch.setattr(winograd, name, value)
+    x, weight = drawn(3, 8, 83, 90), drawn(8, 8, 3, 3, seed=1)
+    exact = F.conv2d(x.double(), weight.double(), padding=pad)
+    assert error(convolve(x, transformed(weight), None, pad), exact) < 2e-6
+    grad = drawn(*exact.shape, seed=2)
+    of_weight = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=pad)
+    assert error(weight_gradient(x, grad, pad), of_weight) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("images", "height", "width"), [(1, 200, 37), (3, 21, 18), (1, 16, 16), (1, 130, 300)])
 def test_what_comes_out_may_take_the_place_of_what_goes_in(monkeypatch, images, height, width, dtype):
@@ -180,8 +192,9 @@ def test_where_it_is_used(monkeypatch):
     assert not is_faster(cpu, torch.float32, 3, 64, 64, 64) and not is_faster(cpu, torch.float32, 256, 256, 8, 64)
     before = torch.get_float32_matmul_precision()
     try:  # products of rounded factors were asked for; a convolution's are not meant
-        torch.set_float32_matmul_precision("medium")
-        assert not is_faster(cpu, torch.float32, *large)
+        for precision in ("medium", "high"):
+            torch.set_float32_matmul_precision(precision)
+            assert not is_faster(cpu, torch.float32, *large)
     finally:
         torch.set_float32_matmul_precision(before)
     assert is_faster(cpu, torch.float32, *large)
