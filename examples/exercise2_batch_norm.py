@@ -6,23 +6,28 @@ With BN it learns within a few epochs, at rates where the plain network stays at
 The zips hold `<class>/*.jpg`, such as CIFAR-10's; without them, gratings of ten kinds are made. `--limit 0` takes all.
 """
 
+from dataclasses import replace
+
 import torch
 from console import command
 from short_run import DEVICE, fit, read
 
 import vggfeat
+from vggfeat.arch import parse
 
 NAMES = {"plain": False, "with BN": True}
 
 
 def main(*zips, epochs=5, limit=2000, arch="vgg11", width=0.25, lr=0.02, batch=64, seed=0, plot=None):
+    arch = replace(parse(arch), batch_norm=False)  # whichever of the two was named
+    replace(arch, batch_norm=True)  # raises, before anything is trained
     train, test = read(zips, limit, seed)
     runs = {}
     for name, batch_norm in NAMES.items():
         torch.manual_seed(seed)
-        net = vggfeat.vgg(arch, len(train.classes), batch_norm=batch_norm, head="slim", width=width, dropout=0.0)
+        net = vggfeat.vgg(arch.name, len(train.classes), batch_norm=batch_norm, head="slim", width=width, dropout=0.0)
         runs[name] = fit(name, net, train, test, epochs, lr, batch, seed)
-    print(f"{arch} ×{width:g}, slim head, {len(train):,} images of {len(train.classes)} classes, ", end="")
+    print(f"{arch.name} ×{width:g}, slim head, {len(train):,} images of {len(train.classes)} classes, ", end="")
     print(f"learning rate up to {lr:g}, {DEVICE}")
     print("       training loss       test accuracy       seconds")
     print("epoch  plain  with BN     plain  with BN   plain  with BN")

@@ -113,6 +113,19 @@ def test_exercise_2_on_zips(example, shared, tmp_path, capsys):
     assert "30 images of 10 classes" in capsys.readouterr().out
 
 
+def test_exercise_2_takes_either_name_of_a_network(example, monkeypatch, capsys):
+    module, made, vgg = example("exercise2_batch_norm"), [], vggfeat.vgg
+    monkeypatch.setattr(vggfeat, "vgg", lambda *args, **options: made.append(vgg(*args, **options)) or made[-1])
+    module.main(arch="vgg13_bn", limit=20, epochs=1, batch=10, width=0.0625)
+    assert [net.arch.name for net in made] == ["vgg13", "vgg13_bn"]
+    assert capsys.readouterr().out.startswith("vgg13 ×0.0625")
+
+
+def test_exercise_2_without_a_batch_normalised_form(script):
+    code, out, err = script("exercise2_batch_norm", "--arch", "A-LRN")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "has no batch-normalised form" in err
+
+
 def test_exercise_8(example, tmp_path, capsys):
     result = example("exercise8_style_transfer").main(
         picture=str(tmp_path / "p.png"), size=48, steps=5, weights="random"
