@@ -2,10 +2,10 @@
 
 Both are computed from fixed seeds with numpy and Pillow alone, so they can be shipped under the project's own licence.
 
-Usage: ``python examples/make_images.py [FOLDER]`` (default: the folder of this script).
+python examples/make_images.py [FOLDER] [--overwrite]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +241,18 @@ def paint_strokes(seed, scale=2):
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    LakeTown(seed=7).render().save(folder / "content.jpg", quality=90)
-    paint_strokes(seed=3).save(folder / "style.jpg", quality=90)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = Path(__file__).resolve().parent
+    parser.add_argument("folder", nargs="?", type=Path, default=here, help="default: the folder of this script")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    options = parser.parse_args()
+    content, style = options.folder / "content.jpg", options.folder / "style.jpg"
+    for path in (content, style):
+        if path.exists() and not options.overwrite:
+            parser.error(f"{path} already exists; pass --overwrite or another folder")
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot make the folder {options.folder}: {error.strerror}")
+    LakeTown(seed=7).render().save(content, quality=90)
+    paint_strokes(seed=3).save(style, quality=90)

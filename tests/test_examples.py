@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,26 @@ def test_the_script_makes_the_shipped_pictures(tmp_path):
             assert made.size == shipped.size
             # the noise comes from a seed, but JPEG encoders and drawing differ a little between releases of Pillow
             assert max(ImageStat.Stat(ImageChops.difference(made, shipped)).mean) < 4
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "says"),
+    [
+        ("--help", 0, "--overwrite"),
+        ("--hepl", 2, "unrecognized arguments: --hepl"),
+        (".", 2, "style.jpg already exists; pass --overwrite"),
+        ("style.jpg", 2, "cannot make the folder style.jpg"),
+    ],
+)
+def test_the_script_that_makes_pictures_replaces_none(word, code, says, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("numpy")
+    monkeypatch.chdir(tmp_path)
+    Path("style.jpg").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["make_images.py", word])
+    with pytest.raises(SystemExit) as info:
+        runpy.run_path(str(EXAMPLES / "make_images.py"), run_name="__main__")
+    assert info.value.code == code and says in "".join(capsys.readouterr())
+    assert [path.name for path in tmp_path.iterdir()] == ["style.jpg"] and Path("style.jpg").read_text() == "mine"
 
 
 def test_vggstyle_on_the_shipped_pictures_without_a_network(tmp_path, monkeypatch, capsys):
