@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import sys
 
 from vggfeat.errors import InputError, VGGFeatError
@@ -46,6 +47,10 @@ def command(main, doc):
         if options.get("picture"):
             check_sheet(options["picture"], overwrite=True)
         main(*options.pop("zips", ()), **options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`: nobody reads on, as in the commands no reason for a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush would complain
+        sys.exit(1)
     except VGGFeatError as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

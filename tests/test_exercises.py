@@ -1,7 +1,9 @@
 """The chapter's exercises that train or paint (2, 8, 9) and what they share, on small inputs."""
 
 import importlib
+import os
 import runpy
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -198,6 +200,18 @@ def test_help_of_an_exercise(script):
     code, out, err = script("exercise4_receptive_field", "--help")
     assert (code, err) == (0, "") and "default: content.jpg" in out and "default: 4" in out
     assert "None" not in out and str(EXAMPLES) not in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
+@pytest.mark.parametrize("unbuffered", ["1", ""])  # it notices at the first line, or at the end
+def test_a_reader_that_goes_away_hears_of_no_trouble(unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, EXAMPLES / "exercise1_architectures.py"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, env=environment, text=True, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_exercise_8_missing_file(script, tmp_path):
