@@ -9,6 +9,7 @@ from pathlib import Path
 from console import command, last_of_each_block
 
 import vggfeat
+from vggfeat.errors import whole_number
 
 CONTENT = Path(__file__).with_name("content.jpg")
 
@@ -16,6 +17,10 @@ CONTENT = Path(__file__).with_name("content.jpg")
 def main(image=CONTENT, plot=None, weights="bundled", arch=None, layers=(), samples=4):
     weights = vggfeat.weights.load(weights, arch)
     layers = layers or last_of_each_block(weights, "conv")
+    for name in layers:
+        weights.arch.layer(name)  # raises, before the table's head
+    weights.require(layers)
+    whole_number("samples", samples)
     print(f"{weights.arch.name}, weights {weights.label}, {samples} noise images, for small fields more")
     print("layer     theory  support of the gradient  effective  share of the area")
     shares = []

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat.analysis import PeakMemory, saved_for_backward
+from vggfeat.arch import MIN_SIDE
+from vggfeat.errors import whole_number
 
 
 def step(net, images, targets):
@@ -25,6 +27,8 @@ def step(net, images, targets):
 
 
 def main(size=64, batch=8, width=0.5, repeats=3):
+    for name, value, least in (("size", size, MIN_SIDE), ("batch", batch, 1), ("repeats", repeats, 1)):
+        whole_number(name, value, least)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plain = vggfeat.vgg16(num_classes=10, batch_norm=True, head="slim", width=width, dropout=0.0).to(device)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vggfeat
+from vggfeat.arch import channels_at
 from vggfeat.errors import check_choice, first_line
 
 # blocks of the four stages: 9, 11, 13 and 17 convolutions against 8, 10, 13 and 16
@@ -31,7 +32,7 @@ def vgg(arch, classes, width):
 def resnet(blocks, classes, width):
     from torchvision.models.resnet import BasicBlock
 
-    channels = [round(64 * width)]
+    channels = [channels_at(width)[0]]
     net = [nn.Conv2d(3, channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()]
     for stage, count in enumerate(blocks):
         for number in range(count):
@@ -53,6 +54,8 @@ def macs(net, size):
 
 
 def main(*zips, nets=("vgg16",), epochs=8, seeds=1, limit=2000, width=0.25, lr=0.05, batch=64, seed=0, plot=None):
+    if not nets:
+        raise vggfeat.InputError(f"no network asked for: name at least one of {', '.join(RESNETS)}")
     for each in nets:
         check_choice("net", each, RESNETS)
     if seeds < 1:

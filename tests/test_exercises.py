@@ -168,6 +168,11 @@ def test_exercise_9_at_several_depths_and_seeds(example, torchvision, capsys):
         assert abs(convs - len(parse(arch).convs)) <= 1
 
 
+def test_exercise_9_at_the_narrowest(example, torchvision):
+    module = example("exercise9_vgg_vs_resnet")
+    assert module.resnet((1, 1, 1, 1), 10, 0.001)[0].out_channels == parse("vgg11").layers[0].channels // 64 == 1
+
+
 def test_exercise_9_says_that_torchvision_is_broken(script, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     code, out, err = script("exercise9_vgg_vs_resnet")
@@ -194,6 +199,23 @@ def test_bad_input_is_one_line(script, request, name, words, message):
     code, out, err = script(name, *words)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"{name}.py: ") and message in err
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("exercise4_receptive_field", ["--layers", "conv1_1,conv9_1"], "unknown layer 'conv9_1'"),
+        ("exercise4_receptive_field", ["--layers", "conv1_1,fc8"], "vgg19 has no layer 'fc8'"),
+        ("exercise4_receptive_field", ["--samples", "0"], "samples must be a whole number of at least 1, got 0"),
+        ("exercise6_checkpointing", ["--size", "5"], "size must be a whole number of at least 32, got 5"),
+        ("exercise6_checkpointing", ["--batch", "-1"], "batch must be a whole number of at least 1, got -1"),
+        ("exercise6_checkpointing", ["--repeats", "0"], "repeats must be a whole number of at least 1, got 0"),
+        ("exercise9_vgg_vs_resnet", ["--nets", ","], "no network asked for: name at least one"),
+    ],
+)
+def test_numbers_and_names_are_checked_before_the_table(script, name, words, message):
+    code, out, err = script(name, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
 
 
 def test_help_of_an_exercise(script):
