@@ -122,8 +122,9 @@ def test_dense_is_the_mean_over_windows_of_the_last_pool():
     torch.testing.assert_close(
         net.dense(x[:, :, :224, :224])[:, :, 0, 0], net(x[:, :, :224, :224]), rtol=1e-4, atol=1e-5
     )
-    with pytest.raises(InputError, match="at least 224"):
+    with pytest.raises(InputError, match=r"at least 224×224, as scales \(--scales\) make them"):
         vggfeat.evaluate(net, images(), Views(dense=True), **ONE)
+    assert vggfeat.evaluate(net, images(count=2), Views(scales=(224,), dense=True), workers=0, **ONE).images == 2
 
 
 def test_figures_by_hand():
@@ -274,6 +275,7 @@ def test_images_of_several_sizes_one_of_them_damaged(tmp_path, workers):
         ({"scales": ()}, r"at least 32 pixels, got \(\)"),
         ({"scales": (64, 16)}, r"at least 32 pixels, got \(64, 16\)"),
         ({"dense": True, "grid": 2}, "leave grid at 1"),
+        ({"dense": True, "size": 224}, r"not at crops of size: scales \(--scales\) resize images"),
     ],
 )
 def test_views_that_cannot_be(options, said):

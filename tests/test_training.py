@@ -1282,6 +1282,9 @@ def test_a_run_that_resized_is_evaluated_as_it_was_tested(tmp_path):
     several = vggfeat.evaluate(tmp_path / "r", test, vggfeat.Views(scales=(40, 48)), precision="float32")
     explicit = vggfeat.evaluate(result.net, test, vggfeat.Views(32, (40, 48)), precision="float32")
     assert several.loss == pytest.approx(explicit.loss, rel=1e-5)  # scales of one's own, and the run's size
+    dense = vggfeat.evaluate(tmp_path / "r", test, vggfeat.Views(dense=True), precision="float32")
+    explicit = vggfeat.evaluate(result.net, test, vggfeat.Views(scales=(36,), dense=True), precision="float32")
+    assert dense.loss == pytest.approx(explicit.loss, rel=1e-5) and dense.loss != pytest.approx(found.loss, rel=1e-5)
 
 
 def test_a_checkpoint_is_weights(data, tmp_path):

@@ -165,7 +165,7 @@ class VGG(nn.Module):
         if self.arch.head == "paper" and min(x.shape[2:]) < 7:
             raise InputError(
                 f"dense evaluation with the paper's head needs 7×7 positions after the last pool, got {x.shape[2]}×"
-                f"{x.shape[3]}: images of at least 224×224, or the slim head"
+                f"{x.shape[3]}: images of at least 224×224, as scales (--scales) make them in a test, or the slim head"
             )
         kernel = 7 if self.arch.head == "paper" else 1
         for module in self.classifier:

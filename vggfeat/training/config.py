@@ -202,7 +202,7 @@ class Views(Settings):
     Each field is a flag of `vggfeat evaluate` with the same name in dashes.
 
     Attributes:
-        size: side of the crops; None means the image's own where all have one, else 224.
+        size: side of the crops; None means the image's own where all have one, else 224. Dense has none.
         scales: shorter sides that each image is brought to in turn; None means as it is, or 8/7 of `size` where images
             differ in size.
         grid: crops are taken on a regular grid of so many by so many; 1 is the centre alone, 5 the paper's.
@@ -231,6 +231,8 @@ class Views(Settings):
             raise InputError(f"scales must be shorter sides of at least {MIN_SIDE} pixels, got {self.scales}")
         if self.dense and self.grid > 1:
             raise InputError("dense looks at the whole image: leave grid at 1")
+        if self.dense and self.size is not None:
+            raise InputError("dense looks at the whole image, not at crops of size: scales (--scales) resize images")
 
 
 # The chapter: Adam, batch 64, steps of 30 epochs, crop and flip. The paper (section 3.1): SGD, batch 256, 74 epochs,

@@ -141,7 +141,8 @@ def evaluate(
             facts = run_metadata(weights)
             names, held = facts.get("classes"), facts.get("holdout")
             if "size" in facts and views.size is None:
-                views = replace(views, size=facts["size"], scales=views.scales or facts["scales"])
+                size = None if views.dense else facts["size"]
+                views = replace(views, size=size, scales=views.scales or facts["scales"])
         net = network_from_weights(load_set(weights, arch)).to(memory_format=torch.channels_last)
     if not isinstance(data, ImageSet):
         data = load_test_images(data, bad_images=bad_images)
