@@ -1056,6 +1056,8 @@ BAD = {
     "maps photo.png -o a.bmp": "expected a name that ends in",
     "maps photo.png -o no/folder.png": "found none; create it first",
     "filters --layer conv2_1": "give images",
+    "filters --layer relu1_1": "relu1_1 has no filters: name the convolution before it, conv1_1, or give images",
+    "filters --layer pool2": "pool2 has no filters: name the convolution before it, conv2_1, or give images",
     "filters --channel 8": "channels 0 to 7",
     "filters --patches 3": "--patches and --size are for IMAGES",
     "filters --size 64": "--patches and --size are for IMAGES",

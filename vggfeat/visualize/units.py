@@ -60,7 +60,7 @@ def filters(
         A sheet with a tile for each channel, labelled by its number.
 
     Raises:
-        InputError: an unknown layer or channel, a deeper layer without images, no or unreadable images.
+        InputError: an unknown layer or channel, a layer other than conv1_1 without images, no or unreadable images.
         WeightsError: weights that are unavailable or do not reach the layer.
     """
     several = [images] if isinstance(images, str | os.PathLike | Image.Image | Tensor) else list(images)
@@ -77,6 +77,12 @@ def filters(
     elif layer == "conv1_1":
         shown, tiles = _kernel_tiles(loaded.state["features.0.weight"], tile, pick)
         title = f"Filters of {layer}, {net}"
+    elif spec.kind != "conv":
+        conv = [each.name for each in loaded.arch.convs if each.index < spec.index][-1]
+        raise InputError(
+            f"{layer} has no filters: name the convolution before it, {conv}, or give images, for the patches that "
+            f"drive {layer}"
+        )
     else:
         raise InputError(
             f"{layer} takes {spec.in_channels} channels, which have no colour: give images, and its filters are "
