@@ -343,6 +343,8 @@ def test_compare_vggs():
     assert (vgg16.params, vgg16.macs) == (describe("D").params, describe("D").macs)
     assert vgg16.published == {"IMAGENET1K_V1": (71.592, 90.382)}
     assert not found.nets[1].published and not found.nets[2].published and not found.machine
+    again = compare(["D", "vgg16", "VGG16", Arch(), "E", "vgg19_bn", "vgg19"])
+    assert [net.name for net in again.nets] == ["vgg16", "vgg19", "vgg19_bn"]
     assert not compare(["vgg16"], input_size=32).nets[0].published  # the accuracy is of 224 pixels and 1000 classes
     assert not compare(["vgg16"], num_classes=10).nets[0].published
     assert json.loads(found.to_json())["nets"][0]["flops"] == 2 * vgg16.macs

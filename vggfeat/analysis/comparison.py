@@ -183,13 +183,13 @@ def compare(
     """
     if isinstance(names, str):
         raise InputError(f"names is a list of networks: write [{names!r}]")
-    names = [*dict.fromkeys(names)]
-    if not names:
-        raise InputError("nothing to compare: name at least one network, such as 'vgg16'")
     batch, num_classes = whole_number("batch", batch), whole_number("num_classes", num_classes)
+    networks = [*dict.fromkeys(_network(name, num_classes) for name in names)]
+    if not networks:
+        raise InputError("nothing to compare: name at least one network, such as 'vgg16'")
     if input_size is not None:
         input_size = whole_number("input_size", input_size)
-    builders = [_builder(name, num_classes, input_size) for name in names]  # checks all names before work begins
+    builders = [_builder(network, num_classes, input_size) for network in networks]  # checks all before work begins
     place = None
     if measure:
         from vggfeat.devices import resolve
@@ -220,17 +220,26 @@ def compare(
 _Builder = tuple[str, Callable[[], Net], Callable[[], "nn.Module"]]
 
 
-def _builder(name: str | Arch, num_classes: int, input_size: int | None) -> _Builder:
-    """The network's label, a function for its costs, and one that builds it."""
+def _network(name: str | Arch, num_classes: int) -> str | Arch:
+    """A VGG as data, so that each is there once, whatever it is called; another network's name as it is."""
+    if isinstance(name, Arch):
+        return name
     try:
-        arch = name if isinstance(name, Arch) else replace(parse(name), num_classes=num_classes)
+        return replace(parse(name), num_classes=num_classes)
     except InputError:
         if not isinstance(name, str):
             raise
+        return name
+
+
+def _builder(name: str | Arch, num_classes: int, input_size: int | None) -> _Builder:
+    """The network's label, a function for its costs, and one that builds it."""
+    if isinstance(name, str):
         net = _counted().get(name)
         if net is not None and num_classes == 1000 and input_size in (None, net.input_size):
             return name, lambda: net, functools.partial(_torchvision_net, name, num_classes)
         return _uncounted(name, num_classes, input_size)
+    arch = name
     size = 224 if input_size is None else input_size
     report = describe(arch, input_size=size)
 
