@@ -266,6 +266,7 @@ def test_torch_fx_traces_it():
         ({"config": "vgg61"}, "unknown architecture 'vgg61' .'_bn' adds batch norm.: did you mean .*vgg16"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, "got -0.1"),
+        ({"dropout": "a"}, r"dropout must be in \[0, 1\), got 'a'"),
         ({"init": "xavier"}, "unknown init 'xavier': choose from kaiming, paper"),
         ({"head": None}, "unknown head None: choose from paper, slim"),
         ({"head": "fat"}, "unknown head 'fat'"),

@@ -90,8 +90,12 @@ class VGG(nn.Module):
 
     def __init__(self, arch: Arch, dropout: float = 0.5, init: str = "kaiming") -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {dropout}")
+        try:
+            fits = 0 <= dropout < 1
+        except TypeError:  # no number
+            fits = False
+        if not fits:
+            raise InputError(f"dropout must be in [0, 1), got {dropout!r}")
         check_choice("init", init, INITS)
         if arch.head is None:
             raise InputError("this network needs a head: choose 'paper' or 'slim'")
