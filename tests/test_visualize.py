@@ -111,6 +111,11 @@ def test_labels_and_title_are_drawn_in_black():
     assert min(plain.convert("L").tobytes()) == 255 and min(labelled.convert("L").tobytes()) < 50
 
 
+def test_a_sheet_at_a_prompt_is_one_short_line():
+    sheet = Sheet([Image.new("RGB", size) for size in ((30, 10), (15, 20))], ["1", "2"], "T", settings={"layer": "x"})
+    assert repr(sheet) == "Sheet('T', 2 tiles of at most 30×20 pixels)"
+
+
 def test_heat_shows_in_grey_too():
     image, heat = torch.full((1, 3, 4, 4), 0.5), torch.zeros(4, 4)
     heat[1, 2] = 1

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggfeat.errors import InputError, check_choice, optional
+from vggfeat.errors import InputError, check_choice, counted, optional
 from vggfeat.image import FORMATS, check_output, fit, new_image_file, save_image
 from vggfeat.tables import short
 
@@ -35,7 +35,7 @@ NARROW = 320  # pixels that a title may be wide, or as wide as the pictures unde
 FONT = "DejaVuSans.ttf"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sheet:
     """Pictures in rows, with labels above them and a title.
 
@@ -54,13 +54,17 @@ class Sheet:
     labels: Sequence[str] = ()
     title: str = ""
     columns: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.tiles or len(self.labels) not in (0, len(self.tiles)):
             raise InputError(
                 f"a sheet has a label for each picture, or none: got {len(self.labels)} for {len(self.tiles)}"
             )
+
+    def __repr__(self) -> str:
+        width, height = (max(sides) for sides in zip(*(tile.size for tile in self.tiles), strict=True))
+        return f"Sheet({self.title!r}, {counted(len(self.tiles), 'tile')} of at most {width}×{height} pixels)"
 
     @property
     def image(self) -> Image.Image:
