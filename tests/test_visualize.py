@@ -517,6 +517,9 @@ def test_dreams_of_a_run_s_classes_have_their_names(headed, tmp_path, call):
     assert code == 2 and "--class is one class, got '1,2'" in err
     code, _, err = call("cam photo.png --class cat")
     assert code == 2 and "Invalid value for '--class': expected numbers such as 3,8,16-31, got 'cat'" in err
+    for line in ("dream --class cat --size 32", "cam photo.png --class cat"):
+        code, _, err = call(line, weights="gone")
+        assert code == 2 and "no weights at gone" in err and err.count("\n") == 1
     write_weights(tmp_path, headed, {"classes": ["1", "10", "2", "2024-01", "3"]})  # names go first
     for said, shown in (("10", "class 1 10: "), ("2024-01", "class 3 2024-01: "), ("4", "class 4 3: ")):
         code, _, err = call(f"cam photo.png --class {said}", weights=str(tmp_path))

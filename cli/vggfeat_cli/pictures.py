@@ -38,9 +38,9 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gen
         return numbers
 
 
-def _class_numbers(said: str, weights: str) -> list[int]:
+def _class_numbers(said: str, weights: str, arch: str | None) -> list[int]:
     """Names by what a run recorded, which may look like numbers; else numbers."""
-    from vggfeat.weights import run_metadata
+    from vggfeat.weights import load, run_metadata
 
     names = run_metadata(weights).get("classes") or []
     parts = [said] if said in names else [part.strip() for part in said.split(",")]
@@ -50,6 +50,7 @@ def _class_numbers(said: str, weights: str) -> list[int]:
         try:
             return _Numbers().convert(said, None, None)  # type: ignore[no-any-return]
         except click.BadParameter as error:
+            load(weights, arch)  # that there are none goes first
             raise click.BadParameter(error.message, param_hint="'--class'") from error
     return [names.index(part) for part in parts]
 
@@ -201,7 +202,7 @@ def dream(output: str | None, overwrite: bool, classes: str | None, quiet: bool,
         for other, field in (("--channel", "channels"), ("--layer", "layer")):
             if options[field] is not None:
                 raise vggfeat.InputError(f"give {other} or --class, not both")
-        options |= {"channels": _class_numbers(classes, options["weights"]), "layer": "fc8"}
+        options |= {"channels": _class_numbers(classes, options["weights"], options["arch"]), "layer": "fc8"}
     from vggfeat.arch import HEAD_NAMES
     from vggfeat.visualize import dream
     from vggfeat.weights import load, run_metadata
@@ -379,7 +380,7 @@ def cam(image: str, output: str | None, overwrite: bool, chosen: str | None, **o
 
     options["size"] = "auto" if options["size"] is None else options["size"]
     if chosen is not None:
-        options["class_index"], *more = _class_numbers(chosen, options["weights"])
+        options["class_index"], *more = _class_numbers(chosen, options["weights"], options["arch"])
         if more:
             raise vggfeat.InputError(f"--class is one class, got {chosen!r}")
     result = cam(image, **options)
