@@ -140,7 +140,7 @@ class Batches:
         if config.batch_size % parts:
             raise InputError(f"batch_size {config.batch_size} is not divisible by {parts} (processes × accumulate)")
         if len(images) < config.batch_size:
-            fewer = parts * 2 ** max(0, (len(images) // 4 // parts).bit_length() - 1)  # four to seven steps
+            fewer = parts * max(1, len(images) // 8 // parts)
             raise InputError(
                 f"{images.label} has {len(images)} images, fewer than batch_size {config.batch_size}: "
                 f"lower batch_size, for instance to {fewer}"
