@@ -533,12 +533,11 @@ def checked_mask(mask: Tensor, images: Tensor) -> Tensor:
         InputError: no such mask, or one with negative or infinite values.
     """
     n, (h, w) = count_and_size(images)
-    wanted = f"({n},1,{h},{w})" + f" or (1,1,{h},{w})" * (n != 1)
     if not isinstance(mask, Tensor) or mask.is_complex():
         what = f"{mask.dtype} values" if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"expected a mask {wanted} with values such as 0 and 1, got {what}")
+        raise InputError(f"expected a mask {_fitting(n, h, w)} with values such as 0 and 1, got {what}")
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
-        raise InputError(f"expected a mask {wanted}, got shape {tuple(mask.shape)}")
+        raise InputError(f"expected a mask {_fitting(n, h, w)}, got shape {tuple(mask.shape)}")
     mask = mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
     if mask.device.type == "cpu" and mask.numel() and not values_are_hidden():
         low, high = torch.aminmax(mask.detach())
@@ -546,3 +545,8 @@ def checked_mask(mask: Tensor, images: Tensor) -> Tensor:
             reach = f"{float(low):.4g} to {float(high):.4g}"
             raise InputError(f"a mask has finite values of at least 0, this one from {reach}")
     return peak_at_1(mask)  # now: the means over a layer's pixels are sums, too
+
+
+def _fitting(n: int, h: int, w: int) -> str:
+    """Shapes of masks in words."""
+    return f"(1,1,{h},{w})" if n == 1 else f"({n},1,{h},{w}) or (1,1,{h},{w})"
