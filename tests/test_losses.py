@@ -789,21 +789,19 @@ def test_a_sum_of_losses_is_their_sum(reduction, given):
     y = torch.rand(1 if given == "one target" else 3, 3, *((40, 24) if given == "another size" else (24, 32)))
     y, mask = y.double(), torch.rand(3, 1, 24, 32).double()
 
-    def of(loss):
+    def value(loss):
         target = loss.encode(y, *[mask.flip(0)] * (given == "encoded masked")) if "encoded" in given else y
-        values = loss(x, target, *[mask] * ("masked" in given))
+        return loss(x, target, *[mask] * ("masked" in given))
+
+    def of(loss):
+        values = value(loss)
         return values.detach(), torch.autograd.grad(values.sum(), x)[0]
 
     found = of(vggfeat.CombinedLoss(terms, weights))
     for own, parts in zip(found, zip(*map(of, terms), strict=True), strict=True):
         close(own, sum(weight * part for weight, part in zip(weights, parts, strict=True)), rtol=1e-9, atol=1e-12)
     with torch.no_grad():
-        close(of_value(vggfeat.CombinedLoss(terms, weights), x, y, mask, given), found[0], rtol=1e-9, atol=1e-12)
-
-
-def of_value(loss, x, y, mask, given):
-    target = loss.encode(y, *[mask.flip(0)] * (given == "encoded masked")) if "encoded" in given else y
-    return loss(x, target, *[mask] * ("masked" in given))
+        close(value(vggfeat.CombinedLoss(terms, weights)), found[0], rtol=1e-9, atol=1e-12)
 
 
 def test_a_sum_runs_the_network_once(pair):

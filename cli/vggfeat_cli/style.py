@@ -65,12 +65,11 @@ def command(
     from vggfeat.image import check_output, save_image
 
     name = output or "-".join(Path(path).stem for path in (content, *style)) + ".png"
-    resumed = checkpoint is not None and Path(checkpoint).exists()
-    if checkpoint is not None and resumed:
-        # what the run itself left when it was interrupted is replaced; what else is there is not, nor in the way
-        target = Target(None, name, overwrite or _is_unfinished(Path(name), config, Path(checkpoint)))
-    else:
+    resumed = Path(checkpoint) if checkpoint is not None and Path(checkpoint).exists() else None
+    if resumed is None:
         target = Target(output, name, overwrite)
+    else:  # what the run itself left when it was interrupted is replaced; what else is there is not, nor in the way
+        target = Target(None, name, overwrite or _is_unfinished(Path(name), config, resumed))
     inputs = (content, *style, *config.init_files)
     check_output(target.path(), overwrite=target.overwrite, inputs=inputs)
     if checkpoint is not None and same_file(checkpoint, target.path()):
