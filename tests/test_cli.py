@@ -550,6 +550,22 @@ def test_another_picture_in_the_place_of_a_resumed_run_stays(vggstyle, folder, m
     assert Path("o.png").read_bytes() == before and not Path("run.pt").exists()
 
 
+def test_a_picture_that_comes_while_a_resumed_run_goes_on_stays(vggstyle, folder, monkeypatch, real_signals):
+    told_in_third_step(monkeypatch, signal.SIGTERM)
+    command = (*PAIR, "--checkpoint", "run.pt", "-o", "o.png")
+    assert vggstyle(*command)[0] == 130
+    terms = Objective.terms
+
+    def saved(self, image):
+        Path("o.png").write_bytes(b"mine")
+        return terms(self, image)
+
+    monkeypatch.setattr(Objective, "terms", saved)
+    code, out, err = vggstyle(*command)
+    assert (code, out) == (0, "o-2.png\n") and "o.png already exists: the picture is o-2.png" in err
+    assert Path("o.png").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize(
     "words",
     [

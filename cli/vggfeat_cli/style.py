@@ -65,14 +65,17 @@ def command(
     from vggfeat.image import check_output, save_image
 
     name = output or "-".join(Path(path).stem for path in (content, *style)) + ".png"
-    resumed = Path(checkpoint) if checkpoint is not None and Path(checkpoint).exists() else None
-    if resumed is None:
-        target = Target(output, name, overwrite)
-    else:  # what the run itself left when it was interrupted is replaced; what else is there is not, nor in the way
-        target = Target(None, name, overwrite or _is_unfinished(Path(name), config, resumed))
+    resumed = Path(checkpoint).stat().st_mtime_ns if checkpoint is not None and Path(checkpoint).exists() else None
+
+    def target() -> Target:  # as of now: another file may come in its place while the run goes on
+        if resumed is None:
+            return Target(output, name, overwrite)
+        # what the run itself left when it was interrupted is replaced; what else is there is not, nor in the way
+        return Target(None, name, overwrite or _is_unfinished(Path(name), config, resumed))
+
     inputs = (content, *style, *config.init_files)
-    check_output(target.path(), overwrite=target.overwrite, inputs=inputs)
-    if checkpoint is not None and same_file(checkpoint, target.path()):
+    check_output(target().path(), overwrite=target().overwrite, inputs=inputs)
+    if checkpoint is not None and same_file(checkpoint, target().path()):
         raise vggfeat.InputError(f"--checkpoint and the picture are both {checkpoint}: give them two names")
     with _Bar(disable=quiet) as bar:
 
@@ -81,7 +84,7 @@ def command(
             bar(step)
             if not save_every or step.step % save_every:
                 return
-            path = target.path()
+            path = target().path()
             path = path.with_name(f"{path.stem}-{step.scale}-{step.step:04}{path.suffix}")
             replaces = overwrite and not any(same_file(path, each) for each in (*inputs, checkpoint or ""))
             try:
@@ -91,7 +94,7 @@ def command(
                 save_every = None
 
         result = vggfeat.stylize(content, list(style), config, callback=on_step, checkpoint=checkpoint)
-    written, trouble = target.save(result)
+    written, trouble = target().save(result)
     if as_json:
         summary = {"output": str(written), "content": content, "style": list(style)} | result.to_dict()
         unheard = print_result(json.dumps(summary, indent=2))
@@ -101,7 +104,7 @@ def command(
     size = f"{result.image.width}×{result.image.height}"
     steps = counted(len(result.history), "step")
     click.echo(f"{size}, {steps}, {seconds}, {result.arch} in {result.precision}", err=True)
-    if output is not None and resumed and written != Path(output):
+    if output is not None and resumed is not None and written != Path(output):
         click.echo(f"{output} already exists: the picture is {written}", err=True)
     for each in filter(None, (trouble, unheard)):
         click.echo(f"vggstyle: {each}; the picture is in {written}", err=True)
@@ -121,8 +124,8 @@ def command(
     return FAILED if unheard else 0
 
 
-def _is_unfinished(path: Path, config: StyleConfig, checkpoint: Path) -> bool:
-    """Whether a picture is what a run with these settings left at an interruption, after it wrote the checkpoint."""
+def _is_unfinished(path: Path, config: StyleConfig, since: int) -> bool:
+    """Whether a picture is what a run with these settings left at an interruption, no earlier than `since` (ns)."""
     from vggfeat.image import read_settings
 
     try:
@@ -130,7 +133,7 @@ def _is_unfinished(path: Path, config: StyleConfig, checkpoint: Path) -> bool:
     except vggfeat.ImageError:  # none, or none that can be read
         return False
     same = settings.get("config") == json.loads(json.dumps(config.to_dict()))
-    return same and settings.get("interrupted") is True and path.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns
+    return same and settings.get("interrupted") is True and path.stat().st_mtime_ns >= since
 
 
 class _Bar:
