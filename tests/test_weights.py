@@ -376,6 +376,25 @@ def test_the_same_file_in_two_conventions(tmp_path, state):
     close(plain(x)["conv1_1"], F.conv2d((x - MEAN) / STD, weight, bias, padding=1))
 
 
+def test_a_file_replaced_while_it_is_read_is_read_anew_later(tmp_path, state, monkeypatch):
+    path, read = tmp_path / "w.pth", W.read
+    newer = {key: value + 1 for key, value in state.items()}
+    torch.save(dict(state), path)
+
+    def replaced_meanwhile(path, **options):
+        raw = read(path, **options)
+        torch.save(newer, path)
+        return raw
+
+    with monkeypatch.context() as patched:
+        patched.setattr(W, "read", replaced_meanwhile)
+        before = VGGFeatures(["conv1_1"], weights=path)
+    x = images()
+    for features, expected in ((before, state), (VGGFeatures(["conv1_1"], weights=path), newer)):
+        weight, bias = expected["features.0.weight"], expected["features.0.bias"]
+        close(features(x)["conv1_1"], F.conv2d((x - MEAN) / STD, weight, bias, padding=1))
+
+
 def keras_arrays(config, seed=0):
     """Layers of a Keras VGG with 4 to 32 channels: kernels (H,W,in,out), linear (in,out)."""
     generator = torch.Generator().manual_seed(seed)

@@ -351,8 +351,9 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
         )
     convention = CAFFE if caffe or is_keras(path) else published.convention if published else IMAGENET
     name = "caffe:" * caffe + (path.name if path == given else f"{given.name}/{path.name}")
+    key = (*file_key(path), convention)  # before it is read: a file that takes its place meanwhile has another
     raw = read(path, mapped=published is not None)  # others may be written again
-    return _read_state(raw, arch, convention, name, (*file_key(path), convention))
+    return _read_state(raw, arch, convention, name, key)
 
 
 def published_files() -> dict[str, Published]:
