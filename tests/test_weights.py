@@ -1478,6 +1478,18 @@ def test_a_network_with_weights_is_in_the_default_type():
     assert {value.dtype for value in net.parameters()} == {torch.float64}
 
 
+def test_a_convention_is_folded_in_whatever_the_default_type_is(tmp_path, state):
+    torch.save(dict(state), tmp_path / "w.pth")
+    nets = [small("D"), small("D")]
+    for net, dtype in zip(nets, (torch.float32, torch.bfloat16), strict=True):
+        torch.set_default_dtype(dtype)
+        try:
+            W.load_weights(net, f"caffe:{tmp_path / 'w.pth'}")
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(nets[0].state_dict()[key], nets[1].state_dict()[key]) for key in state)
+
+
 def test_torchvision_weights_give_torchvision_outputs(tmp_path, torchvision):
     """A file as torchvision publishes it, normalised as it says: the same numbers, to the last bit of the state."""
     torch.manual_seed(0)

@@ -201,8 +201,8 @@ def _add_by_convolution(total: Tensor, part: Tensor) -> None:
 @functools.cache
 def _convolution_is_faster() -> bool:
     """Whether the convolution is faster here, by trying: processors differ several-fold, either way."""
-    total, part = torch.zeros(64, 64, device="cpu"), torch.ones(1, 64, 32, 128, device="cpu")
-    part = part.contiguous(memory_format=torch.channels_last)
+    total = torch.zeros(64, 64, dtype=torch.float32, device="cpu")
+    part = torch.ones(1, 64, 32, 128, dtype=torch.float32, device="cpu").contiguous(memory_format=torch.channels_last)
     times: dict[Any, list[float]] = {_add_by_convolution: [], _add_by_matmul: []}
     for _ in range(3):  # the first round sets up what both keep
         for add, seconds in times.items():

@@ -430,8 +430,10 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
             "load_weights(net, weights, head=False) loads the convolutions and leaves the head as it is"
         )
     loaded.require([arch.names[-1] if head else arch.layers[-1].name])
-    with torch.device("cpu"):
-        mean, std, mean_here, std_here = map(torch.tensor, (loaded.mean, loaded.std, IMAGENET.mean, IMAGENET.std))
+    mean, std, mean_here, std_here = (
+        torch.tensor(values, dtype=torch.float32, device="cpu")  # whatever the default type is
+        for values in (loaded.mean, loaded.std, IMAGENET.mean, IMAGENET.std)
+    )
     scale, shift = std_here / std, (mean_here - mean) / std
     first = state["features.0.weight"]
     state["features.0.bias"] = state["features.0.bias"] + (first * shift[:, None, None]).sum((1, 2, 3))

@@ -91,7 +91,9 @@ def normalised(pixels: Tensor) -> Tensor:
 
 @functools.cache
 def _convention(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device) * 255 for values in (IMAGENET.mean, IMAGENET.std))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=device) * 255 for values in (IMAGENET.mean, IMAGENET.std)
+    )
     return mean, std
 
 

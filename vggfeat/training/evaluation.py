@@ -208,7 +208,7 @@ def evaluate_network(
     size = views.size or images.side
     scales: tuple[int | None, ...] = views.scales or (None if images.pixels is not None else scale_for(size),)
     net.eval()
-    scores = torch.zeros(len(images), net.arch.num_classes, device=world.device)
+    scores = torch.zeros(len(images), net.arch.num_classes, dtype=torch.float32, device=world.device)
     own = torch.arange(len(images), device="cpu")[world.rank :: world.size]
     missing = torch.zeros(len(images), device=world.device)
     count = 0
