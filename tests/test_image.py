@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from vggfeat import files, image as vi
 from vggfeat.errors import ImageError, InputError, RunError, quiet
@@ -104,6 +104,17 @@ def test_orientation_of_a_jpeg_is_applied_once_and_swaps_the_sides(tmp_path):
 def test_damaged_exif_does_not_cost_the_picture(tmp_path, junk):
     picture([[RED, GREEN]]).save(tmp_path / "a.png", exif=junk)
     assert pixels(vi.open_image(tmp_path / "a.png")) == [[RED, GREEN]]
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
+    picture([[RED, GREEN]]).save(tmp_path / "a.png")
+
+    def no_memory(image):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", no_memory)
+    with pytest.raises(MemoryError):
+        vi.open_image(tmp_path / "a.png")
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):

@@ -35,7 +35,7 @@ ROOMS = {
     "vggfeat.kernels": set(),
     "vggfeat.cuda_graphs": {"errors"},
     "vggfeat.fetch": {"errors", "files"},
-    "vggfeat.weight_files": {"arch", "errors"},
+    "vggfeat.weight_files": {"arch", "devices", "errors"},
     "vggfeat.state_dicts": {"arch", "errors"},
     "vggfeat.random_weights": {"arch", "state_dicts"},
     "vggfeat.weights": {"arch", "checkpoint", "errors", "fetch", "random_weights", "state_dicts", "weight_files"},

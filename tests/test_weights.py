@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from vggfeat import fetch, weights as W
 from vggfeat.arch import BLOCKS, Arch, parse, scaled
-from vggfeat.errors import DependencyError, InputError, WeightsError, WeightsUnavailableError
+from vggfeat.errors import DependencyError, InputError, RunError, WeightsError, WeightsUnavailableError
 from vggfeat.features import VGGFeatures
 from vggfeat.losses import PerceptualLoss
 from vggfeat.network import VGG, vgg
@@ -393,6 +393,17 @@ def test_a_file_replaced_while_it_is_read_is_read_anew_later(tmp_path, state, mo
     for features, expected in ((before, state), (VGGFeatures(["conv1_1"], weights=path), newer)):
         weight, bias = expected["features.0.weight"], expected["features.0.bias"]
         close(features(x)["conv1_1"], F.conv2d((x - MEAN) / STD, weight, bias, padding=1))
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path, state, monkeypatch):
+    torch.save(dict(state), tmp_path / "w.pth")
+
+    def no_memory(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 411041792 bytes")
+
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(RunError, match="not enough memory"):
+        W.load(tmp_path / "w.pth")
 
 
 def keras_arrays(config, seed=0):

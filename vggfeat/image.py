@@ -253,11 +253,13 @@ def read_settings(path: PathLike) -> dict[str, Any] | None:
 
 @contextmanager
 def _opened(path: Path, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
-    """Pillow's image of a file; whatever fails in opening or using it becomes an ImageError of one line."""
+    """Pillow's image of a file; what fails in opening or using it, except memory, becomes a one-line ImageError."""
     try:
         # Pillow warns of odd metadata and of sizes at half its own limit: nothing that a caller could act on.
         with quiet(), Image.open(file or path) as image:
             yield image
+    except MemoryError:  # the file is as good as before
+        raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, EOFError, struct.error, zlib.error, …
         raise ImageError(f"{path}: {_diagnosis(error, path)}") from error
 

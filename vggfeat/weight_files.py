@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vggfeat.arch import Arch
-from vggfeat.errors import WeightsError, WeightsUnavailableError, first_line, optional, quiet
+from vggfeat.devices import lacks_memory
+from vggfeat.errors import RunError, WeightsError, WeightsUnavailableError, first_line, optional, quiet
 
 
 def read(path: Path, *, mapped: bool = False) -> Mapping[str, Any]:
@@ -27,6 +28,7 @@ def read(path: Path, *, mapped: bool = False) -> Mapping[str, Any]:
     Raises:
         WeightsError: a file that is truncated, of another kind, or a pickle that would run code.
         DependencyError: a `.h5` file without h5py.
+        RunError: there is not enough memory.
     """
     if is_keras(path):
         return _read_keras(path)
@@ -54,6 +56,8 @@ def read(path: Path, *, mapped: bool = False) -> Mapping[str, Any]:
             ) from error
         raise WeightsError(f"{path} is damaged or no torch file: it starts with {magic[:8]!r}") from error
     except Exception as error:  # flipped bits make zip and pickle readers raise errors of any kind
+        if lacks_memory(error):
+            raise RunError(f"cannot read {path}: there is not enough memory") from error
         why = f"its reader failed with {type(error).__name__}" if isinstance(error, LookupError) else first_line(error)
         raise WeightsError(f"{path} is damaged or no torch file: {why}") from error
     if not isinstance(raw, Mapping):
