@@ -167,11 +167,7 @@ def lacks_memory(error: Exception) -> bool:
 
 
 def _machine_free() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration, IndexError):  # not Linux
-        return UNKNOWN
+    return _field(Path("/proc/meminfo"), "MemAvailable:") << 10 or UNKNOWN  # other systems have no such file
 
 
 def _cgroup_memory(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
