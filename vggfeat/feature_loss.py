@@ -150,10 +150,8 @@ class FeatureLoss(nn.Module):
 
     def _compares_with_constants(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
         """Whether no gradient but the input's can be asked for, so that it is computed with the value."""
-        others = [*target.values.values()] if isinstance(target, EncodedTarget) else [target]
-        others += [] if mask is None else [mask]
         weights: list[Any] = [term.weight for term in self._terms]
-        others += [weight for weight in weights if isinstance(weight, Tensor)]
+        others = [*_taken_apart(target)[0], *[each for each in (mask, *weights) if isinstance(each, Tensor)]]
         return (
             input.device.type in CUSTOM_BACKWARD_DEVICES
             and not (torch.is_grad_enabled() and any(other.requires_grad for other in others))
@@ -187,14 +185,11 @@ class FeatureLoss(nn.Module):
         gradient: bool,
     ) -> tuple[Tensor, ...]:
         """`_value_and_gradient`, or `_compare` alone, of the whole batch; of a snapshot, which a graph then keeps."""
-        encoded = replace(target, values={}) if isinstance(target, EncodedTarget) else None
-        theirs = target.values if isinstance(target, EncodedTarget) else {"": target}
-        names, masks = [*theirs], [] if mask is None else [mask]
+        theirs, put_together = _taken_apart(target)
+        count, names = len(theirs), tuple(target.values) if isinstance(target, EncodedTarget) else ()
 
         def compute(input: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-            values = dict(zip(names, others[: len(names)], strict=True))
-            target = values[""] if encoded is None else replace(encoded, values=values)
-            mask = None if len(others) == len(names) else others[-1]
+            target, (mask,) = put_together(others[:count]), others[count:] or (None,)
             if gradient:
                 return self._value_and_gradient(input, target, mask)
             return (self._compare(input, target, mask),)
@@ -206,7 +201,8 @@ class FeatureLoss(nn.Module):
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
         )
         with torch.no_grad():
-            return replays(compute, [input.detach(), *theirs.values(), *masks], (gradient, *names, settings))
+            tensors = [input.detach(), *theirs, *([] if mask is None else [mask])]
+            return replays(compute, tensors, (gradient, names, settings))
 
     def _snapshot(self) -> Self:
         """The loss as it is now, without graphs."""
@@ -434,10 +430,7 @@ class _LossWithGradient(torch.autograd.Function):
         ctx.gradient = gradient.contiguous() if input.is_contiguous() else gradient
         ctx.dtype = input.dtype
         # only for a second derivative, where images modified in the meantime are an error; a first one does not care
-        if isinstance(target, Tensor):
-            ctx.encoded, theirs = None, [target]
-        else:
-            ctx.encoded, ctx.names, theirs = replace(target, values={}), [*target.values], [*target.values.values()]
+        theirs, ctx.put_together = _taken_apart(target)
         ctx.save_for_backward(input, mask, *theirs)
         return values
 
@@ -445,11 +438,8 @@ class _LossWithGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # a second derivative was asked for
             input, mask, *theirs = ctx.saved_tensors
-            target = theirs[0]
-            if ctx.encoded is not None:
-                target = replace(ctx.encoded, values=dict(zip(ctx.names, theirs, strict=True)))
             with torch.autocast(input.device.type, **ctx.autocast):
-                losses = ctx.loss._compare_parts(input, target, mask)
+                losses = ctx.loss._compare_parts(input, ctx.put_together(theirs), mask)
             (gradient,) = torch.autograd.grad(losses, input, grad, create_graph=True)
         else:
             if ctx.gradient is None:
@@ -465,6 +455,16 @@ def _keeps_graph() -> bool:
     asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     # torch's compiled backward cannot trace the question; a gradient that is kept costs memory alone
     return asked is None or torch.compiler.is_compiling() or bool(asked())
+
+
+def _taken_apart(
+    target: Tensor | EncodedTarget,
+) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Tensor | EncodedTarget]]:
+    """A target's tensors, and a function that puts such a target together from others like them."""
+    if isinstance(target, Tensor):
+        return [target], lambda tensors: tensors[0]
+    empty, names = replace(target, values={}), [*target.values]  # no tensor of this target is kept alive
+    return [*target.values.values()], lambda tensors: replace(empty, values=dict(zip(names, tensors, strict=True)))
 
 
 def _narrowed(tensor: Tensor) -> Tensor:
