@@ -365,7 +365,7 @@ class _Run:
         evaluation = None
         board = Board(self.folder / "tensorboard", self.announce) if self.world.is_main else None
         with ExitStack() as ending:
-            for each in (self.batches.readers, self.readers, self.learner):
+            for each in (board, self.batches.readers, self.readers, self.learner):
                 if each is not None:
                     ending.callback(each.close)
             with on_termination(self._asked_to_end), reader_errors():
@@ -379,8 +379,6 @@ class _Run:
             if self.world.is_main:
                 write_weights(self.folder, self.tested_net, self._metadata())
                 write_log(self.folder, self.history)
-        if board is not None:
-            board.close()
         if self.world.size > 1:
             gc.collect()  # free references to the process group: at the interpreter's end, its threads abort
         return TrainResult(self.tested_net.eval(), self.history, evaluation, self.folder, not complete, damaged)
