@@ -156,15 +156,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def optional(module: str, otherwise: str) -> Any:
-    """A module of an optional package.
+    """A module of a package that may be missing or broken, such as one built for another torch.
 
     Raises:
-        DependencyError: it is missing; the message is `otherwise`.
+        DependencyError: it cannot be imported; the message is `otherwise`, and why.
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise DependencyError(otherwise) from error
+    except (ImportError, RuntimeError, AttributeError) as error:
+        raise DependencyError(f"{otherwise} ({first_line(error)})") from error
 
 
 _INSIDE = ("vggfeat", "torch", "contextlib")  # the last turns contexts into decorators

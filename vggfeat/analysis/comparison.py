@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vggfeat.analysis.layers import describe
 from vggfeat.analysis.measure import Measured, machine, measure_net, saved_for_backward
 from vggfeat.arch import ARCHS, LRN_AFTER, Arch, parse
-from vggfeat.errors import DependencyError, InputError, check_choice, counted, first_line, whole_number
+from vggfeat.errors import InputError, check_choice, counted, first_line, optional, whole_number
 from vggfeat.tables import Column, Report, Table, mega
 
 if TYPE_CHECKING:
@@ -291,14 +291,11 @@ def _torchvision_net(name: str, num_classes: int) -> nn.Module:
 
 
 def _torchvision_models(name: str) -> Any:
-    try:
-        from torchvision import models
-    except (ImportError, RuntimeError, AttributeError) as error:  # built for another torch: RuntimeError
-        raise DependencyError(
-            f"{name!r} is no VGG ({', '.join(ARCHS)}, '_bn' behind), and torchvision, which may know it, does not work "
-            f"here ({first_line(error)}): install the torchvision that belongs to your torch"
-        ) from error
-    return models
+    otherwise = (
+        f"{name!r} is no VGG ({', '.join(ARCHS)}, '_bn' behind), and torchvision, which may know it, does not work "
+        "here: install the torchvision that belongs to your torch"
+    )
+    return optional("torchvision", otherwise).models
 
 
 def _count(name: str, build: Callable[[], nn.Module], size: int, published: dict[str, tuple[float, float]]) -> Net:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vggfeat.devices import triton_kernels
-from vggfeat.errors import DependencyError, ImageError, InputError, RunError, first_line
+from vggfeat.errors import ImageError, InputError, RunError, optional
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.data import LEAVE_OUT, ImageSet, Readers, scaled
 from vggfeat.training.distributed import World
@@ -108,14 +108,10 @@ def transforms() -> Any:
     Raises:
         DependencyError: torchvision is missing or does not work.
     """
-    try:
-        from torchvision.transforms import v2
-    except (ImportError, RuntimeError) as error:
-        raise DependencyError(
-            f"this needs torchvision, which does not work here ({first_line(error)}): "
-            "pip install torch torchvision brings two that fit"
-        ) from error
-    return v2
+    return optional(
+        "torchvision.transforms.v2",
+        "this needs torchvision, which does not work here: pip install torch torchvision brings two that fit",
+    )
 
 
 class Batches:
