@@ -274,32 +274,38 @@ class _Run:
         if config.init not in starts and not os.path.lexists(config.init):
             raise InputError(f"init is content, noise or an image file: there is none at {config.init!r}")
         self.start = starts[config.init] if config.init in starts else open_image(config.init)
-        self.image = self._initial(*self.sizes[0])
         # measured before any work: memory that one scale took is free for the next, though the system counts it as used
         self.memory = free_memory(device)
-        width, height = self.sizes[-1]
-        # the picture, its gradient, the content, and what the optimiser remembers when tiled: no run takes less
-        images = 3 + (2 * SHORT if config.optimizer == "lbfgs" else 2)
-        needed, total = images * 12 * width * height, total_memory(device)
-        most = math.inf if total is None else max(self.memory, total // 2)  # what is free may be misreported, or grow
-        if total is not None and needed > most:
-            raise InputError(
-                f"at size {config.size} the picture is {width}×{height}, which takes {needed / 2**30:,.1f} GiB "
-                f"of memory or more; the device has {total / 2**30:,.1f} GiB: choose a smaller size"
-            )
-        for number, (w, h) in enumerate((self._style_size(style, width, height) for style in styles), start=1):
-            needed = 2 * 12 * w * h  # as it is, and normalised
-            if total is not None and needed > most:
-                raise InputError(
-                    f"style {number} is read at {w}×{h}, which takes {needed / 2**30:,.1f} GiB of memory or more; the "
-                    f"device has {total / 2**30:,.1f} GiB: choose a smaller style_scale, or crop it"
-                )
+        self._check_memory()
+        self.image = self._initial(*self.sizes[0])
         self.objective: Objective | None = None
         self.checkpoint: Path | None = None
         self.identity: dict[str, Any] = {}  # what distinguishes it from another run
         self.written_at = time.monotonic()  # when the checkpoint was written
         self.state: dict[str, Any] = {}  # after the last complete step
         self.before: dict[str, Any] = {}  # what the run resumes from
+
+    def _check_memory(self) -> None:
+        """Raise `InputError` where the picture or a style cannot fit, however small the tiles are."""
+        total = total_memory(self.device)
+        if total is None:
+            return
+        most = max(self.memory, total // 2)  # what is free may be misreported, or grow
+        width, height = self.sizes[-1]
+        # the picture, its gradient, the content, and what the optimiser remembers when tiled: no run takes less
+        images = 3 + (2 * SHORT if self.config.optimizer == "lbfgs" else 2)
+        picture = f"at size {self.config.size} the picture is {width}×{height}"
+        checks = [(picture, images * 12 * width * height, "choose a smaller size")]
+        for number, style in enumerate(self.styles, start=1):
+            w, h = self._style_size(style, width, height)
+            needed = 2 * 12 * w * h  # as it is, and normalised
+            checks.append((f"style {number} is read at {w}×{h}", needed, "choose a smaller style_scale, or crop it"))
+        for what, needed, hint in checks:
+            if needed > most:
+                raise InputError(
+                    f"{what}, which takes {needed / 2**30:,.1f} GiB of memory or more; the device has "
+                    f"{total / 2**30:,.1f} GiB: {hint}"
+                )
 
     def _tensor(self, picture: Image.Image, width: int, height: int) -> Tensor:
         return to_tensor(resize(picture, width, height)).to(self.device)
