@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -174,11 +175,6 @@ def _tell(bar: Any, quiet: bool, step: TrainStep) -> None:
 def evaluate(
     weights: str,
     data: str,
-    size: int | None,
-    scales: tuple[int, ...] | None,
-    grid: int,
-    flip: bool,
-    dense: bool,
     plot: str | None,
     form: str | None,
     output: str | None,
@@ -197,7 +193,7 @@ def evaluate(
     file = Path(weights.removeprefix("caffe:"))
     check_outputs(output, plot, overwrite, inputs=(str(file / "weights.safetensors" if file.is_dir() else file), data))
     keep_memory()
-    views = Views(size, scales, grid, flip, dense)
+    views = Views(**{field.name: options.pop(field.name) for field in dataclasses.fields(Views)})
     report = vggfeat.evaluate(weights, data, views, **options)
     finish_report(report, form, output, overwrite)
     if plot is not None:
