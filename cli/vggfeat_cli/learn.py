@@ -15,7 +15,7 @@ import click
 import vggfeat
 from vggfeat.errors import counted
 from vggfeat.settings import PRECISIONS
-from vggfeat.training.config import RECIPES, TrainConfig, Views, recipe
+from vggfeat.training.config import ARCH, RECIPES, TrainConfig, Views, recipe
 from vggfeat_cli.options import settings
 from vggfeat_cli.reports import (
     check_outputs,
@@ -82,7 +82,7 @@ def train(
     if first:
         # a resumed run may have its plot already
         check_outputs(None, plot, overwrite=overwrite or resume, inputs=[each for each in (data, test) if each])
-    begun = config.arch or Path(str(config.weights or "vgg16_bn")).stem
+    begun = config.arch or Path(str(config.weights or ARCH)).stem
     folder = Path(output) if output else free_name(Path(f"{begun}-{name}"))
     said = "  ".join(f"{key}={value}" for key, value in config.to_dict().items() if value is not None)
     lines = [f"recipe {name}: {said}"]  # printed with the run's first line, once there is sure to be one

@@ -15,7 +15,7 @@ from vggfeat.devices import autocast_dtype, emulates
 from vggfeat.errors import WeightsError
 from vggfeat.network import VGG
 from vggfeat.training.batches import transforms
-from vggfeat.training.config import TrainConfig
+from vggfeat.training.config import ARCH, TrainConfig
 from vggfeat.training.muon import Muon
 from vggfeat.weights import load, load_weights
 
@@ -28,7 +28,7 @@ def network(config: TrainConfig, num_classes: int, resumed: Arch | None = None) 
         WeightsError: weights of another network, or with another number of classes and no `new_head`.
     """
     if config.weights is None:
-        arch = parse(config.arch or "vgg16_bn")
+        arch = parse(config.arch or ARCH)
         arch = Arch(arch.config, arch.batch_norm, channels_at(config.width), config.head, num_classes)
         return VGG(arch, config.dropout, config.init)
     net = _pretrained(config, num_classes) if resumed is None else VGG(resumed, config.dropout, config.init)

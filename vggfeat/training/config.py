@@ -13,6 +13,7 @@ from vggfeat.errors import InputError, check_choice, whole_number
 from vggfeat.settings import PRECISIONS, Settings, option
 
 MAX_SIDE = 1 << 16  # of images, in pixels: JPEG's
+ARCH = "vgg16_bn"  # where neither the settings nor weights name one
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class TrainConfig(Settings):
         "bad_images": ("fail", "skip"),
     }
 
-    arch: str | None = option(None, "vgg16_bn (default), vgg11, …; with --weights, their own.")
+    arch: str | None = option(None, f"{ARCH} (default), vgg11, …; with --weights, their own.")
     head: str = option("slim", "Classifier.")
     width: float = option(1.0, "Factor on every channel count.")
     dropout: float = option(0.0, "Dropout in the head.")
@@ -317,7 +318,7 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
         check_choice("setting", key, fields)
     settings = dict(RECIPES[name])
     if name == "fast":
-        arch = parse(changes.get("arch") or ("vgg16_bn" if changes.get("weights") is None else "vgg16"))
+        arch = parse(changes.get("arch") or (ARCH if changes.get("weights") is None else "vgg16"))
         if changes.get("weights") not in (None, "random"):
             settings["lr"] = FINE_TUNING_LR
         elif not arch.batch_norm:
