@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from vggfeat.weights import WeightsLike
 
 
+NEGLIGIBLE = math.erfc(math.sqrt(2))  # 4.55 % of the largest gradient: a Gaussian's share beyond two deviations
+
+
 @dataclass(frozen=True, repr=False)
 class Stacked(Report):
     """1 to `n` stacked 3×3 convolutions against one with the same receptive field; see `stacked_3x3`.
@@ -176,7 +179,4 @@ def effective_field(
     support = (int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1)
     start = (side - field) // 2
     square = (total / total.max()).float()[start : start + field, start : start + field]
-    return EffectiveField(layer, field, support, float((square > 1 - _TWO_SIGMA).sum()) ** 0.5, square)
-
-
-_TWO_SIGMA = math.erf(2 / math.sqrt(2))
+    return EffectiveField(layer, field, support, float((square > NEGLIGIBLE).sum()) ** 0.5, square)
