@@ -247,12 +247,15 @@ def load(
         return weights
     told = "random" if weights is None else resolved(weights)
     follows = isinstance(weights, _Default) or (isinstance(weights, str) and told != weights)
-    if follows and os.environ.get("VGGFEAT_WEIGHTS"):
-        try:
-            return load(told, arch, default=default, classifier=classifier)
-        except WeightsError as error:
+    try:
+        return _load(told, arch, default, classifier)
+    except WeightsError as error:
+        if follows and os.environ.get("VGGFEAT_WEIGHTS"):
             raise type(error)(f"{error} (VGGFEAT_WEIGHTS is {told!r})") from error
-    weights = told
+        raise
+
+
+def _load(weights: Any, arch: str | Arch | None, default: str, classifier: bool) -> Weights:
     if isinstance(weights, Mapping):
         return _read_state(weights, arch, IMAGENET, "from a state dict")
     if not isinstance(weights, str | os.PathLike):
@@ -262,36 +265,50 @@ def load(
             f"weights is {', '.join(map(repr, NAMES))}, a path or a state dict, got {type(weights).__name__}{hint}"
         )
     if weights == "auto":
-        try:
-            return load("imagenet", arch, default=default)
-        except WeightsError as error:  # unavailable, or not what was published
-            other = arch is not None and parse(arch).name != "vgg19"
-            loaded = load("random" if other else "bundled", arch, classifier=classifier)
-            # no paths of this machine, as pictures store labels; `vggfeat weights fetch` gives the details
-            why = "are unavailable" if isinstance(error, WeightsUnavailableError) else "are damaged"
-            return replace(loaded, note=f"imagenet weights for {parse(arch or default).name} {why}")
+        return _load_auto(arch, default, classifier)
     if weights == "bundled":
-        return _read_state(read(BUNDLED, mapped=True), arch, IMAGENET, "bundled", file_key(BUNDLED))
+        return _load_bundled(arch)
     if weights == "random":
-        chosen = parse(arch or default)
-        chosen = chosen if classifier else replace(chosen, head=None)
-        # the same numbers on any default device and under autocast
-        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            state = random_state(chosen)
-        key = ("random", chosen)
-        return Weights(chosen, state, IMAGENET.mean, IMAGENET.std, "random", key, loaded=_versions(state))
+        return _load_random(parse(arch or default), classifier)
     if isinstance(weights, str) and weights in SETS:
-        chosen = parse(arch or default)
-        published = _published(weights, chosen)
-        try:
-            path = find(weights, chosen.name)
-        except WeightsUnavailableError as error:
-            if arch is not None and chosen.name != "vgg19":
-                raise
-            raise WeightsUnavailableError(f"{error}, or use the weights 'bundled' (a slim VGG-19)") from None
-        raw = read(path, mapped=True)
-        return _read_state(raw, chosen, published.convention, weights, file_key(path), published.filename)
+        return _load_published(weights, arch, default)
     return _load_path(os.fspath(weights), arch)
+
+
+def _load_auto(arch: str | Arch | None, default: str, classifier: bool) -> Weights:
+    try:
+        return _load_published("imagenet", arch, default)
+    except WeightsError as error:  # unavailable, or not what was published
+        other = arch is not None and parse(arch).name != "vgg19"
+        loaded = _load_random(parse(arch or default), classifier) if other else _load_bundled(arch)
+        # no paths of this machine, as pictures store labels; `vggfeat weights fetch` gives the details
+        why = "are unavailable" if isinstance(error, WeightsUnavailableError) else "are damaged"
+        return replace(loaded, note=f"imagenet weights for {parse(arch or default).name} {why}")
+
+
+def _load_bundled(arch: str | Arch | None) -> Weights:
+    return _read_state(read(BUNDLED, mapped=True), arch, IMAGENET, "bundled", file_key(BUNDLED))
+
+
+def _load_random(arch: Arch, classifier: bool) -> Weights:
+    arch = arch if classifier else replace(arch, head=None)
+    # the same numbers on any default device and under autocast
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        state = random_state(arch)
+    return Weights(arch, state, IMAGENET.mean, IMAGENET.std, "random", ("random", arch), loaded=_versions(state))
+
+
+def _load_published(name: str, arch: str | Arch | None, default: str) -> Weights:
+    chosen = parse(arch or default)
+    published = _published(name, chosen)
+    try:
+        path = find(name, chosen.name)
+    except WeightsUnavailableError as error:
+        if arch is not None and chosen.name != "vgg19":
+            raise
+        raise WeightsUnavailableError(f"{error}, or use the weights 'bundled' (a slim VGG-19)") from None
+    key = file_key(path)
+    return _read_state(read(path, mapped=True), chosen, published.convention, name, key, published.filename)
 
 
 def resolved(weights: WeightsLike) -> Any:
