@@ -1249,9 +1249,18 @@ def test_what_a_kill_left_is_cleared_away(data, tmp_path):
     good = {path.name for path in folder.glob("step-00000000?.pt")}
     state, damaged = checkpoint.newest(folder, NEEDED)
     assert state["step"] == 1 and len(damaged) == 1
-    assert {path.name for path in folder.iterdir()} == good | {
-        "step-000000099.damaged"
-    }  # nothing but half a file is lost
+    # nothing but half a file is lost
+    assert {path.name for path in folder.iterdir()} == good | {"step-000000099.damaged"}
+
+
+def test_a_damaged_checkpoint_that_cannot_be_renamed_does_not_end_a_run(data, tmp_path):
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "r", callback=stop_at(2), save_every=1)
+    folder = tmp_path / "r" / "checkpoints"
+    (folder / "step-000000099.pt").write_bytes(b"damaged")
+    (folder / "step-000000099.damaged").mkdir()
+    state, damaged = checkpoint.newest(folder, NEEDED)
+    assert state["step"] == 1 and len(damaged) == 1
 
 
 def test_recipes_bend():

@@ -941,6 +941,7 @@ def test_padding_may_make_up_for_a_small_scale(tmp_path, torchvision):
         ("training_set", "test_set"),
         ("TRAIN", "eval"),
         ("train2017", "val2017"),
+        ("Train Set 2017", "val_images_2"),
         ("train-images", "Validation Images"),
     ],
 )

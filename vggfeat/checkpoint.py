@@ -98,7 +98,8 @@ def newest(folder: Path, needed: Collection[str]) -> tuple[dict[str, Any] | None
             wrong[path] = f"{path} is damaged ({first_line(error)})"
         else:
             for damaged in wrong:
-                damaged.rename(damaged.with_suffix(".damaged"))
+                with contextlib.suppress(OSError):  # kept for a look at it, no more
+                    damaged.replace(damaged.with_suffix(".damaged"))
             return state, list(wrong.values())
     return None, list(wrong.values())
 

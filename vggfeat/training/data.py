@@ -249,7 +249,8 @@ def _parts(path: Path) -> list[_Tree]:
 
 def _purpose(folder: str) -> str:
     """What a folder is for, such as `train` for Train, train_set, train-images, train2017."""
-    return re.sub(r"[^a-z]|(set|images|data)$", "", folder.lower())
+    letters = re.sub("[^a-z]", "", folder.lower())
+    return re.sub("(set|images|data)$", "", letters)
 
 
 def would_hold(source: Path, folder: Path) -> bool:
