@@ -71,7 +71,7 @@ def test_images_that_are_not_in_0_to_1_are_refused(small, size):
     for wrong in (noise(48, 48) * 255, noise(48, 48) * 2 - 1, noise(48, 48) * 2):
         with pytest.raises(vggfeat.InputError, match=r"expected an image in \[0,1\], got values from"):
             maps(wrong, "relu1_1", weights=small, size=size)
-    with pytest.raises(vggfeat.InputError, match="at least 1 pixel"):
+    with pytest.raises(vggfeat.InputError, match="size must be a whole number of at least 1, got"):
         maps(noise(48, 48), "relu1_1", weights=small, size=0)
 
 
@@ -435,6 +435,24 @@ def test_a_unit_is_driven_and_no_other_place(small):
     assert int(tap.argmax()) == 2 * tap.shape[1] + 3
     with pytest.raises(vggfeat.InputError, match="16 rows and 16 columns"):
         dream("conv2_1", [2], unit=(16, 0), size=32, weights=small)
+
+
+def test_no_unit_is_lost_out_of_sight():
+    """With a shift as for a whole channel, six of these units see none of what grew for them, and end silent."""
+    found = dream("relu2_1", count=32, unit=True, size=48, steps=40, precision="float32", weights="bundled")
+    assert all(end > start for start, end in zip(found.start, found.activations, strict=True))
+
+
+def test_a_silent_unit_is_at_zero(small):
+    found = dream("relu1_1", count=8, unit=True, size=16, steps=1, precision="float32", weights=small)
+    silent = [value for value in (*found.start, *found.activations) if value == 0]
+    assert silent and all(math.copysign(1, value) == 1 for value in silent)
+
+
+def test_a_size_that_is_no_whole_number(small):
+    for size in (64.0, "64", 0):
+        with pytest.raises(vggfeat.InputError, match="size must be a whole number of at least 1"):
+            maps(torch.rand(1, 3, 32, 32), "conv1_1", size=size, weights=small)
 
 
 def test_a_dream_of_a_class(headed):

@@ -127,7 +127,8 @@ def dream(
         size: side of the pictures in pixels.
         steps: of Adam.
         learning_rate: of Adam: in units of the amplitudes; for pixels a third of it, in units of their range.
-        jitter: largest shift in pixels; no more than an eighth of the side is used.
+        jitter: largest shift in pixels; no more than an eighth of the side is used, for a unit no more than a quarter
+            of its receptive field.
         seed: of the start and of the jitter, from 0 to 2⁶³ - 1.
         arch: the network, see `VGGFeatures`.
         weights: see `vggfeat.weights.load`.
@@ -167,11 +168,14 @@ def dream(
         raise InputError(f"{len(names)} names for {loaded.arch.num_classes} classes")
     last = layer in HEAD_NAMES and layer == loaded.arch.names[-1]
     labels = [names[channel] if names is not None and last else str(channel) for channel in shown]
-    place = _place(unit, probe, layer)
+    place, shift = _place(unit, probe, layer), min(jitter, size // 8)
+    if place is not None:  # whose patch must stay where it sees it
+        shift = min(shift, loaded.arch.layer(layer).receptive_field // 4)
 
     def activation(images: Tensor, leak: float = 0.0) -> Tensor:
         tap = upcast(features.taps(images)[below])[range(len(shown)), shown]  # (K,h,w) or (K,)
-        tap = F.leaky_relu(tap, leak) if relu else tap
+        if relu:
+            tap = F.leaky_relu(tap, leak) if leak else F.relu(tap)  # a leak of 0 would make negative zeros
         return tap if tap.ndim == 1 else tap.mean((1, 2)) if place is None else tap[:, place[0], place[1]]
 
     generator = torch.Generator().manual_seed(seed)
@@ -182,7 +186,7 @@ def dream(
     try:
         for step in range(1, steps + 1):
             images = canvas.images()
-            excited = activation(_jittered(images, min(jitter, size // 8), generator), _LEAK)
+            excited = activation(_jittered(images, shift, generator), _LEAK)
             canvas.step(-excited.sum(), step / steps)
             done = step
             if callback is not None:

@@ -16,11 +16,11 @@ def load_image(image: ImageLike, size: int | None = None) -> Tensor:
 
     Raises:
         ImageError: a file that cannot be read.
-        InputError: anything else, a tensor that is not an image in [0,1], or a size below 1.
+        InputError: anything else, a tensor that is not an image in [0,1], or a size that is no whole number from 1.
     """
     picture = as_picture(image)  # also checks a tensor
     if size is not None:
-        return to_tensor(resize(picture, *fit(picture.width, picture.height, size)))
+        return to_tensor(resize(picture, *fit(picture.width, picture.height, whole_number("size", size))))
     if isinstance(image, Tensor):  # without going through 8 bits
         return image.detach().reshape(1, *image.shape[-3:]).to("cpu", torch.float32)
     return to_tensor(picture)
