@@ -254,8 +254,9 @@ def test_named_constructors():
         assert vggfeat.vgg16(5, True, head="slim").arch.name == vgg("vgg16_bn").arch.name == "vgg16_bn"
 
 
-def test_torch_fx_traces_it():
-    net = vggfeat.vgg11(3, head="slim", width=0.125).eval()
+@pytest.mark.parametrize("head", ["paper", "slim"])
+def test_torch_fx_traces_it(head):
+    net = vggfeat.vgg11(3, head=head, width=0.125).eval()
     x = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
 

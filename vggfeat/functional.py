@@ -52,6 +52,8 @@ def peak_at_1(mask: Tensor) -> Tensor:
 
 def average_pool(x: Tensor) -> Tensor:
     """Adaptive average pooling of (N,C,H,W) to (N,C,7,7), on every device and reproducible where that is asked for."""
+    if not isinstance(x, Tensor):  # such as torch.fx's proxies
+        return F.adaptive_avg_pool2d(x, 7)
     # torch's pool adds in no fixed order in CUDA's backward, and MPS pools only what divides evenly
     if x.device.type == "mps" or (x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()):
         return _pool_as_products(x)
