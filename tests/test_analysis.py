@@ -1,6 +1,7 @@
 """vggfeat.analysis and its plots, commands and exercises, against VGG_FACTS, torch's own counters and the networks."""
 
 import csv
+import errno
 import importlib.util
 import io
 import json
@@ -753,6 +754,21 @@ def test_describe_command(call, tmp_path):
         assert call("describe", "A", "-o", name) == (0, f"{name}\n", "")
         assert Path(name).read_text().rstrip("\n") == text.rstrip("\n")
     assert sorted(os.listdir(tmp_path)) == ["a.CSV", "a.md", "report.json"]
+
+
+def test_a_report_that_cannot_be_written_is_printed(call, tmp_path, monkeypatch):
+    """It may have taken hours to measure."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        status, out, err = call("stacked", 4, "-o", "report.csv")
+    assert (status, out) == (1, stacked_3x3(4).to_csv())
+    assert err.startswith("vggfeat: cannot write report.csv: No space left on device")
+    assert call("stacked", 4, "-o", "report.csv")[0] == 0
+    assert call("stacked", 4, "-o", "report.csv")[:2] == call("describe", "A", "-o", "report.csv")[:2] == (2, "")
 
 
 def test_compare_and_stacked_commands(call, tmp_path):

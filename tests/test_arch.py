@@ -189,7 +189,8 @@ def test_numpy_s_numbers_are_numbers():
     [
         ({"config": "F"}, "unknown VGG configuration 'F'"),
         ({"head": "fat"}, r"choose from paper, slim \(or None for no classifier\)"),
-        ({"channels": (0, 2, 4, 8, 8)}, "tuple of five counts of at least 1"),
+        ({"channels": (0, 2, 4, 8, 8)}, "channels of block 1 must be a whole number of at least 1, got 0"),
+        ({"channels": (8, 8, 8, 8, 8.5)}, "channels of block 5 must be a whole number of at least 1, got 8.5"),
         ({"num_classes": 0}, "num_classes must be a whole number of at least 1, got 0"),
     ],
 )
@@ -256,7 +257,7 @@ def test_channels_of_each_block():
     assert [arch.layer(f"conv{block}_1").channels for block in range(1, 6)] == [3, 5, 8, 13, 21]
     assert [arch.layer(f"conv{block}_1").in_channels for block in range(1, 6)] == [3, 3, 5, 8, 13]
     assert Arch("E", channels=scaled(16)) == Arch("E", channels=(16, 32, 64, 128, 128))
-    for wrong in ((3, 5, 8, 13), (3, 5, 0, 13, 21), [3, 5, 8, 13, 21], 64):
+    for wrong in ((3, 5, 8, 13), [3, 5, 8, 13, 21], 64):
         with pytest.raises(InputError, match="tuple of five counts"):
             Arch("E", channels=wrong)
 

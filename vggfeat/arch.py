@@ -88,8 +88,10 @@ class Arch:
     num_classes: int = 1000
 
     def __post_init__(self) -> None:
-        if not isinstance(self.channels, tuple) or len(self.channels) != 5 or min(self.channels) < 1:
-            raise InputError(f"channels must be a tuple of five counts of at least 1, got {self.channels}")
+        if not isinstance(self.channels, tuple) or len(self.channels) != 5:
+            raise InputError(f"channels must be a tuple of five counts, got {self.channels}")
+        channels = tuple(whole_number(f"channels of block {i}", count) for i, count in enumerate(self.channels, 1))
+        object.__setattr__(self, "channels", channels)
         check_choice("VGG configuration", self.config, BLOCKS)
         if self.batch_norm and self.config in LRN_AFTER:
             raise InputError(f"configuration {self.config} has no batch-normalised form; use A with batch_norm=True")

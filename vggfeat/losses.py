@@ -126,10 +126,10 @@ class PerceptualLoss(LayerLoss):
     def _distance_and_gradient(
         self, name: str, tap: Tensor, theirs: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if self.criterion not in DERIVATIVES or tap.ndim != 4:
+        if not isinstance(self.criterion, str) or self.criterion not in DERIVATIVES or tap.ndim != 4:
             return super()._distance_and_gradient(name, tap, theirs, mask)
         weights = self._channel_weights(name, upcast(tap[:0]))  # whose type and device count
-        return distance_and_gradient(tap, theirs, str(self.criterion), self.normalize_features, mask, weights)
+        return distance_and_gradient(tap, theirs, self.criterion, self.normalize_features, mask, weights)
 
     def _check_sizes(self, input: tuple[int, int], target: tuple[int, int], masked: bool) -> None:
         if input != target:

@@ -42,17 +42,17 @@ def check_plot(path: PathLike, *, overwrite: bool = False, inputs: Iterable[Path
         DependencyError: matplotlib is missing.
     """
     path = check_path(path, SUFFIXES, overwrite=overwrite, inputs=inputs)
-    _figure_class()
+    _matplotlib()
     return path
 
 
-def _figure_class() -> type[Figure]:
-    figure: type[Figure] = optional("matplotlib.figure", "plots need matplotlib: pip install 'vggfeat[plot]'").Figure
-    return figure
+def _matplotlib() -> Any:
+    return optional("matplotlib.figure", "plots need matplotlib: pip install 'vggfeat[plot]'")
 
 
 def _figure(width: float, height: float) -> Figure:
-    return _figure_class()(figsize=(width, height), layout="constrained")
+    figure: Figure = _matplotlib().Figure(figsize=(width, height), layout="constrained")
+    return figure
 
 
 def _save(figure: Figure, path: Path, overwrite: bool) -> Path:

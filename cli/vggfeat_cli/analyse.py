@@ -64,6 +64,7 @@ def describe(
     """
     if classes is not None and head == "none":
         raise vggfeat.InputError("--classes needs a head: leave out --head none")
+    check_outputs(output, None, overwrite)
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     options |= {"input_size": size, "batch": batch, "head": None if head == "none" else head, "width": width}
     report = vggfeat.describe(arch, **options)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vggfeat.errors import InputError
+from vggfeat.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from vggfeat.tables import Report
@@ -42,8 +42,12 @@ def finish_report(report: Report, form: str | None, output: str | None, overwrit
         return
     from vggfeat.files import check_path, written
 
-    with written(check_path(output, overwrite=overwrite), overwrite=overwrite) as file:
-        file.write((text.rstrip("\n") + "\n").encode(errors="replace"))  # names of files can be any bytes
+    try:
+        with written(check_path(output, overwrite=overwrite), overwrite=overwrite) as file:
+            file.write((text.rstrip("\n") + "\n").encode(errors="replace"))  # names of files can be any bytes
+    except (InputError, RunError):  # it may have taken an hour
+        click.echo(text.rstrip("\n"))
+        raise
     click.echo(output)
 
 

@@ -81,10 +81,10 @@ class Sheet:
         Raises:
             DependencyError: matplotlib is missing.
         """
-        figure_class = _figure_class()
+        matplotlib = _matplotlib()
         picture, texts = self._layout()
         width, height = picture.size
-        figure = figure_class(figsize=(width / DPI, height / DPI), dpi=DPI)
+        figure: Figure = matplotlib.Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         axes.set_axis_off()
         axes.imshow(picture, interpolation="none", extent=(0, width, height, 0), aspect="auto")
@@ -191,14 +191,12 @@ def check_sheet(
     """
     path = check_output(path, overwrite=overwrite, inputs=inputs, formats=(*FORMATS, *VECTOR))
     if path.suffix.lower() in VECTOR:
-        _figure_class()
+        _matplotlib()
     return path
 
 
-def _figure_class() -> type[Figure]:
-    otherwise = "PDF and SVG need matplotlib: pip install 'vggfeat[plot]', or write a .png"
-    figure: type[Figure] = optional("matplotlib.figure", otherwise).Figure
-    return figure
+def _matplotlib() -> Any:
+    return optional("matplotlib.figure", "PDF and SVG need matplotlib: pip install 'vggfeat[plot]', or write a .png")
 
 
 # ── colours ───────────────────────────────────────────────────────────────────────────────────────────────────────────
