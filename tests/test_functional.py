@@ -31,13 +31,31 @@ def relative(a, b):
 # ── Gram matrices ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("band", [1, 5 * 7 * 2])  # less than a row, and two rows
 @pytest.mark.parametrize("add", [VF._add_by_matmul, VF._add_by_convolution])
-def test_both_ways_to_a_gram_matrix(add, monkeypatch):
+def test_both_ways_to_a_gram_matrix(add, band, monkeypatch):
     """Whichever is the faster one here: both are the double loop, in pieces that do not divide the height."""
     monkeypatch.setattr(VF, "_convolution_is_faster", lambda: add is VF._add_by_convolution)
-    monkeypatch.setattr(VF, "BAND", 5 * 7 * 2)
+    monkeypatch.setattr(VF, "GRAM_BAND", band)
     features = torch.randn(3, 5, 9, 7)
     assert torch.allclose(VF.gram(features).double(), looped_gram(features), rtol=1e-5, atol=1e-6)
+
+
+def test_gram_where_the_same_bits_are_asked_for(monkeypatch):
+    """The way does not go by what was faster in this process."""
+    ways = {add: [] for add in (VF._add_by_matmul, VF._add_by_convolution)}
+    for add, called in ways.items():
+        monkeypatch.setattr(VF, add.__name__, lambda total, part, called=called: called.append(part))
+    for faster in (False, True):
+        monkeypatch.setattr(VF, "_convolution_is_faster", lambda faster=faster: faster)
+        VF.gram(torch.rand(1, 4, 3, 3))
+    assert [len(called) for called in ways.values()] == [1, 1]
+    torch.use_deterministic_algorithms(True)
+    try:
+        VF.gram(torch.rand(1, 4, 3, 3))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [len(called) for called in ways.values()] == [2, 1]
 
 
 def test_gram_backward_keeps_the_layout():
@@ -85,6 +103,19 @@ def test_a_constant_mask_changes_nothing(dtype):
     assert relative(VF.gram(features, torch.full((1, 1, 32, 32), 0.3)), VF.gram(features)) < tolerance
 
 
+def test_a_mask_weighs_by_its_rounded_roots():
+    """Of what bfloat16 makes of a mask, the sum is taken of what features are multiplied by, and in float32."""
+    features = torch.ones(2, 4, 64, 64).bfloat16()
+    mask = torch.full((1, 1, 64, 64), 0.3)
+    mask[..., 0, 0] = 1  # not a constant one
+    assert relative(VF.gram(features, mask), VF.gram(features)) < 1e-5
+
+
+def test_gram_of_float64_features_under_a_float32_mask():
+    features, mask = torch.rand(2, 4, 3, 3, dtype=torch.float64), torch.rand(1, 1, 3, 3)
+    assert relative(VF.gram(features, mask), VF.gram(features, mask.double())) < 1e-14
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-16, 3e37])
 def test_the_scale_of_a_mask_does_not_matter(scale):
     features, mask = torch.rand(2, 4, 8, 8), torch.rand(2, 1, 8, 8)
@@ -94,6 +125,9 @@ def test_the_scale_of_a_mask_does_not_matter(scale):
     found, _ = VF.distance_and_gradient(features, torch.zeros_like(features), "l1", mask=scale * mask)
     assert relative(found, expected) < 1e-6
     assert relative(VF.masked_mean(features.half(), 1e5 * mask).float(), expected.float()) < 1e-2
+    uneven = torch.tensor([1, scale])[:, None, None, None] * mask  # each image by its own largest value
+    assert relative(VF.gram(features, uneven), looped_gram(features, mask)) < 1e-5
+    assert relative(VF.masked_mean(features, uneven), expected) < 1e-6
 
 
 def test_gram_where_the_mask_is_all_zero():
@@ -270,6 +304,8 @@ def test_unit_normalize():
     assert torch.allclose(found.flatten(), torch.tensor([0.6, 0.8]))
     assert torch.equal(VF.unit_normalize(torch.zeros(1, 2, 1, 1)), torch.zeros(1, 2, 1, 1))
     assert torch.allclose(VF.unit_normalize(torch.randn(2, 5, 3, 3)).norm(dim=1), torch.ones(2, 3, 3))
+    short = torch.tensor([6e-6, 8e-6])[None, :, None, None]  # of length 1e-5, whose square is the guard
+    assert torch.allclose(VF.unit_normalize(short).flatten(), torch.tensor([0.6, 0.8]) * 0.5**0.5)
     large = torch.full((1, 4, 1, 1), 1e4).bfloat16()
     assert torch.allclose(VF.unit_normalize(large), torch.full((1, 4, 1, 1), 0.5))
 
