@@ -111,6 +111,8 @@ def test_weights_that_do_not_reach(state):
         ({"precision": "bf16"}, "unknown precision 'bf16'"),
         ({"keep": "all"}, "unknown keep 'all': choose from bits, values"),
         ({"input_range": (1, 0)}, r"must rise and be finite, got \(1, 0\)"),
+        ({"input_range": (1, 1)}, r"must rise and be finite, got \(1, 1\)"),
+        ({"input_range": (float("-inf"), 0)}, r"must rise and be finite, got \(-inf, 0\)"),
     ],
 )
 def test_unknown_choices(state, options, message):

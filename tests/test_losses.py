@@ -213,6 +213,9 @@ def test_callable_criteria(pair):
     half = torch.ones(1, 1, 24, 32)
     half[..., 16:] = 0
     close(by_position(x, y, half), (a - b)[..., :8].norm(dim=1).mean((1, 2)))
+    pooled = perceptual(criterion=lambda a, b: (a - b).square().mean((2, 3), keepdim=True))
+    with pytest.raises(vggfeat.InputError, match=r"a mask needs a criterion .*, got shape \(2, 16, 1, 1\)"):
+        pooled(x, y, half)
     scalar = F.smooth_l1_loss
     close(perceptual(criterion=scalar)(x, y), scalar(a, b))
     with pytest.raises(vggfeat.InputError, match="reduction='none' needs a criterion that keeps the batch"):
@@ -271,6 +274,10 @@ def test_grey_images(pair):
     x, y = (image[:, :1] for image in pair)
     expected = perceptual()(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1))
     close(perceptual(repeat_grey=True)(x, y), expected)
+    grey, colours = x.clone().requires_grad_(), x.expand(-1, 3, -1, -1).clone().requires_grad_()
+    perceptual(repeat_grey=True)(grey, y).backward()
+    perceptual()(colours, y.expand(-1, 3, -1, -1)).backward()
+    close(grey.grad, colours.grad.sum(1, keepdim=True))
     with pytest.raises(vggfeat.InputError, match="repeat_grey=True"):
         perceptual()(x, y)
 
@@ -300,7 +307,9 @@ def test_an_encoded_target_is_as_good_as_a_fresh_one(pair, make):
     alone = torch.cat([loss(x[:1], y[1:].detach()), loss(x[1:], y[1:].detach())])
     close(loss(x, encoded[1]), alone)
     close(loss(x, y[1:].detach()), alone)
-    close(loss(x.double(), encoded.to(torch.float64)), expected.double(), rtol=1e-4)
+    for wide in (encoded.to(torch.float64), encoded.to(dtype=torch.float64)):
+        assert {value.dtype for value in wide.values.values()} == {torch.float64}
+        close(loss(x.double(), wide), expected.double(), rtol=1e-4)
 
 
 def test_targets_encoded_by_another_loss(pair):
@@ -321,6 +330,14 @@ def test_targets_encoded_by_another_loss(pair):
     for other in others:
         with pytest.raises(vggfeat.InputError, match="was encoded by PerceptualLoss of relu2_2, vgg16 .*; this is"):
             other(x, encoded)
+
+
+def test_the_order_of_layers_makes_no_other_target(pair):
+    x, y = pair
+    one, other = perceptual(["relu1_2", "relu2_2"]), perceptual(["relu2_2", "relu1_2"])
+    joined = vggfeat.EncodedTarget.cat([one.encode(y[:1]), other.encode(y[1:])])
+    for loss in (one, other):
+        close(loss(x, joined), loss(x, y))
 
 
 def test_an_encoded_target_survives_a_pickle(pair):
@@ -444,10 +461,24 @@ def test_maps(pair):
     assert all(each.dtype == torch.float32 for each in loss.maps(x, y.double()).values())
     plane = perceptual(["relu1_1"], criterion=lambda a, b: (a - b).square().mean(1))  # (N,h,w)
     close(plane.maps(x, y)["relu1_1"], perceptual(["relu1_1"]).maps(x, y)["relu1_1"])
-    with pytest.raises(vggfeat.InputError, match=r"no map of relu1_1: its values have the shape \(\)"):
-        perceptual(["relu1_1"], criterion=F.mse_loss).maps(x, y)
+    without = {
+        r"\(\)": F.mse_loss,
+        r"\(2, 8, 1, 1\)": lambda a, b: (a - b).square().mean((2, 3), keepdim=True),
+        r"\(2, 2, 8, 24, 32\)": lambda a, b: torch.stack([a, b], 1),
+    }
+    for shape, criterion in without.items():
+        with pytest.raises(vggfeat.InputError, match=f"no map of relu1_1: its values have the shape {shape}"):
+            perceptual(["relu1_1"], criterion=criterion).maps(x, y)
     with pytest.raises(vggfeat.InputError, match="the input is an encoded target"):
         loss(loss.encode(x), y)
+
+
+def test_maps_inside_autocast(pair):
+    """Criteria compare in float32, as they do in the loss."""
+    loss = perceptual(criterion=lambda a, b: torch.einsum("nchw,nchw->nhw", a, b), precision="bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss.maps(*pair)["relu2_2"]
+    assert torch.equal(found, loss.maps(*pair)["relu2_2"])
 
 
 # ── what is refused ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -505,6 +536,12 @@ def test_a_style_target_of_another_size(pair):
     loss = style(["relu2_2"])
     close(loss(x, y), (a - b).square().mean())
     close(loss(x, loss.encode(y)), (a - b).square().mean())
+    left = torch.zeros(1, 1, 24, 32)  # of the input
+    left[..., :16] = 1
+    a = gram(taps(x, ["relu2_2"])["relu2_2"][..., :8])
+    close(loss(x, loss.encode(y), left), (a - b).square().mean())
+    with pytest.raises(vggfeat.InputError, match="32×24 pixels against a target of 20×40"):
+        vggfeat.CombinedLoss([style(), perceptual()])(x, y)
 
 
 @pytest.mark.parametrize(
@@ -570,6 +607,14 @@ def test_gradients_flow_to_whoever_asks(pair, make):
         for image, want in zip((a, b), wants, strict=True):
             assert (image.grad is not None) == want
             assert not want or image.grad.abs().max() > 0
+
+
+def test_monitoring_costs_no_gradient(pair, loss, monkeypatch):
+    x, y = pair[0].requires_grad_(), pair[1]
+    expected = loss(x, y).detach()
+    monkeypatch.setattr(loss.features, "vjp", None)
+    with torch.no_grad():
+        close(loss(x, y), expected)
 
 
 @pytest.mark.parametrize("make", [perceptual, style])
@@ -964,22 +1009,24 @@ def test_a_pickle_in_a_fresh_process(pair, tmp_path):
     assert [float(value) for value in found] == pytest.approx(expected, rel=1e-5)
 
 
-def test_masks_of_encoded_styles_are_looked_at(pair):
+@pytest.mark.parametrize("make", [style, combined])
+def test_masks_of_encoded_styles_are_looked_at(pair, make):
     _, y = pair
     mask = torch.ones(len(y), 1, *y.shape[2:])
     for bad in (-mask, mask * math.nan, mask[..., :-1]):
         with pytest.raises(vggfeat.InputError, match="mask"):
-            style().encode(y, bad)
+            make().encode(y, bad)
 
 
 def test_targets_encoded_under_another_convention_are_refused(pair):
     x, y = pair
     loaded = vggfeat.weights.load(STATE, "vgg16")
-    other = dataclasses.replace(loaded, mean=(0.0, 0.0, 0.0))
-    ours, theirs = (vggfeat.PerceptualLoss(["relu1_2"], weights=each) for each in (loaded, other))
-    assert ours.features.checksum() != theirs.features.checksum()
-    with pytest.raises(vggfeat.InputError, match="was encoded by"):
-        ours(x, theirs.encode(y))
+    for other in ({"mean": (0.0, 0.0, 0.0)}, {"std": (1.0, 1.0, 1.0)}):
+        both = loaded, dataclasses.replace(loaded, **other)
+        ours, theirs = (vggfeat.PerceptualLoss(["relu1_2"], weights=each) for each in both)
+        assert ours.features.checksum() != theirs.features.checksum()
+        with pytest.raises(vggfeat.InputError, match="was encoded by"):
+            ours(x, theirs.encode(y))
 
 
 @pytest.mark.parametrize("make", [perceptual, style])
@@ -1012,10 +1059,26 @@ def test_a_weight_that_is_trained_gets_its_gradient(pair, loss):
     close(weight.grad, loss(x, y))
 
 
-def test_hooks_on_the_features_see_both_images(pair, loss):
+def test_what_may_become_a_graph(pair, monkeypatch):
+    """On a device that could replay all."""
+    monkeypatch.setattr("vggfeat.feature_loss.supports_capture", lambda device: True)
+    x = pair[0]
+    without = perceptual(cuda_graphs=False)
+    assert perceptual()._may_replay(x) and vggfeat.CombinedLoss([perceptual(), style()])._may_replay(x)
+    assert not without._may_replay(x) and not vggfeat.CombinedLoss([without, style()])._may_replay(x)
+    assert not perceptual()._may_replay(x[:0])
+    assert not vggfeat.LPIPS(weights="random", cuda_graphs=False)._may_replay(x)
+    trained = perceptual()
+    trained.layer_weights["relu2_2"] = torch.nn.Parameter(torch.tensor(1.5))
+    assert not trained._may_replay(x)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_on_the_features_see_both_images(pair, loss, register):
     x, y = pair
     seen = []
-    loss.features.register_forward_hook(lambda module, given, result: seen.append(given[0]))
+    watch = getattr(loss.features, register)
+    watch(lambda module, given, *result: seen.append(given[0]))
     loss(x.clone().requires_grad_(), y).backward()
     assert [torch.equal(image, x) for image in seen] == [True, False] and torch.equal(seen[1], y)
 
@@ -1249,6 +1312,7 @@ def test_parts_of_a_batch_add_up(monkeypatch, kind, masked):
     empty = x[:0].clone().requires_grad_()
     loss(empty, y).sum().backward()
     assert loss(empty, y).shape == (0,) and empty.grad.shape == empty.shape
+    assert mask is None or loss(empty, y, mask[:0]).shape == (0,)
 
 
 def ddp_worker(folder):
@@ -1518,6 +1582,7 @@ def test_a_step_under_torchs_counter():
     [
         ({"layer_weights": 2.0}, "layer_weights are numbers, one for each of relu1_2"),
         ({"layer_weights": [float("nan")]}, "must be finite numbers"),
+        ({"layer_weights": [float("inf")]}, "must be finite numbers"),
         ({"layer_weights": ["1"]}, r"layer_weights are numbers, one for each of relu1_2; got \['1'\]"),
         ({"layer_weights": [nn.Parameter(torch.ones(()))]}, "layer_weights are fixed numbers"),
         ({"criterion": nn.L1Loss}, r"criterion is a class: make one of it, L1Loss\(\)"),
@@ -1549,6 +1614,7 @@ def test_encoded_targets_as_batches():
         with pytest.raises(vggfeat.InputError, match="encoded by one loss, from images of one size"):
             vggfeat.EncodedTarget.cat(odd)
     assert "tensor" not in repr(joined)
+    assert single[0] == single[0] != single[1] and len({*single}) == 5  # each by itself, in a set or as a key
 
 
 def test_one_encoded_target_by_any_integer():
@@ -1690,8 +1756,13 @@ def test_gradients_through_the_classifier(criterion, normalized):
     loss = perceptual(["fc"], criterion=criterion, normalize_features=normalized)
     x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     x.requires_grad_()
-    (found,) = torch.autograd.grad(loss(x, y), x)
+    value = loss(x, y)
+    (found,) = torch.autograd.grad(value, x)
     with torch.no_grad():
+        net = copy.deepcopy(NET).eval()  # without dropout
+        a, b = (net.taps(((image - MEAN) / STD).float(), ["fc"])["fc"] for image in (x, y))
+        a, b = (F.normalize(each) if normalized else each for each in (a, b))
+        close(value.detach(), VF.CRITERIA[criterion](a, b).mean(), rtol=1e-4)
         ahead, behind = loss(x + 1e-3 * found / found.norm(), y), loss(x - 1e-3 * found / found.norm(), y)
     assert float(ahead - behind) / 2e-3 == pytest.approx(float(found.norm()), rel=0.05)
 

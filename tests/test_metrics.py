@@ -156,6 +156,13 @@ def test_auto_means_imagenet_only_where_the_environment_says_nothing_else(monkey
     assert type(lpips_weights(DEFAULT)) is str  # "imagenet" as such, not what the environment says
 
 
+def test_channels_of_bfloat16_features_count_as_calibrated(weights, pair):
+    """With a gradient as without: the weights themselves are not rounded."""
+    metric = vggfeat.LPIPS(weights=weights, precision="bfloat16")
+    value = metric(pair[0].clone().requires_grad_(), pair[1]).detach()
+    torch.testing.assert_close(value, metric(*pair), rtol=1e-5, atol=0)
+
+
 def test_grey_images_are_repeated(weights):
     grey = torch.rand(2, 1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     metric = vggfeat.LPIPS(weights=weights, repeat_grey=True, precision="bfloat16", keep="values")

@@ -95,7 +95,7 @@ class PerceptualLoss(LayerLoss):
         for name, ours in self._represent(input, None).items():
             with no_autocast(input.device):
                 values = self._values(name, ours, theirs[name])
-            if ours.ndim != 4 or values.shape[-2:] != ours.shape[2:] or values.ndim not in (3, 4):
+            if values.ndim not in (3, 4) or values.shape[-2:] != ours.shape[2:]:
                 raise InputError(f"there is no map of {name}: its values have the shape {tuple(values.shape)}")
             maps[name] = self.layer_weights[name] * (values if values.ndim == 3 else values.mean(1))
         return maps
@@ -117,10 +117,9 @@ class PerceptualLoss(LayerLoss):
 
     def _distance(self, name: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
         values = self._values(name, ours, theirs)
-        if mask is not None:
-            if values.ndim != 4 or values.shape[2:] != mask.shape[2:]:
-                got = tuple(values.shape)
-                raise InputError(f"a mask needs a criterion that gives (N,C,h,w) or (N,1,h,w), got shape {got}")
+        if mask is not None and values.shape[2:] != mask.shape[2:]:
+            got = tuple(values.shape)
+            raise InputError(f"a mask needs a criterion that gives (N,C,h,w) or (N,1,h,w), got shape {got}")
         return masked_mean(values, mask)
 
     def _distance_and_gradient(
