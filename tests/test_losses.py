@@ -422,7 +422,7 @@ def test_the_scale_of_a_mask_does_not_matter(pair, make, criterion):
     mask.requires_grad_()
     wanted = loss(x, y, mask)
     to_x, to_mask = torch.autograd.grad(wanted, (x, mask))
-    for scale in (1e-30, 1e-15, 1e6, 1e35):
+    for scale in (1e-30, 1e-15, 1e6, 3e38):  # where float32 ends
         value = loss(x, y, scale * mask.detach())
         close(value, wanted, rtol=1e-5)
         close(torch.autograd.grad(value, x)[0], to_x, rtol=1e-4, atol=1e-6 * to_x.abs().max().item())
@@ -473,12 +473,11 @@ def test_maps(pair):
         loss(loss.encode(x), y)
 
 
-def test_maps_inside_autocast(pair):
-    """Criteria compare in float32, as they do in the loss."""
+def test_criteria_compare_in_float32_inside_autocast(pair):
     loss = perceptual(criterion=lambda a, b: torch.einsum("nchw,nchw->nhw", a, b), precision="bfloat16")
     with torch.autocast("cpu", torch.bfloat16):
-        found = loss.maps(*pair)["relu2_2"]
-    assert torch.equal(found, loss.maps(*pair)["relu2_2"])
+        found = loss.maps(*pair)["relu2_2"], loss(*pair)
+    assert torch.equal(found[0], loss.maps(*pair)["relu2_2"]) and torch.equal(found[1], loss(*pair))
 
 
 # ── what is refused ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1030,8 +1029,10 @@ def test_targets_encoded_under_another_convention_are_refused(pair):
 
 
 @pytest.mark.parametrize("make", [perceptual, style])
-def test_a_criterion_of_ones_own_sees_as_many_targets_as_images(pair, make):
+def test_a_criterion_of_ones_own_sees_as_many_targets_as_images(pair, make, monkeypatch):
+    """All at once, however many would be compared at a time by one that is known."""
     x, y = pair
+    monkeypatch.setattr("vggfeat.feature_loss.VALUES_AT_A_TIME", 1)
     seen = []
 
     def criterion(a, b):
@@ -1040,7 +1041,7 @@ def test_a_criterion_of_ones_own_sees_as_many_targets_as_images(pair, make):
 
     loss = make(criterion=criterion)
     one, several = loss(x, y[:1]), loss(x, y[:1].expand(len(x), -1, -1, -1))
-    assert len(x) == 2 and all(a == b for a, b in seen)
+    assert len(x) == 2 and all(a == b and a[0] == 2 for a, b in seen)
     close(one, several)
 
 
@@ -1438,10 +1439,21 @@ def test_targets_of_inference_mode_can_be_trained_against(pair, loss):
     with torch.inference_mode():
         encoded = loss.encode(y) if isinstance(loss, vggfeat.PerceptualLoss) else loss.encode(y, mask)
         target, weight = y * 1, mask * 1
-        part = encoded[:2]
-    for theirs in (target, encoded, part):
+        part, copied = encoded[:2], encoded[[0, 1]]
+    assert not any(value.is_inference() for value in encoded.values.values())
+    for theirs in (target, encoded, part, copied):
         leaf = x.clone().requires_grad_()
         close(torch.autograd.grad(loss(leaf, theirs, weight), leaf)[0], expected)
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_targets_of_inference_mode_and_a_criterion_of_ones_own(pair, make):
+    x, y = pair[0].requires_grad_(), pair[1]
+    loss = make(criterion=torch.mul)  # whose backward needs the target
+    (expected,) = torch.autograd.grad(loss(x, y), x)
+    with torch.inference_mode():
+        encoded = loss.encode(y)[[0, 1]]
+    close(torch.autograd.grad(loss(x, encoded), x)[0], expected)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -107,8 +107,9 @@ class FeatureLoss(nn.Module):
             self._check_masked()
             mask = checked_mask(mask, input)
         constant = self._compares_with_constants(input, target, mask)
-        if constant and torch.is_grad_enabled() and input.requires_grad:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
+        if constant and torch.is_grad_enabled() and input.requires_grad:
             total: Tensor = _LossWithGradient.apply(input, self, target, mask)
         elif constant and self._may_replay(input):
             (total,) = self._snapshot()._replayed(self._replays, input, target, mask, gradient=False)
