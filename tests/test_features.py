@@ -628,6 +628,8 @@ def test_vmap_of_the_module(state):
         image = image.clone().requires_grad_()
         score(image).backward()
         torch.testing.assert_close(grad, image.grad, rtol=1e-4, atol=1e-8)
+    # off the CPU, too, where images are laid out otherwise
+    assert torch.func.vmap(lambda image: f(image[None])["pool2"])(x.to("meta")).shape == (3, 1, 16, 8, 8)
 
 
 def test_a_derivative_outside_of_vmap(state):

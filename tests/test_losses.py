@@ -907,6 +907,17 @@ def test_a_criterion_of_ones_own_in_a_sum(pair):
             vggfeat.CombinedLoss(parts)(x, y)
 
 
+def test_the_features_of_a_sum_are_pickled_with_all_their_layers(pair):
+    weights = {key: value + 1e-3 for key, value in STATE.items()}  # of which no other test has a trunk
+    loss = vggfeat.CombinedLoss([style(weights=weights), perceptual(["relu3_1"], weights=weights)])
+    expected, kept = loss.features(pair[0]), pickle.dumps(loss.features)
+    del loss
+    gc.collect()  # and with it the trunk
+    found = pickle.loads(kept)(pair[0])
+    assert list(found) == ["relu1_2", "relu2_2", "relu3_1"]
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+
+
 def test_lpips_in_a_sum():
     x, y = torch.rand(2, 3, 32, 32, requires_grad=True), torch.rand(2, 3, 32, 32)
     lpips, l1 = vggfeat.LPIPS(weights="random"), vggfeat.StyleLoss(["relu4_1"], weights="random", reduction="none")
