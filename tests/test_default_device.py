@@ -6,6 +6,7 @@ import torch
 
 import vggfeat
 from vggfeat.arch import Arch, scaled
+from vggfeat.modes import without_modes
 from vggfeat.visualize import distance, dream, filters, invert, maps
 
 SCENES = [pictures.scene(48, 48, seed) for seed in (1, 2)]
@@ -55,3 +56,10 @@ WAYS = {
 def test_the_default_device_makes_no_difference(way, tmp_path):
     with torch.device("meta"):
         assert WAYS[way](tmp_path)
+
+
+def test_outside_of_modes_there_is_no_default_device():
+    """Not that of `torch.device`, nor what another mode makes of functions."""
+    with torch.device("meta"), without_modes():
+        assert torch.zeros(1).device.type == "cpu"
+    assert torch.zeros(1).device.type == "cpu"

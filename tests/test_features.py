@@ -632,6 +632,21 @@ def test_vmap_of_the_module(state):
     assert torch.func.vmap(lambda image: f(image[None])["pool2"])(x.to("meta")).shape == (3, 1, 16, 8, 8)
 
 
+def test_tensors_that_are_two(state):
+    """Of a kind whose operators are its own business, which what runs beside the dispatcher would pass by."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    f = VGGFeatures(["relu1_2", "pool2"], weights=state)
+    both = [batch(1, 3, 16, 16), batch(2, 3, 16, 16)[1:]]
+    x = two_tensor.TwoTensor(*(image.clone() for image in both)).requires_grad_()
+    tap = f(x)["pool2"]
+    tap.square().sum().backward()
+    for name, image in zip("ab", both, strict=True):
+        image.requires_grad_()
+        alone = f(image)["pool2"]
+        assert torch.equal(getattr(tap, name), alone)
+        torch.testing.assert_close(getattr(x.grad, name), torch.autograd.grad(alone.square().sum(), image)[0])
+
+
 def test_a_derivative_outside_of_vmap(state):
     f = VGGFeatures(["relu1_2", "pool2"], weights=state)
 

@@ -306,6 +306,8 @@ def test_unit_normalize():
     assert torch.allclose(VF.unit_normalize(torch.randn(2, 5, 3, 3)).norm(dim=1), torch.ones(2, 3, 3))
     short = torch.tensor([6e-6, 8e-6])[None, :, None, None]  # of length 1e-5, whose square is the guard
     assert torch.allclose(VF.unit_normalize(short).flatten(), torch.tensor([0.6, 0.8]) * 0.5**0.5)
+    many = torch.randn(3, 2, 5, 3, 3)
+    assert torch.allclose(torch.func.vmap(VF.unit_normalize)(many), torch.stack([VF.unit_normalize(x) for x in many]))
     large = torch.full((1, 4, 1, 1), 1e4).bfloat16()
     assert torch.allclose(VF.unit_normalize(large), torch.full((1, 4, 1, 1), 0.5))
 

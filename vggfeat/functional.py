@@ -383,11 +383,11 @@ def distance_and_gradient(
         return kernels.distance_and_gradient(ours, theirs, criterion, *eps, channel_weights)  # type: ignore[no-any-return]
     gradient = torch.empty_like(ours)
     total = ours.new_zeros(n, dtype=torch.promote_types(ours.dtype, torch.float32))
-    share: float | Tensor = 1 / max(1, c * h * w)
+    share: float | Tensor = 1 / (c * h * w)
     if mask is not None:
         mask = peak_at_1(mask.to(total.dtype)).expand(n, 1, h, w)
         share = mask / (c * mask.sum((1, 2, 3), keepdim=True)).clamp_min(EPS)
-    rows = max(1, BAND // max(1, n * c * w)) if ours.device.type == "cpu" else max(1, h)
+    rows = max(1, BAND // max(1, n * c * w)) if ours.device.type == "cpu" else h
     for top in range(0, h, rows):
         here = slice(top, top + rows)
         a, b = upcast(ours[:, :, here]), upcast(theirs[:, :, here])

@@ -48,7 +48,6 @@ def is_watched(*tensors: torch.Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or in_functorch()
         or torch._C._len_torch_dispatch_stack() > 0
-        or is_batched(*tensors)
         or any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
         or any(torch._is_functional_tensor(tensor) for tensor in tensors)
     )
