@@ -381,7 +381,9 @@ def test_half_a_mask_in_a_style_loss(pair):
     loss = style(["relu2_2"], reduction="none")
     expected = (a - b).square().mean((1, 2))
     close(loss(x, y, mask), expected)
-    close(loss(x, loss.encode(y, mask), mask), expected)
+    encoded = loss.encode(y, mask.clone().requires_grad_())
+    assert not encoded.values["relu2_2"].requires_grad
+    close(loss(x, encoded, mask), expected)
     whole = gram(taps(y, ["relu2_2"])["relu2_2"])
     close(loss(x, loss.encode(y), mask), (a - whole).square().mean((1, 2)))
     # one target for all, under each image's own mask
@@ -771,11 +773,14 @@ def test_inside_autocast(pair, make):
 @pytest.mark.parametrize("make", [perceptual, style])
 def test_images_of_half_precision(pair, make):
     x, y = pair
+    mask = torch.rand(2, 1, 24, 32)
     expected = make()(x, y)
     for dtype in (torch.float16, torch.bfloat16):
-        value = make()(x.to(dtype), y.to(dtype))
+        halves = x.to(dtype), y.to(dtype)
+        value = make()(*halves)
         assert value.dtype == torch.float32
         close(value, expected, rtol=1e-2)
+        close(make()(*halves, mask), make()(*(half.float() for half in halves), mask))  # which stays as it is
     assert make()(x.double(), y.double()).dtype == torch.float64
 
 
@@ -893,14 +898,16 @@ def test_a_sum_is_one_loss_when_it_is_differentiated_again(pair):
     close(found, torch.autograd.grad(gradient.square().sum(), x)[0], rtol=1e-8, atol=1e-14)
 
 
-def test_a_criterion_of_ones_own_in_a_sum(pair):
+def test_a_criterion_of_ones_own_in_a_sum(pair, monkeypatch):
     x, y = pair
+    monkeypatch.setattr("vggfeat.feature_loss.VALUES_AT_A_TIME", 1)  # one image, for criteria that are known
 
     def whole(a, b):
         return (a - b).square().sum()
 
-    parts = [perceptual(criterion=whole), style(criterion=lambda a, b: (a - b).abs())]
-    close(vggfeat.CombinedLoss(parts)(x, y), parts[0](x, y) + parts[1](x, y))
+    for other in (style(criterion=lambda a, b: (a - b).abs()), style()):
+        parts = [perceptual(criterion=whole), other]
+        close(vggfeat.CombinedLoss(parts)(x, y), parts[0](x, y) + parts[1](x, y))
     for reduction in ("sum", "none"):
         parts = [perceptual(criterion=whole, reduction=reduction), style(reduction=reduction)]
         with pytest.raises(InputError, match="only reduction='mean' suits both"):

@@ -80,7 +80,7 @@ class FeatureLoss(nn.Module):
         """What the loss needs of target images."""
         _, size = count_and_size(target)
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be trained against
-            values = self._represent(target.detach(), mask)
+            values = self._represent(target, mask)
         return EncodedTarget(values, size, self._signature)
 
     @torch.jit.unused

@@ -274,8 +274,8 @@ class VGGFeatures(nn.Module):
     def _outside_autograd(self, images: Tensor, keep: str) -> Iterator[tuple[Tensor, Walk]]:
         """The normalised images and the walk for them; `keep` as `trunk.stage.Keep`."""
         walk = Walk(self._filters(images), self.plan, keep)
-        with torch.no_grad(), no_autocast(images.device):  # autocast's choice is already in the filters' type
-            yield self._normalised(images.detach()), walk
+        with torch.no_grad():
+            yield self._normalised(images), walk
 
     @torch.no_grad()
     def _image_grad(self, pullback: Callable[[Any], Tensor], dtype: torch.dtype, tap_grad: Any) -> Tensor:
