@@ -867,7 +867,7 @@ def test_a_sum_runs_the_network_once(pair):
 def test_sums_of_sums_and_of_features_from_the_classifier():
     x, y = torch.rand(2, 3, 32, 32).double().requires_grad_(), torch.rand(2, 3, 32, 32).double()
     tap, gram, head = perceptual(["relu1_1"]), style(), perceptual(["fc"], criterion="l1")
-    inner = vggfeat.CombinedLoss([tap, gram], [3.0, 5.0])
+    inner = vggfeat.CombinedLoss(iter([tap, gram]), [3.0, 5.0])  # which can be read once
     value = vggfeat.CombinedLoss([inner, head], [0.5, 2.0])(x, y)
     wanted = 1.5 * tap(x, y) + 2.5 * gram(x, y) + 2 * head(x, y)
     close(value, wanted, rtol=1e-9)
