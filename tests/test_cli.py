@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -181,6 +182,8 @@ def test_pictures_on_the_way_replace_nothing_that_is_read(vggstyle, folder):
     words = ("out-1-0002.jpg", "style.png", "--save-every", "2", "-o", "out.jpg", "--overwrite")
     assert vggstyle(*words)[:2] == (0, "out.jpg\n")
     assert Path("out-1-0002.jpg").read_bytes() == before and Path("out-1-0002-2.jpg").is_file()
+    words = (*words, "--start-size", "20", "--checkpoint", "out-2-0002.jpg")
+    assert vggstyle(*words)[0] == 0 and Path("out-2-0002-2.jpg").is_file() and not Path("out-2-0002.jpg").exists()
 
 
 def test_pictures_on_the_way_that_cannot_be_written(vggstyle, folder):
@@ -207,6 +210,7 @@ def test_a_log_has_a_line_for_each_scale_and_quiet_has_none(vggstyle, folder):
     loud, quiet = (vggstyle(*PAIR, "--start-size", "20", *more)[2] for more in ([], ["--quiet"]))
     assert re.findall("^scale .*$", loud, re.MULTILINE) == ["scale 1/2 20×15, 2 steps", "scale 2/2 40×30, 4 steps"]
     assert "scale" not in quiet and "\r" not in loud + quiet
+    assert loud.count("weights: ") == 1 and "resuming" not in loud
 
 
 # ── vggstyle: flags ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -332,10 +336,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(vggstyle, folder, args, says):
     ("error", "says"),
     [
         (RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB"), "out of memory. Tried to allocate"),
-        (MemoryError(), "MemoryError"),
+        (MemoryError(), "MemoryError: no details are known"),
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (ValueError("x" * 9999), "ValueError: " + "x" * 300 + "\n"),
     ],
-    ids=["cuda", "memory", "disk"],
+    ids=["cuda", "memory", "disk", "long"],
 )
 def test_a_failure_while_running_is_one_line_and_status_1(vggstyle, folder, monkeypatch, error, says):
     def fail(*_):
@@ -360,6 +365,23 @@ def test_nan_from_the_start_is_one_line_and_status_1(vggstyle, folder, monkeypat
     assert len(list(folder.iterdir())) == 2
 
 
+def test_a_lack_of_memory_saves_the_picture_of_a_coarser_scale_with_status_1(vggstyle, folder, monkeypatch):
+    value_and_grad = Objective.value_and_grad
+
+    def lacking(self, image):
+        if image.shape[3] == 40:
+            raise MemoryError("no room")
+        return value_and_grad(self, image)
+
+    monkeypatch.setattr(Objective, "value_and_grad", lacking)
+    code, out, err = vggstyle(*PAIR, "--start-size", "20", "--checkpoint", "run.pt")
+    assert (code, out) == (1, "content-style.png\n") and Path("run.pt").exists()  # for when there is more memory
+    said = "not enough memory for 40×30: no room; the picture is that of a coarser scale: lower --size or --tile"
+    assert err.splitlines()[-1] == f"vggstyle: {said}"
+    with Image.open("content-style.png") as picture:
+        assert picture.size == (40, 30)
+
+
 @pytest.mark.parametrize("trouble", ["folder gone", "name taken"])
 def test_a_picture_that_cannot_be_saved_is_rescued(vggstyle, folder, tmp_path, monkeypatch, trouble):
     Path("out").mkdir()
@@ -373,9 +395,12 @@ def test_a_picture_that_cannot_be_saved_is_rescued(vggstyle, folder, tmp_path, m
         return result
 
     monkeypatch.setattr(vggfeat, "stylize", meanwhile)
-    code, out, err = vggstyle(*PAIR, "-o", "out/new.jpg", "--quiet")
-    rescued = tmp_path / "tmp" / "new.png"
-    assert code == 1 and out == f"{rescued}\n"
+    Path(tmp_path / "tmp" / "new.png").write_bytes(b"another's")
+    words = ("--start-size", "20", "--checkpoint", "run.pt", "-o", "out/new.jpg", "--quiet")
+    code, out, err = vggstyle(*PAIR, *words)
+    rescued = tmp_path / "tmp" / "new-2.png"
+    assert code == 1 and out == f"{rescued}\n" and Path("run.pt").exists()  # until the picture is where it should be
+    assert "already exists: the picture is" not in err
     last = err.splitlines()[-1]
     assert last.startswith("vggstyle: cannot write out/new.jpg") and last.endswith(f"the picture is in {rescued}")
     with Image.open(rescued) as picture:
@@ -518,6 +543,7 @@ def test_the_same_command_with_an_output_goes_on(vggstyle, folder, monkeypatch, 
     command = (*PAIR, "--checkpoint", "run.pt", "-o", "o.png")
     assert vggstyle(*command)[0] == 130
     assert read_settings("o.png")["interrupted"]
+    os.utime("o.png", ns=(0, Path("run.pt").stat().st_mtime_ns))  # as where files have their time in whole seconds
     code, out, err = vggstyle(*command)
     assert (code, out) == (0, "o.png\n") and "resuming after step 2" in err and "already exists" not in err
     assert not read_settings("o.png")["interrupted"]
@@ -566,6 +592,18 @@ def test_a_picture_that_comes_while_a_resumed_run_goes_on_stays(vggstyle, folder
     assert Path("o.png").read_bytes() == b"mine"
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_checkpoint_that_could_not_be_written_is_not_promised(vggstyle, folder, monkeypatch, real_signals):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stylize_module.checkpoints, "write", full)
+    told_in_third_step(monkeypatch, signal.SIGTERM)
+    code, _, err = vggstyle(*PAIR, "--checkpoint", "run.pt")
+    assert code == 130 and "cannot write checkpoint run.pt: No space left on device" in err
+    assert err.splitlines()[-1] == "vggstyle: interrupted; this is the best picture so far"
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -605,6 +643,21 @@ def test_a_warning_is_one_line_with_flags(vggstyle, folder):
         "vggstyle: no step improved on the picture to begin with, which is what is returned: lower --learning-rate"
     )
     assert warnings.showwarning is shown
+
+
+def test_a_stream_that_the_caller_closed_costs_no_picture(vggstyle, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    code, out, _ = vggstyle(*PAIR)
+    sys.stderr.close()  # which stands for it since
+    assert (code, out) == (0, "content-style.png\n") and Path("content-style.png").is_file()
+
+
+def test_a_name_that_the_terminal_cannot_show_costs_no_picture(vggstyle, folder, monkeypatch):
+    with io.TextIOWrapper(io.BytesIO(), encoding="cp1252") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        code, _, err = vggstyle(*PAIR, "-o", "中.png")
+        stdout.flush()
+        assert (code, stdout.buffer.getvalue().split()) == (0, [b"?.png"]) and Path("中.png").is_file(), err
 
 
 def test_pictures_that_are_read_are_not_replaced(vggstyle, folder):
