@@ -618,8 +618,9 @@ def test_bad_images_are_input_errors(config, pair, content, style, says):
 
 
 def test_settings_that_do_not_fit_the_images(config, pair):
-    with pytest.raises(InputError, match="style_blend has 3 numbers for 2"):
-        stylize(pair[0], [pair[1], pair[1]], config(style_blend=(1, 2, 3)))
+    for styles in ([pair[1]] * 2, (pair[1],) * 2):
+        with pytest.raises(InputError, match="style_blend has 3 numbers for 2"):
+            stylize(pair[0], styles, config(style_blend=(1, 2, 3), weights="nowhere.pth"))  # which come later
     with pytest.raises(InputError, match=r"48×2.* 4 pixels on each side; choose a size of 96 or more"):
         stylize(scene(48, 2), pair[1], config())
     assert stylize(scene(48, 2), pair[1], config(size=96, steps=1)).image.size == (96, 4)
@@ -1171,6 +1172,26 @@ def test_ctrl_c_brings_the_checkpoint_up_to_date(config, pair, tmp_path, ahead):
     assert result.image.tobytes() == stylize(*pair, settings).image.tobytes()
 
 
+def test_trouble_with_the_checkpoint_at_the_end_hides_nothing(config, pair, tmp_path, monkeypatch):
+    """Ctrl-C, once more, while it is written after Ctrl-C; and an error while it is written after an error."""
+    path, settings = tmp_path / "run.pt", config(steps=4)
+
+    def raising(error):
+        def call(*_):
+            raise error
+
+        return call
+
+    stylize(*pair, dataclasses.replace(settings, start_size=24), checkpoint=path)  # in two scales, for there to be one
+    monkeypatch.setattr(stylize_module.checkpoints, "write", raising(KeyboardInterrupt()))
+    result = stylize(*pair, settings, callback=raising(KeyboardInterrupt()), checkpoint=tmp_path / "none.pt")
+    assert result.interrupted and len(result.history) == 1
+    monkeypatch.setattr(stylize_module.checkpoints, "write", raising(MemoryError("the second")))
+    with pytest.raises(ZeroDivisionError):
+        callback = raising(ZeroDivisionError())
+        stylize(*pair, dataclasses.replace(settings, start_size=24), callback=callback, checkpoint=path)
+
+
 def test_a_checkpoint_is_of_one_run(config, state, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(stylize_module, "CHECKPOINT_EVERY", 0.0)
     own = tmp_path / "w.safetensors"
@@ -1204,6 +1225,9 @@ def test_a_checkpoint_is_of_one_run(config, state, pair, tmp_path, monkeypatch):
         stylize(*pair, settings, checkpoint=path)
     with pytest.raises(InputError, match="one of the files that are read"):
         stylize(tmp_path / "content.png", pair[1], settings, checkpoint=tmp_path / "content.png")
+    settings = dataclasses.replace(settings, init=str(tmp_path / "content.png"))
+    with pytest.raises(InputError, match="one of the files that are read"):
+        stylize(*pair, settings, checkpoint=tmp_path / "content.png")
 
 
 def test_a_checkpoint_is_of_pictures_of_one_shape(config, pair, tmp_path, monkeypatch):
@@ -1271,6 +1295,8 @@ def test_what_no_memory_can_hold_is_refused_at_once(config, pair, monkeypatch, o
     monkeypatch.setattr(stylize_module, "resize", None)  # a single scale would begin at the full size
     with pytest.raises(InputError, match=r"is 48×36, which takes 0\.0 GiB of memory or more; the device has 0\.0 GiB"):
         stylize(*pair, settings)
+    monkeypatch.setattr(stylize_module, "free_memory", lambda device: each * pixels)  # more than half of it
+    stylize(*pair, settings)
 
 
 def test_an_error_of_the_callback(config, pair, tmp_path):
@@ -1394,12 +1420,26 @@ def test_a_spoilt_step_costs_little(config, pair, optimizer, how, ahead, unspoil
 @pytest.mark.parametrize("optimizer", StyleConfig.CHOICES["optimizer"])
 def test_when_nothing_helps_the_best_picture_stays(config, pair, optimizer, ahead, monkeypatch):
     spoilt(monkeypatch, range(8, 1000), lambda total, grad: (total * math.nan, math.nan, grad * math.nan))
+    kind, restarts = {"lbfgs": LBFGS, "adam": Adam}[optimizer], []
+    restart = kind.restart
+    monkeypatch.setattr(kind, "restart", lambda self: (restarts.append(1), restart(self)))
     result = stylize(*pair, config(optimizer=optimizer, steps=40))
     best = min(record["total"] for record in result.history[:7])
     assert result.losses["total"] == pytest.approx(best, rel=0.05)
     # each restart costs one step; what had been begun after it is not on record
     assert [record["step"] for record in result.history] == list(range(1, len(result.history) + 1))
-    assert len(result.history) <= 7 + stylize_module.RESTARTS
+    assert len(result.history) <= 7 + stylize_module.RESTARTS and len(restarts) == stylize_module.RESTARTS
+
+
+@pytest.mark.parametrize(("times", "restarts"), [(3.9, 0), (4.1, 1)])
+def test_a_step_may_be_up_to_four_times_as_bad_as_the_best(config, pair, monkeypatch, times, restarts):
+    value_and_grad, totals, calls = Objective.value_and_grad, iter((3.0, 2.0, 2 * times, 1.0)), []
+    monkeypatch.setattr(
+        Objective, "value_and_grad", lambda *given: (torch.tensor(next(totals)), *value_and_grad(*given)[1:])
+    )
+    monkeypatch.setattr(LBFGS, "restart", lambda self: calls.append(1))
+    stylize(*pair, config(steps=4))
+    assert len(calls) == restarts
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
