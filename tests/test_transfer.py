@@ -734,6 +734,23 @@ def test_a_classifier_is_not_computed_in_tiles():
         StyleConfig(content_layers=("fc8",), tile=32)
 
 
+def test_a_classifier_carries_content_and_no_style(config, pair):
+    """Its values have no positions to take a Gram matrix over; the content term is that of a plain head."""
+    with pytest.raises(InputError, match="fc has no positions, .* a content layer"):
+        StyleConfig(style_layers=("relu1_1", "fc"))
+    state = vggfeat.vgg19(5, width=0.125, head="slim").state_dict()
+    settings = config(weights=state, style_layers=("relu1_1",), content_layers=("fc",), content_weight=2)
+    content, image = pair[0].double(), scene(48, 36, seed=5).double()
+    both = objective(state, settings, content, [content])
+    ours, theirs = (
+        F.max_pool2d(plain(state, x, ("relu5_4",))["relu5_4"], 2).mean((2, 3)) @ state["classifier.1.weight"].double().T
+        + state["classifier.1.bias"].double()
+        for x in (image, content)
+    )
+    wanted = 2 * (ours - theirs).square().sum() / theirs.square().sum()
+    assert float(both.terms(image)["content"]) == pytest.approx(float(wanted), rel=1e-9)
+
+
 def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
     """VGG-19 in float32 takes 6 × 64 × 4 bytes a pixel on a CPU, 9 × 64 × 4 elsewhere, and the optimiser 360."""
     arch, layers = parse("vgg19"), ["relu1_1", "relu5_1"]

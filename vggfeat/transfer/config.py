@@ -21,7 +21,7 @@ class StyleConfig(Settings):
         weights: what `vggfeat.weights.load` takes; `auto` is what the environment variable VGGFEAT_WEIGHTS says, else
             ImageNet's where available, else the bundled ones, or random ones for networks other than vgg19.
         arch: the network; None means the weights' own, and vgg19 where they imply none.
-        style_layers: layers whose Gram matrices are matched.
+        style_layers: layers whose Gram matrices are matched; none of the classifier's.
         content_layers: layers whose features are matched.
         style_layer_weights: one for each style layer; equal by default. Only their proportions matter.
         content_layer_weights: the same for the content layers.
@@ -101,13 +101,17 @@ class StyleConfig(Settings):
                 raise InputError(f"{name} names a layer twice ({', '.join(layers)}): give it a larger weight instead")
         if not self.style_layers:
             raise InputError("no style layer: name at least one, such as 'relu3_1'")
+        if heads := HEAD_NAMES.intersection(self.style_layers):
+            raise InputError(
+                f"{min(heads)} has no positions, over which style is summed: it can only be a content layer"
+            )
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed must be from 0 to 2^64 - 1, got {self.seed}")
         for name in ("size", "steps", "start_size"):
             whole_number(name, getattr(self, name))
         if self.tile is not None:
             whole_number("tile", self.tile, least=0)
-            if self.tile and (heads := HEAD_NAMES.intersection(self.style_layers + self.content_layers)):
+            if self.tile and (heads := HEAD_NAMES.intersection(self.content_layers)):
                 raise InputError(
                     f"{min(heads)} sees the picture as a whole, not in tiles: leave tile out, or set it to 0"
                 )
