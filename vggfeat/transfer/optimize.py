@@ -49,7 +49,7 @@ class FourierPreconditioner:
         down, across = torch.fft.fftfreq(height, device="cpu")[:, None], torch.fft.rfftfreq(width, device="cpu")
         frequency = torch.hypot(down, across)  # in cycles per pixel, up to √½
         lowest = 1 / min(height, width)
-        position = (frequency.clamp_min(lowest) / lowest).log() / max(math.log(math.sqrt(0.5) / lowest), 1e-6)
+        position = (frequency.clamp_min(lowest) / lowest).log() / math.log(math.sqrt(0.5) / lowest)
         band = (position * bands).long().clamp_(max=bands - 1)
         # a Fourier transform over the channels puts their mean, the brightness, first and differences after it
         apart = torch.arange(channels, device="cpu")[:, None, None].clamp_(max=1)

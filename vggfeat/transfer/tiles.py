@@ -107,7 +107,7 @@ def tiles(arch: Arch, layers: Sequence[str], height: int, width: int, side: int)
 def _spans(length: int, side: int, stride: int, around: int) -> list[Span]:
     step = math.ceil(length / math.ceil(length / side) / stride) * stride
     # a remainder below one position belongs to the tile before
-    cuts = [*range(0, max(1, length - stride + 1), step), length]
+    cuts = [*range(0, length - stride + 1, step), length]
     return [
         Span(max(0, first - around), min(length, last + around), first, None if last == length else last)
         for first, last in itertools.pairwise(cuts)
