@@ -173,6 +173,13 @@ def test_terms_are_the_formulas(state, config, normalization, changes):
         torch.testing.assert_close(value, torch.as_tensor(expected[name]).double(), rtol=1e-9, atol=1e-12)
 
 
+def test_images_that_the_features_refuse(state, config):
+    fitting, small = scene(20, 14), scene(3, 3)
+    for content, style in ((small, fitting), (fitting, small)):
+        with pytest.raises(InputError, match="3×3"):
+            objective(state, config(), content, [style])
+
+
 def test_terms_vanish_where_they_should(state, config):
     content, style = scene(20, 14, seed=1).double(), scene(20, 14, seed=3).double()
     both = objective(state, config(), content, [style])
@@ -195,6 +202,18 @@ def test_terms_in_float32_at_full_width(config):
             assert float(found[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-9), name
     ours, theirs = both.value_and_grad(image)[2], exact.value_and_grad(image.double())[2]
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-2  # a ReLU at its corner falls to either side
+
+
+def test_terms_of_bfloat16_features_are_summed_in_float32(state, config):
+    config = config(precision="bfloat16", style_weight=0, content_weight=1)
+    features = VGGFeatures((*STYLE, *CONTENT), weights=state, precision="bfloat16")
+    content, style, image = (scene(40, 36, seed=seed) for seed in (1, 2, 3))
+    ours, theirs = (
+        {name: tap.double() for name, tap in features(x).items() if name in CONTENT} for x in (image, content)
+    )
+    wanted = sum(float((ours[k] - theirs[k]).square().sum() / theirs[k].square().sum()) for k in CONTENT) / 2
+    both = Objective(features, config, content, [style])
+    assert float(both.terms(image)["content"]) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("normalization", StyleConfig.CHOICES["normalization"])
@@ -257,6 +276,18 @@ def test_signs_are_packed_where_values_are_large(config, pair, precision, keep, 
     )
     stylize(*pair, config(steps=1, precision=precision))
     assert {features.keep for features in seen} == {keep}
+
+
+@pytest.mark.parametrize(("side", "calls"), [(0, ["vjp"]), (16, ["taps", "vjp"])])
+def test_a_whole_picture_goes_through_the_network_once(state, config, monkeypatch, side, calls):
+    both, seen = objective(state, config(), scene(20, 14), [scene(20, 14)], side), []
+    for name in ("taps", "vjp"):
+        walk = getattr(VGGFeatures, f"{name}_by_rows")
+        monkeypatch.setattr(
+            VGGFeatures, f"{name}_by_rows", lambda *given, name=name, walk=walk: (seen.append(name), walk(*given))[1]
+        )
+    both.value_and_grad(scene(20, 14, seed=2))
+    assert seen == [name for name in calls for _ in both.tiles]
 
 
 def test_silent_target_gives_finite_terms(config):
@@ -455,6 +486,31 @@ def test_after_a_restart_the_spectrum_knows_nothing_of_before():
     torch.testing.assert_close(walked(used), walked(fresh), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["lbfgs", "with a spectrum", "adam"])
+def test_an_optimizers_state_is_all_it_goes_on_from_and_stays_as_it_was(kind):
+    gradient, _ = quadratic(192, 10)
+    image = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64)
+
+    def fresh():
+        spectrum = FourierPreconditioner(image) if kind == "with a spectrum" else None
+        return Adam(0.01) if kind == "adam" else LBFGS(history=3, preconditioner=spectrum)
+
+    def walked(optimizer, start, count):
+        images = [start]
+        for _ in range(count):
+            images.append(optimizer.step(images[-1], gradient(images[-1])))
+        return images[1:]
+
+    used, other = fresh(), fresh()
+    walked(used, image, 2)
+    used.restart()
+    begun = walked(used, image, 4)[-1]
+    state = used.state_dict()
+    wanted = walked(used, begun, 4)
+    other.load_state_dict(state)
+    assert all(map(torch.equal, walked(other, begun, 4), wanted))
+
+
 def test_restart_forgets_and_takes_half_steps():
     gradient, _ = quadratic(12, 10)
     start = torch.zeros(12, dtype=torch.float64)
@@ -548,6 +604,18 @@ def test_every_setting_has_a_bad_value_above_and_a_line_of_help():
     assert {name for name, _ in BAD} == {field.name for field in fields}
     for field in fields:
         assert field.metadata["help"] and f"\n        {field.name}: " in (StyleConfig.__doc__ or "")
+
+
+def test_a_picture_to_begin_with_is_a_file_and_the_other_starts_are_none():
+    assert [StyleConfig(init=start).init_files for start in ("content", "noise", "a.png")] == [(), (), ("a.png",)]
+
+
+def test_weights_of_the_terms_are_what_the_settings_say():
+    assert StyleConfig().term_weights == (1, 0.05)
+    assert StyleConfig(normalization="gatys").term_weights == (1000, 1)
+    assert StyleConfig(style_weight=3, content_weight=0).term_weights == (3, 0)
+    assert StyleConfig(style_weight=0, content_weight=2, normalization="gatys").term_weights == (0, 2)
+    StyleConfig(style_weight=0, content_weight=0, tv_weight=0.1)  # something to improve
 
 
 def test_settings_are_frozen_plain_values(tmp_path):
@@ -652,13 +720,15 @@ def test_the_style_grows_with_the_picture(config, pair, monkeypatch, scale, size
             seen.append(tuple(styles[0].shape[2:])) or Objective(features, settings, content, styles, *rest)
         ),
     )
-    stylize(*pair, config(start_size=24, steps=1, style_scale=scale))
-    assert seen == sizes
+    for content in (pair[0], pair[0].mT):  # a landscape, and a portrait
+        stylize(content, pair[1], config(start_size=24, steps=1, style_scale=scale))
+    assert seen == 2 * sizes
 
 
 def test_a_thin_style_serves_every_scale(config, pair):
     result = stylize(pair[0], scene(400, 4), config(start_size=12, steps=2))
     assert len(result.history) > 2
+    stylize(pair[0], scene(60, 50), config(style_scale=0.01, steps=1))  # 4 pixels high where it is 4.8 wide: so 5
 
 
 def test_the_environment_names_the_automatic_weights(config, pair, weights, monkeypatch):
@@ -788,6 +858,8 @@ def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):
     sizes = [(18, 24), (36, 48)]
     assert [each[2:] for each in asked[1:]] == [(*size, torch.float32, cpu, 1001) for size in sizes]
     assert automatic.losses == stylize(*pair, config(steps=3, precision="bfloat16", tile=16)).losses
+    stylize(*pair, config(steps=1, tile=0))
+    assert len(asked) == 3  # where it is said, nothing is asked
 
 
 # ── stylize: scales and starts ────────────────────────────────────────────────────────────────────────────────────────
@@ -805,6 +877,17 @@ def test_scales_go_from_coarse_to_fine(config, width, height):
         assert abs(w * height / width - h) <= 1 or abs(h * width / height - w) <= 1
     assert [step.scale for step in seen if step.step == 1] == list(range(1, len(sizes) + 1))
     assert {step.scales for step in seen} == {len(sizes)}
+
+
+def test_neighbouring_scales_are_about_a_factor_of_two_apart():
+    picture = Image.new("RGB", (1500, 1000))
+    for size in range(128, 1500, 20):
+        sizes = [max(each) for each in stylize_module._scales(picture, StyleConfig(size=size), 16)]
+        assert sizes[-1] == size and (len(sizes) == 1 or sizes[0] == 128)
+        assert all(1.18 < after / before < 2.4 for before, after in itertools.pairwise(sizes)), sizes
+    square, config = Image.new("RGB", (64, 64)), StyleConfig(size=64, start_size=16)
+    assert stylize_module._scales(square, config, 16) == [(16, 16), (32, 32), (64, 64)]
+    assert stylize_module._scales(square, config, 17) == [(32, 32), (64, 64)]
 
 
 def test_the_last_scale_gets_all_steps_and_the_others_half(config):
@@ -836,6 +919,30 @@ def test_a_scale_begins_with_the_detail_of_the_picture_and_the_change_so_far(con
     for number, image in enumerate((seen[0], seen[2], seen[4])):
         expected = to_tensor(resize(begun, image.shape[3], image.shape[2])) + 0.02 * number
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["content", "noise"])
+def test_what_is_enlarged_stays_in_its_place_and_in_range(config, pair, monkeypatch, init):
+    """A ramp at the middles of coarse pixels is one at those of fine pixels, as nearly as this cubic (-0.75) has it."""
+
+    def made(width, height):
+        picture = to_tensor(resize(to_pil(pair[0]), width, height)) if init == "content" else 0
+        return picture + (2 * (torch.arange(width) + 0.5) / width - 0.5).expand(1, 3, height, width)
+
+    seen, value_and_grad = [], Objective.value_and_grad
+
+    def ever_better(self, image):
+        seen.append(image)
+        total, *rest = value_and_grad(self, image)
+        return total / 1e6 ** len(seen), *rest
+
+    monkeypatch.setattr(Objective, "value_and_grad", ever_better)
+    monkeypatch.setattr(LBFGS, "step", lambda self, image, grad: made(image.shape[3], image.shape[2]))
+    stylize(*pair, config(start_size=24, steps=4, init=init))
+    assert [image.shape[3] for image in seen[:3]] == [24, 24, 48]
+    wanted = made(48, 36).clamp(0, 1)
+    torch.testing.assert_close(seen[2][:, :, :, 4:-4], wanted[:, :, :, 4:-4], rtol=0, atol=5e-3)
+    assert seen[2].min() == 0 and seen[2].max() == 1
 
 
 @pytest.mark.parametrize("start", [72, 500])
@@ -1159,18 +1266,24 @@ def test_a_run_killed_within_a_minute_goes_on_from_its_last_whole_scale(config, 
 
     whole = stylize(*pair, settings, callback=watch, checkpoint=path)
     assert written == [False] * 3 + [True] * 6
+    assert path.read_bytes() == kept.read_bytes()  # nothing is written after the last scale
     seen = []
-    result = stylize(*pair, settings, callback=seen.append, checkpoint=kept)
+    elsewhere = dataclasses.replace(settings, device="auto")  # the device may be another
+    result = stylize(*pair, elsewhere, callback=seen.append, checkpoint=kept)
     assert [(step.scale, step.step) for step in seen] == [(2, step) for step in range(1, 7)]
     assert result.image.tobytes() == whole.image.tobytes() and result.history == whole.history
 
 
-def test_a_picture_that_no_step_improved_is_said_to_be_the_one_to_begin_with(config, pair):
+def test_a_picture_that_no_step_improved_is_said_to_be_the_one_to_begin_with(config, pair, monkeypatch):
     settings = config(optimizer="adam", learning_rate=100.0, steps=3)
     with pytest.warns(UserWarning, match="no step improved on the picture .*: lower learning_rate"):
         result = stylize(*pair, settings)
     assert result.image.tobytes() == to_pil(pair[0]).tobytes()
-    # where there is nothing to improve, that is no warning, which here would be an error
+    # where there is nothing to improve, or no step but the look at it, that is no warning, which here would be an error
+    stylize(*pair, dataclasses.replace(settings, steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(LBFGS, "step", lambda self, image, grad: image)
+        stylize(*pair, config(steps=3))  # which has no learning rate to lower
     same = stylize(pair[0], pair[0], dataclasses.replace(settings, learning_rate=0.01))
     assert same.image.tobytes() == to_pil(pair[0]).tobytes()
 
@@ -1186,27 +1299,31 @@ def test_ctrl_c_brings_the_checkpoint_up_to_date(config, pair, tmp_path, ahead):
     seen = []
     result = stylize(*pair, settings, callback=seen.append, checkpoint=path)
     assert [step.step for step in seen] == [4, 5, 6]
-    assert result.image.tobytes() == stylize(*pair, settings).image.tobytes()
+    whole = stylize(*pair, settings)
+    assert result.image.tobytes() == whole.image.tobytes() and result.history == whole.history
 
 
-def test_trouble_with_the_checkpoint_at_the_end_hides_nothing(config, pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()], ids=["Ctrl-C", "error"])
+def test_trouble_with_the_checkpoint_at_the_end_hides_nothing(config, pair, tmp_path, monkeypatch, error):
     """Ctrl-C, once more, while it is written after Ctrl-C; and an error while it is written after an error."""
-    path, settings = tmp_path / "run.pt", config(steps=4)
+    path, settings, written = tmp_path / "run.pt", config(start_size=24, steps=4), []
+    stylize(*pair, settings, checkpoint=path)
 
-    def raising(error):
-        def call(*_):
+    def full(*_):
+        written.append(1)
+        raise KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else MemoryError
+
+    def callback(step):
+        if step.step == 2:
             raise error
 
-        return call
-
-    stylize(*pair, dataclasses.replace(settings, start_size=24), checkpoint=path)  # in two scales, for there to be one
-    monkeypatch.setattr(stylize_module.checkpoints, "write", raising(KeyboardInterrupt()))
-    result = stylize(*pair, settings, callback=raising(KeyboardInterrupt()), checkpoint=tmp_path / "none.pt")
-    assert result.interrupted and len(result.history) == 1
-    monkeypatch.setattr(stylize_module.checkpoints, "write", raising(MemoryError("the second")))
-    with pytest.raises(ZeroDivisionError):
-        callback = raising(ZeroDivisionError())
-        stylize(*pair, dataclasses.replace(settings, start_size=24), callback=callback, checkpoint=path)
+    monkeypatch.setattr(stylize_module.checkpoints, "write", full)
+    if isinstance(error, KeyboardInterrupt):
+        assert stylize(*pair, settings, callback=callback, checkpoint=path).interrupted
+    else:
+        with pytest.raises(ZeroDivisionError):
+            stylize(*pair, settings, callback=callback, checkpoint=path)
+    assert written == [1]
 
 
 def test_a_checkpoint_is_of_one_run(config, state, pair, tmp_path, monkeypatch):
@@ -1322,6 +1439,7 @@ def test_an_error_of_the_callback(config, pair, tmp_path):
     def raising(error, scale, step):
         def callback(state):
             if (state.scale, state.step) == (scale, step):
+                state.image()
                 raise error
 
         return callback
@@ -1537,6 +1655,12 @@ def test_a_style_too_large_for_memory_is_refused_before_any_work(config, pair, m
     style = to_pil(torch.rand(1, 3, 3, 3))
     with pytest.raises(InputError, match=r"style 2 is read at \d+×\d+, which takes .* choose a smaller style_scale"):
         stylize(pair[0], [style.resize((8, 800)), style], config(steps=1, style_scale=100))
+    settings, needed = config(steps=1, style_scale=3.125), 2 * 12 * 150 * 150  # as it is, and normalised
+    monkeypatch.setattr(stylize_module, "total_memory", lambda device: 2 * needed)
+    stylize(*pair, settings)
+    monkeypatch.setattr(stylize_module, "total_memory", lambda device: 2 * needed - 2)
+    with pytest.raises(InputError, match="style 1 is read at 150×150"):
+        stylize(*pair, settings)
 
 
 def test_only_proportions_of_shares_matter():
