@@ -752,7 +752,7 @@ def test_describe_command(call, tmp_path):
     assert call("describe", "A", "--json")[1] == describe("A").to_json() + "\n"
     for name, text in (("a.md", describe("A").to_markdown()), ("a.CSV", describe("A").to_csv())):
         assert call("describe", "A", "-o", name) == (0, f"{name}\n", "")
-        assert Path(name).read_text().rstrip("\n") == text.rstrip("\n")
+        assert Path(name).read_text() == text.rstrip("\n") + "\n"
     assert sorted(os.listdir(tmp_path)) == ["a.CSV", "a.md", "report.json"]
 
 

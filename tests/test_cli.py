@@ -30,10 +30,12 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 from vggfeat_cli import main as vggfeat_command, run, style as vggstyle_command
+from vggfeat_cli.reports import finish_report
 
 import vggfeat
 from vggfeat import StyleConfig, weights
 from vggfeat.image import FORMATS, open_image, read_settings, save_image, to_pil
+from vggfeat.tables import Report
 from vggfeat.transfer import stylize as stylize_module
 from vggfeat.transfer.objective import Objective
 
@@ -213,6 +215,22 @@ def test_a_log_has_a_line_for_each_scale_and_quiet_has_none(vggstyle, folder):
     assert loud.count("weights: ") == 1 and "resuming" not in loud
 
 
+def test_the_bar_shows_how_far_it_is_and_the_terms_that_count(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    losses = {"total": 0.5, "style": 0.5, "content": 0.0, "tv": 0.0}
+    with vggstyle_command._Bar(disable=False) as bar:
+        for step in (1, 2, 3):
+            bar(vggfeat.StyleStep(1, 1, step, 4, 40, 30, losses, 1.0, step / 4, "tiny.safetensors", lambda: None))
+            assert (bar.bar.n, bar.bar.postfix) == (step / 4, "total 0.5 style 0.5")
+    for disable in (False, True):  # --quiet, on a terminal too
+        with vggstyle_command._Bar(disable) as bar:
+            assert bar.bar.disable is disable
+
+
 # ── vggstyle: flags ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 OWN_FLAGS = {"checkpoint", "save_every", "output", "overwrite", "as_json", "quiet", "help", "version"}
@@ -227,9 +245,13 @@ def parsed(*words):
 def test_every_setting_is_a_flag_and_no_flag_is_more():
     command = vggstyle_command.command
     options = {p.name: p for p in command.params if isinstance(p, click.Option) and p.name not in OWN_FLAGS}
-    assert options.keys() == {field.name for field in dataclasses.fields(StyleConfig)}
+    assert [*options] == [field.name for field in dataclasses.fields(StyleConfig)]  # in this order, which --help shows
+    text = " ".join(CliRunner().invoke(command, ["--help"]).output.split())
     for name, option in options.items():
         assert option.opts == ["--" + name.replace("_", "-")] and option.help
+        value = getattr(StyleConfig(), name)
+        shown = f"{option.help} [default: {','.join(value) if isinstance(value, tuple) else value}"
+        assert (shown in text) == (value is not None and value is not False)
     assert parsed() == StyleConfig()
 
 
@@ -488,6 +510,17 @@ def test_ctrl_c_before_the_first_step_is_one_line(vggstyle, folder, monkeypatch,
     assert len(list(folder.iterdir())) == 2
 
 
+def test_ctrl_c_that_click_does_not_see_is_one_line(vggstyle, monkeypatch):
+    """As at the very end, while the handlers are put back."""
+
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vggstyle_command.command, "main", interrupted)
+    code, out, err = vggstyle()
+    assert (code, out) == (130, "") and "interrupted" in one_line(err)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("when", ["running", "putting together", "saving"])
 def test_to_be_told_to_end_again_costs_nothing(vggstyle, folder, monkeypatch, real_signals, name, when):
@@ -645,11 +678,32 @@ def test_a_warning_is_one_line_with_flags(vggstyle, folder):
     assert warnings.showwarning is shown
 
 
+def test_a_warning_of_another_package_is_shown_as_python_shows_it(vggstyle, folder, monkeypatch):
+    loading = stylize_module.load
+
+    def load(*given, **more):
+        warnings.warn("of its own", stacklevel=1)
+        return loading(*given, **more)
+
+    monkeypatch.setattr(stylize_module, "load", load)
+    with pytest.warns(UserWarning, match="of its own"):
+        code, _, err = vggstyle(*PAIR)
+    assert code == 0 and "of its own" not in err
+
+
 def test_a_stream_that_the_caller_closed_costs_no_picture(vggstyle, folder, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     code, out, _ = vggstyle(*PAIR)
     sys.stderr.close()  # which stands for it since
     assert (code, out) == (0, "content-style.png\n") and Path("content-style.png").is_file()
+
+
+def test_messages_to_a_closed_stream_are_unheard():
+    with io.StringIO() as stream:
+        unheard = run._Unheard(stream)
+        assert unheard.write("heard") == 5 and stream.getvalue() == "heard"
+    assert unheard.write("unheard") == 7
+    unheard.flush()
 
 
 def test_a_name_that_the_terminal_cannot_show_costs_no_picture(vggstyle, folder, monkeypatch):
@@ -913,6 +967,9 @@ def test_an_evaluation_replaces_nothing_that_it_reads(vgg, labelled):
         code, out, err = vgg("evaluate", read, data, "-o", output, "--overwrite")
         assert (code, out) == (2, "") and "it is one of the files" in one_line(err, "vggfeat")
         assert Path(output).read_bytes() == before
+    Path("mine.md").touch()
+    code, _, err = vgg("evaluate", "gone.pth", "set.zip", "-o", "mine.md")  # which is seen before there is any work
+    assert code == 2 and "mine.md: it already exists" in one_line(err, "vggfeat")
 
 
 def test_a_size_of_nothing_is_not_the_default(vgg, labelled):
@@ -1054,6 +1111,25 @@ def test_json_on_a_terminal_of_another_encoding(encoding, raw):
     env = environment() | {"PYTHONIOENCODING": encoding}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True, timeout=60).stdout
     assert json.loads(out.decode("utf-8")) == {"class": "äpfel 中"} and ("中" in out.decode("utf-8")) == raw
+
+
+def test_a_report_in_a_file_takes_names_of_any_bytes(tmp_path):
+    class Odd(Report):
+        def to_markdown(self):
+            return "a\udcff.png\n"  # as Python reads the name of a file that is not of UTF-8
+
+    finish_report(Odd.__new__(Odd), None, str(tmp_path / "r.MD"), False)
+    assert (tmp_path / "r.MD").read_bytes() == b"a?.png\n"
+
+
+def test_json_goes_to_a_stream_of_no_encoding():
+    class Plain(Report):
+        def to_dict(self):
+            return {"class": "中"}
+
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        finish_report(Plain.__new__(Plain), "json", None, False)
+    assert json.loads(stream.getvalue()) == {"class": "中"}
 
 
 def test_paths_in_messages_keep_their_names():
