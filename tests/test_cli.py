@@ -977,7 +977,7 @@ def test_a_size_of_nothing_is_not_the_default(vgg, labelled):
     pictures.folder(labelled / "data", pictures.tree(1))
     command = ["cam", "data/ant/0.png", "--weights", "w.safetensors", "-o", "cam.png"]
     code, out, err = vgg(*command, "--size", "0")
-    assert (code, out) == (2, "") and "size 0" in one_line(err, "vggfeat") and not Path("cam.png").exists()
+    assert (code, out) == (2, "") and "at least 1, got 0" in one_line(err, "vggfeat") and not Path("cam.png").exists()
     assert vgg(*command)[:2] == (0, "cam.png\n")
 
 
