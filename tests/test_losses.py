@@ -704,6 +704,40 @@ def test_only_images_and_their_gradient_are_held(pair, make):
     assert [t.data_ptr() for t in held] == [x.data_ptr(), y.data_ptr()]  # the caller's own
 
 
+@pytest.mark.parametrize("make", [perceptual, style, combined])
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_trained_image_may_come_second(pair, make, criterion, masked):
+    """As in many a training script; it takes as little memory."""
+    x, y = pair
+    mask = torch.rand(2, 1, 24, 32) if masked else None
+    loss, first, held = make(criterion=criterion, reduction="none"), x.clone().requires_grad_(), []
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        value = loss(y, x, mask)
+    assert {t.data_ptr() for t in held if t.ndim == 4 and t.shape[1] == 3} == {x.data_ptr(), y.data_ptr()}
+    assert len(held) == 2 + masked and torch.equal(value, loss(first, y, mask))
+    value.sum().backward()
+    loss(first, y, mask).sum().backward()
+    assert torch.equal(x.grad, first.grad) and x.grad.abs().max() > 0
+
+
+def test_images_change_places_only_where_that_makes_no_difference(pair):
+    x, y = pair
+    unlike = perceptual(["conv2_1"], criterion=lambda ours, theirs: (ours - 2 * theirs) ** 2)
+    x.requires_grad_()
+    ours, theirs = taps(y, ["conv2_1"])["conv2_1"], taps(x, ["conv2_1"])["conv2_1"]
+    (expected,) = torch.autograd.grad(((ours - 2 * theirs) ** 2).mean(), x)
+    close(torch.autograd.grad(unlike(y, x), x)[0], expected, rtol=1e-4, atol=1e-6)
+    one, other = x.detach().double().requires_grad_(), x.detach()[:1].clone().requires_grad_()
+    wide = perceptual()(y, one)  # in the type of the input
+    assert wide.dtype == torch.float32
+    close(torch.autograd.grad(wide, one)[0].float(), torch.autograd.grad(perceptual()(y, x), x)[0], rtol=1e-4)
+    (found,) = torch.autograd.grad(perceptual(reduction="sum")(y, other), other)  # one target for both images
+    same = [torch.autograd.grad(perceptual(reduction="sum")(each[None], other), other)[0] for each in y]
+    close(found, same[0] + same[1], rtol=1e-4)
+
+
 def test_small_gradients_of_float16_images_survive_a_gradient_scaler(pair):
     x, y = (image.half() for image in pair)
     scale, tiny = 2.0**24, 2.0**-20  # gradients of about 1e-9, where float16 ends at 6e-8

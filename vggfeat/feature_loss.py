@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,8 @@ class FeatureLoss(nn.Module):
         if mask is not None:
             self._check_masked()
             mask = checked_mask(mask, input)
+        if self._gradient_is_the_targets_alone(input, target):
+            input, target = cast(Tensor, target), input  # named criteria are symmetric
         constant = self._compares_with_constants(input, target, mask)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
@@ -148,6 +150,16 @@ class FeatureLoss(nn.Module):
     def _check_masked(self) -> None:
         if heads := [term.layer for term in self._terms if term.layer in self.features.arch.head_names]:
             raise InputError(f"a mask fits no layer of the classifier, which has no positions: leave out {heads[0]}")
+
+    def _gradient_is_the_targets_alone(self, input: Tensor, target: Tensor | EncodedTarget) -> bool:
+        """Whether the two had better change places: the gradient computed with the value is that of the input."""
+        return (
+            isinstance(target, Tensor)
+            and target.requires_grad
+            and not input.requires_grad
+            and (input.shape, input.dtype) == (target.shape, target.dtype)
+            and self._takes_parts
+        )
 
     def _compares_with_constants(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
         """Whether no gradient but the input's can be asked for, so that it is computed with the value."""
