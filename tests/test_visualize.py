@@ -465,6 +465,21 @@ def test_a_dream_of_a_class(headed):
         dream("fc", [5], size=32, weights=headed.state_dict())
 
 
+def test_folders_whose_suffixes_differ(small, tmp_path):
+    """What a network made of a JPEG is a PNG, mostly; two that share a name without its suffix have no partner."""
+    files = {"a": ["both.png", "both.jpg", "one.png", "two.png", "two.bmp"], "b": ["both.png", "one.jpg", "two.jpg"]}
+    for folder, names in files.items():
+        (tmp_path / folder).mkdir()
+        for seed, name in enumerate(names):
+            pictures_of_noise(24, 32, seed).save(tmp_path / folder / name)
+    found = visualize.distances(tmp_path / "a", tmp_path / "b", weights=small)
+    assert found.names == ["both.png", "one.png"]
+    assert found.unpaired == ["both.jpg", "two.bmp", "two.jpg", "two.png"]
+    assert found.totals[0] == 0 and found.totals[1] == pytest.approx(
+        distance(tmp_path / "a" / "one.png", tmp_path / "b" / "one.jpg", weights=small).total, rel=1e-6
+    )
+
+
 def test_distances_of_folders_are_those_of_their_pairs(small, tmp_path, call):
     """By name; what only one folder has, or is no image, is left out and said."""
     for number, folder in enumerate(("a", "b")):
@@ -487,7 +502,7 @@ def test_distances_of_folders_are_those_of_their_pairs(small, tmp_path, call):
     assert found.to_dict()["pairs"][0]["total"] == found.totals[0]
     code, out, err = call("distance a b --json")
     assert code == 0 and json.loads(out)["mean"] == found.mean
-    assert "2 images in one folder alone: onlya.png, onlyb.png" in err
+    assert "2 images without a partner: onlya.png, onlyb.png" in err
     code, out, _ = call("distance a b -o out.csv --layers relu1_1")
     rows = list(csv.reader((tmp_path / "out.csv").read_text().splitlines()))
     assert (code, out, rows[0]) == (0, "out.csv\n", ["image", "total", "relu1_1"]) and len(rows) == 3
@@ -500,7 +515,7 @@ def test_distances_of_folders_are_those_of_their_pairs(small, tmp_path, call):
     (tmp_path / "b" / "x.png").write_bytes(b"no image")
     assert f"{Path('b') / 'x.png'}: expected an image" in call("distance a b")[2]
     (tmp_path / "c").mkdir()
-    assert "no image in a has the name, with its suffix, of one in c: 3 and 0 images" in call("distance a c")[2]
+    assert "no image in a has the name of one in c: 3 and 0 images" in call("distance a c")[2]
     assert "expected an image file, got a folder" in call("distance a b/y.JPG")[2]
     with pytest.raises(vggfeat.InputError, match="expected a folder at .*y.JPG, found a file"):
         visualize.distances(tmp_path / "a", tmp_path / "b" / "y.JPG", weights=small)

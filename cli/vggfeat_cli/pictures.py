@@ -315,8 +315,8 @@ def distance(
 ) -> int:
     """The perceptual distance of images A and B.
 
-    In total and by layer; with -o, a heat map. Of two folders, the distances of all images of the same names; with -o,
-    as a table: .csv, .json, .md or text.
+    In total and by layer; with -o, a heat map. Of two folders, the distances of all images of the same names, if need
+    be without their suffixes; with -o, as a table: .csv, .json, .md or text.
     """
     chosen = [*itertools.chain.from_iterable(layers)] or None
     if Path(a).is_dir() and Path(b).is_dir():
@@ -358,7 +358,7 @@ def _distances(
         report = distances(a, b, layers, **options, callback=lambda done, count: bar.update(done / count - bar.n))
     if report.unpaired:
         named = ", ".join(report.unpaired[:3]) + (", …" if len(report.unpaired) > 3 else "")
-        click.echo(f"{counted(len(report.unpaired), 'image')} in one folder alone: {named}", err=True)
+        click.echo(f"{counted(len(report.unpaired), 'image')} without a partner: {named}", err=True)
     finish_report(report, form, output, overwrite)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,6 +173,8 @@ def distances(
 ) -> Distances:
     """The distances, as by `distance`, of the images of the same names in two folders.
 
+    What has no partner by its whole name gets one by its name without the suffix, where only one in each folder has it.
+
     Args:
         a: a folder; images in folders inside it are not looked at.
         b: another.
@@ -187,15 +190,17 @@ def distances(
         WeightsError: as `distance`.
     """
     first, second = (_images_in(Path(folder)) for folder in (a, b))
-    names = sorted(first & second)
+    partners = {name: name for name in first & second}
+    stems = _by_stem(second - first)
+    partners |= {name: stems[stem] for stem, name in _by_stem(first - second).items() if stem in stems}
+    names = sorted(partners)
     if not names:
-        counts = f"{len(first)} and {len(second)} images"
-        raise InputError(f"no image in {a} has the name, with its suffix, of one in {b}: {counts}")
+        raise InputError(f"no image in {a} has the name of one in {b}: {len(first)} and {len(second)} images")
     loss, loaded = _loss(layers, lpips, arch, weights)
     found: list[dict[str, float]] = []
     for name in names:
         try:
-            pair = _two(Path(a) / name, Path(b) / name, size)
+            pair = _two(Path(a) / name, Path(b) / partners[name], size)
             with torch.no_grad():
                 found.append({layer: float(each.mean()) for layer, each in loss.maps(*pair).items()})
         except ImageError:
@@ -204,7 +209,8 @@ def distances(
             raise InputError(f"{name}: {error}") from error
         if callback is not None:
             callback(len(found), len(names))
-    return Distances(names, found, sorted(first ^ second), lpips, loaded.arch.name, loaded.label)
+    unpaired = sorted((first - partners.keys()) | (second - set(partners.values())))
+    return Distances(names, found, unpaired, lpips, loaded.arch.name, loaded.label)
 
 
 def _images_in(folder: Path) -> set[str]:
@@ -213,6 +219,12 @@ def _images_in(folder: Path) -> set[str]:
         raise InputError(f"expected a folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
     files = (each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES and each.name[0] != ".")
     return {each.name for each in files if each.is_file()}
+
+
+def _by_stem(names: set[str]) -> dict[str, str]:
+    """By their names without the suffix, those that no two share."""
+    shared = Counter(Path(name).stem for name in names)
+    return {Path(name).stem: name for name in names if shared[Path(name).stem] == 1}
 
 
 def _two(a: ImageLike, b: ImageLike, size: int | None) -> tuple[Tensor, Tensor]:
