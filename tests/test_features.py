@@ -124,7 +124,7 @@ def test_unknown_choices(state, options, message):
     ("images", "message"),
     [
         (torch.rand(2, 1, 32, 32), r"3 channels .*\(2, 1, 32, 32\); repeat_grey=True"),
-        (torch.rand(2, 4, 32, 32), r"3 channels .*\(2, 4, 32, 32\); images\[:, :3\] is without transparency"),
+        (torch.rand(2, 4, 32, 32), r"3 channels .*\(2, 4, 32, 32\); images\[:, :3\] is RGBA without transparency"),
         (torch.rand(2, 5, 32, 32), r"3 channels .*\(2, 5, 32, 32\)$"),
         (torch.rand(30, 32, 3), r"channels come first, .*: image.permute\(2, 0, 1\)\[None\]"),
         (torch.rand(2, 32, 40, 3), r"channels come second: images.permute\(0, 3, 1, 2\)"),

@@ -486,10 +486,21 @@ def test_criteria_compare_in_float32_inside_autocast(pair):
 
 
 @pytest.mark.parametrize("make", [perceptual, style])
-@pytest.mark.parametrize("shape", [(2, 1, 24, 31), (2, 3, 24, 32), (3, 1, 24, 32), (24, 32), (1, 24, 32)])
-def test_masks_of_other_shapes(pair, make, shape):
-    with pytest.raises(vggfeat.InputError, match=r"expected a mask \(2,1,24,32\) or \(1,1,24,32\), got shape"):
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [
+        ((2, 1, 24, 31), ""),
+        ((2, 3, 24, 32), "; mask[:, :1] is its first channel"),
+        ((3, 1, 24, 32), ""),
+        ((24, 32), ""),
+        ((1, 24, 32), "; mask[:, None] adds the channel"),
+        ((3, 24, 32), ""),
+    ],
+)
+def test_masks_of_other_shapes(pair, make, shape, hint):
+    with pytest.raises(vggfeat.InputError) as info:
         make()(*pair, torch.ones(shape))
+    assert str(info.value) == f"expected a mask (2,1,24,32) or (1,1,24,32), got shape {shape}{hint}"
 
 
 def test_sizes_that_do_not_match(pair):
@@ -906,6 +917,28 @@ def test_sums_of_sums_and_of_features_from_the_classifier():
     wanted = 1.5 * tap(x, y) + 2.5 * gram(x, y) + 2 * head(x, y)
     close(value, wanted, rtol=1e-9)
     close(torch.autograd.grad(value, x)[0], torch.autograd.grad(wanted, x)[0], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_parts_of_a_sum_are_what_its_losses_contribute(pair, reduction):
+    x, y = pair[0].requires_grad_(), pair[1]
+    mask = torch.rand(2, 1, 24, 32)
+    given = [perceptual(["relu2_2", "conv3_1"], reduction=reduction), style(reduction=reduction)]
+    inner = vggfeat.CombinedLoss(given, [2.0, 30.0])
+    loss = vggfeat.CombinedLoss([inner, style(["relu3_1"], reduction=reduction)], [0.5, 0.0])
+    for total, parts in ((inner, [2 * given[0](x, y, mask), 30 * given[1](x, y, mask)]), (loss, None)):
+        found = total.parts(x, y, mask)
+        assert not any(each.requires_grad for each in found)
+        close(sum(found), total(x, y, mask), rtol=1e-5)
+        close(torch.stack(found), torch.stack(parts or [0.5 * inner(x, y, mask), torch.zeros_like(found[0])]))
+        close(torch.stack(total.parts(x, total.encode(y))), torch.stack(total.parts(x, y)))
+    with FlopCounterMode(display=False) as once:
+        inner(x.detach(), y)
+    with FlopCounterMode(display=False) as here:
+        inner.parts(x.detach(), y)
+    assert here.get_total_flops() == once.get_total_flops()
+    with pytest.raises(InputError, match="pixels against a target of"):
+        inner.parts(x, y[:, :, :-1])
 
 
 def test_a_sum_follows_its_losses(pair):

@@ -130,6 +130,8 @@ def test_nothing_replaces_its_weights():
     with pytest.raises(vggfeat.WeightsUnavailableError, match="imagenet weights for vgg16 are unavailable"):
         vggfeat.LPIPS(weights="auto")
     assert "calibrated for relu1_2" in repr(vggfeat.LPIPS(weights="random"))
+    with pytest.raises(vggfeat.InputError, match="weights=None is an untrained network, which is no LPIPS"):
+        vggfeat.LPIPS(weights=None)
 
 
 def test_other_networks_are_refused():

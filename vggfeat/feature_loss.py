@@ -102,10 +102,7 @@ class FeatureLoss(nn.Module):
             InputError: images that the features refuse, NaN and infinite values among them (`VGGFeatures.forward`),
                 shapes that do not match, or a target encoded by another loss.
         """
-        target = self._checked_target(input, target, mask is not None)
-        if mask is not None:
-            self._check_masked()
-            mask = checked_mask(mask, input)
+        target, mask = self._checked(input, target, mask)
         if self._gradient_is_the_targets_alone(input, target):
             input, target = cast(Tensor, target), input  # named criteria are symmetric
         constant = self._compares_with_constants(input, target, mask)
@@ -117,11 +114,25 @@ class FeatureLoss(nn.Module):
             (total,) = self._snapshot()._replayed(self._replays, input, target, mask, gradient=False)
         else:
             total = self._compare_parts(input, target, mask)
+        return self._reduced(total)
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        """The images' values (N,), or the scalar of a user's criterion, as `reduction` says."""
         if self.reduction == "none":
-            if total.ndim != 1:
+            if values.ndim != 1:
                 raise InputError("reduction='none' needs a criterion that keeps the batch, got one that gives a scalar")
-            return total
-        return {"mean": Tensor.mean, "sum": Tensor.sum}[self.reduction](total)
+            return values
+        return {"mean": Tensor.mean, "sum": Tensor.sum}[self.reduction](values)
+
+    def _checked(
+        self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
+    ) -> tuple[Tensor | EncodedTarget, Tensor | None]:
+        """Target and mask, which fit the input."""
+        target = self._checked_target(input, target, mask is not None)
+        if mask is not None:
+            self._check_masked()
+            mask = checked_mask(mask, input)
+        return target, mask
 
     def _checked_target(
         self, input: Tensor, target: Tensor | EncodedTarget, masked: bool = False
@@ -258,16 +269,20 @@ class FeatureLoss(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part may be a scalar, of the user's criterion
 
     def _compare(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> Tensor:
-        ours = self._represent(input, mask)
-        theirs = self._representation_of(target, mask)
-        with no_autocast(input.device):
-            parts = [
-                weight * loss._distance(layer, ours[key], theirs[key], self._mask_of(layer, mask))
-                for key, layer, loss, weight in self._terms
-            ]
+        parts = self._weighted(input, target, mask)
         if self.reduction != "mean" and len({part.ndim for part in parts}) > 1:
             raise InputError("criteria that give a scalar and such as keep the batch: only reduction='mean' suits both")
         return functools.reduce(torch.add, parts)
+
+    def _weighted(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> list[Tensor]:
+        """The weighted distances of `_terms`, each (N,), or a scalar if a user's criterion gives one."""
+        ours = self._represent(input, mask)
+        theirs = self._representation_of(target, mask)
+        with no_autocast(input.device):
+            return [
+                weight * loss._distance(layer, ours[key], theirs[key], self._mask_of(layer, mask))
+                for key, layer, loss, weight in self._terms
+            ]
 
     def _value_and_gradient(
         self, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
@@ -550,7 +565,10 @@ def checked_mask(mask: Tensor, images: Tensor) -> Tensor:
         what = f"{mask.dtype} values" if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(f"expected a mask {_fitting(n, h, w)} with values such as 0 and 1, got {what}")
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
-        raise InputError(f"expected a mask {_fitting(n, h, w)}, got shape {tuple(mask.shape)}")
+        fits = mask.ndim in (3, 4) and mask.shape[0] in (1, n) and tuple(mask.shape[-2:]) == (h, w)
+        hint = "; mask[:, None] adds the channel" if mask.ndim == 3 else "; mask[:, :1] is its first channel"
+        hint = hint if fits else ""
+        raise InputError(f"expected a mask {_fitting(n, h, w)}, got shape {tuple(mask.shape)}{hint}")
     mask = mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
     if mask.device.type == "cpu" and mask.numel() and not values_are_hidden():
         low, high = torch.aminmax(mask.detach())

@@ -360,7 +360,7 @@ class VGGFeatures(nn.Module):
         if images.shape[1] == 1 and self.repeat_grey:
             images = images.expand(-1, 3, -1, -1)
         if images.shape[1] != 3:
-            hints = {1: "; repeat_grey=True accepts one channel", 4: "; images[:, :3] is without transparency"}
+            hints = {1: "; repeat_grey=True accepts one channel", 4: "; images[:, :3] is RGBA without transparency"}
             hint = hints.get(images.shape[1], "")
             if images.shape[3] == 3:
                 hint = "; channels come second: images.permute(0, 3, 1, 2)"

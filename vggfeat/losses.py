@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from vggfeat.encoded_target import EncodedTarget
@@ -179,8 +181,8 @@ class StyleLoss(LayerLoss):
 class CombinedLoss(FeatureLoss):
     """A weighted sum of losses of one network, such as content and style, for which the network runs once.
 
-    Its value and gradient are those of the sum; two losses of their own would run the network twice. To log the parts,
-    call them by themselves now and then.
+    Its value and gradient are those of the sum; two losses of their own would run the network twice. For a log, `parts`
+    says what each contributes.
 
         >>> import torch, vggfeat
         >>> content = vggfeat.PerceptualLoss(["relu3_3"], criterion="l1", weights="random")
@@ -223,6 +225,27 @@ class CombinedLoss(FeatureLoss):
             InputError: images that the features refuse, or a mask that does not fit them.
         """
         return self._encode(target, None if mask is None else checked_mask(mask, target))
+
+    @torch.no_grad()
+    def parts(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None = None) -> list[Tensor]:
+        """What each loss contributes to the sum, weighted, without gradients; the network runs once, for a log's sake.
+
+        Args:
+            input: as of a call.
+            target: as of a call.
+            mask: as of a call.
+
+        Returns:
+            For each of `losses` a scalar, or with `reduction="none"` a value for each image, (N,).
+
+        Raises:
+            InputError: as a call.
+        """
+        target, mask = self._checked(input, target, mask)
+        parts: list[list[Tensor]] = [[] for _ in self._each]
+        for term, value in zip(self._terms, self._weighted(input, target, mask), strict=True):
+            parts[int(term.key.partition("/")[0])].append(value)
+        return [self._reduced(functools.reduce(torch.add, part)) for part in parts]
 
     def extra_repr(self) -> str:
         """What `print` shows."""

@@ -20,7 +20,10 @@ def lpips_weights(weights: WeightsLike) -> WeightsLike:
 
     Raises:
         WeightsError: the bundled ones.
+        InputError: None, with which an untrained network's values would pass for LPIPS.
     """
+    if weights is None:
+        raise InputError("weights=None is an untrained network, which is no LPIPS: leave it out, or say 'random'")
     told = resolved(weights)
     if told == "bundled":
         raise WeightsError("LPIPS is made for ImageNet's VGG-16, 'imagenet', which the bundled VGG-19 cannot replace")
