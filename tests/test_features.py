@@ -72,6 +72,9 @@ def test_unknown_layer_names_the_nearest(state):
     ) as e:
         vggfeat.arch.check_names(["style"], None)  # the network is not known yet
     assert "bn" not in str(e.value) and "lrn" not in str(e.value)
+    for name in ("14", "features.14"):  # torchvision's (`vgg16().features[14]`)
+        with pytest.raises(InputError, match=f"unknown layer '{name}': vgg16's is conv3_3$"):
+            VGGFeatures([name], "vgg16", "random")
     with pytest.raises(InputError, match=r"unknown layer 'rleu3_3': did you mean .*relu3_3"):
         VGGFeatures(["rleu3_3"], weights=state)
     with pytest.raises(InputError, match=r"names such as 'relu3_3', got \[3\]"):

@@ -186,7 +186,9 @@ class Arch:
                 continue
             if isinstance(name, str) and name in _every_name():
                 raise InputError(f"{self.name} has no layer {name!r}; it has {', '.join(self.names)}")
-            raise InputError(f"unknown layer {name!r}: {nearest(name, self.names)}")
+            theirs = {f"{prefix}{layer.index}": layer.name for layer in self.layers for prefix in ("features.", "")}
+            hint = f"{self.name}'s is {theirs[str(name)]}" if str(name) in theirs else nearest(name, self.names)
+            raise InputError(f"unknown layer {name!r}: {hint}")
 
     def until(self, names: Iterable[str]) -> tuple[Layer, ...]:
         """The convolutional layers that the deepest of `names` needs, itself included; all of them for a head layer."""
