@@ -386,7 +386,7 @@ class VGGFeatures(nn.Module):
         low, high = (float(value) for value in torch.aminmax(images.detach()))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(
-                "the images hold NaN or infinite values: check what produced them, such as too long a step or a bad file"
+                "the images hold NaN or infinite values: check what produced them, a bad file or too long a step"
             )
         if RANGE in self._done:
             return
