@@ -953,7 +953,7 @@ def test_a_sum_follows_its_losses(pair):
 
 
 def test_a_sum_is_one_loss_when_it_is_differentiated_again(pair):
-    x, y = pair[0][:, :, :16, :16].double().requires_grad_(), pair[1][:, :, :16, :16].double()
+    x, y = pair[0][:1, :, :8, :8].double().requires_grad_(), pair[1][:1, :, :8, :8].double()
     loss = combined()
     assert torch.autograd.gradcheck(lambda x: loss(x, y), x)
     (gradient,) = torch.autograd.grad(loss(x, y), x, create_graph=True)
