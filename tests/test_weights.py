@@ -235,9 +235,9 @@ def test_infer_arch(config, bn, head, unit, classes):
     with torch.device("meta"):
         net = vgg(config, classes, bn, head=head, width=unit / 64)
     state = net.state_dict()
-    assert infer_arch(state) == Arch(config, bn, scaled(unit), head, classes)
+    assert infer_arch(state, "w") == Arch(config, bn, scaled(unit), head, classes)
     convs = {key: value for key, value in state.items() if key.startswith("features.")}
-    assert infer_arch(convs) == Arch(config, bn, scaled(unit), None)
+    assert infer_arch(convs, "w") == Arch(config, bn, scaled(unit), None)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_infer_arch(config, bn, head, unit, classes):
 def test_infer_arch_of_shallow_files(config, bn, last, expected):
     with torch.device("meta"):
         net = vgg(config, batch_norm=bn)
-    assert infer_arch(shallow(net.state_dict(), net.arch.layer(last).index)).name == expected
+    assert infer_arch(shallow(net.state_dict(), net.arch.layer(last).index), "w").name == expected
 
 
 def test_a_shallow_file_serves_any_network_that_begins_so(state):

@@ -121,9 +121,9 @@ _QUIET = ("ignore", None, Warning, re.compile(r"(PIL|torch)(\.|$)"), 0)  # as `w
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of Pillow and torch, which a caller can do nothing about, in the process while any thread is inside.
+    """While any thread is inside, Pillow and torch warn of nothing in the whole process: no caller could act on it.
 
-    `catch_warnings` is for one thread: of two that overlap, the last to leave restores what the first had set.
+    `catch_warnings` serves one thread only: of two that overlap, the last to leave restores what the first had set.
     """
     global _quiet_inside
     with _quiet_lock:
@@ -144,15 +144,15 @@ def _aloud() -> None:
         warnings.filters.remove(_QUIET)  # type: ignore[attr-defined]
 
 
-def _none_inside() -> None:
-    """In a forked child, which lacks the threads that were."""
+def _reset_after_fork() -> None:
+    """A forked child has only the thread that forked."""
     global _quiet_lock, _quiet_inside
     _quiet_lock, _quiet_inside = threading.RLock(), 0
     _aloud()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_none_inside)
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 def optional(module: str, otherwise: str) -> Any:

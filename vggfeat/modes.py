@@ -42,7 +42,7 @@ def is_batched(*grads: torch.Tensor | None) -> bool:
 
 
 def is_watched(*tensors: torch.Tensor) -> bool:
-    """Whether others than profilers may look at operators: compilers, torch.func, dispatch modes, kinds of tensors."""
+    """Whether something besides a profiler observes operators: a compiler, torch.func, a mode, a kind of tensor."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None

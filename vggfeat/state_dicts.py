@@ -47,7 +47,7 @@ def map_keys(raw: Mapping[str, Any], label: str, oxfords: bool = False) -> dict[
     Args:
         raw: as it was saved.
         label: what messages call it.
-        oxfords: whether they are known to be; it warns where the classifier alone says so.
+        oxfords: whether the file is known to be Oxford's; if not, a warning says where the classifier looks like it.
     """
     raw = _unwrapped(raw) or raw
     if _is_of_features(raw):
@@ -133,7 +133,7 @@ def widths(arch: Arch) -> str:
     return f"channels {'/'.join(map(str, arch.channels))}" if arch.width is None else f"width {arch.width:g}"
 
 
-def infer_arch(state: Mapping[str, Tensor], label: str = "") -> Arch:
+def infer_arch(state: Mapping[str, Tensor], label: str) -> Arch:
     """The network that a state dict belongs to, inferred from its keys and shapes.
 
     A file with only the first layers may fit several networks: one that it fills completely is preferred, then vgg16,

@@ -169,7 +169,7 @@ class _Bands:
 
 
 def _shared(count: int, most: int) -> int:
-    """How many of `count` things each of as few parts as possible has, of at most `most`, and at least one."""
+    """The size of a part where `count` is cut into as few parts of at most `most` as possible; at least 1."""
     return math.ceil(count / math.ceil(count / max(1, most))) if count else 1
 
 

@@ -41,7 +41,7 @@ class Filters(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """Of a convolution's output, for each channel; and of all of them."""
+    """What bounds a convolution's output: a factor of the image's largest value, and a shift; of each channel, and of all."""
 
     factors: Tensor
     shifts: Tensor
