@@ -41,7 +41,7 @@ class Filters(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """What bounds a convolution's output: a factor of the image's largest value, and a shift; of each channel, and of all."""
+    """What bounds a convolution's output, factor · max |image| + shift: for each channel, and the largest of all."""
 
     factors: Tensor
     shifts: Tensor
