@@ -88,6 +88,29 @@ def test_bfloat16_under_autocast_is_as_near_as_torch(side):
     assert weight.grad.dtype == x.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("side", [(2, 2), (4, 4)])
+def test_autocast_leaves_float64_alone(side):
+    x, weight, bias = example(side)
+    exact = F.conv2d(x, weight, bias, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = conv_as_product(x, weight, bias)
+        grads = torch.autograd.grad(ours.square().sum(), (x, weight, bias))
+    torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(grads, torch.autograd.grad(exact.square().sum(), (x, weight, bias)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_a_backward_under_autocast_is_as_exact_as_its_forward(wanted):
+    values = example((4, 4), dtype=torch.float32, requires_grad=False)[:2]
+    values[wanted].requires_grad_()
+    loss = conv_as_product(*values, None).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        (ours,) = torch.autograd.grad(loss, values[wanted])
+    (theirs,) = torch.autograd.grad(F.conv2d(*values, padding=1).square().sum(), values[wanted])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def by_tiles(monkeypatch, n=70, channels=64, outputs=96, side=(8, 7)):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     generator = torch.Generator().manual_seed(0)
@@ -150,6 +173,9 @@ def test_what_tiles_are_for(monkeypatch):
     assert not prefers_winograd(x.double(), weight.double()) and not prefers_winograd(x.bfloat16(), weight.bfloat16())
     assert not prefers_winograd(x[:10], weight) and not prefers_winograd(x[:, :3], weight[:, :3])
     assert not prefers_winograd(x[..., :2, :2], weight)
+    many = x[:, :, :6, :2].repeat(4, 1, 1, 1)  # 560 tiles, of which 12 of 32 positions are filled
+    assert not prefers_winograd(many, weight) and prefers_winograd(many.repeat(1, 1, 1, 2), weight)
+    assert not prefers_winograd(x, weight.double())  # for torch to refuse
     assert not prefers_winograd(x.to("meta"), weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert not prefers_winograd(x, weight)
@@ -175,6 +201,10 @@ def test_tiles_in_company(monkeypatch):
     seeds = torch.randn(2, *exact.shape, generator=torch.Generator().manual_seed(2))
     (batched,) = torch.autograd.grad(convolve(x, weight, leaf), leaf, seeds, is_grads_batched=True)
     torch.testing.assert_close(batched, seeds.sum((1, 3, 4)), **near)
+    slopes = torch.func.grad(lambda value: convolve(value, weight, bias).square().mean())(x)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(convolve(leaf, weight, bias).square().mean(), leaf)
+    torch.testing.assert_close(slopes, expected, **near)
     _, slope = torch.func.jvp(lambda value: convolve(value, weight, bias), (x,), (x,))
     torch.testing.assert_close(slope, exact - bias[:, None, None], **near)
 
@@ -182,6 +212,8 @@ def test_tiles_in_company(monkeypatch):
 def test_is_for_small_maps_in_batches_on_a_cpu():
     assert prefers_matmul(torch.zeros(128, 3, 2, 2)) and prefers_matmul(torch.zeros(128, 3, 4, 4))
     assert not prefers_matmul(torch.zeros(128, 3, 5, 4)) and not prefers_matmul(torch.zeros(1, 3, 2, 2))
+    assert prefers_matmul(torch.zeros(32, 3, 1, 1)) and not prefers_matmul(torch.zeros(31, 3, 1, 1))
+    assert prefers_matmul(torch.zeros(8, 3, 4, 4)) and not prefers_matmul(torch.zeros(7, 3, 4, 4))
     assert not prefers_matmul(torch.zeros(128, 3, 2, 2, device="meta"))
 
 

@@ -313,6 +313,24 @@ def test_named_constructors_hand_on_every_setting(make):
     assert net.classifier[0].p == 0.25 and net.init == "paper"
 
 
+def test_a_network_with_weights_has_the_dropout_asked_for():
+    state = vgg("A", 3, head="slim", width=0.125).state_dict()
+    assert vgg("A", 3, weights=state, head="slim", dropout=0.25).classifier[0].p == 0.25
+
+
+def test_checkpointing_is_for_training():
+    """In evaluation mode nothing is computed twice."""
+    net = vgg("vgg11_bn", 3, head="slim", width=0.125)
+    net.features[5] = nn.BatchNorm2d(16, track_running_stats=False)  # which has none to leave alone
+    net.checkpointing, calls = True, []
+    net.features[0].register_forward_hook(lambda *_: calls.append(1))
+    for training in (True, False):
+        calls.clear()
+        net.train(training)(torch.randn(2, 3, 32, 32)).sum().backward()
+        assert len(calls) == 1 + training
+    assert all(module.momentum == 0.1 for module in net.features if isinstance(module, nn.BatchNorm2d))
+
+
 def test_parameters_are_drawn_anew_for_batch_normalisation_too():
     net = vggfeat.vgg11(2, batch_norm=True, width=0.125, head="slim")
     with torch.no_grad():
