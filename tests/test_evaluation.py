@@ -13,9 +13,10 @@ from torch.nn import functional as F
 import vggfeat
 from vggfeat.errors import InputError, RunError, WeightsError
 from vggfeat.tables import apart
+from vggfeat.training.batches import split_holdout
 from vggfeat.training.config import Views
 from vggfeat.training.data import ImageSet, load_images
-from vggfeat.training.evaluation import Evaluation, _crops, _metrics
+from vggfeat.training.evaluation import Evaluation, _crops, _held_out, _metrics
 from vggfeat.weights import IMAGENET
 
 ONE = {"precision": "float32", "device": "cpu"}
@@ -146,7 +147,7 @@ def test_figures_by_hand():
     text = str(found)
     assert "50.00 %" in text and "83.33 %" in text and "not readable" in text
     assert json.loads(found.to_json())["confusion"][0][:2] == [1, 1]
-    assert found.to_csv().splitlines()[1] == "u,2,0.5,v (1)"
+    assert found.to_csv().splitlines()[1:3] == ["u,2,0.5,v (1)", "v,1,1.0,"]
 
 
 def test_top5_needs_more_than_five_classes():
@@ -245,6 +246,8 @@ def test_weights_that_are_not_numbers(folder):
 def test_images_that_are_too_small(folder):
     with pytest.raises(InputError, match="smaller than size 64"):
         vggfeat.evaluate(made(), folder, Views(size=64), **ONE)
+    with pytest.raises(InputError, match="are 60×40, smaller than size 41"):  # width and height
+        vggfeat.evaluate(made(), images(height=40, width=60), Views(size=41), **ONE)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -349,6 +352,9 @@ def test_a_picture_of_confusions(tmp_path):
         (lambda: Views(size="32"), "size must be a whole number"),
         (lambda: vggfeat.evaluate(made(), images(), {"flip": True}), "views must be a Views"),
         (lambda: vggfeat.evaluate(made(), images(), workers=-1), "workers must be a whole number of at least 0"),
+        (lambda: vggfeat.evaluate(made(), images(), precision="float16"), "unknown precision 'float16'"),
+        (lambda: vggfeat.evaluate(made(), images(), bad_images="ignore"), "unknown bad_images 'ignore'"),
+        (lambda: vggfeat.evaluate(made(), images(), batch_size=0), "batch_size must be a whole number of at least 1"),
         (lambda: vggfeat.evaluate(made(), images(height=16, width=16)), "at 16 pixels are smaller than 32"),
         (lambda: vggfeat.evaluate(made(), 3), "data is a path, or an ImageSet"),
         (lambda: vggfeat.train(images(), config="fast"), r'config must be a TrainConfig, such as recipe\("fast"\)'),
@@ -382,6 +388,14 @@ def test_no_image_can_be_read(tmp_path):
     pictures.folder(tmp_path / "set", dict.fromkeys(files, b"gone"))
     with pytest.raises(RunError, match="no image of .* could be read"):
         vggfeat.evaluate(made(), data, Views(size=32, scales=(36,)), bad_images="skip", workers=0, **ONE)
+
+
+def test_files_of_other_sizes_are_told_where_sizes_are_known(folder):
+    data, _ = load_images(folder)
+    rest = split_holdout(data, 0.5, 0)[1]
+    for sizes, said in ((rest.sizes, ""), (None, ""), ("other", ", by the names of its files, whose sizes differ")):
+        found = _held_out(data, 0.5, 0, rest.digest, "elsewhere", sizes)
+        assert found.names == rest.names and found.label == f"{folder}, what was held out{said}"
 
 
 def test_crops_begin_at_the_nearest_pixel():
