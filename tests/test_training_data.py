@@ -1,6 +1,7 @@
 """What `vggfeat.training.data` reads, and the batches made of it."""
 
 import hashlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -796,15 +797,21 @@ def test_settings_that_cannot_be():
         ({"warmup": 20.0}, "warmup"),
         ({"size": 16}, "size"),
         ({"resize": (64, 32)}, "resize"),
-        ({"freeze": "conv1_1"}, "weights"),
+        ({"resize": (27, 64), "pad": 2, "size": 32}, "resize 27 with pad 2 is smaller than size 32"),
+        ({"seed": 2**63}, "seed"),
+        ({"lr": math.inf}, "lr must be a positive number"),
+        ({"freeze": "conv1_1"}, "freeze needs weights"),
+        ({"new_head": True}, "new_head needs weights"),
         ({"weights": "bundled", "width": 0.5}, "width"),
         ({"dropout": 1.0}, "dropout"),
         ({"label_smoothing": float("nan")}, "label_smoothing"),
         ({"nesterov": True, "optimizer": "adam"}, "nesterov"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov"),
         ({"arch": "vgg17"}, "vgg17"),
     ):
         with pytest.raises(InputError, match=said):
             TrainConfig(**changes)
+    TrainConfig(resize=(28,), pad=2, size=32, seed=2**63 - 1, warmup=19.9)  # which just fit
     with pytest.raises(InputError, match="did you mean fast"):
         vggfeat.recipe("fats")
     with pytest.raises(InputError, match="did you mean epochs"):
@@ -815,10 +822,12 @@ def test_recipes_say_what_chapter_and_paper_say():
     chapter = vggfeat.recipe("chapter")
     assert (chapter.optimizer, chapter.lr, chapter.weight_decay, chapter.batch_size) == ("adam", 1e-3, 5e-4, 64)
     assert (chapter.epochs, chapter.schedule, chapter.step_size, chapter.gamma) == (100, "step", 30, 0.1)
-    assert (chapter.pad, chapter.flip) == (4, "random")
+    assert (chapter.pad, chapter.flip, chapter.head, chapter.dropout) == (4, "random", "paper", 0.5)
     paper = vggfeat.recipe("paper")
     assert (paper.optimizer, paper.lr, paper.momentum, paper.weight_decay) == ("sgd", 1e-2, 0.9, 5e-4)
     assert (paper.batch_size, paper.epochs, paper.dropout, paper.gamma) == (256, 74, 0.5, 0.1)
+    assert (paper.head, paper.pad, paper.schedule, paper.flip) == ("paper", 0, "step", "random")
+    assert chapter.decay_all and paper.decay_all  # neither knows of exceptions
     assert (paper.epochs - 1) // paper.step_size == 3  # the rate is divided three times
     assert vggfeat.recipe("paper", epochs=3).epochs == 3
 
