@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pictures
@@ -29,13 +30,16 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
-from vggfeat_cli import main as vggfeat_command, run, style as vggstyle_command
+from vggfeat_cli import learn, main as vggfeat_command, run, style as vggstyle_command
 from vggfeat_cli.reports import finish_report
 
 import vggfeat
 from vggfeat import StyleConfig, weights
 from vggfeat.image import FORMATS, open_image, read_settings, save_image, to_pil
 from vggfeat.tables import Report
+from vggfeat.training.evaluation import Evaluation
+from vggfeat.training.folder import Epoch
+from vggfeat.training.loop import TrainResult, TrainStep
 from vggfeat.transfer import stylize as stylize_module
 from vggfeat.transfer.objective import Objective
 
@@ -1060,6 +1064,68 @@ def test_ctrl_c_while_training_can_be_gone_on_from(vgg, labelled, monkeypatch, r
     assert count == [2] and not Path("run/weights.safetensors").exists()
     assert vgg("train", "set.zip", *SMALL, "-o", "run", "--resume", "--quiet")[0] == 0
     assert count == [6] and Path("run/weights.safetensors").exists()
+
+
+def test_a_run_from_weights_is_called_after_them(vgg, labelled):
+    save_file(vggfeat.vgg11(3, width=0.125, head="slim").state_dict(), "mine.safetensors")
+    words = ["--weights=mine.safetensors", "--batch-size=8", "--epochs=1", "--precision=float32", "--quiet"]
+    assert vgg("train", "set.zip", *words)[:2] == (0, "mine-fast\n")
+
+
+def test_what_is_said_of_a_run_that_ended_early(vgg, labelled, monkeypatch):
+    words = ("train", "set.zip", *SMALL, "-o", "run", "--test", "more.zip", "--json", "--plot", "curves.png")
+    result, given = TrainResult(None, [], None, Path("run"), True, []), {}
+    monkeypatch.setattr(vggfeat, "train", lambda data, config, **options: given.update(options, data=data) or result)
+    code, out, err = vgg(*words)
+    rest = {"data": "set.zip", "test": "more.zip", "folder": Path("run"), "resume": False}
+    assert {name: given[name] for name in rest} == rest
+    found = json.loads(out)
+    assert code == 130 and (found["folder"], found["interrupted"], found["history"]) == ("run", True, [])
+    assert "--resume goes on" in one_line(err, "vggfeat train") and not Path("curves.png").exists()
+
+    def again(*_, **__):
+        raise KeyboardInterrupt  # the second, at once
+
+    monkeypatch.setattr(vggfeat, "train", again)
+    for rest in ("nothing was written", "--resume continues from what was saved in run"):
+        code, out, err = vgg(*words)
+        assert (code, out) == (130, "") and one_line(err, "vggfeat train").endswith(f"interrupted; {rest}\n")
+        Path("run").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_finished_epoch_is_a_line_and_the_bar_counts_epochs(quiet):
+    moved, lines = [], []
+    bar = SimpleNamespace(
+        n=1.25,
+        set_description_str=lambda text, refresh: lines.append(text),
+        set_postfix_str=lambda text, refresh: lines.append(text),
+        update=moved.append,
+        write=lambda text, file: lines.append(text),
+    )
+    done = Epoch(2, 0.01, 0.5, 0.75, 1.0, 0.25, None, 3.0, 8.0, 2)
+    learn._tell(bar, quiet, TrainStep(2, 5, 3, 4, 0.5, 0.01, None))
+    learn._tell(bar, quiet, TrainStep(2, 5, 4, 4, 0.25, 0.001, done))
+    assert moved == [0.5, 0.75]  # from a quarter of the second epoch to three, and to its end
+    assert lines[:2] == ["epoch 2/5 step 3/4", "loss 0.5000 lr 0.01"]
+    rest = ["epoch 2/5  loss 0.5000  train 75.00 %  test 25.00 %  3 s  8 images/s  2 images left out"]
+    assert lines[2:] == ["epoch 2/5 step 4/4", "loss 0.2500 lr 0.001", *rest * (not quiet)]
+
+
+def test_every_flag_of_an_evaluation_is_handed_on(vgg, labelled, monkeypatch):
+    pytest.importorskip("matplotlib")
+    report, given = Evaluation(3, 0.5, 1.0, None, ["a", "b"], [[2, 0], [0, 1]], 1), {}
+    monkeypatch.setattr(vggfeat, "evaluate", lambda *args, **options: given.update(options, args=args) or report)
+    flags = ["--size=48", "--scales=64,80", "--grid=3", "--flip", "--arch=vgg11", "--batch-size=7", "--workers=0"]
+    flags += ["--precision=bfloat16", "--device=cpu", "--bad-images=skip", "--format=json", "--plot=c.png"]
+    Path("c.png").touch()
+    assert vgg("evaluate", "w.pth", "set.zip", *flags)[0] == 2  # the picture is there
+    code, out, _ = vgg("evaluate", "w.pth", "set.zip", *flags, "--overwrite")
+    assert code == 0 and json.loads(out)["top1"] == 1 and Path("c.png").stat().st_size > 1000
+    views = vggfeat.Views(size=48, scales=(64, 80), grid=3, flip=True)
+    assert given.pop("args") == ("w.pth", "set.zip", views)
+    assert given == {"arch": "vgg11", "batch_size": 7, "workers": 0, "precision": "bfloat16", "device": "cpu",
+                     "bad_images": "skip"}  # fmt: skip
 
 
 def test_plots_are_not_put_among_the_images(vgg, labelled):
