@@ -1,9 +1,11 @@
 """The training loop: what it computes, what it leaves behind, and how a run stops and goes on."""
 
 import contextlib
+import copy
 import csv
 import errno
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +39,7 @@ from vggfeat.training import components, distributed, folder as folder_module, l
 from vggfeat.training.batches import split_holdout
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World
+from vggfeat.training.evaluation import Evaluation
 from vggfeat.training.folder import NEEDED, Epoch
 from vggfeat.training.learner import Learner
 from vggfeat.training.muon import Muon
@@ -140,6 +144,22 @@ def test_tensorboard_has_the_curves(finished):
     board.Reload()
     found = [(point.step, point.value) for point in board.Scalars("train_loss")]
     assert found == [(e.epoch, pytest.approx(e.train_loss)) for e in finished[0].history]
+
+
+def test_a_curve_has_what_was_measured_be_it_0_and_nothing_else(tmp_path):
+    board, points = folder_module.Board(tmp_path, pytest.fail), []
+    board.close()
+    board.writer = SimpleNamespace(add_scalar=lambda *point: points.append(point), flush=lambda: points.append("flush"))
+    board.write(Epoch(3, 0.1, 0.5, 0.0, None, None, None, 2.0, 8.0, 0))
+    assert points == [
+        ("lr", 0.1, 3),
+        ("train_loss", 0.5, 3),
+        ("train_accuracy", 0.0, 3),
+        ("seconds", 2.0, 3),
+        ("images_per_second", 8.0, 3),
+        ("skipped", 0, 3),
+        "flush",  # for those who look on while it lasts
+    ]
 
 
 def plain(run, steps):
@@ -299,6 +319,9 @@ def test_groups_of_parameters():
         kind: type(components.optimizer(net, TrainConfig(optimizer=kind))) for kind in ("sgd", "adam", "adamw", "muon")
     }
     assert kinds == {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
+    for nesterov in (False, True):
+        (group, *_) = components.optimizer(net, TrainConfig(nesterov=nesterov)).param_groups
+        assert (group["nesterov"], group["momentum"]) == (nesterov, 0.9)
     for kind in ("adam", "adamw"):
         made = components.optimizer(net, TrainConfig(optimizer=kind, momentum=0.8))
         assert made.param_groups[0]["betas"] == (0.8, 0.999)
@@ -347,6 +370,10 @@ def test_deterministic_algorithms(data, tmp_path, monkeypatch):
     run(data, tmp_path / "r", deterministic=True, epochs=1,
         callback=lambda _: seen.append(torch.are_deterministic_algorithms_enabled()))  # fmt: skip
     assert all(seen) and seen and not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    run(data, tmp_path / "mine", deterministic=True, epochs=1)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 @pytest.mark.parametrize("arch", ["vgg11", "vgg13_bn", "vgg16-c", "vgg11-lrn", "vgg19_bn"])
@@ -691,7 +718,7 @@ def test_no_good_checkpoint_is_an_error(data, tmp_path):
 def test_a_checkpoint_holds_what_it_must(finished):
     state, damaged = checkpoint.newest(finished[0].folder / "checkpoints", NEEDED)
     assert not damaged
-    assert {"net", "optimizer", "scheduler", "ema", "scaler", "rng", "epoch", "step", "config"} <= state.keys()
+    assert {"net", "optimizer", "scheduler", "ema", "scaler", "epoch", "step", "config"} <= state.keys()
     assert (state["epoch"], state["step"]) == (7, 3)  # before the last test
 
 
@@ -722,11 +749,13 @@ def test_a_signal_during_a_test_loses_no_epoch(data, tmp_path, monkeypatch):
 
     result = run(data, tmp_path / "r", callback=callback, epochs=3)
     assert result.interrupted and len(result.history) == 2
+    assert result.evaluation.top1 == result.history[1].test_accuracy
     state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", NEEDED)
     assert (state["epoch"], state["step"], len(state["history"])) == (2, 0, 2)
     monkeypatch.undo()
-    whole = run(data, tmp_path / "whole", epochs=3)
-    assert same(weights(run(data, tmp_path / "r", resume=True, epochs=3).folder), weights(whole.folder))
+    whole, told = run(data, tmp_path / "whole", epochs=3), []
+    resumed = run(data, tmp_path / "r", resume=True, epochs=3, announce=told.append)
+    assert same(weights(resumed.folder), weights(whole.folder)) and told[-1] == "resuming after 6 of 9 steps"
 
 
 def test_other_generators_are_left_alone(data, tmp_path, monkeypatch):
@@ -927,17 +956,32 @@ assert vggfeat.train({str(data)!r}, callback=callback, **options).interrupted
 assert [name[-4:] for name in os.listdir({str(tmp_path / "r" / "checkpoints")!r})] == ["2.pt"]
 result = vggfeat.train({str(data)!r}, resume=True, **options)
 assert not result.interrupted
+print("loss", result.history[0].train_loss, "end")
 dist.destroy_process_group()
 result.net.train()(torch.rand(2, 3, 32, 32))  # it is good without the other process
 """)
-    joined(script)
-    found = weights(tmp_path / "r")
-    for key, value in weights(run(data, tmp_path / "one", **options).folder).items():
+    losses = re.findall(r"loss (\S+) end", joined(script))
+    found, one = weights(tmp_path / "r"), run(data, tmp_path / "one", **options)
+    assert [float(loss) for loss in losses] == pytest.approx([one.history[0].train_loss] * 2, rel=1e-3)
+    for key, value in weights(one.folder).items():
         torch.testing.assert_close(found[key], value, rtol=5e-3, atol=5e-4, msg=key)
 
 
 def vars_of(name, **changes):
     return vggfeat.recipe(name, **TINY | changes).to_dict()
+
+
+def test_any_trouble_of_the_first_process_is_that_of_all(monkeypatch):
+    told = []
+
+    def broadcast(values):
+        told.append(values[0])
+        values[0] = told[0]
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    for rank in (0, 1):
+        with pytest.raises(ZeroDivisionError):
+            distributed.run_on_main(lambda: 1 / 0, World(CPU, rank, 2))
 
 
 def test_batch_norm_over_processes_is_that_of_the_whole_batch(tmp_path):
@@ -1636,6 +1680,33 @@ def test_going_on_remembers_what_was_left_out(data, tmp_path):
     assert again.batches.skipped == {"ant/1.png is damaged"}
 
 
+def test_a_checkpoint_knows_what_any_process_left_out(data, tmp_path, monkeypatch):
+    made = begun(data, tmp_path)
+    monkeypatch.setattr(loop, "all_gather_union", lambda skipped, world: skipped | {"theirs"})
+    made.batches.skipped.add("ours")
+    made.save()
+    assert checkpoint.newest(tmp_path / "checkpoints", NEEDED)[0]["skipped"] == ["ours", "theirs"]
+
+
+def test_what_is_left_out_is_named_and_how_much_learns(data, tmp_path):
+    state = vggfeat.vgg11(3, width=0.125, head="slim").state_dict()
+    made = begun(data, tmp_path, weights=state, freeze="pool5", arch=None, width=1.0)
+    for count, names in ((5, "0, 1, 2, 3, 4"), (6, "0, 1, 2, 3, 4 …")):
+        made.images = replace(made.images, skipped={str(i): 1 for i in range(count)}, others=["a.txt"])
+        said = [*made.summary([])]
+        assert said[0].endswith(" M parameters, 0.00 M of them learning")  # 3 × 65
+        assert f"left out {count} images of {data}/train that cannot be read: {names}" in said
+        assert said[-1].endswith(f"{data}/train outside its folders or without an image suffix: a.txt")
+
+
+def test_settings_are_those_of_the_checkpoint_too(data, tmp_path):
+    run(data, tmp_path / "r", epochs=1)
+    (tmp_path / "r" / "config.json").unlink()
+    with pytest.raises(InputError, match="has other settings, pass the same ones: .*lr was 0.01, is 0.02"):
+        run(data, tmp_path / "r", epochs=1, lr=0.02, resume=True)
+    assert run(data, tmp_path / "r", epochs=1, resume=True).history
+
+
 def test_the_rate_on_record_is_the_classifiers(data, tmp_path):
     steps = []
     result = run(data, tmp_path / "r", callback=steps.append, features_lr=0.1, schedule="constant", warmup=0, epochs=1)
@@ -1752,3 +1823,222 @@ def test_a_new_head_is_drawn_as_the_settings_say():
     net = components.network(TrainConfig(weights=state, new_head=True, init="paper"), 1000)
     assert float(net.classifier[-1].weight.detach().std()) == pytest.approx(0.1, rel=0.05)  # section 3.1
     assert torch.equal(net.features[0].weight, state["features.0.weight"])
+
+
+def test_seconds_are_those_of_training_alone(data, tmp_path, monkeypatch):
+    """A second for each step; checkpoints and tests take longer, before a run is stopped and after."""
+    now = [0.0]
+
+    def slowed(real, seconds):
+        def slow(*args):
+            now[0] += seconds
+            return real(*args)
+
+        return slow
+
+    for name, seconds in (("_step", 1), ("save", 100), ("_test", 1000)):
+        monkeypatch.setattr(loop._Run, name, slowed(getattr(loop._Run, name), seconds))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "r", callback=stop_at(2), save_every=1)
+    result = run(data, tmp_path / "r", resume=True, save_every=1)
+    assert [(epoch.seconds, epoch.images_per_second) for epoch in result.history] == [(3, 8), (3, 8)]
+
+
+def test_steps_between_checkpoints_are_counted_over_epochs(data, tmp_path, monkeypatch):
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(loop._Run, "_epoch_saves", lambda self: False)
+    monkeypatch.setattr(checkpoint, "save", lambda folder, done, state: saved.append(done) or save(folder, done, state))
+    run(data, tmp_path / "r", save_every=2, epochs=3)
+    assert saved == [2, 4, 6, 8]  # of epochs of three
+
+
+def test_a_run_that_was_stopped_in_a_test_knows_its_last_step(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop._Run, "_test", lambda self: 1 / 0)
+    steps = []
+    with pytest.raises(ZeroDivisionError):
+        run(data, tmp_path / "r", callback=steps.append, epochs=1)
+    monkeypatch.undo()
+    resumed = []
+    result = run(data, tmp_path / "r", callback=resumed.append, epochs=1, resume=True)
+    whole = run(data, tmp_path / "whole", callback=steps.append, epochs=1)
+    (last,) = resumed
+    assert (last.lr, last.loss) == (steps[-1].lr, steps[-1].loss) and result.history[0].lr == whole.history[0].lr
+
+
+def test_what_is_drawn_differs_from_part_to_part_and_from_process_to_process(data, tmp_path):
+    seen = []
+
+    def step(images, labels, targets, last):
+        seen.append(torch.initial_seed())
+        return torch.zeros(()), torch.zeros(())
+
+    for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        made = begun(data, tmp_path, accumulate=2, seed=seed)
+        made.world, made.learner = World(CPU, rank), SimpleNamespace(step=step)
+        made.scheduler = SimpleNamespace(step=int)
+        for epoch, number in itertools.product(range(2), range(3)):
+            made.epoch, made.step = epoch, number
+            made._step([(torch.zeros(4, 3, 32, 32), torch.zeros(4))] * 2)
+    assert len({*seen}) == len(seen) == 3 * 2 * 3 * 2
+
+
+def test_a_network_that_is_not_finite_is_not_saved(data, tmp_path):
+    made = begun(data, tmp_path)
+    made.save()
+    (first,) = checkpoint.saved(tmp_path / "checkpoints")
+    made.step = 2
+    made.save()
+    made.step = 3
+    made.net.features[0].weight.data[0] = math.inf
+    with pytest.raises(RunError, match=r"epoch 1, step 3 of 3.*step-000000002\.pt is from before"):
+        made.save()
+    assert [path.name for path in checkpoint.saved(tmp_path / "checkpoints")] == ["step-000000002.pt", first.name]
+
+
+def test_of_several_steps_that_were_not_finite_the_first_is_known(data, tmp_path):
+    """A GPU's are not read after each."""
+    made = begun(data, tmp_path, arch="vgg11")
+    for number, batch in enumerate(made.batches.epoch(0)):
+        if number == 1:
+            made.net.classifier[-1].bias.data[0] = math.nan
+        made._step(batch)
+        made.step += 1
+    assert int(made.bad) == 1
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_the_first_step_that_was_not_finite_is_named(data, tmp_path, monkeypatch, step):
+    real = loop._Run._step
+
+    def spoilt(run, batch):
+        if run.done == step:
+            run.net.classifier[-1].bias.data[0] = math.nan
+        return real(run, batch)
+
+    monkeypatch.setattr(loop._Run, "_step", spoilt)
+    with pytest.raises(RunError, match=f"at epoch {1 + step // 3}, step {1 + step % 3} of 3"):
+        run(data, tmp_path / "r")
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_a_second_sigterm_does_not(data, tmp_path):
+    made, ended = begun(data, tmp_path), []
+    for processes, number in ((1, "SIGINT"), (1, "SIGTERM"), (1, "SIGINT"), (2, "SIGINT")):
+        made.world = World(CPU, 0, processes)  # of two, both may come from one: the terminal's, and torchrun's
+        try:
+            made._asked_to_end(getattr(signal, number), None)
+            ended.append(False)
+        except KeyboardInterrupt:
+            ended.append(True)
+    assert made.asked and ended == [False, False, True, False]
+
+
+def test_figures_of_an_epoch_count_images_not_parts(data, tmp_path):
+    """Images that are left out make parts of different sizes."""
+    made = begun(data, tmp_path, accumulate=2)
+    results = iter([(1.0, 6), (3.0, 1)])
+    made.learner = SimpleNamespace(step=lambda *_, **__: tuple(map(torch.tensor, next(results))))
+    made.scheduler = SimpleNamespace(step=int)
+    images = torch.zeros(8, 3, 32, 32)
+    made._step([(images[:6], torch.zeros(6)), (images[6:], torch.zeros(2))])
+    made.seconds = 4.0
+    made._close_epoch(Evaluation(9, 0.5, 0.25, 0.75, [], [], 1))
+    (epoch,) = made.history
+    assert (epoch.train_loss, epoch.train_accuracy) == ((6 * 1.0 + 2 * 3.0) / 8, 7 / 8)
+    assert (epoch.test_loss, epoch.test_accuracy, epoch.test_top5) == (0.5, 0.25, 0.75)
+    assert (epoch.images_per_second, made.seconds, made.step, made.epoch) == (2.0, 0.0, 0, 1)
+
+
+def test_images_that_were_left_out_are_counted_from_the_start(tmp_path):
+    """Of the training set and of the test set, where both are known to lack some before the first step."""
+    files = pictures.tree(8) | {"ant/9.png": b"no image"}
+    source, test = (pictures.folder(tmp_path / name, files) for name in ("s", "t"))
+    lines = []
+    result = run(source, tmp_path / "r", test=test, epochs=1, bad_images="skip", announce=lines.append)
+    assert result.history[0].skipped == 2 and result.evaluation.skipped == ["ant/9.png"]
+    assert [line for line in lines if "left out" in line] == [
+        f"left out 1 image of {place} that cannot be read: ant/9.png" for place in (source, test)
+    ]
+
+
+def test_checkpointing_keeps_less_for_the_backward(data, tmp_path):
+    kept = []
+    for on in (False, True):
+        made = begun(data, tmp_path, arch="vgg11", checkpointing=on)
+        made.learner.model.train()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            made.learner.model(torch.rand(8, 3, 32, 32))
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_folder_that_fills_while_images_are_read_is_left_alone(data, tmp_path):
+    images, test = vggfeat.load_images(data)
+    config, folder = TrainConfig(**TINY), tmp_path / "r"
+    folder_module.check(folder, config, resume=False)
+    pictures.folder(folder, {"mine.txt": b"mine"})
+    with contextlib.ExitStack() as lock, pytest.raises(InputError, match="already exists"):
+        folder_module.begin(folder, config, components.network(config, 3).arch, images, test, False, lock)
+    assert not (folder / "config.json").exists()
+
+
+def test_a_run_makes_the_folders_around_its_own(data, tmp_path):
+    assert run(data, tmp_path / "runs" / "today" / "r", epochs=1).folder.is_dir()
+
+
+def test_what_a_kill_left_half_written_is_no_results(data, tmp_path):
+    """Of a run that ended before its first checkpoint."""
+    run(data, tmp_path / "r", epochs=1)
+    for name in ("weights.safetensors", "log.csv"):
+        (tmp_path / "r" / name).unlink()
+    shutil.rmtree(tmp_path / "r" / "checkpoints")
+    pictures.folder(tmp_path / "r", {name: b"-" for name in (".vggfeat-1.tmp", "checkpoints/.vggfeat-2.tmp")})
+    assert run(data, tmp_path / "r", epochs=1).history
+
+
+def test_adam_goes_on_on_another_kind_of_device(data, tmp_path):
+    """On a GPU its steps are captured as a graph, which is a setting in its state."""
+    made = begun(data, tmp_path, optimizer="adam")
+    batch = next(made.batches.epoch(0))
+    made._step(batch)
+    state = copy.deepcopy(made.learner.state_dict())
+    for group in state["optimizer"]["param_groups"]:
+        group["capturable"] = True
+    made.learner.load_state_dict(state)
+    assert not any(group["capturable"] for group in made.learner.optimizer.param_groups)
+    made._step(batch)
+
+
+def test_new_networks_are_those_of_the_settings():
+    config = TrainConfig(arch="vgg11", width=0.125, head="paper", init="paper", dropout=0.3)
+    state = vggfeat.vgg11(3, head="slim", width=0.125).state_dict()
+    with pytest.raises(WeightsError, match="slim head for 3 classes, the run wants a paper head for 3"):
+        components.network(TrainConfig(weights=state, head="paper"), 3)
+    for net in (components.network(config, 3), components.network(TrainConfig(weights=state, init="paper"), 3)):
+        assert net.init == "paper"
+    assert components.network(config, 3).arch.head == "paper"
+
+
+def test_biases_before_a_frozen_batch_normalisation_learn():
+    """It normalises by statistics that do not change, so that they make a difference."""
+    net = vggfeat.vgg11(3, batch_norm=True, width=0.125, head="slim")
+    net.features[1].requires_grad_(False)
+    assert len(components.redundant_biases(net)) == 7 and all(
+        bias is not net.features[0].bias for bias in components.redundant_biases(net)
+    )
+
+
+def test_accuracy_is_counted_by_labels_where_images_are_mixed():
+    learner = _learner(dropout=0.0)
+    learner.net.classifier[-1].bias.data[0] = 100.0  # class 0 for all
+    shares = torch.tensor([[0.3, 0.7, 0.0]] * 4)  # mostly other images
+    _, right = learner.step(torch.rand(4, 3, 32, 32), torch.tensor([0, 0, 0, 1]), shares, True)
+    assert int(right) == 3
+
+
+def test_a_folder_with_settings_of_something_else_is_somebodys(data, tmp_path):
+    pictures.folder(tmp_path / "theirs", {"config.json": b"{}"})
+    with pytest.raises(InputError, match="already exists"):
+        run(data, tmp_path / "theirs", epochs=1)
+    assert (tmp_path / "theirs" / "config.json").read_bytes() == b"{}"
