@@ -68,7 +68,7 @@ class TrainResult:
     Attributes:
         net: the network, in evaluation mode; with `ema`, the averaged one.
         history: one `Epoch` for each.
-        evaluation: of the last epoch's test; None without a test set or when the run was stopped.
+        evaluation: of the last test that this call made; None where it made none.
         folder: of the run.
         interrupted: whether it was stopped before its end; `train(..., resume=True)` goes on.
         damaged: checkpoints that could not be used on resuming, and why.
@@ -253,7 +253,7 @@ class _Run:
     @property
     def tested_net(self) -> VGG:
         """What is tested and saved."""
-        net = self.net if self.ema is None or not self.ema.n_averaged else self.ema.module
+        net = self.net if self.ema is None else self.ema.module
         assert isinstance(net, VGG)
         return net
 
@@ -312,7 +312,6 @@ class _Run:
             "net": self.net.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
             "sums": sums,
             "lr": self.lr,
             "loss": self.loss,
@@ -351,7 +350,6 @@ class _Run:
                 "another folder"
             ) from error
         self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
         if self.world.is_main:  # they are the sums of all processes
             self.sums.copy_(state["sums"])
         self.lr, self.loss = state["lr"], state["loss"]
