@@ -1,8 +1,12 @@
 """How classifiers are tested: views, sums and what cannot be tested."""
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import time
 
 import pictures
 import pytest
@@ -262,8 +266,10 @@ def test_images_of_several_sizes_one_of_them_damaged(tmp_path, workers):
     assert whole.images == 10
     files["cow/1.png"] = files["cow/1.png"][:70]
     bad = pictures.folder(tmp_path / "bad", files)
-    with pytest.raises((InputError, RunError), match=r"cow/1\.png.*--bad-images skip"):
+    before = set(multiprocessing.active_children())
+    with pytest.raises((InputError, RunError), match=r"cow/1\.png.*--bad-images skip") as info:
         vggfeat.evaluate(made(), bad, views, workers=workers, **ONE)
+    assert set(multiprocessing.active_children()) == before and info  # whose traceback holds what the test held
     found = vggfeat.evaluate(made(), bad, views, workers=workers, bad_images="skip", **ONE)
     assert found.images == 9 and found.skipped == ["cow/1.png"]
     lost = [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(found.confusion, whole.confusion, strict=True)]
@@ -364,6 +370,21 @@ def test_a_picture_of_confusions(tmp_path):
 def test_what_python_may_hand_over(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signal there")
+def test_a_process_that_is_killed_is_an_error_that_says_so(tmp_path):
+    data, _ = load_images(pictures.folder(tmp_path / "set", pictures.tree(3, width=40, height=36)))
+    net, before = made(), set(multiprocessing.active_children())
+
+    def kill(*_):
+        (process,) = set(multiprocessing.active_children()) - before
+        os.kill(process.pid, signal.SIGKILL)
+        time.sleep(5)  # torch raises before
+
+    net.features[0].register_forward_hook(kill)
+    with pytest.raises(RunError, match="a process that reads images was ended.*set workers lower"):
+        vggfeat.evaluate(net, data, Views(size=32, scales=(34,)), workers=1, batch_size=2, **ONE)
 
 
 def test_images_behind_a_damaged_one_keep_their_classes(tmp_path):
