@@ -2042,3 +2042,10 @@ def test_a_folder_with_settings_of_something_else_is_somebodys(data, tmp_path):
     with pytest.raises(InputError, match="already exists"):
         run(data, tmp_path / "theirs", epochs=1)
     assert (tmp_path / "theirs" / "config.json").read_bytes() == b"{}"
+
+
+def test_the_layer_that_is_named_is_frozen_too():
+    state = vggfeat.vgg11(3, width=0.125, head="slim").state_dict()
+    net = components.network(TrainConfig(weights=state, freeze="conv2_1"), 3)
+    frozen = {name for name, value in net.named_parameters() if not value.requires_grad}
+    assert frozen == {f"features.{number}.{kind}" for number in (0, 3) for kind in ("weight", "bias")}
