@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import vggfeat
 from vggfeat.errors import InputError, RunError, WeightsError
-from vggfeat.tables import apart
+from vggfeat.tables import apart, short
 from vggfeat.training.batches import split_holdout
 from vggfeat.training.config import Views
 from vggfeat.training.data import ImageSet, load_images
@@ -211,6 +211,21 @@ def test_labels_tell_classes_apart():
     assert len(set(same)) == 3 and same[2] == "b" and all(len(each) <= 20 for each in same)
 
 
+def test_labels_are_cut_where_they_are_too_long():
+    assert short("a" * 20) == "a" * 20 and short("a" * 21) == "a" * 19 + "…"
+    assert short("two\nlines  of\tit", 60) == "two lines of it"
+    same = apart(["a" * 30, "a" * 30], 10)
+    assert same == ["0: " + "a" * 5 + "…", "1: " + "a" * 5 + "…"]
+
+
+def test_reports_are_markdown_in_notebooks_and_text_at_a_prompt():
+    report = Evaluation(5, 1.0, 0.6, None, ["cat", "bee"], [[2, 1], [0, 2]], 1)
+    assert report._repr_markdown_() == report.to_markdown() and repr(report) == str(report)
+    blocks = report.to_markdown().split("\n\n")
+    assert blocks[1].splitlines()[1].startswith("| :-- | --: |")  # the classes' names to the left, numbers to the right
+    assert len(blocks) == 2 * len(report.tables()) and report.to_csv() == report.tables()[0].csv()
+
+
 def test_class_counts_must_fit(folder):
     with pytest.raises(InputError, match="has 3 classes, the network 4"):
         vggfeat.evaluate(made(4), folder, **ONE)
@@ -332,7 +347,28 @@ def test_confusions_are_shares_of_the_true_class(tmp_path, monkeypatch):
     written = {text.get_position(): round(float(text.get_text())) for text in axes.texts}
     assert written == {(0, 0): 80, (1, 0): 20, (0, 1): 25, (1, 1): 75}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-    assert [each.get_text() for each in axes.get_yticklabels()] == ["ant", "bee"]
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [each.get_text() for each in labels] == ["ant", "bee"]
+    assert axes.get_title() == "14 images, top-1 78.57 %"
+    colors = {text.get_position(): text.get_color() for text in axes.texts}
+    assert colors == {(0, 0): "white", (1, 0): "black", (0, 1): "black", (1, 1): "white"}  # on blue, and on pale
+
+
+def test_classes_without_images_are_grey_and_those_of_a_long_list_numbers(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr("vggfeat.plots._save", lambda figure, path, overwrite: drawn.append(figure))
+    vggfeat.plot_confusion(Evaluation(2, 1.0, 0.5, None, ["a", "b"], [[1, 1], [0, 0]], 1), tmp_path / "c.png")
+    axes = drawn[0].axes[0]
+    assert axes.images[0].get_array().mask.tolist() == [[False, False], [True, True]] and len(axes.texts) == 2
+    assert axes.get_title() == "2 images, top-1 50.00 %; grey: 1 row without images"
+    for n in (60, 61):
+        diagonal = [[int(i == j) for j in range(n)] for i in range(n)]
+        names = [f"class {i}" for i in range(n)]
+        vggfeat.plot_confusion(Evaluation(n, 1.0, 1.0, 1.0, names, diagonal, 1), tmp_path / "c.png")
+        axes = drawn[-1].axes[0]
+        assert ([each.get_text() for each in axes.get_yticklabels()] == names) == (n == 60) and not axes.texts
+        assert axes.get_ylabel() == ("true class" if n == 60 else "true class, by its number")
 
 
 def test_a_picture_of_confusions(tmp_path):

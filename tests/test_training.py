@@ -1655,6 +1655,24 @@ def test_curves_are_those_of_the_history(tmp_path, monkeypatch):
         {"a, train": [[1, 2.5], [2, 1.5]], "a, test": [[1, 2]]},
         {"a, train": [[1, 25], [2, 75]], "a, test": [[1, 50]]},
     ]
+    assert [axes.get_title().split()[0] for axes in drawn[0].axes] == ["loss", "accuracy,"]
+
+
+def test_the_legend_of_several_runs_has_their_colours_and_the_kinds_of_line(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr("vggfeat.plots._save", lambda figure, path, overwrite: drawn.append(figure))
+    history = [Epoch(i, 0.1, 2.5, 0.25, 2.0, 0.5, None, 1.0, 1.0, 0) for i in (1, 2)]
+    vggfeat.plot_training({"one": history, "two": history}, tmp_path / "curves.png")
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    (legend,) = drawn[0].legends
+    shown = dict(zip([text.get_text().strip() for text in legend.get_texts()], legend.legend_handles, strict=True))
+    assert [*shown] == ["one", "two", "train", "test"]
+    for name in ("one", "two"):
+        assert {lines[f"{name}, {part}"].get_color() for part in ("train", "test")} == {shown[name].get_color()}
+    assert shown["one"].get_color() != shown["two"].get_color()
+    for part in ("train", "test"):
+        assert shown[part].get_linestyle() == lines[f"one, {part}"].get_linestyle()
 
 
 @pytest.mark.filterwarnings("error")
