@@ -75,6 +75,14 @@ def test_images_that_are_not_in_0_to_1_are_refused(small, size):
         maps(noise(48, 48), "relu1_1", weights=small, size=0)
 
 
+def test_one_image_needs_no_batch_and_any_kind_of_numbers_will_do(small):
+    image = noise(32, 48)
+    expected = maps(image, "relu1_1", size=None, weights=small).image.tobytes()
+    for same in (image[0], image.double(), image.clone().requires_grad_()):
+        assert maps(same, "relu1_1", size=None, weights=small).image.tobytes() == expected
+        assert distance(same, image, ["relu1_1"], weights=small).total == 0
+
+
 def test_pictures_are_rgb_before_they_are_resized(small):
     picture = to_pil(noise(48, 64)).quantize(16)  # whose numbers have no order
     expected = resize(picture.convert("RGB"), 32, 24)
@@ -162,6 +170,55 @@ def test_the_ending_chooses_the_format(tmp_path, suffix, start):
         assert ("matplotlib.pyplot" in sys.modules) == pyplot and dict(matplotlib.rcParams) == before
 
 
+def test_a_label_stands_over_the_middle_of_its_own_tile():
+    wide, narrow = Image.new("RGB", (60, 20), "red"), Image.new("RGB", (20, 10), "lime")
+    dark = to_tensor(Sheet([wide, narrow], ["", "x"], columns=9).image)[0].sum(0) < 1
+    rows, columns = dark.nonzero().unbind(1)
+    assert 12 <= rows.min() and rows.max() < 12 + 13  # the second tile begins at 12 + 60 + 6, below 13 pixels and a gap
+    assert float(columns.float().mean()) == pytest.approx(78 + 30, abs=1.5)
+    picture = Sheet([wide, narrow], ["", "x"], columns=9).image
+    assert picture.size == (12 + 60 + 6 + 60 + 12, 12 + 19 + 20 + 12)
+    lime = (to_tensor(picture)[0, 1] - to_tensor(picture)[0, 0] > 0.9).nonzero()
+    assert lime.amin(0).tolist() == [31, 98] and lime.amax(0).tolist() == [40, 117]
+
+
+def test_a_long_title_has_a_line_under_the_other():
+    tile = Image.new("RGB", (40, 10), "white")
+    one, two = (Sheet([tile], (), " ".join(["word"] * count)).image for count in (1, 12))
+    assert two.height - one.height == 18 + 6
+    first, second = (two.crop((12, top, 12 + 100, top + 18)).convert("L") for top in (12, 12 + 24))
+    assert min(second.tobytes()) < 50 and first.tobytes() == second.tobytes()  # both begin with the same words
+
+
+def test_a_sheet_with_real_text_looks_like_the_one_of_pixels():
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    tiles = [to_pil(noise(20, 60, seed=seed)) for seed in range(2)]
+    sheet = Sheet(tiles, ["", "label"], "Title", columns=2)
+    canvas = FigureCanvasAgg(sheet.figure())
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    drawn = Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba()).convert("RGB")
+    assert drawn.size == sheet.image.size
+    top = 12 + 18 + 6 + 6 + 19  # of the tiles: the title, a gap more, and the labels
+    assert drawn.crop((0, top, width, height)).tobytes() == sheet.image.crop((0, top, width, height)).tobytes()
+    for begin, end, where in ((0, 36, torch.amin), (36, top, torch.mean)):  # the title from the left, the label centred
+        texts = (to_tensor(each.crop((0, begin, width, end)))[0].mean(0) < 0.5 for each in (drawn, sheet.image))
+        places = [where(text.nonzero().float(), 0) for text in texts]
+        assert (places[0] - places[1]).abs().max() < 2.5
+
+
+def test_small_pictures_grow_by_whole_pixels_and_large_ones_are_averaged():
+    ramp = to_pil(torch.linspace(0, 1, 100).expand(1, 3, 1, 100))
+    small = sheet_module.enlarged(ramp, 20)
+    means = to_tensor(ramp)[0, 0, 0].view(20, 5).mean(1)
+    assert small.size == (20, 1) and (to_tensor(small)[0, 0, 0] - means).abs().max() < 1 / 255
+    assert [sheet_module.enlarged(Image.new("RGB", (10, 5)), side).size for side in (14, 16, 48)] == [
+        (10, 5), (20, 10), (50, 25),
+    ]  # fmt: skip
+
+
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(vggfeat.DependencyError, match=r"pip install 'vggfeat\[plot\]'"):
@@ -182,6 +239,14 @@ def test_spreading_over_whole_multiples_keeps_the_mean_and_no_heat_leaves_the_gr
     image = noise(8, 8)
     cold = overlay(image, torch.zeros(8, 8))
     assert torch.allclose(cold, (0.15 + 0.7 * image.mean(1, keepdim=True)).expand_as(cold))
+
+
+def test_the_hottest_place_is_mostly_of_the_last_colour():
+    heat = torch.zeros(2, 2)
+    heat[0, 1] = 1
+    found = overlay(torch.full((1, 3, 2, 2), 0.4), heat, "viridis")[0, :, 0, 1]
+    grey, last = 0.4 * 0.7 + 0.15, torch.tensor([253, 231, 37]) / 255
+    torch.testing.assert_close(found, 0.25 * grey + 0.75 * last, atol=2e-3, rtol=0)
 
 
 # ── filters ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -291,6 +356,47 @@ def test_channels_by_their_largest_activation_and_one_that_is_silent(small):
     assert len({tile.size for tile in sheet.tiles}) == 1
     blank = sheet.tiles[sheet.labels.index("4")]
     assert blank.getextrema() == ((255, 255),) * 3 and float(most[4]) == 0
+
+
+@pytest.mark.parametrize("kind", [str, Path, Image.open, lambda path: to_tensor(Image.open(path)), lambda path: [path]])
+def test_filters_take_one_image_of_any_kind(small, tmp_path, kind):
+    image = to_pil(noise(40, 48, seed=4))
+    image.save(tmp_path / "a.png")
+    options = {"channels": [2, 5], "patches": 2, "weights": small}
+    expected = filters("conv2_1", [image], **options)
+    found = filters("conv2_1", kind(tmp_path / "a.png"), **options)
+    assert found.labels == ["2", "5"] and found.image.tobytes() == expected.image.tobytes()
+
+
+def test_patches_are_large_enough_to_be_seen(small):
+    """At least about 36 pixels, at most 96: conv2_1 sees 8 pixels and pool5 150."""
+    for layer, size in (("conv2_1", 2 * 4 * 8 + 1), ("pool5", 2 * 96 + 1)):
+        sheet = filters(layer, noise(160, 160), count=1, patches=4, weights=small)
+        assert sheet.tiles[0].size == (size, size)
+
+
+def test_titles_say_what_is_shown(small):
+    image = noise(32, 48)
+    assert filters("conv2_1", image, count=1, weights=small).title.endswith("of conv2_1, vgg11 (random): 8 x 8 pixels")
+    for options, which in (
+        ({"count": 3}, ", the strongest 3 of 8"),
+        ({"count": 3, "order": "first"}, ", the first 3 of 8"),
+        ({}, ", strongest first"),
+        ({"order": "first"}, ""),
+        ({"channels": [6, 1]}, ", 2 of 8"),
+    ):
+        title = maps(image, "pool1", size=None, weights=small, **options).title
+        assert title == f"Feature maps of pool1, vgg11 (random){which}, 24×16, colours for each map alone"
+
+
+def test_patches_of_a_convolution_that_is_below_0_everywhere(small):
+    """It responds, though not above 0: what drives it most is shown; and a layer all of whose units see the border."""
+    state = {key: value.clone() for key, value in small.state.items()}
+    state[[name for name in state if name.endswith("bias")][1]][4] = -100
+    sheet = filters("conv2_1", noise(48, 48), channels=[4], patches=1, weights=state, arch="vgg11", size=None)
+    assert sheet.tiles[0].getextrema() != ((255, 255),) * 3
+    layer = small.arch.layer("conv2_1")  # 4 units, of which each sees 2 beyond the border
+    assert _peaks(torch.arange(16.0).view(1, 4, 4), layer, 1)[1].tolist() == [[[3, 3]]]
 
 
 # ── maps ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -624,6 +730,32 @@ def test_amplitudes_fall_with_frequency():
     assert rings[0] / rings[1] == pytest.approx(4, rel=0.3) and rings[1] / rings[2] == pytest.approx(4, rel=0.3)
 
 
+def test_a_start_has_as_much_contrast_at_any_size():
+    deviations = []
+    for size in (32, 128):
+        canvas = _Fourier((16, 3, size, size), 0.05, torch.Generator().manual_seed(0), torch.device("cpu"))
+        deviations.append(float(torch.logit(canvas.images().detach()).std()))
+    assert deviations[0] == pytest.approx(deviations[1], rel=0.3)
+
+
+def test_a_unit_that_is_silent_at_first_still_grows(small):
+    """A tenth of what the ReLU cuts off counts: there is a gradient where there is no activation."""
+    state = {key: value.clone() for key, value in small.state.items()}
+    state["features.0.bias"][2] = -0.5
+    options = {"size": 16, "steps": 20, "jitter": 0, "precision": "float32", "weights": state, "arch": "vgg11"}
+    found = dream("relu1_1", [2], **options)
+    assert found.start == [0] and found.activations[0] > 0
+
+
+def test_each_step_shows_the_picture_it_began_with(small):
+    seen = []
+    found = dream("relu2_1", [1], size=32, steps=3, weights=small, callback=lambda step: seen.append(step.images()[0]))
+    assert len({image.tobytes() for image in (*seen, found.images[0])}) == 4
+    assert found.sheet.settings["activations"] == found.activations
+    assert found.sheet.title == "" and found.sheet.image.tobytes() == found.images[0].tobytes()
+    assert dream("relu2_1", [1, 2], size=32, steps=1, weights=small).sheet.title.startswith("What excites relu2_1 of ")
+
+
 def test_trained_channels_dream_of_what_photographs_rarely_have(oxford, test_data):
     features = vggfeat.VGGFeatures(["relu2_2"], weights=oxford)
     photo = open_image(test_data / "photos" / "tubingen.jpg")
@@ -684,6 +816,12 @@ def test_inversions_keep_to_one_scale_and_textures_are_not_smoothed(thin):
     )
 
 
+def test_inversions_follow_their_seed(thin):
+    options = {"size": 32, "steps": 1, "weights": thin, "precision": "float32"}
+    a, b, c = (invert(noise(32, 32), ["relu1_1"], seed=seed, **options).image.tobytes() for seed in (1, 1, 2))
+    assert a == b != c
+
+
 def test_texture_layers_go_as_far_as_the_weights(oxford):
     image = noise(32, 32)
     assert invert(image, gram=True, size=32, steps=1, weights=oxford).layers == ("relu1_1", "relu2_1", "relu3_1")
@@ -730,6 +868,15 @@ def test_the_heat_is_where_the_images_differ(small):
     outside[32 - reach : 64 + reach, 32 - reach : 64 + reach] = 0
     assert float(outside.abs().max()) == 0
     assert float(heat[36:60, 36:60].mean()) > 10 * float(heat.mean()) / 9  # the square is a ninth of the image
+
+
+def test_the_sheet_of_a_distance_names_its_pictures(small, tmp_path):
+    a, b = (to_pil(noise(480, 600, seed=seed)) for seed in (1, 2))
+    b.save(tmp_path / "b.png")
+    sheet = distance(a, tmp_path / "b.png", ["relu1_1"], weights=small).sheet
+    assert sheet.labels[:2] == ["A", "b.png"] and sheet.labels[2].startswith("relu1_1: ") and len(sheet.labels) == 3
+    for tile, picture in zip(sheet.tiles[:2], (a, b), strict=True):
+        assert tile.tobytes() == resize(picture, 400, 320).tobytes()
 
 
 def test_images_of_different_sizes_have_no_distance(small):
@@ -854,6 +1001,18 @@ def test_grad_cam_is_what_autograd_says(headed, layer):
     assert found.logit == pytest.approx(float(logits[2]), rel=1e-4)
     assert found.probability == pytest.approx(float(logits.exp()[2] / logits.exp().sum()), rel=1e-4)
     assert found.map.shape == (64, 64) and float(found.map.max()) == pytest.approx(float(expected.max() > 0))
+
+
+def test_the_label_says_how_probable_the_class_is_and_whether_it_is_seen(headed):
+    net = copy.deepcopy(headed)
+    with torch.no_grad():
+        net.classifier[1].weight[0], net.classifier[1].weight[1] = 0.01, -0.01  # all speaks for it, and against it
+    names = ["a" * 24, "b" * 25, "", "", ""]
+    for number, name, more in ((0, names[0], ""), (1, "b" * 23 + "…", ": nothing speaks for it")):
+        found = cam(noise(64, 64), number, net=net, size=None, names=names)
+        assert found.sheet.labels[1] == f"{number} {name}, {100 * found.probability:.1f} %, by relu5_2{more}"
+    best = cam(noise(64, 64), net=net, size=None)
+    assert best.sheet.settings["class"] == best.class_index
 
 
 def test_grad_cam_finds_the_red_square_that_a_class_stands_for():
@@ -1079,6 +1238,96 @@ def test_pictures_that_are_read_are_not_replaced(call):
     assert Path("photo.png").read_bytes() == before
 
 
+HANDED_ON = {
+    "filters photo.png other.png --layer relu2_1 --channel 1-3,7 --patches 2 --size 40": lambda weights: filters(
+        "relu2_1", ["photo.png", "other.png"], channels=[1, 2, 3, 7], patches=2, size=40, weights=weights
+    ),
+    "maps photo.png --layer pool1 --order first --count 3 --scale shared --colors grey --tile 40 --size 48": (
+        lambda weights: maps(
+            "photo.png",
+            "pool1",
+            order="first",
+            count=3,
+            scale="shared",
+            colors="grey",
+            tile=40,
+            size=48,
+            weights=weights,
+        )
+    ),
+    "dream --layer relu2_1 --channel 1 --unit --size 32 --steps 2 --jitter 2 --seed 5": lambda weights: dream(
+        "relu2_1", [1], unit=True, size=32, steps=2, jitter=2, seed=5, weights=weights
+    ),
+    "dream --layer relu2_1 --count 2 --size 32 --steps 2": lambda weights: dream(
+        "relu2_1", count=2, size=32, steps=2, weights=weights
+    ),
+    "invert photo.png --layer relu1_1 --size 32 --steps 2 --seed 3 --tv-weight 0.5": lambda weights: invert(
+        "photo.png", ["relu1_1"], size=32, steps=2, seed=3, tv_weight=0.5, weights=weights
+    ),
+    "cam photo.png --class 1 --layer relu3_1 --size 48 --colors grey": lambda weights: cam(
+        "photo.png", 1, layer="relu3_1", size=48, colors="grey", weights=weights
+    ),
+}
+
+
+@pytest.mark.parametrize("line", HANDED_ON)
+def test_a_command_draws_what_the_library_does(call, model, line):
+    code, out, err = call(line)
+    assert code == 0, err
+    HANDED_ON[line](model).save("expected.png")
+    with Image.open(out.split()[-1]) as found, Image.open("expected.png") as expected:
+        assert found.size == expected.size and found.tobytes() == expected.tobytes()
+
+
+def test_figures_on_stderr_are_those_of_the_result(call, model):
+    _, _, err = call("dream --layer relu2_1 --channel 3,0 --size 32 --steps 2")
+    found = dream("relu2_1", [3, 0], size=32, steps=2, weights=model)
+    rows = zip((3, 0), found.start, found.activations, strict=True)
+    assert err.splitlines()[:2] == [f"relu2_1 {channel}: {start:.4g} → {end:.4g}" for channel, start, end in rows]
+    _, _, err = call("cam photo.png")
+    best = cam("photo.png", weights=model)
+    assert err.splitlines()[0] == f"class {best.class_index}: {100 * best.probability:.1f} %"
+
+
+def test_inversions_beside_the_original(call, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(visualize, "Sheet", lambda *args, **words: drawn.append((args, words)) or Sheet(*args, **words))
+    options = "--size 32 --steps 2 --layer relu1_1"
+    assert call(f"invert photo.png --compare {options}")[0] == 0
+    assert call(f"invert photo.png --gram {options},relu2_1,relu3_1 --layer relu2_1,relu3_1")[0] == 0
+    for ((tiles, labels, title), _), kind in zip(drawn, ("Inverted features", "Textures"), strict=True):
+        assert title == f"{kind}, weights headed.safetensors"
+        original = resize(open_image("photo.png"), 32, 24)
+        assert tiles[0].tobytes() == original.tobytes() and labels[0] == "photo.png"
+        assert len({tile.tobytes() for tile in tiles}) == len(tiles)
+    assert [label.split(":")[0] for label in drawn[0][0][1][1:]] == ["relu1_1"]
+    assert [label.split(":")[0] for label in drawn[1][0][1][1:]] == ["relu1_1 … relu3_1", "relu2_1, relu3_1"]
+
+
+def test_a_distance_for_machines(call, headed):
+    found = distance("photo.png", "other.png", weights=headed.state_dict())
+    code, out, err = call("distance photo.png other.png --json")
+    told = json.loads(out)
+    assert (code, err, told.pop("weights")) == (0, "", "headed.safetensors")
+    expected = {"total": found.total, "lpips": False, "layers": found.layers, "arch": "vgg11"}
+    assert told == {**expected, "total": pytest.approx(found.total), "layers": pytest.approx(found.layers)}
+    assert json.loads(call("distance photo.png other.png --json -o h.png")[1])["output"] == "h.png"
+    before = Path("photo.png").read_bytes()
+    assert call("distance photo.png other.png -o photo.png --overwrite")[0] == 2
+    assert Path("photo.png").read_bytes() == before
+
+
+def test_images_in_one_folder_alone_are_named_up_to_three(call):
+    for name in ("one", "two"):
+        Path(name).mkdir()
+        open_image("photo.png").save(f"{name}/x.png")
+    for count, said in ((3, "3 images in one folder alone: 0.png, 1.png, 2.png\n"), (4, "2.png, …\n")):
+        for i in range(count):
+            open_image("photo.png").save(f"one/{i}.png")
+        code, out, err = call("distance one two --layer relu1_1")
+        assert code == 0 and said in err and "mean 0 of 1 pair" in out.splitlines()[0]
+
+
 def test_distance_prints_what_the_library_says(call, headed):
     code, out, _ = call("distance photo.png other.png --layer relu1_1 --layer relu2_1")
     table = {name: float(value) for name, value in (line.split() for line in out.splitlines())}
@@ -1100,6 +1349,8 @@ BAD = {
     "filters --layer relu1_1": "relu1_1 has no filters: name the convolution before it, conv1_1, or give images",
     "filters --layer pool2": "pool2 has no filters: name the convolution before it, conv2_1, or give images",
     "filters --channel 8": "channels 0 to 7",
+    "filters --channel 7-3": "expected a rising range of at most 10000, got '7-3'",
+    "filters --channel 0-10000": "expected a rising range of at most 10000, got '0-10000'",
     "filters --patches 3": "--patches and --size are for IMAGES",
     "filters --size 64": "--patches and --size are for IMAGES",
     "dream --layer relu2_1 --channel x": "expected numbers",
