@@ -630,6 +630,7 @@ def test_plot_of_parameters(drawn, tmp_path):
     params, macs = drawn[0].axes
     assert [label.get_text() for label in params.get_yticklabels()] == ["vgg11", "vgg16 slim"]
     assert (params.get_xlabel(), macs.get_xlabel()) == ("million parameters", "GMACs per image")
+    assert [text.get_text() for text in params.texts] == ["132.9", "15.2"]
     for axes, expected in (  # of fc6 to fc8, 123,633,664 weights and as many MACs, with 9192 biases
         (params, {"convolutions": [9.220, 14.715], "fully connected": [123.643, 0.513]}),
         (macs, {"convolutions": [7.485, 15.347], "fully connected": [0.124, 0.001]}),
@@ -654,9 +655,13 @@ def test_plot_of_stacked_convolutions(drawn, tmp_path):
     assert single.get_label().startswith("one ") and stacked.get_label().startswith("n stacked ")
     assert [*single.get_xdata()] == [*stacked.get_xdata()] == [3, 5, 7]
     assert [*single.get_ydata()] == [9, 25, 49] and [*stacked.get_ydata()] == [9, 18, 27]
-    assert [text.get_text() for text in costs.texts] == ["−28%", "−45%"]
+    assert {text.get_text(): text.xy for text in costs.texts} == {"−28%": (5, 18), "−45%": (7, 27)}
     cells = [patch for patch in section.patches if patch.get_facecolor()[:3] != (1, 1, 1)]
-    assert len(cells) == 1 + 3 + 5 + 7
+    middles = {(round(patch.get_x() + 0.45), round(patch.get_y() + 0.2)) for patch in cells}
+    assert middles == {(x, -depth) for depth in range(4) for x in range(-depth, depth + 1)}  # the output on top
+    vggfeat.plot_stacked(stacked_3x3(1), tmp_path / "a.png")
+    assert drawn[2].axes[0].get_title() == "Receptive field of 1 stacked 3×3 convolution: 3×3"
+    assert [*drawn[2].axes[1].lines[0].get_ydata()] == [9, 25]  # a single point is no curve
 
 
 def test_plot_of_a_comparison(drawn, tmp_path):
@@ -681,6 +686,62 @@ def test_plot_of_receptive_fields(drawn, tmp_path, narrow):
     for axes, field in zip(panels, fields, strict=True):
         assert torch.equal(torch.from_numpy(axes.images[0].get_array().data), field.gradient)
         assert axes.get_title() == f"{field.layer}: {field.theoretical} px, {field.effective:.0f} effective"
+
+
+def test_discs_of_a_comparison_have_the_area_of_the_parameters_and_their_names(drawn, tmp_path):
+    names = ["vgg16", "resnet50", "vgg11"]
+    nets = [replace(net, measured=SimpleNamespace(latency=0.002 * net.macs / 1e9)) for net in compare(names).nets]
+    vggfeat.plot_comparison(replace(compare(names), nets=tuple(nets), machine="Some CPU"), tmp_path / "a.png")
+    costs, times = drawn[0].axes
+    assert times.get_xlabel() == "forward of one image, ms\nSome CPU"
+    for axes, factor in ((costs, 1), (times, 2)):
+        for net in nets:
+            place = (factor * net.macs / 1e9, next(iter(net.published.values()))[0])
+            disc = next(each for each in axes.collections if tuple(each.get_offsets()[0]) == pytest.approx(place))
+            assert disc.get_sizes()[0] / axes.collections[0].get_sizes()[0] == pytest.approx(
+                net.params / nets[0].params
+            )
+            assert tuple(disc.get_facecolor()[0, :3]) == pytest.approx(
+                (0, 114 / 255, 178 / 255) if "vgg" in net.name else (213 / 255, 94 / 255, 0)
+            )
+            (label,) = [each for each in axes.texts if each.get_text() == net.name]
+            assert label.xy == pytest.approx(place)
+
+
+def test_a_plot_of_parameters_replaces_another_where_that_is_asked_for(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a.svg").write_text("old")
+    with pytest.raises(InputError, match="already exists"):
+        vggfeat.plot_parameters([describe("A")], tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text() == "old"
+    vggfeat.plot_parameters([describe("A")], tmp_path / "a.svg", overwrite=True)
+    assert (tmp_path / "a.svg").read_bytes().startswith(MAGIC[".svg"])
+
+
+def test_two_descriptions_of_one_network_are_told_apart_by_their_images(drawn, tmp_path):
+    vggfeat.plot_parameters([describe("A", input_size=(64, 96)), describe("A"), describe("D")], tmp_path / "a.png")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert labels == ["vgg11, 96×64", "vgg11, 224×224", "vgg16"]
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low > high  # the first is on top
+
+
+def test_a_picture_under_its_fields_is_upright_and_named_by_width_and_height(drawn, tmp_path, narrow):
+    content = REPO / "examples" / "content.jpg"  # 512×384
+    vggfeat.plot_receptive_fields(content, None, ["conv3_3", "pool2"], tmp_path / "a.png", samples=0)
+    (axes,) = drawn[0].axes
+    assert axes.get_xlim() == (-0.5, 511.5) and axes.get_ylim() == (383.5, -0.5)
+    assert drawn[0].get_suptitle() == "Receptive fields of vgg16 on a 512×384 image"
+    texts, handles = ([*each] for each in (drawn[0].legends[0].get_texts(), drawn[0].legends[0].legend_handles))
+    assert [text.get_text() for text in texts] == ["pool2: 16 px", "conv3_3: 40 px"]
+    assert [each.get_edgecolor() for each in handles] == [axes.patches[i].get_edgecolor() for i in (1, 3)]
+    vggfeat.plot_receptive_fields(content, None, None, tmp_path / "a.png", weights=narrow, samples=1)
+    picture, *panels = drawn[1].axes
+    named = [text.get_text().split(":")[0] for text in drawn[1].subfigs[0].legends[0].get_texts()]
+    assert named == [axes.get_title().split(":")[0] for axes in panels if axes.get_title()]
+    assert named == ["conv1_2", "conv2_2", "conv3_3", "conv4_3", "pool5"]
+    for text, axes in zip(drawn[1].subfigs[0].legends[0].legend_handles, panels, strict=False):
+        assert text.get_edgecolor() == axes.patches[0].get_edgecolor()
 
 
 @pytest.mark.parametrize(("width", "height"), [(20, 16), (1, 2000), (2000, 1)])
@@ -750,10 +811,16 @@ def test_describe_command(call, tmp_path):
     assert (tmp_path / "report.json").read_text().startswith("name,shape")
     assert call("describe", "A", "--format", "markdown")[1] == describe("A").to_markdown() + "\n"
     assert call("describe", "A", "--json")[1] == describe("A").to_json() + "\n"
-    for name, text in (("a.md", describe("A").to_markdown()), ("a.CSV", describe("A").to_csv())):
+    for suffix, text in (
+        (".md", describe("A").to_markdown()),
+        (".CSV", describe("A").to_csv()),
+        (".json", describe("A").to_json()),
+    ):
+        name = f"a{suffix}"
         assert call("describe", "A", "-o", name) == (0, f"{name}\n", "")
         assert Path(name).read_text() == text.rstrip("\n") + "\n"
-    assert sorted(os.listdir(tmp_path)) == ["a.CSV", "a.md", "report.json"]
+    assert call("describe", "A", "--size", "64×96")[1] == f"{describe('A', input_size=(64, 96))}\n"
+    assert sorted(os.listdir(tmp_path)) == ["a.CSV", "a.json", "a.md", "report.json"]
 
 
 def test_a_report_that_cannot_be_written_is_printed(call, tmp_path, monkeypatch):
@@ -783,6 +850,63 @@ def test_compare_and_stacked_commands(call, tmp_path):
     words = ("--layers", "conv1_1,pool1", "--weights", "random", "--samples", 1)
     assert call("fields", content, "-o", "fields.png", *words)[:2] == (0, "fields.png\n")
     assert sorted(os.listdir(tmp_path)) == ["cost.png", "fields.png", "stack.svg", "table.txt"]
+
+
+def test_compare_is_told_how(call, monkeypatch):
+    words = ("--size", 64, "--classes", 7, "--json")
+    assert call("compare", "vgg11", *words)[1] == compare(["vgg11"], input_size=64, num_classes=7).to_json() + "\n"
+    told = {}
+    monkeypatch.setattr(
+        vggfeat, "compare", lambda names, **options: told.update(options, names=names) or stacked_3x3(1)
+    )
+    assert call("compare", "--measure", "--batch", 3, "--device", "cpu")[0] == 0
+    told["callback"]("vgg16")
+    assert told.pop("callback") and told == {
+        "names": ("vgg16", "resnet50", "efficientnet_b0"),
+        "num_classes": 1000, "input_size": None, "measure": True, "batch": 3, "device": "cpu",
+    }  # fmt: skip
+
+
+def test_fields_are_told_how(call, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    told = []
+    monkeypatch.setattr(
+        "vggfeat.plots.plot_receptive_fields", lambda *args, **options: told.append((args[1:], options)) or args[3]
+    )
+    content = tmp_path / "content.png"
+    Image.new("RGB", (40, 40)).save(content)
+    assert (
+        call("fields", content, "-o", "a.png", "--arch", "vgg11", "--layers", "conv1_1,pool2", "--samples", 0)[0] == 0
+    )
+    assert told == [(("vgg11", ("conv1_1", "pool2"), "a.png"), {"samples": 0, "overwrite": False})]
+    _, _, err = call("fields", content, "-o", "a.png", "--weights", "bundled", "--overwrite")
+    assert err.startswith("weights: bundled") and told[1][1]["weights"].label in err and told[1][1]["overwrite"]
+    before = content.read_bytes()
+    code, _, err = call("fields", content, "-o", content, "--overwrite")
+    assert code == 2 and "one of the files that are read" in err and content.read_bytes() == before
+
+
+def test_plots_are_replaced_where_that_is_asked_for(call):
+    pytest.importorskip("matplotlib")
+    content = REPO / "examples" / "content.jpg"
+    for words in (
+        ("stacked", "--plot", "a.png"),
+        ("compare", "vgg11", "vgg13", "--plot", "a.png"),
+        ("fields", content, "--layers", "pool1", "--samples", 0, "-o", "a.png"),
+    ):
+        Path("a.png").write_bytes(b"old")
+        code, _, err = call(*words)
+        assert code == 2 and "already exists" in err and Path("a.png").read_bytes() == b"old"
+        code, out, _ = call(*words, "--overwrite")
+        assert code == 0 and Path("a.png").read_bytes().startswith(MAGIC[".png"])
+        assert words[0] != "stacked" or out == f"{stacked_3x3(3)}\n"
+
+
+def test_a_report_whose_name_was_taken_meanwhile_is_printed(call, monkeypatch):
+    monkeypatch.setattr(vggfeat, "stacked_3x3", lambda n: (Path("r.csv").write_text("theirs"), stacked_3x3(n))[1])
+    code, out, err = call("stacked", 4, "-o", "r.csv")
+    assert (code, out) == (2, stacked_3x3(4).to_csv()) and "already exists" in err
+    assert Path("r.csv").read_text() == "theirs"
 
 
 @pytest.mark.parametrize(
