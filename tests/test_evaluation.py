@@ -1,12 +1,14 @@
 """How classifiers are tested: views, sums and what cannot be tested."""
 
 import json
+import math
 import multiprocessing
 import os
 import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pictures
 import pytest
@@ -223,6 +225,8 @@ def test_reports_are_markdown_in_notebooks_and_text_at_a_prompt():
     assert report._repr_markdown_() == report.to_markdown() and repr(report) == str(report)
     blocks = report.to_markdown().split("\n\n")
     assert blocks[1].splitlines()[1].startswith("| :-- | --: |")  # the classes' names to the left, numbers to the right
+    with pytest.raises(ValueError, match="not JSON compliant"):  # which has no NaN
+        replace(report, loss=math.nan).to_json()
     assert len(blocks) == 2 * len(report.tables()) and report.to_csv() == report.tables()[0].csv()
 
 
@@ -382,6 +386,12 @@ def test_a_picture_of_confusions(tmp_path):
         with Image.open(path) as image:
             assert min(image.size) > 300
             assert len(image.convert("RGB").getcolors(100000)) > 50
+    path.write_bytes(b"old")
+    with pytest.raises(InputError, match="already exists"):
+        vggfeat.plot_confusion(report, path)
+    assert path.read_bytes() == b"old"
+    vggfeat.plot_confusion(report, path, overwrite=True)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
