@@ -845,6 +845,7 @@ def published(tmp_path, monkeypatch):
 def test_weights_list(vgg, published):
     code, out, err = vgg("weights", "list")
     assert (code, err) == (0, "") and str(published[0]) in out and "free" in out and "random" in out
+    assert re.search(rf"^bundled +vgg19 +.* {re.escape(str(weights.BUNDLED))} ", out, re.MULTILINE)
 
 
 def test_weights_list_where_there_is_nothing(vgg):
@@ -865,6 +866,11 @@ def test_weights_fetch(vgg, published):
     ):
         code, out, err = vgg("weights", "fetch", *args)
         assert (code, out) == (2, "") and says in one_line(err, "vggfeat")
+
+
+def test_weights_fetch_is_of_vgg16_where_none_is_named(vgg, monkeypatch):
+    monkeypatch.setattr(weights, "find", lambda *asked: "/".join(asked))
+    assert vgg("weights", "fetch", "caffe") == (0, "caffe/vgg16\n", "")
 
 
 def test_weights_fetch_without_a_network(vgg, tmp_path, monkeypatch):
