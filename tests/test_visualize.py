@@ -113,6 +113,13 @@ def test_tiles_fill_the_room_under_a_wide_title_in_even_rows():
     assert rows.getpixel((12 + 5 * 26, 42)) == (255, 0, 0) and rows.getpixel((12 + 6 * 26, 42)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize(("count", "height", "across"), [(12, 80, 6), (12, 40, 6), (13, 20, 4)])
+def test_tiles_make_about_a_square_with_full_rows_if_possible(count, height, across):
+    picture = Sheet([Image.new("RGB", (20, height))] * count).image
+    down = math.ceil(count / across)
+    assert picture.size == (12 + across * 26 - 6 + 12, 12 + down * (height + 6) - 6 + 12)
+
+
 def test_labels_and_title_are_drawn_in_black():
     tile = Image.new("RGB", (40, 10), "white")
     plain, labelled = Sheet([tile, tile]).image, Sheet([tile, tile], ["12", "13"], "Title").image
@@ -197,6 +204,7 @@ def test_a_sheet_with_real_text_looks_like_the_one_of_pixels():
     tiles = [to_pil(noise(20, 60, seed=seed)) for seed in range(2)]
     sheet = Sheet(tiles, ["", "label"], "Title", columns=2)
     canvas = FigureCanvasAgg(sheet.figure())
+    assert not any(text.get_parse_math() for text in canvas.figure.axes[0].texts)  # names of files may have $ in them
     canvas.draw()
     width, height = canvas.get_width_height()
     drawn = Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba()).convert("RGB")
@@ -210,9 +218,9 @@ def test_a_sheet_with_real_text_looks_like_the_one_of_pixels():
 
 
 def test_small_pictures_grow_by_whole_pixels_and_large_ones_are_averaged():
-    ramp = to_pil(torch.linspace(0, 1, 100).expand(1, 3, 1, 100))
-    small = sheet_module.enlarged(ramp, 20)
-    means = to_tensor(ramp)[0, 0, 0].view(20, 5).mean(1)
+    row = to_pil(torch.rand(1, 3, 1, 100))
+    small = sheet_module.enlarged(row, 20)
+    means = to_tensor(row)[0, 0, 0].view(20, 5).mean(1)
     assert small.size == (20, 1) and (to_tensor(small)[0, 0, 0] - means).abs().max() < 1 / 255
     assert [sheet_module.enlarged(Image.new("RGB", (10, 5)), side).size for side in (14, 16, 48)] == [
         (10, 5), (20, 10), (50, 25),
@@ -532,6 +540,14 @@ def test_pixels_are_blurred_every_fourth_step():
     expected = F.conv2d(before.view(3, 1, 24, 24), torch.outer(weights, weights)[None, None]).view(1, 3, 18, 18)
     assert torch.allclose(found[3][..., 3:-3, 3:-3], expected, atol=1e-6)
     assert all(torch.equal(each, found[3]) for each in found[4:])  # and the last one is not
+
+
+def test_the_last_step_knows_that_it_is(small, monkeypatch):
+    """So that the picture is not blurred at its very end."""
+    step, told = _Pixels.step, []
+    monkeypatch.setattr(_Pixels, "step", lambda self, loss, share: told.append(share) or step(self, loss, share))
+    dream("relu1_1", [1], parametrization="pixels", size=16, steps=4, weights=small)
+    assert told == [0.25, 0.5, 0.75, 1]
 
 
 def test_a_unit_is_driven_and_no_other_place(small):
