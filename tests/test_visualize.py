@@ -583,6 +583,8 @@ def test_a_dream_of_a_class(headed):
     logits = headed((to_tensor(found.images[0]) - shift) / scale)[0].detach()
     assert float(logits[3]) == pytest.approx(found.activations[0], rel=1e-3)
     assert int(logits.argmax()) == 3 and found.activations[0] > found.start[0] + 1
+    with pytest.raises(vggfeat.InputError, match="fc has no rows and columns"):
+        dream("fc", [3], unit=True, size=32, weights=headed.state_dict())
     with pytest.raises(vggfeat.InputError, match="channels 0 to 4, got 5"):
         dream("fc", [5], size=32, weights=headed.state_dict())
 
@@ -1028,7 +1030,8 @@ def test_the_label_says_how_probable_the_class_is_and_whether_it_is_seen(headed)
         found = cam(noise(64, 64), number, net=net, size=None, names=names)
         assert found.sheet.labels[1] == f"{number} {name}, {100 * found.probability:.1f} %, by relu5_2{more}"
     best = cam(noise(64, 64), net=net, size=None)
-    assert best.sheet.settings["class"] == best.class_index
+    assert best.sheet.settings["class"] == best.class_index and best.probability > 0.2
+    assert f", {100 * best.probability:.1f} %, by " in best.sheet.labels[1]
 
 
 def test_grad_cam_finds_the_red_square_that_a_class_stands_for():
@@ -1248,7 +1251,13 @@ def test_a_picture_that_cannot_be_written_is_rescued(call, line, tmp_path, monke
 
 def test_pictures_that_are_read_are_not_replaced(call):
     before = Path("photo.png").read_bytes()
-    for line in ("maps photo.png", "invert photo.png", "cam photo.png", "distance other.png photo.png"):
+    for line in (
+        "filters photo.png",
+        "maps photo.png",
+        "invert photo.png",
+        "cam photo.png",
+        "distance other.png photo.png",
+    ):
         code, out, err = call(f"{line} -o photo.png --overwrite")
         assert (code, out) == (2, "") and "one of the files that are read" in err
     assert Path("photo.png").read_bytes() == before
