@@ -624,6 +624,7 @@ def test_distances_of_folders_are_those_of_their_pairs(small, tmp_path, call):
         assert total == pytest.approx(single.total, rel=1e-6) and layers == pytest.approx(single.layers, rel=1e-6)
     assert found.totals[0] > 0.01 > found.totals[1] == 0 and found.mean == sum(found.totals) / 2
     assert found.to_dict()["pairs"][0]["total"] == found.totals[0]
+    assert f": mean {found.mean:.6g} of 2 pairs\n" in str(found) and found.to_dict()["unpaired"] == found.unpaired
     code, out, err = call("distance a b --json")
     assert code == 0 and json.loads(out)["mean"] == found.mean
     assert "2 images without a partner: onlya.png, onlyb.png" in err
