@@ -311,6 +311,28 @@ def test_views_that_cannot_be(options, said):
         Views(**options)
 
 
+def test_a_head_that_was_replaced():
+    net, data = made(classes=5), images(classes=3)
+    net.classifier[-1] = nn.Linear(net.classifier[-1].in_features, 3)
+    report = vggfeat.evaluate(net, data, **ONE)
+    assert report.loss == pytest.approx(expected(net, [prepared(data.pixels)], data.labels)[0], rel=1e-5)
+    with pytest.raises(InputError, match="made has 2 classes, the network 3: test it on the classes"):
+        vggfeat.evaluate(net, images(classes=2), **ONE)
+
+
+def test_a_classifier_of_another_shape_is_not_called_none():
+    state = made().state_dict()
+    state |= {"classifier.0.weight": torch.rand(7, 64), "classifier.3.weight": torch.rand(3, 7)}
+    del state["classifier.1.weight"]
+    with pytest.raises(WeightsError, match=r"another shape than VGG's \(classifier.0.weight has \(7, 64\)\): give"):
+        vggfeat.evaluate(state, images(), **ONE)
+
+
+def test_a_class_whose_name_has_two_lines():
+    report = Evaluation(2, 1.0, 0.5, None, ["new\nline", "b"], [[1, 0], [1, 0]], 1)
+    assert "| new line |" in report.to_markdown() and "\nnew line " in str(report)
+
+
 def test_classes_with_a_bar_in_a_markdown_table():
     report = Evaluation(5, 1.0, 0.6, None, ["cat|dog", "bee"], [[2, 1], [1, 1]], 1)
     (row,) = [line for line in report.to_markdown().splitlines() if line.startswith("| cat")]

@@ -571,6 +571,23 @@ def test_a_silent_unit_is_at_zero(small):
     assert silent and all(math.copysign(1, value) == 1 for value in silent)
 
 
+def test_what_a_classifier_saw_can_be_inverted(headed):
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = invert(image, ["fc"], size=32, steps=15, tv_weight=0, weights=headed.state_dict(), precision="float32")
+    assert found.error < 0.2 * found.start
+    with pytest.raises(vggfeat.InputError, match="fc has no positions, over which style is summed"):
+        invert(image, ["fc"], gram=True, size=32, steps=1, weights=headed.state_dict())
+
+
+def test_classes_of_a_classifier_that_was_replaced(headed):
+    net = copy.deepcopy(headed)
+    net.classifier[-1] = torch.nn.Linear(net.classifier[-1].in_features, 4)
+    image = torch.rand(1, 3, 32, 32)
+    assert cam(image, 3, size=None, net=net, names=["a", "b", "c", "d"]).class_index == 3
+    with pytest.raises(vggfeat.InputError, match="vgg11 has classes 0 to 3 here, got 4"):
+        cam(image, 4, size=None, net=net)
+
+
 def test_a_size_that_is_no_whole_number(small):
     for size in (64.0, "64", 0):
         with pytest.raises(vggfeat.InputError, match="size must be a whole number of at least 1"):
@@ -640,7 +657,7 @@ def test_distances_of_folders_are_those_of_their_pairs(small, tmp_path, call):
     (tmp_path / "b" / "x.png").write_bytes(b"no image")
     assert f"{Path('b') / 'x.png'}: expected an image" in call("distance a b")[2]
     (tmp_path / "c").mkdir()
-    assert "no image in a has the name of one in c: 3 and 0 images" in call("distance a c")[2]
+    assert "no image in a has the name of one in c: 3 and 0 images, folders inside left out" in call("distance a c")[2]
     assert "expected an image file, got a folder" in call("distance a b/y.JPG")[2]
     with pytest.raises(vggfeat.InputError, match="expected a folder at .*y.JPG, found a file"):
         visualize.distances(tmp_path / "a", tmp_path / "b" / "y.JPG", weights=small)
@@ -685,7 +702,7 @@ def test_dreams_of_a_run_s_classes_have_their_names(headed, tmp_path, call):
 
 
 def test_a_dream_of_a_class_needs_a_classifier(small):
-    with pytest.raises(vggfeat.WeightsError, match="hold no classifier"):
+    with pytest.raises(vggfeat.WeightsError, match="have no classifier"):
         dream("fc8", [3], weights=small)
     for wrong in (
         {"steps": 0},
@@ -1066,7 +1083,7 @@ def test_a_class_or_classifier_that_is_not_there(headed, small):
         cam(noise(32, 32), net=headed, mean=(0.5, 0.5))
     with pytest.raises(vggfeat.InputError, match="classes 0 to 4 here, got 5"):
         cam(noise(32, 32), 5, net=headed)
-    with pytest.raises(vggfeat.WeightsError, match="hold no classifier"):
+    with pytest.raises(vggfeat.WeightsError, match="have no classifier"):
         cam(noise(32, 32), weights=small)
     with pytest.raises(vggfeat.InputError, match="expected a network of vggfeat.vgg, got Sequential"):
         cam(noise(32, 32), net=torch.nn.Sequential())
@@ -1347,7 +1364,7 @@ def test_images_in_one_folder_alone_are_named_up_to_three(call):
     for name in ("one", "two"):
         Path(name).mkdir()
         open_image("photo.png").save(f"{name}/x.png")
-    for count, said in ((3, "3 images in one folder alone: 0.png, 1.png, 2.png\n"), (4, "2.png, …\n")):
+    for count, said in ((3, "3 images without a partner: 0.png, 1.png, 2.png\n"), (4, "2.png, …\n")):
         for i in range(count):
             open_image("photo.png").save(f"one/{i}.png")
         code, out, err = call("distance one two --layer relu1_1")
@@ -1404,7 +1421,7 @@ def test_weights_that_do_not_reach(call, oxford):
     code, _, err = call("maps photo.png --layer relu4_1", weights=str(oxford))
     assert code == 2 and "do not reach relu4_1" in err and err.count("\n") == 1
     code, _, err = call("cam photo.png", weights=str(oxford))
-    assert code == 2 and "hold no classifier" in err
+    assert code == 2 and "have no classifier" in err
 
 
 FUNCTIONS = {command: getattr(visualize, command.name) for command in pictures.COMMANDS}

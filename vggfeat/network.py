@@ -120,6 +120,12 @@ class VGG(nn.Module):
         self.checkpointing = False
         self.reset_parameters()
 
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the last linear layer, which may be another than `arch` says: people replace it."""
+        linear = [module for module in self.classifier.modules() if isinstance(module, nn.Linear)]
+        return linear[-1].out_features if linear else self.arch.num_classes
+
     def reset_parameters(self) -> None:
         """Draw new weights as `init` says, biases zero."""
         for module in self.modules():
@@ -293,8 +299,8 @@ def network_from_weights(weights: Weights) -> VGG:
 
     if weights.arch.head is None:
         raise WeightsError(
-            f"weights {weights.label} hold no classifier: give imagenet, the folder of a run of `vggfeat train`, or a "
-            "file with one"
+            f"weights {weights.label} have {weights.classifier}: give imagenet, the folder of a run of "
+            "`vggfeat train`, or a file with a VGG's"
         )
     with torch.device("meta"):
         net = VGG(weights.arch)

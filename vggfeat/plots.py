@@ -445,7 +445,7 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]], path: PathLike, *, overwr
     panels: Any = figure.subplots(1, 2, sharex=True)
     names: dict[str, Any] = {}  # lines of the legend: a colour for each run, and how its parts are drawn
     parts: dict[str, Any] = {}
-    titles = ("loss (training: augmented, label smoothing if any)", "accuracy, % (training: on augmented images)")
+    titles = ("loss (training: augmented, mixed and smoothed as set)", "accuracy, % (training: on augmented images)")
     for axes, key, title, factor in zip(panels, ("loss", "accuracy"), titles, (1, 100), strict=True):
         for (name, history), color in zip(runs.items(), colors, strict=False):
             for part, style in (("train", ":"), ("test", "-")):

@@ -66,7 +66,11 @@ class Table:
     def cells(self) -> list[list[str]]:
         """Every value as it is shown."""
         return [
-            [column.show(v) if v is not None else "–" for column, v in zip(self.columns, row, strict=True)]
+            # names of folders can have several lines
+            [
+                "–" if v is None else " ".join(column.show(v).splitlines())
+                for column, v in zip(self.columns, row, strict=True)
+            ]
             for row in self.rows
         ]
 

@@ -190,6 +190,16 @@ class Weights:
                 )
             check_finite(key, self.state[key], self.label)
 
+    @property
+    def classifier(self) -> str:
+        """Which they hold, in words."""
+        if self.arch.head is not None:
+            return f"a {self.arch.head} head for {self.arch.num_classes} classes"
+        theirs = next((key for key in self.state if key.startswith("classifier.") and key.endswith(".weight")), None)
+        if theirs is None:
+            return "no classifier"
+        return f"a classifier of another shape than VGG's ({theirs} has {tuple(self.state[theirs].shape)})"
+
     def served(self, names: Iterable[str]) -> list[str]:
         """Those of the layers, shallow to deep, that the weights reach.
 
@@ -441,9 +451,9 @@ def load_weights(net: VGG, weights: WeightsLike, *, head: bool = True) -> VGG:
     if head and arch.head is not None and keys_of_linear(arch.names[-1])[0] not in state:
         loaded.require([arch.names[-1]])  # raises: the number of classes to compare is unknown
     if head and (arch.head, arch.num_classes) != (net.arch.head, net.arch.num_classes):
-        theirs = f"a {arch.head} head for {arch.num_classes} classes" if arch.head else "no classifier"
         raise WeightsError(
-            f"weights {loaded.label} have {theirs}, the network a {net.arch.head} head for {net.arch.num_classes}; "
+            f"weights {loaded.label} have {loaded.classifier}, "
+            f"the network a {net.arch.head} head for {net.arch.num_classes}; "
             "load_weights(net, weights, head=False) loads the convolutions and leaves the head as it is"
         )
     loaded.require([arch.names[-1] if head else arch.layers[-1].name])

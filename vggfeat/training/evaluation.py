@@ -146,11 +146,10 @@ def evaluate(
         net = network_from_weights(load_set(weights, arch)).to(memory_format=torch.channels_last)
     if not isinstance(data, ImageSet):
         data = load_test_images(data, bad_images=bad_images)
-    if len(data.classes) != net.arch.num_classes:
+    if len(data.classes) != net.num_classes:
         found = f"one class, {data.classes[0]}" if len(data.classes) == 1 else f"{len(data.classes)} classes"
         raise InputError(
-            f"{data.label} has {found}, the network {net.arch.num_classes}: "
-            "test it on the classes that it was trained for"
+            f"{data.label} has {found}, the network {net.num_classes}: test it on the classes that it was trained for"
         )
     if names is not None and names != data.classes:
         i = next(i for i, pair in enumerate(zip(names, data.classes, strict=True)) if pair[0] != pair[1])
@@ -208,7 +207,7 @@ def evaluate_network(
     size = views.size or images.side
     scales: tuple[int | None, ...] = views.scales or (None if images.pixels is not None else scale_for(size),)
     net.eval()
-    scores = torch.zeros(len(images), net.arch.num_classes, dtype=torch.float32, device=world.device)
+    scores = torch.zeros(len(images), net.num_classes, dtype=torch.float32, device=world.device)
     own = torch.arange(len(images), device="cpu")[world.rank :: world.size]
     missing = torch.zeros(len(images), device=world.device)
     count = 0

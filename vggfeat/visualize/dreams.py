@@ -156,7 +156,7 @@ def dream(
         names = run_metadata(weights).get("classes")
     device, loaded = resolve(device), load(weights, arch, classifier=layer in HEAD_NAMES)
     if loaded.arch.head is None and layer in HEAD_NAMES:
-        raise WeightsError(f"weights {loaded.label} hold no classifier, so there is no {layer}: give some that do")
+        raise WeightsError(f"weights {loaded.label} have {loaded.classifier}, so no {layer}: give some that do")
     loaded.require([layer])
     relu = layer.startswith("relu")
     below = loaded.arch.names[loaded.arch.names.index(layer) - 1] if relu else layer
@@ -382,7 +382,10 @@ def invert(
     layers = tuple(layer_names(layers))
     if taken := {"init", "content_layers", "content_weight", "style_layers", "style_weight"} & options.keys():
         raise InputError(f"invert sets {min(taken)} itself: layers and gram say what is matched")
-    terms: dict[str, Any] = {"style_layers": layers[:1], "style_weight": 0.0, "content_layers": layers}
+    # the first layer, at weight 0, where a term must name one; a classifier's has no Gram matrix
+    terms: dict[str, Any] = {"style_layers": ("conv1_1",), "style_weight": 0.0, "content_layers": layers}
+    if not HEAD_NAMES.intersection(layers):
+        terms["style_layers"] = layers[:1]
     if gram:
         terms = {"style_layers": layers, "content_layers": layers[:1], "content_weight": 0.0, "style_weight": 1.0}
     else:

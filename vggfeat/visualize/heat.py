@@ -195,7 +195,8 @@ def distances(
     partners |= {name: stems[stem] for stem, name in _by_stem(first - second).items() if stem in stems}
     names = sorted(partners)
     if not names:
-        raise InputError(f"no image in {a} has the name of one in {b}: {len(first)} and {len(second)} images")
+        counts = f"{len(first)} and {len(second)} images, folders inside left out"
+        raise InputError(f"no image in {a} has the name of one in {b}: {counts}")
     loss, loaded = _loss(layers, lpips, arch, weights)
     found: list[dict[str, float]] = []
     for name in names:
@@ -354,10 +355,10 @@ def cam(
         net = network_from_weights(loaded)
     layer = layer or [each.name for each in net.arch.layers if each.kind == "relu"][-1]
     net.arch.layer(layer)
-    if class_index is not None and whole_number("class_index", class_index, least=0) >= net.arch.num_classes:
-        raise InputError(f"{net.arch.name} has classes 0 to {net.arch.num_classes - 1} here, got {class_index}")
-    if names is not None and len(names) != net.arch.num_classes:
-        raise InputError(f"{len(names)} names for {net.arch.num_classes} classes")
+    if class_index is not None and whole_number("class_index", class_index, least=0) >= net.num_classes:
+        raise InputError(f"{net.arch.name} has classes 0 to {net.num_classes - 1} here, got {class_index}")
+    if names is not None and len(names) != net.num_classes:
+        raise InputError(f"{len(names)} names for {net.num_classes} classes")
     with torch.device("cpu"):
         shift, scale = (torch.tensor(tuple(v), dtype=torch.float32)[:, None, None] for v in (mean, std))
     with eval_mode(net), with_gradients():
