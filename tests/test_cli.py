@@ -1111,7 +1111,7 @@ def test_a_finished_epoch_is_a_line_and_the_bar_counts_epochs(quiet):
     )
     done = Epoch(2, 0.01, 0.5, 0.75, 1.0, 0.25, None, 3.0, 8.0, 2)
     learn._tell(bar, quiet, TrainStep(2, 5, 3, 4, 0.5, 0.01, None))
-    learn._tell(bar, quiet, TrainStep(2, 5, 4, 4, 0.25, 0.001, done))
+    learn._tell(bar, quiet, TrainStep(2, 5, 4, 4, 0.25, 0.001, None, done))
     assert moved == [0.5, 0.75]  # from a quarter of the second epoch to three, and to its end
     assert lines[:2] == ["epoch 2/5 step 3/4", "loss 0.5000 lr 0.01"]
     rest = ["epoch 2/5  loss 0.5000  train 75.00 %  test 25.00 %  3 s  8 images/s  2 images left out"]

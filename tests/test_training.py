@@ -594,7 +594,14 @@ def test_crops_are_told_with_what_they_are_cut_from(tmp_path, torchvision):
     ):
         images, _ = vggfeat.load_images(source, resize=changes.get("resize"))
         made = loop._Run(TrainConfig(**TINY | changes), images, None, World(CPU), tmp_path, None)
-        assert f"images of 3 classes at {said}; no test set" in [*made.summary([])][1]
+        lines = [*made.summary([])]
+        assert f"images of 3 classes at {said}; no test set" in lines[1] and not any("each crop" in e for e in lines)
+    large = pictures.folder(tmp_path / "large", pictures.tree(8, width=80, height=64))
+    images, config = vggfeat.load_images(large)[0], TrainConfig(**TINY | {"size": 32})
+    made = loop._Run(config, images, None, World(CPU), tmp_path, None)
+    assert [*made.summary([])][2] == "each crop shows 20% of an image; resized to 36, it shows most of it"
+    with pytest.raises(InputError, match="cutout 32 can blank crops of 32 pixels whole"):
+        run(large, tmp_path / "r", size=32, cutout=32)
 
 
 def test_an_empty_path_is_not_the_folder_where_one_is(tmp_path, monkeypatch):
@@ -736,6 +743,34 @@ def test_a_signal_ends_the_run_after_its_step(data, tmp_path, number):
     assert state["step"] in (2, 3)
     whole = run(data, tmp_path / "whole")
     assert same(weights(run(data, tmp_path / "r", resume=True).folder), weights(whole.folder))
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(1, 2), (2, 3)])
+def test_a_callback_ends_the_run_early_and_sees_the_network(data, tmp_path, epoch, step):
+    """(2, 3) is the last step of its epoch, of which a callback hears after the test."""
+    seen = {}
+
+    def callback(state):
+        if (state.epoch, state.step) == (epoch, step):
+            seen.update({key: value.clone() for key, value in state.net.state_dict().items()})
+            raise KeyboardInterrupt
+
+    result = run(data, tmp_path / "r", callback=callback, ema=0.9, epochs=3)
+    assert result.interrupted and len(result.history) == epoch - 1 + (step == 3)
+    assert seen and all(torch.equal(value, seen[key]) for key, value in result.net.state_dict().items())
+    whole = run(data, tmp_path / "whole", ema=0.9, epochs=3)
+    assert same(weights(run(data, tmp_path / "r", resume=True, ema=0.9, epochs=3).folder), weights(whole.folder))
+    assert repr(result) == f"TrainResult(folder={result.folder!r}, interrupted=True, damaged=[])"
+
+
+@pytest.mark.usefixtures("real_signals")
+def test_a_second_ctrl_c_while_a_callback_runs_ends_at_once(data, tmp_path):
+    def callback(step):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "r", callback=callback)
 
 
 @pytest.mark.usefixtures("real_signals")

@@ -143,6 +143,8 @@ class Batches:
                 f"{images.label} has {len(images)} images, fewer than batch_size {config.batch_size}: "
                 f"lower batch_size, for instance to {fewer}"
             )
+        if config.cutout >= size:
+            raise InputError(f"cutout {config.cutout} can blank crops of {size} pixels whole: lower it")
         self.images, self.config, self.device, self.size = images, config, world.device, size
         # every process takes a piece of each part, so that parts do not depend on the number of processes
         places = torch.arange(config.batch_size, device="cpu").view(config.accumulate, -1)

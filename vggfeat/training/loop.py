@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class TrainStep:
         steps: how many an epoch has.
         loss: of this step, in the first process; on a GPU, which is read only every so often, the last known.
         lr: the learning rate of this step.
+        net: the network after this step, with `ema` the averaged one: what is tested and saved.
         finished: the epoch, where this step was its last.
     """
 
@@ -58,6 +59,7 @@ class TrainStep:
     steps: int
     loss: float
     lr: float
+    net: VGG = field(repr=False, compare=False)
     finished: Epoch | None = None
 
 
@@ -74,9 +76,9 @@ class TrainResult:
         damaged: checkpoints that could not be used on resuming, and why.
     """
 
-    net: VGG
-    history: list[Epoch]
-    evaluation: Evaluation | None
+    net: VGG = field(repr=False)
+    history: list[Epoch] = field(repr=False)
+    evaluation: Evaluation | None = field(repr=False)
     folder: Path
     interrupted: bool
     damaged: list[str]
@@ -111,7 +113,8 @@ def train(
         folder: of the run, new or empty unless it is resumed.
         resume: go on with the run in `folder`, whose settings (a state dict is not compared) and images (their names,
             labels and sizes) must be these; begin it where it has no checkpoint yet.
-        callback: called after each step, in the first process.
+        callback: called after each step, in the first process. It may raise KeyboardInterrupt to end the run as Ctrl-C
+            does; any other error ends it without a checkpoint of the steps since the last one.
         announce: called with a line for people, such as what is trained on what.
 
     Raises:
@@ -274,6 +277,10 @@ class _Run:
             test = f"{len(self.test):,} for the test{apart}"
         found = f"{len(self.images):,} images of {len(self.images.classes)} classes"
         yield f"{found} at {self.size} px{crop}, {where}; {test}"
+        if self.images.pixels is not None:
+            share = self.size**2 / math.prod(self.images.pixels.shape[1:3])
+            if share < 0.5:  # ImageNet's customary 224 of 256 pixels are 77 %
+                yield f"each crop shows {share:.0%} of an image; resized to {scale_for(self.size)}, it shows most of it"
         precision, device = str(self.dtype).removeprefix("torch."), str(self.world.device)
         if emulates(self.dtype, self.world.device):
             device += ", which computes it in loops: float32 is about ten times as fast"
@@ -399,8 +406,8 @@ class _Run:
                 self.loss = value.item()
                 if (bad := int(self.bad)) >= 0:
                     raise self._diverged(bad % steps + 1)
-            if self.callback is not None and not last:
-                self.callback(TrainStep(self.epoch + 1, config.epochs, self.step, steps, self.loss, self.lr))
+            if not last:
+                self._tell(self.epoch + 1, self.step)
             if waits or self.world.size == 1:
                 self._agree()
             if last or saves or self.stop:
@@ -425,10 +432,19 @@ class _Run:
                 self.announce(str(error))
             if board is not None:
                 board.write(self.history[-1])
-        if self.callback is not None:
-            done = self.history[-1]
-            self.callback(TrainStep(self.epoch, config.epochs, steps, steps, self.loss, self.lr, done))
+        self._tell(self.epoch, steps, self.history[-1])
         return evaluation
+
+    def _tell(self, epoch: int, step: int, finished: Epoch | None = None) -> None:
+        if self.callback is None:
+            return
+        epochs, steps = self.config.epochs, self.batches.steps
+        try:
+            self.callback(TrainStep(epoch, epochs, step, steps, self.loss, self.lr, self.tested_net, finished))
+        except KeyboardInterrupt:
+            if self.asked:  # the second Ctrl-C
+                raise
+            self.asked = True
 
     def _epoch_saves(self) -> bool:
         """Whether a checkpoint is due at this epoch's end: on a GPU, epochs may be shorter than writing one."""
