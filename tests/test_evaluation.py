@@ -394,7 +394,7 @@ def test_classes_without_images_are_grey_and_those_of_a_long_list_numbers(tmp_pa
         vggfeat.plot_confusion(Evaluation(n, 1.0, 1.0, 1.0, names, diagonal, 1), tmp_path / "c.png")
         axes = drawn[-1].axes[0]
         assert ([each.get_text() for each in axes.get_yticklabels()] == names) == (n == 60) and not axes.texts
-        assert axes.get_ylabel() == ("true class" if n == 60 else "true class, by its number")
+        assert axes.get_ylabel() == ("true class" if n == 60 else "true class, in the order of the report, from 0")
 
 
 def test_a_picture_of_confusions(tmp_path):

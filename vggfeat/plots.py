@@ -516,7 +516,7 @@ def plot_confusion(evaluation: Evaluation, path: PathLike, *, overwrite: bool = 
             if shares[i][j] >= 0.05:
                 dark = "white" if shares[i][j] > 50 else "black"
                 axes.text(j, i, f"{shares[i][j]:.1f}", ha="center", va="center", fontsize=7, color=dark)
-    by = "" if named else ", by its number"
+    by = "" if named else ", in the order of the report, from 0"
     axes.set(xlabel=f"predicted class{by}", ylabel=f"true class{by}")
     empty = sum(not any(row) for row in evaluation.confusion)
     grey = f"; grey: {counted(empty, 'row')} without images" if empty else ""
