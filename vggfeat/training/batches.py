@@ -125,6 +125,7 @@ class Batches:
 
     Attributes:
         steps: batches of an epoch; the images left over are skipped, different ones in each.
+        sides: what the shorter side of an image is scaled to before it is cropped; of several, a random one.
         skipped: images that could not be read during training, and why.
         extra: 1 where each part begins with the image before this process' own, which is mixed in, then dropped.
 
@@ -160,11 +161,11 @@ class Batches:
         self.pixels = None if images.pixels is None else images.pixels.to(self.device).contiguous()
         self.readers: Readers | None = None
         self.operation = _trivial_augment() if config.augment == "trivialaugment" else None
+        self.sides = (images.side,) if self.pixels is not None else config.resize or (scale_for(size),)
         if self.pixels is None:
-            resize = config.resize or (scale_for(size),)
-            if resize[0] + 2 * config.pad < size:
-                raise InputError(f"resize {resize[0]} with pad {config.pad} is smaller than size {size}")
-            self.readers = Readers(_Crops(images, config, resize, size), config.workers, _stacked)
+            if self.sides[0] + 2 * config.pad < size:
+                raise InputError(f"resize {self.sides[0]} with pad {config.pad} is smaller than size {size}")
+            self.readers = Readers(_Crops(images, config, self.sides, size), config.workers, _stacked)
         else:
             height, width = self.pixels.shape[1:3]
             if min(height, width) + 2 * config.pad < size:

@@ -229,7 +229,7 @@ class _Run:
             if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters())
         ]
         # tested at the scale of training, the largest of several
-        scale = images.side if images.pixels is not None else (config.resize or (scale_for(self.size),))[-1]
+        scale = self.batches.sides[-1]
         if test is not None and scale < self.size:
             raise InputError(
                 f"images are tested {scale} pixels high or wide, smaller than size {self.size}: set resize"
@@ -269,7 +269,7 @@ class _Run:
             f", {learning / 1e6:.2f} M of them learning" if config.freeze else ""
         )
         where = "in memory" if self.images.pixels is not None else "read in every epoch"
-        sides = self.config.resize or (self.images.side if self.images.pixels is not None else scale_for(self.size),)
+        sides = self.batches.sides
         crop = f" cropped from {' to '.join(map(str, sides))}" if sides != (self.size,) else ""
         test = "no test set"
         if self.test is not None:
