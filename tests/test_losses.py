@@ -919,6 +919,25 @@ def test_sums_of_sums_and_of_features_from_the_classifier():
     close(torch.autograd.grad(value, x)[0], torch.autograd.grad(wanted, x)[0], rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [perceptual, style])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_autocast_to_float16_on_a_cpu(pair, make, precision):
+    """Where torch concatenates no bfloat16; the trunk runs in bfloat16 instead, or in float32."""
+    loss, found = make(precision=precision), []
+    for images in (pair, tuple(image.double() for image in pair)):
+        x = images[0].clone().requires_grad_()
+        with torch.autocast("cpu", torch.float16):
+            value = loss(x, images[1])
+            one, other = images[0].clone().requires_grad_(), images[1].clone().requires_grad_()
+            both = loss(one, other)
+        close(value.double(), loss(*images).double(), rtol=2e-2)
+        close(both.double(), value.detach().double(), rtol=2e-2)
+        found.append(torch.autograd.grad(value, x)[0])
+    (expected,) = torch.autograd.grad(make()(x, images[1]), x)
+    for each in found:
+        assert F.cosine_similarity(each.double().flatten(), expected.double().flatten(), dim=0) > 0.99
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_parts_of_a_sum_are_what_its_losses_contribute(pair, reduction):
     x, y = pair[0].requires_grad_(), pair[1]
@@ -977,8 +996,9 @@ def test_a_criterion_of_ones_own_in_a_sum(pair, monkeypatch):
         close(vggfeat.CombinedLoss(parts)(x, y), parts[0](x, y) + parts[1](x, y))
     for reduction in ("sum", "none"):
         parts = [perceptual(criterion=whole, reduction=reduction), style(reduction=reduction)]
-        with pytest.raises(InputError, match="only reduction='mean' suits both"):
-            vggfeat.CombinedLoss(parts)(x, y)
+        for call in (vggfeat.CombinedLoss(parts), vggfeat.CombinedLoss(parts).parts):
+            with pytest.raises(InputError, match="only reduction='mean' suits both"):
+                call(x, y)
 
 
 def test_the_features_of_a_sum_are_pickled_with_all_their_layers(pair):

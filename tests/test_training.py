@@ -757,10 +757,37 @@ def test_a_callback_ends_the_run_early_and_sees_the_network(data, tmp_path, epoc
 
     result = run(data, tmp_path / "r", callback=callback, ema=0.9, epochs=3)
     assert result.interrupted and len(result.history) == epoch - 1 + (step == 3)
+    assert (result.evaluation is None) == (not result.history)
     assert seen and all(torch.equal(value, seen[key]) for key, value in result.net.state_dict().items())
     whole = run(data, tmp_path / "whole", ema=0.9, epochs=3)
     assert same(weights(run(data, tmp_path / "r", resume=True, ema=0.9, epochs=3).folder), weights(whole.folder))
     assert repr(result) == f"TrainResult(folder={result.folder!r}, interrupted=True, damaged=[])"
+
+
+def test_the_last_test_of_a_run_that_was_stopped_is_given(data, tmp_path):
+    def callback(state):
+        if (state.epoch, state.step) == (2, 1):
+            raise KeyboardInterrupt
+
+    result = run(data, tmp_path / "r", callback=callback)
+    assert result.interrupted and result.evaluation.top1 == result.history[0].test_accuracy
+
+
+def test_a_callback_may_test_the_network(data, tmp_path):
+    result = run(data, tmp_path / "r", callback=lambda state: state.net.eval(), arch="vgg11_bn", epochs=2)
+    assert same(weights(result.folder), weights(run(data, tmp_path / "same", arch="vgg11_bn", epochs=2).folder))
+
+
+@pytest.mark.usefixtures("real_signals")
+def test_a_callback_that_ends_a_run_just_after_a_signal_loses_nothing(data, tmp_path):
+    def callback(state):
+        if state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+            raise KeyboardInterrupt
+
+    assert run(data, tmp_path / "r", callback=callback).interrupted
+    state, _ = checkpoint.newest(tmp_path / "r" / "checkpoints", NEEDED)
+    assert (state["epoch"], state["step"]) == (0, 2)
 
 
 @pytest.mark.usefixtures("real_signals")

@@ -269,20 +269,20 @@ class FeatureLoss(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part may be a scalar, of the user's criterion
 
     def _compare(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> Tensor:
-        parts = self._weighted(input, target, mask)
-        if self.reduction != "mean" and len({part.ndim for part in parts}) > 1:
-            raise InputError("criteria that give a scalar and such as keep the batch: only reduction='mean' suits both")
-        return functools.reduce(torch.add, parts)
+        return functools.reduce(torch.add, self._weighted(input, target, mask))
 
     def _weighted(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> list[Tensor]:
         """The weighted distances of `_terms`, each (N,), or a scalar if a user's criterion gives one."""
         ours = self._represent(input, mask)
         theirs = self._representation_of(target, mask)
         with no_autocast(input.device):
-            return [
+            parts = [
                 weight * loss._distance(layer, ours[key], theirs[key], self._mask_of(layer, mask))
                 for key, layer, loss, weight in self._terms
             ]
+        if self.reduction != "mean" and len({part.ndim for part in parts}) > 1:
+            raise InputError("criteria that give a scalar and such as keep the batch: only reduction='mean' suits both")
+        return parts
 
     def _value_and_gradient(
         self, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
@@ -567,7 +567,7 @@ def checked_mask(mask: Tensor, images: Tensor) -> Tensor:
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (h, w):
         fits = mask.ndim in (3, 4) and mask.shape[0] in (1, n) and tuple(mask.shape[-2:]) == (h, w)
         hint = "; mask[:, None] adds the channel" if mask.ndim == 3 else "; mask[:, :1] is its first channel"
-        hint = hint if fits else ""
+        hint = hint if fits and mask.shape[1] else ""
         raise InputError(f"expected a mask {_fitting(n, h, w)}, got shape {tuple(mask.shape)}{hint}")
     mask = mask.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
     if mask.device.type == "cpu" and mask.numel() and not values_are_hidden():

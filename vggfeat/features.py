@@ -274,7 +274,8 @@ class VGGFeatures(nn.Module):
     def _outside_autograd(self, images: Tensor, keep: str) -> Iterator[tuple[Tensor, Walk]]:
         """The normalised images and the walk for them; `keep` as `trunk.stage.Keep`."""
         walk = Walk(self._filters(images), self.plan, keep)
-        with torch.no_grad():
+        # autocast's choice is already in the filters' type, and in float16 it refuses to concatenate bfloat16
+        with torch.no_grad(), no_autocast(images.device):
             yield self._normalised(images), walk
 
     @torch.no_grad()

@@ -245,7 +245,7 @@ class _Run:
         self.loss = self.lr = math.nan  # of the last step, as far as known
         self.seconds, self.saved = 0.0, -math.inf  # of the epoch so far; when the last checkpoint was written
         self.unreadable = set() if test is None else set(test.skipped)  # test images that people were told of
-        self.asked = False  # this process, by a signal
+        self.asked = self.insisted = False  # this process to end, by a signal or the callback; by a second Ctrl-C
         self.stop = False  # all of them
 
     @property
@@ -375,7 +375,7 @@ class _Run:
                     ending.callback(each.close)
             with on_termination(self._asked_to_end), reader_errors():
                 while self.epoch < self.config.epochs and not self.stop:
-                    evaluation = self._epoch(board)
+                    evaluation = self._epoch(board) or evaluation
                     self._agree()
                 if self.stop and self.step == 0 and self.epoch < self.config.epochs:
                     # it was asked for during a test, and the epoch before may not have been saved
@@ -389,9 +389,7 @@ class _Run:
         return TrainResult(self.tested_net.eval(), self.history, evaluation, self.folder, not complete, damaged)
 
     def _epoch(self, board: Board | None) -> Evaluation | None:
-        self.learner.model.train()
-        for module in self.frozen:
-            module.eval()
+        self._train_mode()
         config, steps, known = self.config, self.batches.steps, set(self.batches.skipped)
         begun = time.perf_counter()
         for batch in self.batches.epoch(self.epoch, self.step):
@@ -435,6 +433,11 @@ class _Run:
         self._tell(self.epoch, steps, self.history[-1])
         return evaluation
 
+    def _train_mode(self) -> None:
+        self.learner.model.train()
+        for module in self.frozen:
+            module.eval()
+
     def _tell(self, epoch: int, step: int, finished: Epoch | None = None) -> None:
         if self.callback is None:
             return
@@ -442,9 +445,11 @@ class _Run:
         try:
             self.callback(TrainStep(epoch, epochs, step, steps, self.loss, self.lr, self.tested_net, finished))
         except KeyboardInterrupt:
-            if self.asked:  # the second Ctrl-C
+            if self.insisted:
                 raise
             self.asked = True
+        if not finished and not self.net.training:  # the callback tested it
+            self._train_mode()
 
     def _epoch_saves(self) -> bool:
         """Whether a checkpoint is due at this epoch's end: on a GPU, epochs may be shorter than writing one."""
@@ -458,6 +463,7 @@ class _Run:
         Of several processes each may get a Ctrl-C twice, from the terminal and from `torchrun`: the second is ignored.
         """
         if self.asked and number == signal.SIGINT and self.world.size == 1:
+            self.insisted = True
             raise KeyboardInterrupt
         self.asked = True
 

@@ -173,7 +173,7 @@ def distances(
 ) -> Distances:
     """The distances, as by `distance`, of the images of the same names in two folders.
 
-    What has no partner by its whole name gets one by its name without the suffix, where only one in each folder has it.
+    What has no partner by its whole name gets one by its name without the suffix, where that is clear among the rest.
 
     Args:
         a: a folder; images in folders inside it are not looked at.
