@@ -34,19 +34,19 @@ plot_option = click.option("--plot", type=click.Path(), help="Also draw it: PNG,
 
 def finish_report(report: Report, form: str | None, output: str | None, overwrite: bool) -> None:
     form = form or SUFFIXES.get(Path(output or "").suffix.lower(), "text")
-    text = getattr(report, FORMATS[form])()
+    text = getattr(report, FORMATS[form])().rstrip("\n")
     if output is None:
         if form == "json" and (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8"):
             text = json.dumps(report.to_dict(), indent=2)  # with escapes: JSON is of UTF-8, whatever the terminal's
-        click.echo(text.rstrip("\n"))
+        click.echo(text)
         return
     from vggfeat.files import check_path, written
 
     try:
         with written(check_path(output, overwrite=overwrite), overwrite=overwrite) as file:
-            file.write((text.rstrip("\n") + "\n").encode(errors="replace"))  # names of files can be any bytes
+            file.write(f"{text}\n".encode(errors="replace"))  # names of files can be any bytes
     except (InputError, RunError):  # it may have taken an hour
-        click.echo(text.rstrip("\n"))
+        click.echo(text)
         raise
     click.echo(output)
 

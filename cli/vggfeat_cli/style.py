@@ -74,8 +74,9 @@ def command(
         return Target(None, name, overwrite or _is_unfinished(Path(name), config, resumed))
 
     inputs = (content, *style, *config.init_files)
-    check_output(target().path(), overwrite=target().overwrite, inputs=inputs)
-    if checkpoint is not None and same_file(checkpoint, target().path()):
+    planned = target()
+    check_output(planned.path(), overwrite=planned.overwrite, inputs=inputs)
+    if checkpoint is not None and same_file(checkpoint, planned.path()):
         raise vggfeat.InputError(f"--checkpoint and the picture are both {checkpoint}: give them two names")
     with _Bar(disable=quiet) as bar:
 

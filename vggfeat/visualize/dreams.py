@@ -382,10 +382,9 @@ def invert(
     layers = tuple(layer_names(layers))
     if taken := {"init", "content_layers", "content_weight", "style_layers", "style_weight"} & options.keys():
         raise InputError(f"invert sets {min(taken)} itself: layers and gram say what is matched")
-    # the first layer, at weight 0, where a term must name one; a classifier's has no Gram matrix
-    terms: dict[str, Any] = {"style_layers": ("conv1_1",), "style_weight": 0.0, "content_layers": layers}
-    if not HEAD_NAMES.intersection(layers):
-        terms["style_layers"] = layers[:1]
+    # style must name a layer at weight 0, too, and a classifier's has no Gram matrix
+    spare = ("conv1_1",) if HEAD_NAMES.intersection(layers) else layers[:1]
+    terms: dict[str, Any] = {"style_layers": spare, "style_weight": 0.0, "content_layers": layers}
     if gram:
         terms = {"style_layers": layers, "content_layers": layers[:1], "content_weight": 0.0, "style_weight": 1.0}
     else:
