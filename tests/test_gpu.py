@@ -453,7 +453,7 @@ def content_and_style(**options):
 
 
 @pytest.mark.parametrize("kind", ["perceptual", "cosine", "style", "lpips", "combined"])
-@pytest.mark.parametrize("given", ["images", "encoded", "masked", "one target", "no grad"])
+@pytest.mark.parametrize("given", ["images", "encoded", "masked", "one target", "both trained", "no grad"])
 def test_losses_that_are_replayed_are_the_losses(replays, kind, given):
     make = {
         "perceptual": lambda **options: vggfeat.PerceptualLoss(["relu1_2", "conv2_2"], weights="random", **options),
@@ -471,12 +471,12 @@ def test_losses_that_are_replayed_are_the_losses(replays, kind, given):
         x = torch.cat([scene(24, 16, seed=number), scene(24, 16, seed=number + 20)])
         y = torch.cat([scene(24, 16, seed=number + 30), fixed]) if given != "one target" else fixed
         mask = (x[:, :1] > 0.4).float() if given == "masked" else None
-        image = x.clone().requires_grad_(given != "no grad")
+        image, y = x.clone().requires_grad_(given != "no grad"), y.requires_grad_(given == "both trained")
         value = loss(image, loss.encode(y) if given == "encoded" else y, mask)
         if given == "no grad":
             return (value,)
         value.sum().backward()
-        return value.detach(), image.grad
+        return value.detach(), image.grad, *([y.grad] if y.requires_grad else [])
 
     for number in range(5):
         result(ours, number)
@@ -815,7 +815,7 @@ def test_cudnns_convolution_and_relu_in_one(dtype, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["perceptual", "cosine", "style", "lpips", "combined"])
-@pytest.mark.parametrize("given", ["images", "encoded", "masked", "no grad", "autocast"])
+@pytest.mark.parametrize("given", ["images", "encoded", "masked", "both trained", "no grad", "autocast"])
 def test_losses_called_again_on_a_gpu_are_replayed_and_stay_the_same(monkeypatch, precision, kind, given):
     monkeypatch.setattr(cuda_graphs._Series, "_waits_for_host", lambda self: True)
     options = {"weights": "random", "precision": precision}
@@ -837,9 +837,11 @@ def test_losses_called_again_on_a_gpu_are_replayed_and_stay_the_same(monkeypatch
         for loss in (ours, theirs):
             with torch.cuda.stream(streams[number % 2]), torch.autocast("cuda", enabled=given == "autocast"):
                 image = x.clone().requires_grad_(given != "no grad")
-                value = loss(image, loss.encode(y) if given == "encoded" else y, mask).sum()
-                grad = torch.autograd.grad(value, image)[0] if given != "no grad" else value
-            results.append((value.detach(), grad))
+                target = loss.encode(y) if given == "encoded" else y.clone().requires_grad_(given == "both trained")
+                value = loss(image, target, mask).sum()
+                trained = [image, target] if given == "both trained" else [image]
+                grads = torch.autograd.grad(value, trained) if given != "no grad" else []
+            results.append((value.detach(), *grads))
         torch.cuda.synchronize()
         for own, wanted in zip(*results, strict=True):
             assert float((own - wanted).norm()) <= 0.01 * float(wanted.norm()) and wanted.any()

@@ -672,16 +672,16 @@ def test_vmap_and_grad_of_torch_func(pair, make):
 @pytest.mark.parametrize("make", [perceptual, style])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_computed_with_the_value_equal_those_computed_after_it(pair, make, masked):
-    """A target that requires a gradient is the way to have them computed in the backward."""
+    """A criterion of one's own is the way to have them computed in the backward."""
     x, y = (image.double() for image in pair)
     mask = torch.rand(2, 1, 24, 32) if masked else None
-    loss = make(["relu1_2", "conv3_1"], reduction="none", normalize_features=True)
     upstream = torch.tensor([0.5, -3.0], dtype=torch.float64)
     found = []
-    for target in (y, y.clone().requires_grad_()):
+    for criterion in ("mse", VF.CRITERIA["mse"]):
+        loss = make(["relu1_2", "conv3_1"], reduction="none", normalize_features=True, criterion=criterion)
         leaf = x.clone().requires_grad_()
-        value = loss(leaf, target, mask)
-        assert ("LossWithGradient" in type(value.grad_fn).__name__) == (not target.requires_grad)
+        value = loss(leaf, y, mask)
+        assert ("LossWithGradient" in type(value.grad_fn).__name__) == (criterion == "mse")
         first = torch.autograd.grad(value, leaf, upstream, retain_graph=True)[0]
         assert torch.equal(torch.autograd.grad(value, leaf, upstream)[0], first)
         with pytest.raises(RuntimeError, match="second time"):
@@ -731,6 +731,51 @@ def test_the_trained_image_may_come_second(pair, make, criterion, masked):
     value.sum().backward()
     loss(first, y, mask).sum().backward()
     assert torch.equal(x.grad, first.grad) and x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("make", [perceptual, style, combined])
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("at_a_time", [1, 1 << 30])
+def test_two_trained_images_get_their_gradients_with_the_value(pair, make, criterion, masked, at_a_time, monkeypatch):
+    """As where two samples of a generator are to differ; a criterion of one's own computes them in the backward."""
+    monkeypatch.setattr("vggfeat.feature_loss.VALUES_AT_A_TIME", at_a_time)
+    images = [image.double().requires_grad_() for image in pair]
+    mask = torch.rand(2, 1, 24, 32, dtype=torch.float64) if masked else None
+    upstream, held, found = torch.tensor([0.5, -3.0], dtype=torch.float64), [], []
+    loss = make(criterion=criterion, reduction="none")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        value = loss(*images, mask)
+    assert {t.data_ptr() for t in held if t.shape[1:] == images[0].shape[1:]} == {t.data_ptr() for t in images}
+    assert len(held) == 2 + masked
+    for total in (value, make(criterion=VF.CRITERIA[criterion], reduction="none")(*images, mask)):
+        found.append([total, *torch.autograd.grad(total, images, upstream)])
+    for one, other in zip(*found, strict=True):
+        assert one.abs().max() > 0
+        close(one, other, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_two_trained_images_of_any_kind(pair, make):
+    x, y = pair
+    grey, loss = x.mean(1, keepdim=True).requires_grad_(), make(repeat_grey=True, reduction="sum")
+    one, other = torch.autograd.grad(loss(grey, second := y.mean(1, keepdim=True).requires_grad_()), (grey, second))
+    close(one, torch.autograd.grad(loss(grey, second.detach()), grey)[0])
+    close(other, torch.autograd.grad(loss(grey.detach(), second), second)[0])
+    halves = [image.half().requires_grad_() for image in pair]
+    assert [each.dtype for each in torch.autograd.grad(loss(*halves), halves)] == [torch.float16] * 2
+    nothing = torch.rand(0, 3, 24, 32, requires_grad=True), torch.rand(0, 3, 24, 32, requires_grad=True)
+    assert [len(each) for each in torch.autograd.grad(loss(*nothing), nothing)] == [0, 0]
+    same = x.clone().requires_grad_()
+    assert torch.equal(torch.autograd.grad(loss(same, same), same)[0], torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_second_derivatives_of_two_trained_images(make):
+    images = [torch.rand(1, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    loss = make(["relu1_2"])
+    assert torch.autograd.gradgradcheck(loss, [image.requires_grad_() for image in images], fast_mode=True)
+    assert torch.autograd.gradcheck(loss, images)
 
 
 def test_images_change_places_only_where_that_makes_no_difference(pair):

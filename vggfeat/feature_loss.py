@@ -103,14 +103,15 @@ class FeatureLoss(nn.Module):
                 shapes that do not match, or a target encoded by another loss.
         """
         target, mask = self._checked(input, target, mask)
-        if self._gradient_is_the_targets_alone(input, target):
-            input, target = cast(Tensor, target), input  # named criteria are symmetric
-        constant = self._compares_with_constants(input, target, mask)
+        if isinstance(target, Tensor) and target.requires_grad and not input.requires_grad:
+            if self._may_change_places(input, target):  # what is computed with the value is the input's gradient
+                input, target = target, input
+        by_hand = self._goes_by_hand(input, target, mask)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             target = target.map(_for_graphs) if isinstance(target, EncodedTarget) else _for_graphs(target)
-        if constant and torch.is_grad_enabled() and input.requires_grad:
-            total: Tensor = _LossWithGradient.apply(input, self, target, mask)
-        elif constant and self._may_replay(input):
+        if by_hand and torch.is_grad_enabled() and input.requires_grad:
+            total: Tensor = _LossWithGradient.apply(input, target, self, mask)
+        elif by_hand and self._may_replay(input):
             (total,) = self._snapshot()._replayed(self._replays, input, target, mask, gradient=False)
         else:
             total = self._compare_parts(input, target, mask)
@@ -162,20 +163,19 @@ class FeatureLoss(nn.Module):
         if heads := [term.layer for term in self._terms if term.layer in self.features.arch.head_names]:
             raise InputError(f"a mask fits no layer of the classifier, which has no positions: leave out {heads[0]}")
 
-    def _gradient_is_the_targets_alone(self, input: Tensor, target: Tensor | EncodedTarget) -> bool:
-        """Whether the two had better change places: the gradient computed with the value is that of the input."""
+    def _may_change_places(self, input: Tensor, target: Tensor | EncodedTarget) -> bool:
+        """Whether the loss of the target against the input is the same, as a named criterion makes it."""
         return (
             isinstance(target, Tensor)
-            and target.requires_grad
-            and not input.requires_grad
             and (input.shape, input.dtype) == (target.shape, target.dtype)
             and self._takes_parts
         )
 
-    def _compares_with_constants(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
-        """Whether no gradient but the input's can be asked for, so that it is computed with the value."""
+    def _goes_by_hand(self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None) -> bool:
+        """Whether no gradient can be asked for but that of images, which is then computed with the value."""
+        constants = [] if self._may_change_places(input, target) else _taken_apart(target)[0]
         weights: list[Any] = [term.weight for term in self._terms]
-        others = [*_taken_apart(target)[0], *[each for each in (mask, *weights) if isinstance(each, Tensor)]]
+        others = [*constants, *[each for each in (mask, *weights) if isinstance(each, Tensor)]]
         return (
             input.device.type in CUSTOM_BACKWARD_DEVICES
             and not (torch.is_grad_enabled() and any(other.requires_grad for other in others))
@@ -207,15 +207,16 @@ class FeatureLoss(nn.Module):
         mask: Tensor | None,
         *,
         gradient: bool,
+        both: bool = False,
     ) -> tuple[Tensor, ...]:
-        """`_value_and_gradient`, or `_compare` alone, of the whole batch; of a snapshot, which a graph then keeps."""
+        """`_value_and_gradients`, or `_compare` alone, of the whole batch; of a snapshot, which a graph then keeps."""
         theirs, put_together = _taken_apart(target)
         count, names = len(theirs), tuple(target.values) if isinstance(target, EncodedTarget) else ()
 
         def compute(input: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             target, (mask,) = put_together(others[:count]), others[count:] or (None,)
             if gradient:
-                return self._value_and_gradient(input, target, mask)
+                return self._value_and_gradients(input, target, mask, both=both)
             return (self._compare(input, target, mask),)
 
         features, terms, kind = self.features, self._terms, input.device.type
@@ -226,7 +227,7 @@ class FeatureLoss(nn.Module):
         )
         with torch.no_grad():
             tensors = [input.detach(), *theirs, *([] if mask is None else [mask])]
-            return replays(compute, tensors, (gradient, names, settings))
+            return replays(compute, tensors, (gradient, both, names, settings))
 
     def _snapshot(self) -> Self:
         """The loss as it is now, without graphs."""
@@ -248,13 +249,14 @@ class FeatureLoss(nn.Module):
         return min(images, max(1, VALUES_AT_A_TIME // max(1, values)))
 
     def _parts(
-        self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
+        self, input: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None, *, both: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | EncodedTarget, Tensor | None]]:
         """Some images at a time, each with its target and mask."""
         if torch.compiler.is_compiling():  # whole, whatever their number: a loop would fix it in the graph
             yield input, target, mask
             return
         step, images = self._images_at_a_time(input), len(input)
+        step = max(1, step // 2) if both else step  # of both run at once
         if step < images and len(target) == 1 and isinstance(target, Tensor):  # encoded once, not for every part
             target = EncodedTarget(self._represent(target, mask), count_and_size(target)[1], self._signature)
         for i in range(0, max(1, images), step):
@@ -284,21 +286,34 @@ class FeatureLoss(nn.Module):
             raise InputError("criteria that give a scalar and such as keep the batch: only reduction='mean' suits both")
         return parts
 
-    def _value_and_gradient(
-        self, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The losses (N,) and their gradients in the images' shape, by the trunk's pullback."""
-        theirs = dict(self._representation_of(target, mask))
+    def _value_and_gradients(
+        self, images: Tensor, target: Tensor | EncodedTarget, mask: Tensor | None, *, both: bool
+    ) -> tuple[Tensor, ...]:
+        """The losses (N,) and their gradients in the images' shape, by the trunk's pullback.
+
+        With `both` also those in the target's: images of the same shape, which then run in one batch with the others.
+        """
+        theirs = {} if both else dict(self._representation_of(target, mask))
+        images = torch.cat([images, cast(Tensor, target)]) if both else images
         # in float16, small gradients would be lost: they are not scaled yet
         _, pullback = self.features.vjp(self.features.checked(upcast(images.detach())))
         values: dict[str, Tensor] = {}
         terms = self._terms
 
+        def compare(key: str, loss: LayerLoss, name: str, tap: Tensor) -> tuple[Tensor, Tensor]:
+            small = self._mask_of(name, mask)
+            if not both:
+                return loss._distance_and_gradient(name, tap, theirs.pop(key), small)
+            one, other = tap.tensor_split(2)
+            value, grad = loss._distance_and_gradient(name, one, loss._representation(other, small), small)
+            _, back = loss._distance_and_gradient(name, other, loss._representation(one, small), small)
+            return value, torch.cat([grad, back])
+
         def tap_grad(name: str, tap: Tensor) -> Tensor:
             total: Tensor | None = None
             for key, _, loss, weight in (term for term in terms if term.layer == name):
                 with no_autocast(images.device):
-                    value, grad = loss._distance_and_gradient(name, tap, theirs.pop(key), self._mask_of(name, mask))
+                    value, grad = compare(key, loss, name, tap)
                 values[key] = weight * value
                 grad = grad if weight == 1 else grad.mul_(weight)
                 total = grad if total is None else total.add_(grad)
@@ -306,7 +321,8 @@ class FeatureLoss(nn.Module):
             return total
 
         gradient = pullback(tap_grad).sum_to_size(images.shape)  # of a grey image that was repeated
-        return functools.reduce(torch.add, (values[term.key] for term in terms)), gradient
+        total = functools.reduce(torch.add, (values[term.key] for term in terms))
+        return total, *gradient.tensor_split(2 if both else 1)
 
     def _mask_of(self, name: str, mask: Tensor | None) -> Tensor | None:
         """The mask's mean over the pixels of each position of a layer: squares of its stride, as the pools see them."""
@@ -431,31 +447,34 @@ class LayerLoss(FeatureLoss):
 
 
 class _LossWithGradient(torch.autograd.Function):
-    """Losses (N,) whose input gradient is computed in the forward, and is all that is kept for the backward.
+    """Losses (N,) whose gradients are computed in the forward, and are all that is kept for the backward.
 
-    If the input requires a gradient, it will be asked for sooner or later. Computed one chunk of the batch at a time,
-    it needs memory for one chunk only, for which the activations may be kept unpacked.
+    If images require a gradient, it will be asked for sooner or later. Computed one chunk of the batch at a time, it
+    needs memory for one chunk only, for which the activations may be kept unpacked. Target images may require one, too,
+    if they may change places with the input.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
-        loss: FeatureLoss,
         target: Tensor | EncodedTarget,
+        loss: FeatureLoss,
         mask: Tensor | None,
     ) -> Tensor:
+        both = ctx.needs_input_grad[1]
         kind = input.device.type
         ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
         now = ctx.loss = loss._snapshot()  # for a second derivative, too
         # hooks on what is saved (checkpointing, offloading) are meant for the caller's graph, not for this one
         with _no_saved_tensors_hooks():
             if loss._may_replay(input):
-                values, gradient = now._replayed(loss._replays, input, target, mask, gradient=True)
+                values, *gradients = now._replayed(loss._replays, input, target, mask, gradient=True, both=both)
             else:
-                parts = [loss._value_and_gradient(*part) for part in loss._parts(input, target, mask)]
-                values, gradient = (torch.cat(each) for each in zip(*parts, strict=True))
-        ctx.gradient = gradient.contiguous() if input.is_contiguous() else gradient
+                pairs = loss._parts(input, target, mask, both=both)
+                parts = [loss._value_and_gradients(*part, both=both) for part in pairs]
+                values, *gradients = (torch.cat(each) for each in zip(*parts, strict=True))
+        ctx.gradients = [gradient.contiguous() if input.is_contiguous() else gradient for gradient in gradients]
         ctx.dtype = input.dtype
         # only for a second derivative, where images modified in the meantime are an error; a first one does not care
         theirs, ctx.put_together = _taken_apart(target)
@@ -468,14 +487,16 @@ class _LossWithGradient(torch.autograd.Function):
             input, mask, *theirs = ctx.saved_tensors
             with torch.autocast(input.device.type, **ctx.autocast):
                 losses = ctx.loss._compare_parts(input, ctx.put_together(theirs), mask)
-            (gradient,) = torch.autograd.grad(losses, input, grad, create_graph=True)
+            images = [input, *theirs] if ctx.needs_input_grad[1] else [input]
+            gradients = [*torch.autograd.grad(losses, images, grad, create_graph=True)]
         else:
-            if ctx.gradient is None:
+            if ctx.gradients is None:
                 raise RuntimeError("backward() a second time on one loss: pass retain_graph=True the first time")
-            gradient = (ctx.gradient * grad[:, None, None, None]).to(ctx.dtype)
+            gradients = [(gradient * grad[:, None, None, None]).to(ctx.dtype) for gradient in ctx.gradients]
             if not _keeps_graph():
-                ctx.gradient = None
-        return gradient, None, None, None
+                ctx.gradients = None
+        of_input, of_target = (*gradients, None)[:2]
+        return of_input, of_target, None, None
 
 
 def _keeps_graph() -> bool:

@@ -24,10 +24,10 @@ class PerceptualLoss(LayerLoss):
     In another model it is as good as invisible: no parameters, nothing in `state_dict()`, the same in train and eval
     mode, computed wherever the images are. Gradients flow to `input`, and to `target` where it requires them.
 
-    The gradient with respect to `input` is computed together with the value, on a CPU for a few images at a time, on a
-    GPU for the whole batch. Until `backward` only that gradient and the images are held; compute values for monitoring
-    under `torch.no_grad()`. Where the target or mask requires a gradient too, for a criterion of your own, under
-    `torch.compile` and `torch.func`, it is computed in the backward.
+    Gradients are computed together with the value, on a CPU for a few images at a time, on a GPU for the whole batch.
+    Until `backward` only they and the images are held; compute values for monitoring under `torch.no_grad()`. Where
+    the mask or one target for all images requires a gradient too, for a criterion of your own, under `torch.compile`
+    and `torch.func`, they are computed in the backward.
 
     On a GPU with few small images most of the time would be Python's. Calls that repeat with images of the same sizes
     are therefore captured as a CUDA graph, at the sixth, if the device is found to wait for the host. The graph keeps

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from tests.bench.harness import machine
 from vggfeat import PerceptualLoss, vgg16
@@ -39,7 +40,7 @@ def held(run: Callable[[], Tensor], known: list[Tensor]) -> int:
     while waiting:  # what a function of ours keeps beside what autograd saves for it
         node = waiting.pop()
         if node is not None:
-            for value in filter(torch.is_tensor, vars(node).values() if hasattr(node, "__dict__") else ()):
+            for value in filter(torch.is_tensor, tree_leaves(vars(node) if hasattr(node, "__dict__") else ())):
                 pack(value)
             waiting += [below for below, _ in node.next_functions]
     loss.backward()
