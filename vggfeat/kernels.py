@@ -33,8 +33,8 @@ def empty_map(size: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = N
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def laid_out(x: Tensor) -> Tensor:
-    """The map in the layout that kernels read."""
+def channels_last(x: Tensor) -> Tensor:
+    """The map in the layout that kernels read; itself where it already is."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -54,7 +54,7 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The pooled map (N,C,H//2,W//2), and its argmax: uint8, 2 · row + column in the window.
     """
-    x = laid_out(x)
+    x = channels_last(x)
     y = half_map(x)
     argmax = torch.empty_like(y, dtype=torch.uint8)
     _run_pool(_max_pool, x, y, x, y, argmax)
@@ -71,9 +71,9 @@ def max_pool_backward(grad: Tensor, argmax: Tensor, height: int, width: int, poo
         width: W.
         pooled: of `max_pool`, or None.
     """
-    grad, argmax = laid_out(grad), laid_out(argmax)
-    pooled = None if pooled is None else laid_out(pooled)
-    out = _double(grad, height, width)
+    grad, argmax = channels_last(grad), channels_last(argmax)
+    pooled = None if pooled is None else channels_last(pooled)
+    out = _unpooled(grad, height, width)
     masked = pooled is not None
     _run_pool(_max_pool_backward, out, grad, grad, pooled if masked else argmax, argmax, out, masked)
     return out
@@ -85,7 +85,7 @@ def half_map(x: Tensor) -> Tensor:
     return empty_map((n, channels, height // 2, width // 2), x)
 
 
-def _double(grad: Tensor, height: int, width: int) -> Tensor:
+def _unpooled(grad: Tensor, height: int, width: int) -> Tensor:
     """Memory for the gradient of a pool's input, 0 where kernels do not write: in an odd last row or column."""
     n, channels, h, w = grad.shape
     out = empty_map((n, channels, height, width), grad)
@@ -177,7 +177,7 @@ def _max_pool_backward(
 
 def pack(x: Tensor) -> Tensor:
     """One bit for each value, set where it is not 0: uint8 (N, ceil(C·H·W / 8)), as by `trunk.bits.pack`."""
-    x = laid_out(x)
+    x = channels_last(x)
     out = torch.empty(len(x), triton.cdiv(x.shape[1:].numel(), 8), dtype=torch.uint8, device=x.device)
     _run_bits(_pack, x, out)
     return out
@@ -202,7 +202,7 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
         The pooled map (N,C,H//2,W//2), and uint8 (N,3,bytes), each as by `pack`: whether the maximum is in the lower
         row, whether in the right column, and whether it is positive.
     """
-    x = laid_out(x)
+    x = channels_last(x)
     y = half_map(x)
     planes = torch.empty(len(x), 3, y.shape[1:].numel() // 8, dtype=torch.uint8, device=x.device)
     _run_pool(_max_pool_packed, x, y, x, y, planes)
@@ -211,8 +211,8 @@ def max_pool_packed(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def max_pool_backward_packed(grad: Tensor, planes: Tensor, height: int, width: int) -> Tensor:
     """As `max_pool_backward` where what was pooled is positive, with the bits of `max_pool_packed`."""
-    grad = laid_out(grad)
-    out = _double(grad, height, width)
+    grad = channels_last(grad)
+    out = _unpooled(grad, height, width)
     _run_pool(_max_pool_backward_packed, out, grad, grad, planes, out)
     return out
 
@@ -312,7 +312,7 @@ def distance_and_gradient(
     Returns:
         The distances (N,) in float32, and the gradient (N,C,h,w) in the type of `ours`.
     """
-    ours, theirs = laid_out(ours), laid_out(theirs)
+    ours, theirs = channels_last(ours), channels_last(theirs)
     n, channels, places = len(ours), ours.shape[1], ours.shape[2:].numel()
     columns = int(triton.next_power_of_2(channels))
     rows = max(1, VALUES // columns)
@@ -394,7 +394,7 @@ def add_product(x: Tensor, matrix: Tensor, onto: Tensor | None, *, masked: bool,
 
     From sm80 on; before, bfloat16 does not compile or is slow.
     """
-    x, matrix = laid_out(x), matrix.contiguous()
+    x, matrix = channels_last(x), matrix.contiguous()
     out = torch.empty_like(x) if onto is None else onto
     assert out.is_contiguous(memory_format=torch.channels_last)
     places, channels = x.numel() // x.shape[1], x.shape[1]
@@ -452,7 +452,7 @@ def _add_product(
 
 def split_bfloat16(x: Tensor, channels: int) -> Tensor:
     """Upper, lower and again upper halves of images (N,3,H,W) float32, and zeros: (N,channels,H,W) bfloat16."""
-    x = laid_out(x)
+    x = channels_last(x)
     out = empty_map((len(x), channels, *x.shape[2:]), x, torch.bfloat16)
     launch(_split, x, (triton.cdiv(out.numel(), VALUES), 1), x, out, out.numel(), channels, VALUES)
     return out

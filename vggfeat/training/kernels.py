@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vggfeat.kernels import VALUES, columns_of, corner_of, half_map, laid_out, launch
+from vggfeat.kernels import VALUES, channels_last, columns_of, corner_of, half_map, launch
 
 # Sums are made by PROGRAMS programs, enough to keep a GPU's memory busy, of blocks of BLOCK bytes, of which STAGES are
 # on their way at a time: measured on an H200, at sizes of 2 to 65 MB
@@ -55,7 +55,7 @@ def batch_norm_relu(
     Returns:
         The result in x's type, and for the backward (4,C): scale and shift of the normalisation, mean and 1/σ.
     """
-    x = laid_out(x)
+    x = channels_last(x)
     stats = weight.new_empty(4, x.shape[1])
     sums, rows = _sums(_moments, x, x), _rows(x)
     moved = running_mean, running_var, weight if conv_bias is None else conv_bias
@@ -74,7 +74,7 @@ def batch_norm_relu_backward(grad: Tensor, x: Tensor, stats: Tensor, pool: bool 
         stats: that it gave.
         pool: as there.
     """
-    grad, x = laid_out(grad), laid_out(x)
+    grad, x = channels_last(grad), channels_last(x)
     out, totals, share = torch.empty_like(x), stats.new_empty(2, x.shape[1]), 1 / max(1, _rows(x))
     block = BLOCK // 4 if pool else BLOCK  # of the gradient, and of each of four quarters of x
     sums = _sums(_moments_backward, grad, grad, x, stats, pool, *grad.shape[2:], block=block)
