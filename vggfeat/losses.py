@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Self, cast
 
@@ -242,9 +243,8 @@ class CombinedLoss(FeatureLoss):
             InputError: as a call.
         """
         target, mask = self._checked(input, target, mask)
-        parts: list[list[Tensor]] = [[] for _ in self._each]
-        for term, value in zip(self._terms, self._weighted(input, target, mask), strict=True):
-            parts[int(term.key.partition("/")[0])].append(value)
+        values = iter(self._weighted(input, target, mask))  # loss after loss
+        parts = [itertools.islice(values, len(loss._terms)) for loss in self._each]
         return [self._reduced(functools.reduce(torch.add, part)) for part in parts]
 
     def extra_repr(self) -> str:
