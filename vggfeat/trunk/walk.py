@@ -72,7 +72,7 @@ class Walk:
         return layers.channels_last(layers.split_bfloat16(x, self.filters[0], fused=True)), finite
 
     def _forward(self, x: Tensor, finite: bool, on_tap: OnTap | None) -> list[tuple[ByName, ByName]]:
-        by_stage: list[tuple[ByName, ByName]] = []
+        walked: list[tuple[ByName, ByName]] = []
 
         def give(number: int, kind: str, part: Tensor, rows: Rows) -> None:
             assert on_tap is not None
@@ -89,12 +89,12 @@ class Walk:
         with no_autocast(x.device):
             if count := self.in_strips:
                 first = None if on_tap is None else functools.partial(give, 0)
-                x, by_stage = forward_in_strips(x, finite, self.stages[:count], first)
-                by_stage = [(given(number, taps), kept) for number, (taps, kept) in enumerate(by_stage)]
+                x, walked = forward_in_strips(x, finite, self.stages[:count], first)
+                walked = [(given(number, taps), kept) for number, (taps, kept) in enumerate(walked)]
             for number, stage in enumerate(self.stages[count:], start=count):
                 x, taps, kept = stage.forward(x, finite, overwrite=number > 0 and self.stages[number - 1].hands_over)
-                by_stage.append((given(number, taps), kept))
-        return by_stage
+                walked.append((given(number, taps), kept))
+        return walked
 
     def kept_by_stage(self, taps: Sequence[Tensor], kept: Sequence[Tensor]) -> list[ByName]:
         """What `backward` needs, from the taps at `reread` and the rest of what `forward` kept, both in order."""
