@@ -27,7 +27,6 @@ from vggfeat.weights import IMAGENET
 
 TRIES = 1000  # images drawn in the place of one that cannot be read
 OPERATIONS = 200  # of TrivialAugment, drawn for a set in memory in each epoch: images that share one go in one call
-_Crop = tuple[int, Tensor | None, list[str]]  # number, pixels, what could not be read before it
 _FILL = tuple(round(255 * value) for value in IMAGENET.mean)  # what is nearest to 0 once it is normalised
 
 
@@ -295,13 +294,21 @@ def _reflected(lines: Tensor, side: int) -> Tensor:
     return (side - 1 - (side - 1 - lines.abs()).abs()).clamp(0, side - 1)
 
 
-def _stacked(read: list[_Crop]) -> tuple[Tensor, Tensor | None, list[str]]:
+class _Crop(NamedTuple):
+    """A crop of an image: its number, uint8 (size,size,3) or None, and what could not be read before it."""
+
+    number: int
+    pixels: Tensor | None
+    bad: list[str]
+
+
+def _stacked(crops: list[_Crop]) -> tuple[Tensor, Tensor | None, list[str]]:
     """Numbers and crops as one tensor each, None if a crop is missing, and what could not be read."""
-    crops = [crop for _, crop, _ in read if crop is not None]
+    there = [crop.pixels for crop in crops if crop.pixels is not None]
     return (
-        torch.tensor([number for number, _, _ in read], device="cpu"),
-        torch.stack(crops) if len(crops) == len(read) else None,
-        [message for _, _, bad in read for message in bad],
+        torch.tensor([crop.number for crop in crops], device="cpu"),
+        torch.stack(there) if len(there) == len(crops) else None,
+        [message for crop in crops for message in crop.bad],
     )
 
 
@@ -335,5 +342,5 @@ class _Crops(Dataset[Any]):
                 torch.set_rng_state(seeded(*seeds).get_state())  # torchvision draws from the global generator
                 # not its RandomShortestSize, which can end a pixel short
                 shorter = self.shorter[int(torch.randint(len(self.shorter), (), device="cpu"))]
-                return number, self.transform(scaled(image, shorter)).permute(1, 2, 0), bad  # (size,size,3)
-        return number, None, bad
+                return _Crop(number, self.transform(scaled(image, shorter)).permute(1, 2, 0), bad)
+        return _Crop(number, None, bad)
