@@ -54,32 +54,31 @@ def verify(
         actual = _sha256(*file_key(path))
     except OSError as error:
         raise WeightsUnavailableError(f"{path} cannot be read: {error.strerror}") from error
-    note = _note(path)
     if not actual.startswith(digest):
         raise WeightsError(
             f"{path} is damaged or was changed: its sha256 starts with {actual[:8]}, expected {digest[:8]}; {otherwise}"
         )
-    known = _recorded(note)
+    known = _read_record(path)
     if known and known != actual:
         again = "; delete both and it is fetched again" if digest else ""
         raise WeightsError(
-            f"{path} was changed since it was first checked: its sha256 is {actual}, recorded in {note.name} is "
-            f"{known}{again}"
+            f"{path} was changed since it was first checked: its sha256 is {actual}, recorded in "
+            f"{_record_path(path).name} is {known}{again}"
         )
     if record and known is None:
-        _record(path, actual)
+        _write_record(path, actual)
     return actual
 
 
 def recorded(path: Path) -> bool:
     """Whether a file's sha256 was recorded when it was checked before."""
-    return bool(_recorded(_note(path)))
+    return bool(_read_record(path))
 
 
-def _recorded(note: Path) -> str | None:
-    """The sha256 that a record holds; None where there is none yet, empty where the file is something else."""
+def _read_record(path: Path) -> str | None:
+    """The sha256 recorded of a file; None where there is none yet, empty where the record is something else."""
     try:
-        text = note.read_text(encoding="utf-8", errors="replace").strip().lower()
+        text = _record_path(path).read_text(encoding="utf-8", errors="replace").strip().lower()
     except FileNotFoundError:
         return None
     except OSError:
@@ -103,14 +102,14 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _note(path: Path) -> Path:
+def _record_path(path: Path) -> Path:
     """Where a file's sha256 is recorded."""
     return path.with_name(path.name + ".sha256")
 
 
-def _record(path: Path, digest: str) -> None:
+def _write_record(path: Path, digest: str) -> None:
     """Record a file's sha256, where the folder allows it."""
-    with contextlib.suppress(OSError), new_file(_note(path), overwrite=True) as file:
+    with contextlib.suppress(OSError), new_file(_record_path(path), overwrite=True) as file:
         file.write(f"{digest}  {path.name}\n".encode())
 
 
@@ -183,5 +182,5 @@ def fetch(url: str, folder: Path) -> Path:
     except (OSError, ValueError, http.client.HTTPException) as error:  # a length that is no number
         reason = first_line(getattr(error, "reason", None) or error)
         raise WeightsUnavailableError(f"download of {url} failed ({reason})") from error
-    _record(path, sha.hexdigest())
+    _write_record(path, sha.hexdigest())
     return path
