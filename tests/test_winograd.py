@@ -348,4 +348,4 @@ def test_a_convolution_in_front_of_its_normalisation_gets_what_that_does(monkeyp
 )
 def test_bands_are_as_few_as_can_be_and_of_one_size(count, most, each):
     """16 rows of at most 12 are two bands of 8: of 12, the second would be computed whole for 4."""
-    assert winograd._shared(count, most) == each
+    assert winograd._part_size(count, most) == each

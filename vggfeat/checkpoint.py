@@ -17,7 +17,7 @@ from vggfeat.files import new_file, remove_leftovers
 
 KEPT = 2  # the older one in case the newest is damaged
 # what keeps an intact file from being read; damage shows as other errors, EINVAL and EIO included
-PASSING = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
+TRANSIENT = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
@@ -50,7 +50,7 @@ def read(path: Path, needed: Collection[str]) -> dict[str, Any]:
     except Exception as error:
         if lacks_memory(error):
             raise RunError(f"cannot read {path}: there is not enough memory") from error
-        if isinstance(error, OSError) and error.errno in PASSING:
+        if isinstance(error, OSError) and error.errno in TRANSIENT:
             raise RunError(f"cannot read {path}: {error.strerror}") from error
         raise
     if missing := set(needed) - state.keys():

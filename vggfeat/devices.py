@@ -11,7 +11,7 @@ import torch
 from vggfeat.errors import InputError, first_line
 from vggfeat.modes import constant_when_traced
 
-UNKNOWN = 4 << 30  # bytes of memory, where nothing tells
+ASSUMED_MEMORY = 4 << 30  # bytes of memory, where nothing tells
 NO_LIMIT = 1 << 62
 _known: dict[tuple[torch.device, torch.dtype], Any] = {}  # by device and type, the kernels that work there
 
@@ -167,7 +167,7 @@ def lacks_memory(error: Exception) -> bool:
 
 
 def _machine_free() -> int:
-    return _field(Path("/proc/meminfo"), "MemAvailable:") << 10 or UNKNOWN  # other systems have no such file
+    return _field(Path("/proc/meminfo"), "MemAvailable:") << 10 or ASSUMED_MEMORY  # other systems have no such file
 
 
 def _cgroup_memory(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:

@@ -148,7 +148,7 @@ class _Bands:
     def of(images: int, height: int, width: int, fits: int) -> _Bands:
         """For outputs of that size and at most `fits` tiles at a time, or one row: as few as can be, of one size."""
         down, across = -(-height // TILE), -(-width // TILE)
-        several, rows = _shared(images, fits // (down * across)), _shared(down, fits // across)
+        several, rows = _part_size(images, fits // (down * across)), _part_size(down, fits // across)
         return _Bands(images, down, across, several, rows)
 
     @property
@@ -168,7 +168,7 @@ class _Bands:
                 yield slice(first, first + self.several), TILE * top
 
 
-def _shared(count: int, most: int) -> int:
+def _part_size(count: int, most: int) -> int:
     """The size of a part where `count` is cut into as few parts of at most `most` as possible; at least 1."""
     return math.ceil(count / math.ceil(count / max(1, most))) if count else 1
 

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vggfeat.devices import UNKNOWN, total_memory
+from vggfeat.devices import ASSUMED_MEMORY, total_memory
 from vggfeat.errors import ImageError, InputError, RunError, first_line
 from vggfeat.files import PathLike
 from vggfeat.image import SUFFIXES, open_image, pixels_of
@@ -36,7 +36,7 @@ TRAIN = ("train", "training")
 VALIDATION = ("val", "valid", "validation", "dev")
 TEST = ("test", "testing", "eval", "evaluation")
 LEAVE_OUT = "leave such images out with bad_images='skip' (--bad-images skip)"
-NAMED = 5  # unreadable images that a message names
+NAMED = 5  # images, classes or folders that a message names at most
 SIZES = 1000  # files whose sizes are looked at, at most
 ALONE = 2000  # images that are read by one process: so many take half a second
 
@@ -361,7 +361,7 @@ def _read_into_memory(images: ImageSet, resize: tuple[int, ...] | None, bad_imag
             bad.append((i, pixels))
             continue
         if not good:
-            if pixels.size * len(images) > (total_memory(torch.device("cpu")) or 2 * UNKNOWN) // 4:
+            if pixels.size * len(images) > (total_memory(torch.device("cpu")) or 2 * ASSUMED_MEMORY) // 4:
                 return
             store = torch.empty(len(images), *pixels.shape, dtype=torch.uint8, device="cpu")
         elif pixels.shape != store.shape[1:]:

@@ -25,7 +25,7 @@ from vggfeat.training.batches import normalised, scale_for, split_holdout
 from vggfeat.training.config import TrainConfig, Views
 from vggfeat.training.data import LEAVE_OUT, ImageSet, Readers, ScaledImages, hashed, load_test_images, reader_errors
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
-from vggfeat.weights import WeightsLike, load as load_set, run_metadata
+from vggfeat.weights import WeightsLike, load, run_metadata
 
 _percent = "{:.2f} %".format
 
@@ -143,7 +143,7 @@ def evaluate(
             if "size" in facts and views.size is None:
                 size = None if views.dense else facts["size"]
                 views = replace(views, size=size, scales=views.scales or facts["scales"])
-        net = network_from_weights(load_set(weights, arch)).to(memory_format=torch.channels_last)
+        net = network_from_weights(load(weights, arch)).to(memory_format=torch.channels_last)
     if not isinstance(data, ImageSet):
         data = load_test_images(data, bad_images=bad_images)
     if len(data.classes) != net.num_classes:

@@ -138,7 +138,7 @@ def begin(
     images: ImageSet,
     test: ImageSet | None,
     resume: bool,
-    alone: ExitStack,
+    lock: ExitStack,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Make the run's folder, or find how far its run has got.
 
@@ -149,7 +149,7 @@ def begin(
         images: that it trains on.
         test: those that it is tested on.
         resume: go on with the run that is there.
-        alone: until it is closed, no other process trains there.
+        lock: until it is closed, no other process trains there.
 
     Returns:
         The state of the newest good checkpoint, None for a run that begins, and what is wrong with damaged ones.
@@ -160,7 +160,7 @@ def begin(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        alone.enter_context(locked(folder))
+        lock.enter_context(locked(folder))
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     check(folder, config, resume)  # what was made there meanwhile
