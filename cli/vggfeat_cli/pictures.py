@@ -55,10 +55,6 @@ def _class_numbers(said: str, weights: str, arch: str | None) -> list[int]:
     return [names.index(part) for part in parts]
 
 
-def _channels(command: Command) -> Command:
-    return click.option("--channel", "channels", type=_Numbers(), help="Which channels, such as 3,8,16-31.")(command)
-
-
 def _count(default: int) -> Callable[[Command], Command]:
     return click.option("--count", default=default, show_default=True, help="How many, if none are named.")
 
@@ -82,6 +78,7 @@ def _order(default: str) -> Callable[[Command], Command]:
     return click.option("--order", type=orders, default=default, show_default=True, help=what)
 
 
+_channels = click.option("--channel", "channels", type=_Numbers(), help="Which channels, such as 3,8,16-31.")
 _seed = click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 _quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")

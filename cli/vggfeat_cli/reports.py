@@ -19,6 +19,8 @@ SUFFIXES = {".md": "markdown", ".json": "json", ".csv": "csv"}
 FORMATS = {"text": "__str__", "markdown": "to_markdown", "json": "to_json", "csv": "to_csv"}
 
 output_option = click.option("-o", "--output", type=click.Path(), help="Write to this file, not to the terminal.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
+plot_option = click.option("--plot", type=click.Path(), help="Also draw it: PNG, PDF or SVG.")
 
 
 def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,10 +28,6 @@ def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--json", "form", flag_value="json", help="The same as --format json.")(command)
     told = "Format of the report; CSV holds only its first table.  [default: by the output's suffix, or text]"
     return click.option("--format", "form", type=click.Choice([*FORMATS]), help=told)(command)
-
-
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
-plot_option = click.option("--plot", type=click.Path(), help="Also draw it: PNG, PDF or SVG.")
 
 
 def finish_report(report: Report, form: str | None, output: str | None, overwrite: bool) -> None:
