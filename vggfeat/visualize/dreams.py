@@ -166,7 +166,7 @@ def dream(
     shown = chosen(channels, count, probe[0], "first", f"{layer} of {loaded.arch.name}")
     if names is not None and loaded.arch.head is not None and len(names) != loaded.arch.num_classes:
         raise InputError(f"{len(names)} names for {loaded.arch.num_classes} classes")
-    last = layer in HEAD_NAMES and layer == loaded.arch.names[-1]
+    last = layer in loaded.arch.head_names[-1:]
     labels = [names[channel] if names is not None and last else str(channel) for channel in shown]
     place, shift = _place(unit, probe, layer), min(jitter, size // 8)
     if place is not None:  # whose patch must stay where it sees it
@@ -182,18 +182,7 @@ def dream(
     kind = _Fourier if parametrization == "fourier" else _Pixels
     canvas: _Canvas = kind((len(shown), 3, size, size), learning_rate, generator, device)
     before = canvas.images()
-    done = 0
-    try:
-        for step in range(1, steps + 1):
-            images = canvas.images()
-            excited = activation(_jittered(images, shift, generator), _LEAK)
-            canvas.step(-excited.sum(), step / steps)
-            done = step
-            if callback is not None:
-                callback(DreamStep(step, steps, excited.tolist(), images.detach()))
-    except KeyboardInterrupt:
-        if not done:
-            raise
+    done = _improve(canvas, lambda images: activation(_jittered(images, shift, generator), _LEAK), steps, callback)
     pictures = [to_pil(image) for image in canvas.images()]
     after = torch.cat([to_tensor(each) for each in pictures]).to(device)
     with torch.no_grad():
@@ -240,6 +229,28 @@ class _Canvas(Protocol):
 
     def step(self, loss: Tensor, progress: float) -> None:
         """Improve them; `progress` is the share of the run done."""
+
+
+def _improve(
+    canvas: _Canvas,
+    excitation: Callable[[Tensor], Tensor],
+    steps: int,
+    callback: Callable[[DreamStep], object] | None,
+) -> int:
+    """Raise the excitation of each image; returns after how many steps, fewer than asked for where Ctrl-C ended it."""
+    done = 0
+    try:
+        for step in range(1, steps + 1):
+            images = canvas.images()
+            excited = excitation(images)
+            canvas.step(-excited.sum(), step / steps)
+            done = step
+            if callback is not None:
+                callback(DreamStep(step, steps, excited.tolist(), images.detach()))
+    except KeyboardInterrupt:
+        if not done:
+            raise
+    return done
 
 
 class _Fourier:
