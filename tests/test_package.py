@@ -155,6 +155,7 @@ ROOMS = {
     "vggfeat.visualize.heat": {
         "arch",
         "errors",
+        "features",
         "functional",
         "image",
         "losses",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vggfeat.arch import MIN_SIDE, Arch, layer_names
 from vggfeat.errors import ImageError, InputError, counted, whole_number
+from vggfeat.features import per_channel
 from vggfeat.functional import upcast
 from vggfeat.image import SUFFIXES, ImageLike, as_picture, fit, resize, to_pil
 from vggfeat.losses import PerceptualLoss
@@ -328,17 +329,7 @@ def cam(
         InputError: an unknown class or layer, or an image that cannot be read or is below 32 pixels.
         WeightsError: weights that are unavailable or hold no classifier.
     """
-    if net is not None and not isinstance(getattr(net, "arch", None), Arch):
-        raise InputError(f"expected a network of vggfeat.vgg, got {type(net).__name__}")
-    if net is None:
-        useless = [name for name, value in (("mean", mean), ("std", std)) if value is not None]
-    else:
-        useless = ["arch"] * (arch is not None) + ["weights"] * (weights is not DEFAULT)
-    if useless:
-        raise InputError(f"{useless[0]} has no effect {'without' if net is None else 'with'} net: leave it out")
-    mean, std = IMAGENET.mean if mean is None else mean, IMAGENET.std if std is None else std
-    if len(mean) != 3 or len(std) != 3:
-        raise InputError(f"mean and std are three numbers each, for red, green and blue; got {mean} and {std}")
+    mean, std = _normalisation(net, arch, weights, mean, std)
     picture = as_picture(image)  # before the weights, which may need fetching
     image = image if isinstance(image, Tensor) else picture  # a file is read once
     facts = run_metadata(weights) if net is None and isinstance(weights, str | os.PathLike) else {}
@@ -359,10 +350,8 @@ def cam(
         raise InputError(f"{net.arch.name} has classes 0 to {net.num_classes - 1} here, got {class_index}")
     if names is not None and len(names) != net.num_classes:
         raise InputError(f"{len(names)} names for {net.num_classes} classes")
-    with torch.device("cpu"):
-        shift, scale = (torch.tensor(tuple(v), dtype=torch.float32)[:, None, None] for v in (mean, std))
     with eval_mode(net), with_gradients():
-        raw, chosen, logits = _grad_cam(net, (x - shift) / scale, layer, class_index)
+        raw, chosen, logits = _grad_cam(net, (x - per_channel(mean, x)) / per_channel(std, x), layer, class_index)
 
     def over(image: Tensor) -> Tensor:
         heat = spread(raw, (image.shape[2], image.shape[3]))
@@ -385,6 +374,28 @@ def cam(
         settings=settings,
     )
     return Cam(over(x), raw, chosen, name, float(logits[chosen]), probability, sheet)
+
+
+def _normalisation(
+    net: VGG | None,
+    arch: str | Arch | None,
+    weights: WeightsLike,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for images of the network, from `cam`'s arguments, each of which must have effect."""
+    if net is not None and not isinstance(getattr(net, "arch", None), Arch):
+        raise InputError(f"expected a network of vggfeat.vgg, got {type(net).__name__}")
+    if net is None:
+        useless = [name for name, value in (("mean", mean), ("std", std)) if value is not None]
+    else:
+        useless = ["arch"] * (arch is not None) + ["weights"] * (weights is not DEFAULT)
+    if useless:
+        raise InputError(f"{useless[0]} has no effect {'without' if net is None else 'with'} net: leave it out")
+    mean, std = IMAGENET.mean if mean is None else mean, IMAGENET.std if std is None else std
+    if len(mean) != 3 or len(std) != 3:
+        raise InputError(f"mean and std are three numbers each, for red, green and blue; got {mean} and {std}")
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def _grad_cam(net: VGG, x: Tensor, layer: str, class_index: int | None) -> tuple[Tensor, int, Tensor]:
