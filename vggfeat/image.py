@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy
 import torch
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from vggfeat import files
@@ -55,7 +55,6 @@ _QUALITY: dict[str, dict[str, Any]] = {
     "TIFF": {"compression": "tiff_deflate"},
 }
 _NAME = "vggfeat"  # the key of the PNG text chunk, and the EXIF Software that says whose ImageDescription it is
-_DESCRIPTION, _ORIENTATION, _SOFTWARE = 0x010E, 0x0112, 0x0131  # EXIF tags
 _JPEG_SEGMENT = 65533  # bytes that one JPEG segment can hold
 
 # EXIF orientation -> what brings the stored pixels upright.
@@ -243,7 +242,7 @@ def read_settings(path: PathLike) -> dict[str, Any] | None:
             text = image.info.get(_NAME)
         else:
             exif = image.getexif()
-            text = exif.get(_DESCRIPTION) if exif.get(_SOFTWARE) == _NAME else None
+            text = exif.get(ExifTags.Base.ImageDescription) if exif.get(ExifTags.Base.Software) == _NAME else None
     try:
         settings = json.loads(text) if isinstance(text, str) else None
     except ValueError:
@@ -308,7 +307,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata fails in many ways, and must not cost the picture
         return 1
 
@@ -364,7 +363,7 @@ def _metadata(kind: str, settings: dict[str, Any] | None) -> dict[str, Any]:
         chunks.add_text(_NAME, text)
         return {"pnginfo": chunks}
     exif = Image.Exif()
-    exif[_DESCRIPTION], exif[_SOFTWARE] = text, _NAME
+    exif[ExifTags.Base.ImageDescription], exif[ExifTags.Base.Software] = text, _NAME
     if kind == "JPEG" and (length := len(exif.tobytes())) > _JPEG_SEGMENT:
         raise ImageError(f"expected settings of at most {_JPEG_SEGMENT} bytes in a JPEG, got {length}; save a .png")
     return {"exif": exif}
