@@ -28,7 +28,7 @@ from vggfeat_cli.reports import (
 from vggfeat_cli.run import INTERRUPTED, keep_memory, progress_bar
 
 if TYPE_CHECKING:
-    from vggfeat.training.loop import TrainStep
+    from vggfeat.training.loop import TrainResult, TrainStep
 
 
 @click.command(context_settings={"max_content_width": 100})
@@ -106,29 +106,8 @@ def train(
     if not first:
         return 0
     if plot is not None and result.history:
-        from vggfeat.plots import plot_training
-
-        target = Path(plot) if overwrite else free_name(Path(plot))  # a file that appeared meanwhile stays
-        plot_training({result.net.arch.name: result.history}, target, overwrite=overwrite)
-        if target != Path(plot):
-            click.echo(f"{plot} already exists: the plot is {target}", err=True)
-    last = result.history[-1] if result.history else None
-    if as_json:
-        summary = {
-            "folder": str(folder),
-            "interrupted": result.interrupted,
-            "config": config.to_dict(),
-            "history": [vars(epoch) for epoch in result.history],
-        }
-        click.echo(json.dumps(summary, indent=2))
-    else:
-        click.echo(str(folder))
-    if result.interrupted:
-        click.echo("vggfeat train: interrupted; the same command with --output and --resume goes on", err=True)
-        return INTERRUPTED
-    if last is not None and last.test_accuracy is not None:
-        click.echo(f"test accuracy {100 * last.test_accuracy:.2f} % after {counted(last.epoch, 'epoch')}", err=True)
-    return 0
+        _plot(result, plot, overwrite)
+    return _report(result, config, as_json)
 
 
 def _tell(bar: Any, quiet: bool, step: TrainStep) -> None:
@@ -144,6 +123,37 @@ def _tell(bar: Any, quiet: bool, step: TrainStep) -> None:
             f"{test}  {done.seconds:.0f} s  {done.images_per_second:.0f} images/s{skipped}",
             file=sys.stderr,
         )
+
+
+def _plot(result: TrainResult, plot: str, overwrite: bool) -> None:
+    from vggfeat.files import free_name
+    from vggfeat.plots import plot_training
+
+    target = Path(plot) if overwrite else free_name(Path(plot))  # a file that appeared meanwhile stays
+    plot_training({result.net.arch.name: result.history}, target, overwrite=overwrite)
+    if target != Path(plot):
+        click.echo(f"{plot} already exists: the plot is {target}", err=True)
+
+
+def _report(result: TrainResult, config: TrainConfig, as_json: bool) -> int:
+    """Print where the run is and how it ended, and return the exit status."""
+    if as_json:
+        summary = {
+            "folder": str(result.folder),
+            "interrupted": result.interrupted,
+            "config": config.to_dict(),
+            "history": [vars(epoch) for epoch in result.history],
+        }
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        click.echo(str(result.folder))
+    if result.interrupted:
+        click.echo("vggfeat train: interrupted; the same command with --output and --resume goes on", err=True)
+        return INTERRUPTED
+    last = result.history[-1] if result.history else None
+    if last is not None and last.test_accuracy is not None:
+        click.echo(f"test accuracy {100 * last.test_accuracy:.2f} % after {counted(last.epoch, 'epoch')}", err=True)
+    return 0
 
 
 @click.command(context_settings={"max_content_width": 100})
