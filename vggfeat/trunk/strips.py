@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,13 @@ BYTES = 4 << 20  # of one map of a strip, for each thread
 ROWS = 32  # a strip has a multiple of it; each convolution computes up to two more on either side and discards them
 POOLED = ("pool", "argmax")  # of the size of the pool's output
 
-Held = tuple[ReadyStage, dict[str, TapGrad], ByName]  # a stage, its taps' gradients by kind, what it kept
+
+class Held(NamedTuple):
+    """What the backward of a stage needs: the stage, its taps' gradients by kind, what it kept."""
+
+    stage: ReadyStage
+    tap_grads: dict[str, TapGrad]
+    kept: ByName
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,8 @@ def forward_in_strips(
                     strip.write(named, name, part)
         if "pool" not in taps | kept:
             strip.write(out, "pool", y)
-    return (by_stage[-1][0] | by_stage[-1][1] | out)["pool"], by_stage
+    taps, kept = by_stage[-1]
+    return (taps | kept | out)["pool"], by_stage
 
 
 def backward_in_strips(
@@ -92,20 +100,20 @@ def backward_in_strips(
         size: height and width of the images.
         recompute: what the first stage's taps are recomputed from, where they were not returned.
     """
-    given = [grad, *(tap_grad for _, tap_grads, _ in held for tap_grad in tap_grads.values())]
+    given = [grad, *(tap_grad for each in held for tap_grad in each.tap_grads.values())]
     images = next((len(each) if isinstance(each, Tensor) else 1 for each in given if each is not None), None)
     if images is None:
         return None
     height, width = size
-    plan, grads = held[0][0].plan, ByName()
+    first, grads = held[-1].stage, ByName()
     # where a border was made by reflection, its gradient goes to the row after the first
-    reach = 2 if plan.padding == "reflect" else 1
-    for strip in _strips(plan, held[0][0].folded.weight.dtype, images, height, width):
+    reach = 2 if first.plan.padding == "reflect" else 1
+    for strip in _strips(first.plan, first.folded.weight.dtype, images, height, width):
         *reads, here = strip.reads_back(len(held), reach)
         flow = GradientAccumulator()
         flow.add(None if grad is None else strip.read("pool", grad, here))
         for stage, tap_grads, memory in held:  # what was kept of the whole
-            taps = strip.recomputed(stage, recompute, here) if recompute is not None and stage is held[-1][0] else {}
+            taps = strip.recomputed(stage, recompute, here) if recompute is not None and stage is first else {}
             arriving = {kind: strip.tap_grad(kind, each, taps.get(kind), here) for kind, each in tap_grads.items()}
             kept = {name: strip.read(name, value, here) for name, value in memory.items()}
             kept |= {kind: tap for kind, tap in taps.items() if kind in stage.keeps}

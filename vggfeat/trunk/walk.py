@@ -131,7 +131,7 @@ class Walk:
             for number, stage in reversed([*enumerate(self.stages)]):
                 names = self.plan.tapped[number]  # by kind
                 if number < self.in_strips:
-                    held.append((stage, {kind: of_kind(names, kind) for kind in reversed(names)}, kept.pop()))
+                    held.append(Held(stage, {kind: of_kind(names, kind) for kind in reversed(names)}, kept.pop()))
                 else:
                     stage.backward(flow, functools.partial(of_kind, names), kept.pop(), *sizes[number])
             if held:
