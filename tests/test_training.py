@@ -1169,7 +1169,7 @@ def test_a_process_that_is_killed_while_it_waits_is_an_error_that_says_so(tmp_pa
 def test_images_in_memory_start_no_processes(tmp_path, monkeypatch):
     """Nor does torch warn that there are too many."""
     images, _ = vggfeat.load_images(pictures.folder(tmp_path / "a", pictures.tree(8)))
-    monkeypatch.setattr(vggfeat.training.data, "DataLoader", None)
+    monkeypatch.setattr(vggfeat.training.readers, "DataLoader", None)
     run(images, tmp_path / "r", test=images, workers=2, epochs=1)
     assert vggfeat.evaluate(tmp_path / "r", images, workers=2, precision="float32").images == 24
 

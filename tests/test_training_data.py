@@ -23,12 +23,13 @@ from PIL import Image
 
 import vggfeat
 from vggfeat.errors import ImageError, InputError, RunError
-from vggfeat.training import batches as batches_module, data as data_module
+from vggfeat.training import batches as batches_module, data as data_module, readers as readers_module
 from vggfeat.training.batches import Batches, normalised, scale_for, seeded, split_holdout
 from vggfeat.training.cifar import read_cifar
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import ImageSet, Readers, ScaledImages, hashed, load_images, load_test_images
+from vggfeat.training.data import ImageSet, hashed, load_images, load_test_images
 from vggfeat.training.distributed import World
+from vggfeat.training.readers import Readers, ScaledImages
 from vggfeat.weights import IMAGENET
 
 CPU = torch.device("cpu")
@@ -347,7 +348,7 @@ class Readings(torch.utils.data.Dataset):
 @pytest.mark.parametrize("method", sorted({"fork", "spawn"} & {*multiprocessing.get_all_start_methods()}))
 def test_processes_that_read_stay_until_they_are_ended(method, monkeypatch):
     """A plan that is given up half way, of which more was read than was taken, leaves nothing to the next."""
-    monkeypatch.setattr(data_module, "_start_method", lambda: method)
+    monkeypatch.setattr(readers_module, "_start_method", lambda: method)
     before, readers = set(multiprocessing.active_children()), Readers(Readings(), 2)
     assert set(multiprocessing.active_children()) == before
     first = [item for batch in readers.read([[i, i + 100] for i in range(20)]) for item in batch]
@@ -393,7 +394,7 @@ def test_many_images_are_read_by_several_processes(tmp_path, kind, monkeypatch):
     path, before = kind(tmp_path / "s", files), torch.get_rng_state()
     alone, _ = load_images(path, bad_images="skip")
     monkeypatch.setattr(data_module, "ALONE", 5)
-    monkeypatch.setattr(data_module, "_processes", lambda: 2)
+    monkeypatch.setattr(data_module, "processes", lambda: 2)
     readers = []
     monkeypatch.setattr(data_module, "Readers", lambda *given: readers.append(given[1]) or Readers(*given))
     several, _ = load_images(path, bad_images="skip")
@@ -411,7 +412,7 @@ def test_an_error_while_processes_read_ends_the_program():
     """They ignore the signal that Python ends them with."""
     code = """
 import torch
-from vggfeat.training.data import Readers
+from vggfeat.training.readers import Readers
 class Numbers(torch.utils.data.Dataset):
     def __getitem__(self, i): return i
 items = Readers(Numbers(), 2).read([[i] for i in range(1000)])
@@ -1044,7 +1045,7 @@ def test_of_many_unreadable_images_five_are_named(tmp_path):
 def test_images_are_scaled_as_by_torchvision(torchvision):
     image = pictures.picture("ant", 0, 90, 60)
     expected = torchvision.transforms.functional.resize(image, 40)  # bilinear
-    assert data_module.scaled(image, 40).tobytes() == expected.tobytes() and expected.size == (60, 40)
+    assert readers_module.scaled(image, 40).tobytes() == expected.tobytes() and expected.size == (60, 40)
 
 
 @pytest.mark.parametrize(
@@ -1061,9 +1062,9 @@ def test_images_are_scaled_as_by_torchvision(torchvision):
 def test_how_many_processes_read(monkeypatch, threads, cpus, method, daemon, expected):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(os, "cpu_count", lambda: cpus)
-    monkeypatch.setattr(data_module, "_start_method", lambda: method)
+    monkeypatch.setattr(readers_module, "_start_method", lambda: method)
     monkeypatch.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(daemon=daemon))
-    assert data_module._processes() == expected
+    assert readers_module.processes() == expected
 
 
 # ── what is drawn ─────────────────────────────────────────────────────────────────────────────────────────────────────

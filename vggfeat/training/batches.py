@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 from vggfeat.devices import triton_kernels
 from vggfeat.errors import ImageError, InputError, RunError, optional
 from vggfeat.training.config import TrainConfig
-from vggfeat.training.data import LEAVE_OUT, ImageSet, Readers, scaled
+from vggfeat.training.data import LEAVE_OUT, ImageSet
 from vggfeat.training.distributed import World
+from vggfeat.training.readers import Readers, scaled
 from vggfeat.weights import IMAGENET
 
 TRIES = 1000  # images drawn in the place of one that cannot be read

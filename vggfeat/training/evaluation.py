@@ -23,8 +23,9 @@ from vggfeat.settings import PRECISIONS
 from vggfeat.tables import Column, Report, Table
 from vggfeat.training.batches import normalised, scale_for, split_holdout
 from vggfeat.training.config import TrainConfig, Views
-from vggfeat.training.data import LEAVE_OUT, ImageSet, Readers, ScaledImages, hashed, load_test_images, reader_errors
+from vggfeat.training.data import LEAVE_OUT, ImageSet, hashed, load_test_images
 from vggfeat.training.distributed import World, all_reduce_sum, process_group
+from vggfeat.training.readers import Readers, ScaledImages, reader_errors
 from vggfeat.weights import WeightsLike, load, run_metadata
 
 _percent = "{:.2f} %".format

@@ -29,11 +29,12 @@ from vggfeat.signals import on_termination
 from vggfeat.training.batches import Batch, Batches, scale_for, seeded, split_holdout
 from vggfeat.training.components import mixing, network, schedule
 from vggfeat.training.config import TrainConfig, Views
-from vggfeat.training.data import ImageSet, Readers, ScaledImages, load_images, reader_errors
+from vggfeat.training.data import ImageSet, load_images
 from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, process_group, run_on_main
 from vggfeat.training.evaluation import Evaluation, evaluate_network, place_of
 from vggfeat.training.folder import Board, Epoch, arch_of, begin, check, write_log, write_weights
 from vggfeat.training.learner import Learner
+from vggfeat.training.readers import Readers, ScaledImages, reader_errors
 
 SAVE_AFTER = 10.0  # seconds from one epoch's checkpoint to another's
 
