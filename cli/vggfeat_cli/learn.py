@@ -16,7 +16,7 @@ import vggfeat
 from vggfeat.errors import counted
 from vggfeat.settings import PRECISIONS
 from vggfeat.training.config import ARCH, RECIPES, TrainConfig, Views, recipe
-from vggfeat_cli.options import settings
+from vggfeat_cli.options import device_option, json_option, quiet_option, settings
 from vggfeat_cli.reports import (
     check_outputs,
     finish_report,
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Resume the run in the --output folder.")
 @click.option("--plot", type=click.Path(), help="Draw loss and accuracy: PNG, PDF or SVG.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing plot.")
-@click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@json_option
+@quiet_option
 @settings(TrainConfig, defaults=False)
 def train(
     data: str,
@@ -169,7 +169,7 @@ def _report(result: TrainResult, config: TrainConfig, as_json: bool) -> int:
     show_default=True,
     help="Precision of the network.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@device_option
 @click.option(
     "--bad-images",
     type=click.Choice(TrainConfig.CHOICES["bad_images"]),

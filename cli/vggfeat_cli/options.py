@@ -1,4 +1,4 @@
-"""Flags made from a settings dataclass, and the kinds of value they take."""
+"""Flags that several commands have, flags made from a settings dataclass, and the kinds of value they take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 import click
 
 from vggfeat.settings import kinds
+
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
+quiet_option = click.option("--quiet", is_flag=True, help="No progress bar.")
 
 
 class Values(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic in newer releases of click

@@ -14,7 +14,7 @@ import click
 
 import vggfeat
 from vggfeat.errors import counted, nearest
-from vggfeat_cli.options import Values
+from vggfeat_cli.options import Values, device_option, json_option, quiet_option
 from vggfeat_cli.reports import SUFFIXES, check_outputs, finish_report
 from vggfeat_cli.run import FAILED, INTERRUPTED, Target, print_result, progress_bar
 
@@ -80,8 +80,6 @@ def _order(default: str) -> Callable[[Command], Command]:
 
 _channels = click.option("--channel", "channels", type=_Numbers(), help="Which channels, such as 3,8,16-31.")
 _seed = click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
-_quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
-_device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 
 
 def _common(command: Command) -> Command:
@@ -187,8 +185,8 @@ def maps(image: str, output: str | None, overwrite: bool, **options: Any) -> int
 @click.option("--steps", default=200, show_default=True, help="Steps of the optimiser.")
 @click.option("--jitter", default=8, show_default=True, help="Largest random shift in pixels, at most size / 8.")
 @_seed
-@_device
-@_quiet
+@device_option
+@quiet_option
 @_common
 def dream(output: str | None, overwrite: bool, classes: str | None, quiet: bool, **options: Any) -> int:
     """Images that excite channels, units or classes most.
@@ -232,8 +230,8 @@ def dream(output: str | None, overwrite: bool, classes: str | None, quiet: bool,
 @click.option("--steps", default=200, show_default=True, help="Steps at the finest scale; half as many at others.")
 @click.option("--tv-weight", type=float, help="Weight of the total variation.  [default: 1; with --gram 0]")
 @_seed
-@_device
-@_quiet
+@device_option
+@quiet_option
 @_common
 def invert(
     image: str,
@@ -299,7 +297,7 @@ def invert(
 @click.option("--lpips", is_flag=True, help="LPIPS, with its learned weights, on VGG-16 and its own layers.")
 @_size(None, "Long side to resize both images to, in pixels.")
 @_colors("turbo")
-@click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
+@json_option
 @_common
 def distance(
     a: str,

@@ -12,7 +12,7 @@ import click
 import vggfeat
 from vggfeat.errors import counted
 from vggfeat.transfer.config import StyleConfig
-from vggfeat_cli.options import settings
+from vggfeat_cli.options import json_option, quiet_option, settings
 from vggfeat_cli.run import FAILED, INTERRUPTED, Target, finish, print_result, progress_bar
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     metavar="STEPS",
     help="Also save the picture every so many steps of each scale, as OUTPUT-1-0010 for scale 1, step 10.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@json_option
+@quiet_option
 @settings(StyleConfig)
 @click.version_option(vggfeat.__version__)
 def command(
