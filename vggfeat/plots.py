@@ -136,6 +136,10 @@ def _area(net: Net) -> float:
     return net.params / 1e6 * 6
 
 
+# where a name can stand: to the right of its disc, to the left, above, below, and in the corners
+_PLACES = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0), (0.8, 0.7), (-0.8, 0.7), (0.8, -0.7), (-0.8, -0.7))
+
+
 def _name(axes: Axes, nets: Sequence[Net], costs: Sequence[float], dots: float) -> None:
     """Write each name beside its disc, where it least covers other names and centres."""
     scores = [[top1 for top1, _ in net.published.values()] for net in nets]
@@ -158,12 +162,8 @@ def _name(axes: Axes, nets: Sequence[Net], costs: Sequence[float], dots: float) 
             best = min(best, (hidden + 100 * (max(0, left - x0) + max(0, x1 - right)), (dx, dy)), key=lambda b: b[0])
         dx, dy = best[1]
         taken.append((x + dx, y + dy - 5, x + dx + width, y + dy + 5))
-        line = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0}
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0}
         axes.annotate(net.name, xy, (dx, dy), textcoords="offset points", va="center", fontsize=9, arrowprops=line)
-
-
-# where a name can stand: to the right of its disc, to the left, above, below, and in the corners
-_PLACES = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0), (0.8, 0.7), (-0.8, 0.7), (0.8, -0.7), (-0.8, -0.7))
 
 
 # ── describe ──────────────────────────────────────────────────────────────────────────────────────────────────────────
