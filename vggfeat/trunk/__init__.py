@@ -24,9 +24,9 @@ from vggfeat.trunk.stage import OnTap, Product, whole
 from vggfeat.trunk.walk import TapGradOf, TapGradOfRows, Walk
 
 __all__ = [
+    "OnTap",
     "PickledTrunk",
     "Plan",
-    "OnTap",
     "Product",
     "TapGradOf",
     "TapGradOfRows",

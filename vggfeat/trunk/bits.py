@@ -12,13 +12,11 @@ from torch.nn import functional as F
 
 from vggfeat.devices import triton_kernels
 
+BAND = 1 << 20  # values at a time on a CPU, so that intermediates stay in its caches
 # eight bytes of 0 or 1 times this number have their eight bits side by side in the topmost byte
 _GATHER = 0x0102040810204080
 _SELECT = struct.unpack("<q", bytes(1 << i for i in range(8)))[0]  # byte i has bit i
 _SPREAD = 0x0101010101010101
-
-
-BAND = 1 << 20  # values at a time on a CPU, so that intermediates stay in its caches
 
 
 def bands(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
