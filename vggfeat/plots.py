@@ -93,7 +93,7 @@ def plot_comparison(comparison: Comparison, path: PathLike, *, overwrite: bool =
     for axes, (label, values) in zip(panels, costs, strict=True):
         for net, cost in zip(nets, values, strict=True):
             scores = [top1 for top1, _ in net.published.values()]
-            color, area = _color(net), _area(net)
+            color, area = BLUE if net.name.startswith("vgg") else RED, _area(net)
             axes.scatter(cost, scores[0], s=area, color=color, alpha=0.45, linewidths=0, zorder=2)
             axes.scatter(cost, scores[0], s=9, color=color, zorder=3)
             if scores[-1] > scores[0]:
@@ -125,10 +125,6 @@ def published(comparison: Comparison) -> list[Net]:
     if len(nets) < 2:
         raise InputError("accuracy against cost needs two networks with a published accuracy at this size and classes")
     return nets
-
-
-def _color(net: Net) -> str:
-    return BLUE if net.name.startswith("vgg") else RED
 
 
 def _area(net: Net) -> float:

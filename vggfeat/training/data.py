@@ -172,10 +172,10 @@ def _load(data: PathLike | ImageSet, resize: tuple[int, ...] | None, bad_images:
             f"no images at {os.fspath(data) or 'an empty path'}: give a folder of class folders, a zip of one, or "
             "CIFAR's folder or .tar.gz"
         )
-    sets = [
-        ImageSet(part.label, part.classes, part.labels, _numbered(part.pixels), _Pixels(part.pixels), part.pixels)
-        for part in read_cifar(path)
-    ]
+    sets = []
+    for part in read_cifar(path):
+        names = [f"image {i}" for i in range(len(part.pixels))]
+        sets.append(ImageSet(part.label, part.classes, part.labels, names, _Pixels(part.pixels), part.pixels))
     try:
         sets = sets[wanted] or [_class_folders(path, part) for part in _parts(path)[wanted]]
     except InputError as error:
@@ -185,10 +185,6 @@ def _load(data: PathLike | ImageSet, resize: tuple[int, ...] | None, bad_images:
     for each in sets:
         _read_into_memory(each, resize, bad_images)
     return sets
-
-
-def _numbered(images: Tensor) -> list[str]:
-    return [f"image {i}" for i in range(len(images))]
 
 
 @dataclass(frozen=True)
