@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -1301,6 +1302,31 @@ def test_ctrl_c_brings_the_checkpoint_up_to_date(config, pair, tmp_path, ahead):
     assert [step.step for step in seen] == [4, 5, 6]
     whole = stylize(*pair, settings)
     assert result.image.tobytes() == whole.image.tobytes() and result.history == whole.history
+
+
+def test_pairs_that_a_run_resumed_with_are_freed_once_they_are_forgotten(config, pair, tmp_path, monkeypatch):
+    path, settings, pairs, alive = tmp_path / "run.pt", config(), [], []
+    monkeypatch.setattr(stylize_module, "HISTORY", 2)
+
+    def end(step):
+        if step.step == 9:
+            raise KeyboardInterrupt
+
+    assert stylize(*pair, settings, callback=end, checkpoint=path).interrupted
+    read = stylize_module.checkpoints.read
+
+    def reading(*given):
+        state = read(*given)
+        pairs.extend(weakref.ref(each) for name in ("steps", "changes") for each in state["optimizer"][name])
+        return state
+
+    monkeypatch.setattr(stylize_module.checkpoints, "read", reading)
+
+    def count(step):
+        alive.append(sum(each() is not None for each in pairs))
+
+    stylize(*pair, settings, callback=count, checkpoint=path)
+    assert len(pairs) == 4 and alive[0] and not alive[-1]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()], ids=["Ctrl-C", "error"])

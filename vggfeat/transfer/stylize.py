@@ -364,6 +364,7 @@ class _Run:
                 scale = _Scale(number, self.image, self._optimizer(number, self.objective), self.objective.side)
                 if before:
                     scale.load_state_dict(_to(before, self.device))
+                    self.before = before = {}  # which would keep pairs that L-BFGS forgets
                 self._improve(scale, self.objective)
                 if number < len(self.sizes):
                     self.write_checkpoint()
