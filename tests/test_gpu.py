@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pickle
@@ -19,6 +20,7 @@ import sys
 import time
 import types
 import warnings
+import weakref
 
 import pictures
 import pytest
@@ -93,22 +95,36 @@ def fake(monkeypatch):
     features_module._kept_channels.cache_clear()
 
 
+class Stream:
+    """Stands for `torch.cuda.Stream`: one of a few, which are handed out in turn."""
+
+    made = itertools.count()
+
+    def __init__(self, *_):
+        self.number, self.waits = next(self.made) % cuda_graphs.STREAMS, 0
+
+    def __eq__(self, other):
+        return isinstance(other, Stream) and self.number == other.number
+
+    def wait_stream(self, other):
+        self.waits += 1
+
+
 class Recorder:
     """Stands for `torch.cuda` and its graphs: a replay does again what was done while it was recorded."""
 
     def __init__(self, monkeypatch, fails=None):
-        self.fails, self.steps, self.waits, self.resets = fails, [], 0, 0
+        self.fails, self.steps, self.resets, self.here, self.warm_up = fails, [], 0, Stream(), Stream()
         for name in ("device", "stream"):
             monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
-        for name in ("Stream", "current_stream"):
-            monkeypatch.setattr(torch.cuda, name, lambda *_: self)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: self.here)
+        monkeypatch.setattr(cuda_graphs, "_warm_up_stream", lambda device: self.warm_up)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
         monkeypatch.setattr(cuda_graphs, "supports_capture", lambda device: True)
         monkeypatch.setattr(cuda_graphs, "_broken", [])
-
-    def wait_stream(self, other):
-        self.waits += 1
+        monkeypatch.setattr(cuda_graphs, "_streams", weakref.WeakKeyDictionary())
 
     def reset(self):
         self.resets += 1
@@ -136,7 +152,9 @@ class Recorder:
 def test_a_recorded_step_is_the_step(monkeypatch):
     recorder, image = Recorder(monkeypatch), torch.rand(1, 3, 4, 4)
     replay = cuda_graphs.captured_and_checked(recorder.step, image, cuda_graphs.MIN_STEPS)
-    assert len(recorder.steps) == 3 and recorder.waits == 4  # each way around the warming up and the recording
+    (streams,) = cuda_graphs._streams.values()
+    # each way around the warming up and the recording
+    assert len(recorder.steps) == 3 and recorder.here.waits == 2 and recorder.warm_up.waits == streams[0].waits == 1
     first, second = replay(image + 1)[0], replay(image + 2)[0]
     assert len(recorder.steps) == 3  # nothing was launched
     assert torch.equal(first, 2 * (image + 1)) and torch.equal(second, 2 * (image + 2))
@@ -144,6 +162,41 @@ def test_a_recorded_step_is_the_step(monkeypatch):
     assert torch.equal(replay(image + 3)[0], 2 * (image + 3)) and len(recorder.steps) == 4
     with pytest.raises(RuntimeError, match="another capture failed"):
         cuda_graphs.capture(recorder.step, image)
+
+
+def test_no_two_graphs_that_live_are_recorded_on_one_stream(monkeypatch):
+    """Torch frees the memory that cuBLAS has for a stream at the end of any graph that was recorded on it."""
+    recorder, image = Recorder(monkeypatch), torch.rand(1, 3, 4, 4)
+
+    class Graph:
+        replay = staticmethod(lambda: None)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(recorder.graph.__func__, "default_capture_stream", Stream(), raising=False)  # of the caller's
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    made = []
+
+    def step(image):
+        with cuda_graphs.side_by_side(torch.device("cuda")) as part:
+            for _ in range(3):
+                with part():
+                    made.append(image * 2)
+        return (image * 2,)
+
+    def numbers():
+        return [stream.number for each in cuda_graphs._streams.values() for stream in each]
+
+    step(image)  # in a graph of the caller's
+    replays = [cuda_graphs.captured(step, image) for _ in range(7)]
+    assert len(numbers()) == 7 * 4 and not cuda_graphs._branches
+    apart = {*numbers(), recorder.warm_up.number, torch.cuda.graph.default_capture_stream.number}
+    assert len(apart) == len(numbers()) + 2
+    replays.append(cuda_graphs.captured(step, image))  # for which two are left: two of its parts run in turn
+    assert len({*numbers()}) == len(numbers()) == cuda_graphs.STREAMS - 2 and len(made) == 3 * 9
+    with pytest.warns(UserWarning, match="not replayed as a CUDA graph: there are as many graphs"):
+        assert cuda_graphs.captured(step, image) is step
+    del replays[0]
+    assert cuda_graphs.captured(step, image) is not step
 
 
 def test_a_recording_that_failed_is_the_last(monkeypatch):
@@ -298,7 +351,7 @@ def pretend(monkeypatch):
 
     def make(record):
         monkeypatch.setattr(cuda_graphs, "supports_capture", lambda device: True)
-        monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, image, aside: step(image))
+        monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, image: step(image))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
         monkeypatch.setattr(cuda_graphs, "capture", record)
 
@@ -332,12 +385,12 @@ def replays(monkeypatch):
     """`Replays` on the CPU, whose graphs are what is recorded of their capture: a list of functions and inputs."""
     made = []
 
-    def record(step, *inputs, aside):
+    def record(step, *inputs):
         made.append((step, inputs))
         return lambda *inputs: tuple(value.clone() for value in step(*inputs))
 
     monkeypatch.setattr(cuda_graphs, "supports_capture", lambda device: True)
-    monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, *inputs, aside: step(*inputs))
+    monkeypatch.setattr(cuda_graphs, "warm_up", lambda step, *inputs: step(*inputs))
     monkeypatch.setattr(cuda_graphs, "capture", record)
     monkeypatch.setattr(feature_loss_module, "supports_capture", lambda device: True)
     stream = types.SimpleNamespace(wait_event=lambda event: None)
@@ -389,7 +442,7 @@ def test_only_what_waits_for_the_host_is_replayed(replays, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [{"capture": 2.0}, {"memory": 1 << 60}, {"nan": True}])
 def test_a_graph_that_is_wrong_or_too_large_is_not_used(replays, monkeypatch, wrong):
-    def doubled(step, *inputs, aside):
+    def doubled(step, *inputs):
         return lambda *given: step(*(2 * x for x in given))
 
     if "capture" in wrong:
@@ -415,7 +468,7 @@ def test_a_capture_that_has_no_room_or_must_wait_is_not_made(replays, monkeypatc
         assert torch.equal(calls(step_of, [x], None)[1], 2 * x) and not replays
     assert torch.equal(calls(step_of, [x], None)[1], 2 * x) and len(replays) == 1
 
-    def no_room(step, *inputs, aside):
+    def no_room(step, *inputs):
         tried.append(step)
         raise torch.OutOfMemoryError("no room")
 
@@ -518,7 +571,7 @@ def test_a_recording_serves_where_it_gives_the_same(pretend, wrong):
     def replay(image):
         return tuple(value + wrong * value.norm() for value in step_of(image))
 
-    pretend(lambda step, image, aside: replay)
+    pretend(lambda step, image: replay)
     image = torch.rand(1, 3, 8, 8)
     assert cuda_graphs.captured_and_checked(step_of, image, times=cuda_graphs.MIN_STEPS - 1) is step_of
     if wrong < 1e-3:
@@ -531,7 +584,7 @@ def test_a_recording_serves_where_it_gives_the_same(pretend, wrong):
 def test_a_recording_that_ignores_its_image_is_not_used(pretend):
     image = torch.rand(1, 3, 8, 8)
     frozen = step_of(image)
-    pretend(lambda step, image, aside: lambda other: frozen)
+    pretend(lambda step, image: lambda other: frozen)
     with pytest.warns(UserWarning, match="results differ"):
         assert cuda_graphs.captured_and_checked(step_of, image, times=100) is step_of
 
@@ -540,7 +593,7 @@ def test_errors_of_the_step_are_its_own(pretend):
     def fail(image):
         raise RuntimeError("out of memory")
 
-    pretend(lambda step, image, aside: pytest.fail("recorded"))
+    pretend(lambda step, image: pytest.fail("recorded"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -550,7 +603,7 @@ def test_errors_of_the_step_are_its_own(pretend):
 
 
 def test_a_recording_that_fails_costs_a_warning(pretend):
-    def fail(step, image, aside):
+    def fail(step, image):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
     config = StyleConfig(**SETTINGS | {"start_size": 48, "steps": cuda_graphs.MIN_STEPS})
@@ -631,13 +684,11 @@ def test_a_replayed_training_is_the_training(tmp_path, device, options, monkeypa
     settings = {"arch": "vgg11_bn", "width": 0.125, "batch_size": 8, "epochs": 4, "precision": "float32"} | options
     config = TrainConfig(**settings, device=device, deterministic=True)
     data = pictures.folder(tmp_path / "data", pictures.tree(8))
-    made, record = [], cuda_graphs.capture if device == "cuda" else lambda step, *inputs, aside: step
+    made, record = [], cuda_graphs.capture if device == "cuda" else lambda step, *inputs: step
     monkeypatch.setattr(learner_module, "supports_capture", lambda device: False)
     plain = train(data, config=config, folder=tmp_path / "plain")
     monkeypatch.setattr(learner_module, "supports_capture", lambda device: True)
-    monkeypatch.setattr(
-        cuda_graphs, "capture", lambda step, *inputs, aside: made.append(step) or record(step, *inputs, aside=aside)
-    )
+    monkeypatch.setattr(cuda_graphs, "capture", lambda step, *inputs: made.append(step) or record(step, *inputs))
     replayed = train(data, config=config, folder=tmp_path / "replayed")
     assert len(made) == 1
     for ours, theirs in zip(replayed.net.state_dict().values(), plain.net.state_dict().values(), strict=True):
@@ -651,7 +702,7 @@ def test_a_training_whose_recording_fails_is_the_training(tmp_path, monkeypatch)
     data = pictures.folder(tmp_path / "data", pictures.tree(8))
     wanted = train(data, config=config, folder=tmp_path / "plain")
 
-    def record(step, *inputs, aside):
+    def record(step, *inputs):
         for value in step.__self__.net.parameters():
             value.grad = torch.full_like(value, math.nan)  # as the memory of a recording has anything in it
         raise RuntimeError("operation not permitted when stream is capturing")

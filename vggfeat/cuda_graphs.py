@@ -11,6 +11,7 @@ import functools
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -20,13 +21,18 @@ from torch import Tensor
 from vggfeat.errors import first_line, warn
 
 Step = Callable[..., tuple[Tensor, ...]]
+Stream = torch.cuda.Stream
 MIN_STEPS = 20  # fewest steps worth a capture, which takes three runs and a replay
 REPLAY_RTOL = 0.01  # relative difference allowed to a replay: kernels that add in no fixed order differ by less
 TIMED = range(3, 6)  # calls of a series that are timed, the first being 1: by then libraries have chosen their kernels
 HOST_BOUND = 1.2  # times the host's time, below which the device's says that it waits for the host
+STREAMS = 32  # that torch has for each device, and hands out in turn
 MOST_SERIES = 8  # of calls with other sizes or settings each: that have a graph, or may get one
 MEMORY_SHARE = 0.2  # of what is free, that a graph may keep
 _busy = threading.Lock()  # one capture at a time, and no replay meanwhile: before torch 2.14 that would be an error
+# of graphs that live, the streams that each was captured on
+_streams: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, list[Stream]] = weakref.WeakKeyDictionary()
+_branches: list[Stream] = []  # the streams of the capture under way
 _broken: list[torch.cuda.CUDAGraph] = []  # failed captures: the allocator may refer to them, and accepts no more
 
 
@@ -70,11 +76,11 @@ def captured_and_checked(step: Step, image: Tensor, times: int) -> Step:
     """
     if times < MIN_STEPS or _broken or not supports_capture(image.device):
         return step
-    other, aside = image.flip(3), torch.cuda.Stream(image.device)
-    wanted = warm_up(step, other, aside=aside)  # here the step's own errors are raised
+    other = image.flip(3)
+    wanted = warm_up(step, other)  # here the step's own errors are raised
     if not _finite(wanted):
         return step  # which is for the loop to judge
-    return captured(step, image, aside=aside, agrees=lambda replay: _close(replay(other), wanted))
+    return captured(step, image, agrees=lambda replay: _close(replay(other), wanted))
 
 
 def _finite(values: Sequence[Tensor]) -> bool:
@@ -88,25 +94,19 @@ def _close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     )
 
 
-def captured(
-    step: Step,
-    *inputs: Tensor,
-    aside: torch.cuda.Stream | None = None,
-    agrees: Callable[[Step], bool] = lambda replay: True,
-) -> Step:
+def captured(step: Step, *inputs: Tensor, agrees: Callable[[Step], bool] = lambda replay: True) -> Step:
     """The step as a CUDA graph; itself if capture fails or results do not agree, of which the first time warns.
 
     Args:
         step: takes tensors of these shapes, and was run before; it reads nothing back, and other tensors that it
             updates, such as weights, keep their memory.
         inputs: examples to capture it with, not run.
-        aside: where it was warmed up, if it was: a stream of the graph's own, for which libraries keep memory.
         agrees: judges the graph.
     """
     if _broken:
         return step
     try:
-        replay = capture(step, *inputs, aside=aside)
+        replay = capture(step, *inputs)
         if agrees(replay):
             return replay
         why = "their results differ from the step's"
@@ -123,9 +123,10 @@ def supports_capture(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def warm_up(step: Step, *inputs: Tensor, aside: torch.cuda.Stream) -> tuple[Tensor, ...]:
-    """The step's result, on the capture stream: in first calls libraries tune and allocate."""
-    here = torch.cuda.current_stream(inputs[0].device)
+def warm_up(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The step's result, on a stream of its own: in first calls libraries tune and allocate."""
+    device = inputs[0].device
+    here, aside = torch.cuda.current_stream(device), _warm_up_stream(device)
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
         step(*inputs)
@@ -134,14 +135,37 @@ def warm_up(step: Step, *inputs: Tensor, aside: torch.cuda.Stream) -> tuple[Tens
     return outputs
 
 
-def capture(step: Step, *inputs: Tensor, aside: torch.cuda.Stream | None = None) -> Step:
+@functools.cache
+def _warm_up_stream(device: torch.device) -> Stream:
+    """One for all: libraries keep memory for each stream that they see."""
+    return torch.cuda.Stream(device)
+
+
+def _unused_stream(device: torch.device) -> Stream | None:
+    """A stream that nothing was warmed up on, and no living graph captured; None where there is none left.
+
+    cuBLAS's memory for a stream is torch's to free: since 2.12 at the end of any graph that was captured on the stream,
+    and before every capture of `torch.compile`'s. A graph that got it from elsewhere would work on what others are
+    given then (pytorch/pytorch#193402). Allocated during the capture it stays in the graph's own pool.
+    """
+    used: list[Stream | None] = [_warm_up_stream(device), *_branches, *itertools.chain.from_iterable(_streams.values())]
+    used.append(getattr(torch.cuda.graph, "default_capture_stream", None))  # of the caller's graphs
+    found = (torch.cuda.Stream(device) for _ in range(STREAMS))
+    return next((stream for stream in found if stream not in used), None)
+
+
+def capture(step: Step, *inputs: Tensor) -> Step:
     """The step as a graph captured with these; it keeps alive what else it reads, which must not move."""
     fixed, graph, device = [value.detach().clone() for value in inputs], torch.cuda.CUDAGraph(), inputs[0].device
-    here, aside = torch.cuda.current_stream(device), aside or torch.cuda.Stream(device)
-    aside.wait_stream(here)
+    here = torch.cuda.current_stream(device)
     with _busy:
         if _broken:
             raise RuntimeError("another capture failed")
+        aside = _unused_stream(device)
+        if aside is None:
+            raise RuntimeError("there are as many graphs as torch has streams")
+        aside.wait_stream(here)
+        _branches.append(aside)
         try:
             # the outer context restores the stream where a capture fails, which torch's own does not
             with (
@@ -160,10 +184,12 @@ def capture(step: Step, *inputs: Tensor, aside: torch.cuda.Stream | None = None)
                 generator.graphsafe_set_state(generator.clone_state())
             _broken.append(graph)
             raise
+        finally:
+            _streams[graph] = _branches.copy()
+            _branches.clear()
     here.wait_stream(aside)
 
-    # `libraries` have memory for the stream, which the graph works on
-    def replay(*inputs: Tensor, libraries: object = aside) -> tuple[Tensor, ...]:
+    def replay(*inputs: Tensor) -> tuple[Tensor, ...]:
         if _broken:  # before torch 2.13 that is the end of earlier graphs, too
             return step(*inputs)
         for mine, value in zip(fixed, inputs, strict=True):
@@ -179,7 +205,8 @@ def capture(step: Step, *inputs: Tensor, aside: torch.cuda.Stream | None = None)
 def side_by_side(device: torch.device) -> Iterator[Callable[[], AbstractContextManager[object]]]:
     """For parts of a step that do not depend on one another: gives a function that makes a context for each part.
 
-    In a capture they become branches of the graph, which run at the same time; elsewhere they run in turn.
+    In a capture they become branches of the graph, which run at the same time, as long as there are streams for them;
+    elsewhere they run in turn.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         yield contextlib.nullcontext
@@ -187,9 +214,14 @@ def side_by_side(device: torch.device) -> Iterator[Callable[[], AbstractContextM
     here, asides = torch.cuda.current_stream(device), list[torch.cuda.Stream]()
 
     def part() -> AbstractContextManager[object]:
-        asides.append(torch.cuda.Stream(device))
-        asides[-1].wait_stream(here)
-        return torch.cuda.stream(asides[-1])
+        aside = _unused_stream(device)
+        if aside is None:
+            return contextlib.nullcontext()
+        aside.wait_stream(here)
+        asides.append(aside)
+        if _branches:  # empty where the capture is the caller's
+            _branches.append(aside)
+        return torch.cuda.stream(aside)
 
     yield part
     for aside in asides:
@@ -289,16 +321,15 @@ class _Series:
         self.waits, device = False, inputs[0].device
         torch.cuda.empty_cache()  # what is free is then known, and what is reserved from now on is the function's
         free, before = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
-        aside = torch.cuda.Stream(device)
         with torch.inference_mode(False), torch.no_grad():  # a graph's memory is written again later
             try:
-                wanted = warm_up(function, *inputs, aside=aside)
+                wanted = warm_up(function, *inputs)
             except torch.OutOfMemoryError:  # in memory of another stream: in the caller's there may be room
                 return
             if not _finite(wanted):  # nothing to compare with: another time
                 self.numbers = itertools.count(1)
             elif torch.cuda.memory_reserved(device) - before <= MEMORY_SHARE * free:
-                replay = captured(function, *inputs, aside=aside, agrees=lambda replay: _close(replay(*inputs), wanted))
+                replay = captured(function, *inputs, agrees=lambda replay: _close(replay(*inputs), wanted))
                 self.replay = None if replay is function else _one_at_a_time(replay, device)
 
 
@@ -311,7 +342,8 @@ def _replayed(device: torch.device) -> torch.cuda.Event:
 def _one_at_a_time(replay: Step, device: torch.device) -> Step:
     """A replay for callers on several threads and streams.
 
-    All replays of a graph use the same memory, and streams are so few that graphs may share that of a library.
+    All replays of a graph use the same memory, and streams are so few that it may share that of a library with a graph
+    of the caller's.
     """
     lock, done = threading.Lock(), _replayed(device)
 
