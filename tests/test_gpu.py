@@ -47,7 +47,7 @@ from vggfeat import (
     train,
 )
 from vggfeat.arch import PADDINGS, POOLINGS
-from vggfeat.functional import CRITERIA, distance_and_gradient, gram, total_variation, unit_normalize
+from vggfeat.functional import CRITERIA, average_pool, distance_and_gradient, gram, total_variation, unit_normalize
 from vggfeat.image import to_tensor
 from vggfeat.training import learner as learner_module
 from vggfeat.transfer import stylize as stylize_module
@@ -82,6 +82,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(autograd_module, "is_watched", lambda *tensors: False)
     monkeypatch.setattr(filters_module, "without_modes", contextlib.nullcontext)  # so that weights become fake, too
     monkeypatch.setattr(features_module, "without_modes", contextlib.nullcontext)
+    monkeypatch.setattr(functional_module, "without_modes", contextlib.nullcontext)
     for module in (devices, functional_module):
         monkeypatch.setattr(module, "bfloat16_is_fast", lambda device: True)
     # which fake tensors know nothing of
@@ -89,10 +90,13 @@ def fake(monkeypatch):
     monkeypatch.setattr(devices, "_known", {})
     monkeypatch.setattr(devices, "_working", lambda device, dtype: None)
     monkeypatch.setattr(VGGFeatures, "_check_values", lambda self, images: None)  # which reads the first batch
-    features_module._kept_channels.cache_clear()
+    kept = features_module._kept_channels, functional_module._kept_bins
+    for each in kept:
+        each.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
-    features_module._kept_channels.cache_clear()
+    for each in kept:
+        each.cache_clear()
 
 
 class Stream:
@@ -283,6 +287,15 @@ def test_distances_wait_for_nothing(fake, criterion):
         if criterion != "cosine":
             _, grad = distance_and_gradient(ours, theirs, criterion, True, None)
             assert grad.device.type == "cuda"
+
+
+def test_a_pool_that_is_reproducible_waits_for_nothing(fake, monkeypatch):
+    """As in a deterministic training with the paper's head, whose steps are captured after a few."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    x = torch.empty(2, 64, 4, 5, dtype=torch.bfloat16, device="cuda")
+    average_pool(x)  # what it multiplies by is brought over once
+    with Strict():
+        assert average_pool(x).shape == (2, 64, 7, 7)
 
 
 @pytest.mark.parametrize(
@@ -677,8 +690,9 @@ def test_a_deterministic_training_goes_on_to_the_same_bits(tmp_path, device, opt
         {"optimizer": "sgd", "nesterov": True, "clip": 1.0},
         {"optimizer": "adam", "lr": 1e-3, "ema": 0.5, "schedule": "step", "step_size": 1},
         {"optimizer": "muon", "mixup": 0.2, "arch": "vgg11"},
+        {"optimizer": "sgd", "head": "paper", "dropout": 0.0},  # with a pool of its own, where it is deterministic
     ],
-    ids=lambda options: options["optimizer"],
+    ids=["sgd", "adam", "muon", "paper"],
 )
 def test_a_replayed_training_is_the_training(tmp_path, device, options, monkeypatch):
     settings = {"arch": "vgg11_bn", "width": 0.125, "batch_size": 8, "epochs": 4, "precision": "float32"} | options

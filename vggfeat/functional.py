@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.devices import bfloat16_is_fast, triton_kernels
-from vggfeat.modes import exporting, in_forward_mode, is_batched, needs_composite_ops, no_autocast
+from vggfeat.modes import exporting, in_forward_mode, is_batched, needs_composite_ops, no_autocast, without_modes
 
 __all__ = [
     "CRITERIA",
@@ -69,11 +69,23 @@ def _pool_as_products(x: Tensor) -> Tensor:
 
 def _bins(side: int, like: Tensor) -> Tensor:
     """(7,side): row i averages the pixels from ⌊i·side/7⌋ up to ⌈(i+1)·side/7⌉."""
+    # kept, since a GPU waits for what is copied to it, which a graph capture forbids; a compiler makes them constants
+    ready = _made_bins if torch.compiler.is_compiling() else _kept_bins
+    return ready(side, like.dtype, like.device)
+
+
+@functools.cache
+def _kept_bins(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with without_modes():
+        return _made_bins(side, dtype, device)
+
+
+def _made_bins(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     bins = torch.zeros(7, side, dtype=torch.float64, device="cpu")
     for i in range(7):
         first, last = i * side // 7, -(-(i + 1) * side // 7)
         bins[i, first:last] = 1 / (last - first)
-    return bins.to(like)
+    return bins.to(device, dtype)
 
 
 # ── Gram matrices ─────────────────────────────────────────────────────────────────────────────────────────────────────
