@@ -478,6 +478,17 @@ def test_normalised_as_torchvision(torchvision):
     torch.testing.assert_close(normalised(pixels), expected)
 
 
+def test_kernels_get_the_convention_where_the_pixels_are(ramp, monkeypatch):
+    """The device "cuda" is another one after `torch.cuda.set_device`, and what is kept by that name is on the first."""
+    asked = []
+    kernels = SimpleNamespace(crops=lambda pixels, drawn, size, *rest: torch.zeros(drawn.shape[1], 3, size, size))
+    batches = Batches(ramp, TrainConfig(batch_size=4), 32, World(CPU))
+    batches.kernels, batches.pixels = kernels, batches.pixels.to("meta")  # which stands for a device with a number
+    monkeypatch.setattr(batches_module, "_convention", lambda device: asked.append(device.type) or (None, None))
+    next(batches.epoch(0))
+    assert asked == ["meta"]
+
+
 def test_an_epoch_is_every_image_once(ramp):
     batches = [parts[0] for parts in epoch(ramp)]
     assert [b.images.shape for b in batches] == [(4, 3, 32, 32)] * 3

@@ -224,7 +224,7 @@ class Batches:
                 yield numbers, self._augmented(self._cropped(pixels, numbers, tops, lefts), flips, corners)
                 continue
             drawn = torch.stack([numbers, tops, lefts, flips.long(), *corners]).to(self.device, non_blocking=True)
-            zeros, convention = config.pad_mode == "zeros", _convention(self.device)
+            zeros, convention = config.pad_mode == "zeros", _convention(pixels.device)
             yield numbers, self.kernels.crops(pixels, drawn, self.size, config.cutout, zeros, *convention)
 
     def _cropped(self, pixels: Tensor, numbers: Tensor, tops: Tensor, lefts: Tensor) -> Tensor:
