@@ -266,6 +266,26 @@ def test_the_trunk_waits_for_nothing(fake, keep, precision, pooling):
     assert (gradient.shape, gradient.device.type, gradient.dtype) == (x.shape, "cuda", dtype)
 
 
+@pytest.mark.parametrize("padding", ["reflect", "replicate"])
+def test_a_gradient_of_padding_is_reproducible_where_that_is_asked_for(fake, padding, monkeypatch):
+    """On CUDA torch has no such backward of its own, and raises an error."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    grad, weight = torch.empty(2, 8, 5, 6, device="cuda"), torch.empty(4, 8, 3, 3, device="cuda")
+    for asked in (False, True):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda asked=asked: asked)
+        seen.clear()
+        with Watch():
+            found = layers_module.conv_backward(grad, weight, 1, padding, 5, 6)
+        assert found.shape == (2, 4, 5, 6) and found.is_contiguous(memory_format=torch.channels_last)
+        assert any("pad2d_backward" in each for each in seen) != asked
+
+
 def test_what_compilers_are_told_of_the_operators_holds_on_cuda(fake):
     features = VGGFeatures(TAPS, weights="random")
     plan = Plan(features.arch, TAPS)

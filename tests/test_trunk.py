@@ -1401,3 +1401,16 @@ def test_opcheck_of_bfloat16(thin, trunks, keep):
     x = images(2, 3, 17, 14, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
     args = (x, trunks(arch).filters(plan, x.device, torch.bfloat16), plan.code, keep)
     torch.library.opcheck(operators.trunk_forward, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("padding", ["reflect", "replicate"])
+@pytest.mark.parametrize("size", [(2, 3), (5, 7)])
+@pytest.mark.parametrize("pad", [1, 2])
+def test_the_gradient_of_padding_added_up_in_a_fixed_order(padding, size, pad):
+    if padding == "reflect" and pad >= min(size):
+        pytest.skip("too small to be reflected")
+    x = torch.rand(2, 4, *size, dtype=torch.float64, requires_grad=True)
+    y = F.pad(x, (pad,) * 4, mode=padding)
+    full = torch.rand_like(y)
+    (wanted,) = torch.autograd.grad(y, x, full)
+    torch.testing.assert_close(layers._folded(full.clone(), pad, padding), wanted)

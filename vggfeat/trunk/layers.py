@@ -66,10 +66,23 @@ def conv_backward(
         full = direct.convolve(grad, weight, None, pads)
     if not copies:
         return full
+    if full.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return _folded(full, pad, padding)  # torch's own adds in no fixed order, and refuses
     like = full.new_empty(full.shape[0], full.shape[1], height, width)
     aten = torch.ops.aten
     fold = aten.reflection_pad2d_backward if padding == "reflect" else aten.replication_pad2d_backward
     return channels_last(fold(full, like, [pad] * 4))
+
+
+def _folded(full: Tensor, pad: int, padding: str) -> Tensor:
+    """The gradient of a padded map added up into that of the map, whose copies the padding is made of; is changed."""
+    for axis in (2, 3):
+        last = full.shape[axis] - 1
+        for i in range(pad):
+            to = pad if padding == "replicate" else 2 * pad - i
+            full.select(axis, to).add_(full.select(axis, i))
+            full.select(axis, last - to).add_(full.select(axis, last - i))
+    return channels_last(full[:, :, pad:-pad, pad:-pad])
 
 
 def _is_winograd(weight_backward: Tensor) -> bool:
