@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from vggfeat import weights  # noqa: E402
+from vggfeat.weights import sets as weights  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 OXFORD = "vgg19-oxford-conv1_1-conv3_4.safetensors"

@@ -835,7 +835,8 @@ def published(tmp_path, monkeypatch):
     data = b"the numbers"
     digest = hashlib.sha256(data).hexdigest()
     entry = weights.Published(f"http://127.0.0.1:9/vgg11-{digest[:8]}.pth", weights.IMAGENET, "free")
-    monkeypatch.setattr(weights, "SETS", {"imagenet": {"vgg11": entry}})
+    for module in (weights, weights.sets):
+        monkeypatch.setattr(module, "SETS", {"imagenet": {"vgg11": entry}})
     monkeypatch.setenv("VGGFEAT_WEIGHTS_DIR", str(tmp_path))
     path = tmp_path / entry.filename
     path.write_bytes(data)

@@ -1942,7 +1942,7 @@ def test_what_is_wrong_is_said_before_weights_are_fetched(monkeypatch):
     def fetched(*_):
         raise AssertionError("weights were looked for")
 
-    monkeypatch.setattr("vggfeat.weights.find", fetched)
+    monkeypatch.setattr("vggfeat.weights.sets.find", fetched)
     for said, layers, options in (
         ("no layer asked for", (), {}),
         ("unknown layer 'relu3_5': did you mean relu3_", ["relu3_5"], {}),

@@ -22,14 +22,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from vggfeat import fetch, weights as W
 from vggfeat.arch import BLOCKS, Arch, parse, scaled
 from vggfeat.errors import DependencyError, InputError, RunError, WeightsError, WeightsUnavailableError
 from vggfeat.features import VGGFeatures
 from vggfeat.losses import PerceptualLoss
 from vggfeat.network import VGG, vgg
-from vggfeat.state_dicts import infer_arch
 from vggfeat.visualize import cam
+from vggfeat.weights import fetch, sets as W
+from vggfeat.weights.state_dicts import infer_arch
 
 BGR_MEAN = torch.tensor([103.939, 116.779, 123.68])[:, None, None]  # of the ILSVRC training set, as Oxford gives it
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -754,7 +754,7 @@ def test_a_record_is_read_the_same_in_any_locale(tmp_path):
     (path := tmp_path / "А.pth").write_bytes(b"abc")
     (tmp_path / "А.pth.sha256").write_text("0" * 64 + "  А.pth\n", encoding="utf-8")
     place = f"pathlib.Path(os.fsdecode({os.fsencode(path)!r}))"
-    code = f"import os, pathlib; from vggfeat import fetch; print(fetch.recorded({place}))"
+    code = f"import os, pathlib; from vggfeat.weights import fetch; print(fetch.recorded({place}))"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert found.stdout == "True\n"
@@ -1170,8 +1170,8 @@ def test_what_a_killed_download_left_is_removed_a_day_later(monkeypatch, state):
 
 @pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nsome bytes, then none"])
 def test_a_server_that_falls_silent(monkeypatch, greeting):
-    monkeypatch.setattr("vggfeat.fetch.CONNECT_TIMEOUT", 0.3)
-    monkeypatch.setattr("vggfeat.fetch.READ_TIMEOUT", 0.3)
+    monkeypatch.setattr("vggfeat.weights.fetch.CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr("vggfeat.weights.fetch.READ_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         held = []
 
@@ -1195,7 +1195,7 @@ def test_both_timeouts_are_used(monkeypatch):
     calls, reads = [], []
     create = socket.create_connection
     monkeypatch.setattr(socket, "create_connection", lambda a, t, *rest: calls.append(t) or create(a, t, *rest))
-    monkeypatch.setattr("vggfeat.fetch.READ_TIMEOUT", 7.0)
+    monkeypatch.setattr("vggfeat.weights.fetch.READ_TIMEOUT", 7.0)
     answer = http.client.HTTPConnection.getresponse
     monkeypatch.setattr(
         http.client.HTTPConnection, "getresponse", lambda c: reads.append(c.sock.gettimeout()) or answer(c)

@@ -21,9 +21,9 @@ from vggfeat.errors import InputError, check_choice, warn
 from vggfeat.functional import average_pool
 from vggfeat.modes import exporting, in_functorch, no_autocast, values_are_hidden, without_modes
 from vggfeat.settings import PRECISIONS
-from vggfeat.state_dicts import LINEAR
 from vggfeat.trunk import OnTap, PickledTrunk, Plan, TapGradOf, TapGradOfRows, Trunk, Walk, whole
 from vggfeat.weights import DEFAULT, SETS, WeightsLike, load, resolved
+from vggfeat.weights.state_dicts import LINEAR
 
 # devices on which the trunk's own walk runs; elsewhere ordinary operations do
 CUSTOM_BACKWARD_DEVICES = ("cpu", "cuda")

@@ -9,8 +9,8 @@ from torch import Tensor
 from vggfeat.errors import InputError, WeightsError
 from vggfeat.features import per_channel
 from vggfeat.losses import PerceptualLoss
-from vggfeat.weight_files import read
 from vggfeat.weights import DEFAULT, WeightsLike, resolved
+from vggfeat.weights.files import read
 
 CALIBRATION = Path(__file__).with_name("assets") / "lpips-vgg16.safetensors"  # LICENSE-lpips.txt is beside it
 

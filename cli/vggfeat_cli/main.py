@@ -67,8 +67,7 @@ def verify(files: tuple[str, ...]) -> int:
 
     FILES, or every published file on this machine, against the published and recorded sha256.
     """
-    from vggfeat.fetch import recorded, verify as check
-    from vggfeat.weights import folders, published_files
+    from vggfeat.weights import folders, published_files, recorded, verify as check
 
     known = {name: published.digest for name, published in published_files().items()}
     paths = [Path(file) for file in files] or [

@@ -1,9 +1,4 @@
-"""Weight sets: where they come from, how they are found, and how a network gets them.
-
-Whatever the source, weights leave this module with torchvision's keys, float32 values, a first convolution that takes
-RGB, and the mean and standard deviation for normalising images in [0,1]. Nothing that could run code is ever
-unpickled here.
-"""
+"""Weight sets by name, files, folders of runs and state dicts: found, loaded, put into a network."""
 
 from __future__ import annotations
 
@@ -22,9 +17,10 @@ from torch import Tensor
 from vggfeat.arch import BLOCK_CHANNELS, HEAD_NAMES, Arch, parse
 from vggfeat.checkpoint import saved
 from vggfeat.errors import InputError, WeightsError, WeightsUnavailableError, nearest
-from vggfeat.fetch import fetch, file_key, published_digest, verify
-from vggfeat.random_weights import random_state
-from vggfeat.state_dicts import (
+from vggfeat.weights.fetch import fetch, file_key, published_digest, verify
+from vggfeat.weights.files import is_keras, read
+from vggfeat.weights.random import random_state
+from vggfeat.weights.state_dicts import (
     LINEAR,
     check_finite,
     fitted,
@@ -36,12 +32,9 @@ from vggfeat.state_dicts import (
     misfits,
     widths,
 )
-from vggfeat.weight_files import is_keras, read
 
 if TYPE_CHECKING:
     from vggfeat.network import VGG
-
-__all__ = ["SETS", "Convention", "Published", "Weights", "WeightsLike", "find", "load", "load_weights"]
 
 WeightsLike = Union[str, os.PathLike[str], Mapping[str, Tensor], "Weights", None]
 
@@ -109,7 +102,7 @@ _FEATURES = Published(
     Convention((0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255)),
     _BSD,
 )
-BUNDLED = Path(__file__).with_name("assets") / "vgg19-slim.safetensors"  # assets/README.md is its card
+BUNDLED = Path(__file__).parents[1] / "assets" / "vgg19-slim.safetensors"  # assets/README.md is its card
 NAMES = (*SETS, "bundled", "random", "auto")
 
 

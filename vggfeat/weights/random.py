@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.arch import LRN, Arch
-from vggfeat.state_dicts import LINEAR, keys_of
+from vggfeat.weights.state_dicts import LINEAR, keys_of
 
 
 def random_state(arch: Arch) -> dict[str, Tensor]:
