@@ -192,7 +192,8 @@ def stylize(
     run = _Run(features, config, picture, styles, device, dtype, callback)
     if checkpoint is not None:
         given = (content, *several, *config.init_files)
-        run.resume_from(checkpoint, [each for each in given if isinstance(each, str | os.PathLike)])
+        inputs = [each for each in given if isinstance(each, str | os.PathLike)]
+        run.resume(_Checkpoint(checkpoint, run.identity(), inputs))
     try:
         run.go()
         return run.result()
@@ -206,7 +207,7 @@ def stylize(
         return result
     except Exception:
         # a first checkpoint might be in the way of other settings
-        if run.checkpoint is not None and run.checkpoint.exists():
+        if run.checkpoint is not None and run.checkpoint.path.exists():
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 run.write_checkpoint()
         raise
@@ -245,6 +246,66 @@ class _Scale:
             setattr(self, name, state[name])
 
 
+class _Checkpoint:
+    """The file that a killed run resumes from.
+
+    Args:
+        path: of the file.
+        identity: what distinguishes the run from another.
+        inputs: files that it must not replace.
+
+    Raises:
+        InputError: a path that cannot be written, or of an input.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], identity: dict[str, Any], inputs: Sequence[str | os.PathLike[str]]
+    ) -> None:
+        self.path, self.identity = check_path(path, overwrite=True, inputs=inputs), identity
+        self.written_at = time.monotonic()
+        remove_leftovers(self.path.parent, DAY)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write it again."""
+        return time.monotonic() - self.written_at >= CHECKPOINT_EVERY
+
+    def read(self) -> dict[str, Any]:
+        """The state of the run; empty where there is no file yet.
+
+        Raises:
+            InputError: a file that is no checkpoint, damaged, or of another run.
+            RunError: one that cannot be read now.
+        """
+        if not self.path.exists():
+            return {}
+        try:
+            state = checkpoints.read(self.path, self.identity.keys() | {"picture", "optimizer"})
+        except RunError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{self.path} is no checkpoint of a style transfer, or damaged ({first_line(error)}): name another file"
+            ) from error
+        if said := changed(state["config"], self.identity["config"], ("device",)):
+            raise InputError(
+                f"the run in {self.path} has other settings: {said}; name another file to begin anew, or from a "
+                "picture by init=PICTURE (--init PICTURE)"
+            )
+        if odd := [what for what, value in self.identity.items() if what != "config" and state[what] != value]:
+            others = " and ".join(odd)
+            raise InputError(f"the run in {self.path} was written with other {others}: name another file to begin anew")
+        return state
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Write the state of the run; a failure only warns, since the picture is worth more."""
+        self.written_at = time.monotonic()
+        try:
+            checkpoints.write(self.path, self.identity | state)
+        except OSError as error:
+            warn(f"cannot write checkpoint {self.path}: {error.strerror}")
+
+
 class _Run:
     """One style transfer: the scales, the best picture so far, and the record."""
 
@@ -279,11 +340,9 @@ class _Run:
         self._check_memory()
         self.image = self._initial(*self.sizes[0])
         self.objective: Objective | None = None
-        self.checkpoint: Path | None = None
-        self.identity: dict[str, Any] = {}  # what distinguishes it from another run
-        self.written_at = time.monotonic()  # when the checkpoint was written
+        self.checkpoint: _Checkpoint | None = None
+        self.resumed: dict[str, Any] = {}  # the state that was in it
         self.state: dict[str, Any] = {}  # after the last complete step
-        self.before: dict[str, Any] = {}  # what the run resumes from
 
     def _check_memory(self) -> None:
         """Raise `InputError` where the picture or a style cannot fit, however small the tiles are."""
@@ -355,16 +414,16 @@ class _Run:
         number = 1
         try:
             for number, (width, height) in enumerate(self.sizes, start=1):
-                if number < self.before.get("number", 1):
+                if number < self.resumed.get("number", 1):
                     continue  # already done
                 if self.image.shape[2:] != (height, width):
                     self.image = self._enlarged(width, height)
-                before = self.before if number == self.before.get("number") else {}
-                self.objective = self._objective(width, height, before.get("side", self.config.tile))
+                resumed = self.resumed if number == self.resumed.get("number") else {}
+                self.objective = self._objective(width, height, resumed.get("side", self.config.tile))
                 scale = _Scale(number, self.image, self._optimizer(number, self.objective), self.objective.side)
-                if before:
-                    scale.load_state_dict(_to(before, self.device))
-                    self.before = before = {}  # which would keep pairs that L-BFGS forgets
+                if resumed:
+                    scale.load_state_dict(_to(resumed, self.device))
+                    self.resumed = resumed = {}  # which would keep pairs that L-BFGS forgets
                 self._improve(scale, self.objective)
                 if number < len(self.sizes):
                     self.write_checkpoint()
@@ -398,7 +457,7 @@ class _Run:
             scale.begun += 1
             scale.image = scale.optimizer.step(image, grad)
             waiting.append((scale.begun, image, AsyncScalars(numbers), self._state(scale)))
-            due = self.checkpoint is not None and time.monotonic() - self.written_at >= CHECKPOINT_EVERY
+            due = self.checkpoint is not None and self.checkpoint.due
             while len(waiting) > (0 if due or scale.begun == steps else lookahead(self.device)):
                 step, image, reading, state = waiting.popleft()
                 value, *parts = reading.get()
@@ -460,34 +519,15 @@ class _Run:
 
     # ── what a killed run resumes from ────────────────────────────────────────────────────────────────────────────────
 
-    def resume_from(self, path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-        """Save the run in a file from here on, and resume from what is in it."""
-        self.checkpoint = check_path(path, overwrite=True, inputs=inputs)
-        remove_leftovers(self.checkpoint.parent, DAY)
-        self.identity = self._identity()
-        if not self.checkpoint.exists():
-            return
-        try:
-            state = checkpoints.read(self.checkpoint, self.identity.keys() | {"picture", "optimizer"})
-        except RunError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{path} is no checkpoint of a style transfer, or damaged ({first_line(error)}): name another file"
-            ) from error
-        if said := changed(state["config"], self.config.to_dict(), ("device",)):
-            raise InputError(
-                f"the run in {path} has other settings: {said}; name another file to begin anew, or from a picture "
-                "by init=PICTURE (--init PICTURE)"
-            )
-        if odd := [what for what, value in self.identity.items() if what != "config" and state[what] != value]:
-            others = " and ".join(odd)
-            raise InputError(f"the run in {path} was written with other {others}: name another file to begin anew")
-        self.before, self.history, self.done = state, state["history"], state["done"]
-        self.image = state["picture"].to(self.device)
-        self.started -= state["elapsed"]
+    def resume(self, checkpoint: _Checkpoint) -> None:
+        """Go on from what is in the file, and save the run there from here on."""
+        self.checkpoint, self.resumed = checkpoint, checkpoint.read()
+        if self.resumed:
+            self.history, self.done = self.resumed["history"], self.resumed["done"]
+            self.image = self.resumed["picture"].to(self.device)
+            self.started -= self.resumed["elapsed"]
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What distinguishes it from another run."""
         pictures = [self.content, *self.styles, *([self.start] if isinstance(self.start, Image.Image) else [])]
         digests = [hashlib.sha256(repr(each.size).encode() + each.tobytes()).hexdigest() for each in pictures]
@@ -501,15 +541,9 @@ class _Run:
         return {"picture": self.image, "told": len(self.history), "done": self.done, "elapsed": elapsed}
 
     def write_checkpoint(self) -> None:
-        """Write the checkpoint; a failure only warns, since the picture is worth more."""
-        if self.checkpoint is None or not self.state:
-            return
-        self.written_at = time.monotonic()
-        try:
-            history = self.history[: self.state["told"]]
-            checkpoints.write(self.checkpoint, self.identity | self.state | {"history": history})
-        except OSError as error:
-            warn(f"cannot write checkpoint {self.checkpoint}: {error.strerror}")
+        """Write the checkpoint, if there is one, as of the last complete step."""
+        if self.checkpoint is not None and self.state:
+            self.checkpoint.write(self.state | {"history": self.history[: self.state["told"]]})
 
     def result(self) -> StyleResult:
         """The picture as saved, and what is known about it."""
