@@ -1,5 +1,6 @@
 """The hand-written trunk against plain PyTorch, written here layer by layer from the paper's table."""
 
+import functools
 import importlib.util
 import io
 import itertools
@@ -864,6 +865,29 @@ def test_not_a_number_in_one_strip(thin, trunks):
     torch.testing.assert_close(leaf.grad[:1], alone.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_not_a_number_where_a_tap_is_computed_again(thin, trunks):
+    """The first convolution's, some rows at a time: the gradient is asked for where the tap is what was shown."""
+    trunk = trunks(ARCHS["vgg16"])
+    plan = Plan(trunk.arch, ("relu1_1", "relu2_1"))
+    x = images(1, 3, 40, 22, dtype=torch.float32)
+    x[0, 0, 30, 5] = torch.nan
+    (tap, _) = reference(x, trunk.state, trunk.arch, plan.names)
+    thin(22)
+    shown, asked = [torch.zeros(40, dtype=torch.long) for _ in range(2)]
+
+    def count(where, name, part, rows):
+        if name == "relu1_1":
+            where[rows] = part.isnan().sum((0, 1, 3))
+        return part
+
+    with torch.no_grad():
+        filters = trunk.filters(plan, x.device, x.dtype)
+        pullback = walk.Walk(filters, plan, "taps").vjp_by_rows(x, functools.partial(count, shown))
+        pullback(functools.partial(count, asked))
+    assert tap.isnan().any()
+    assert shown.tolist() == asked.tolist() == tap.isnan().sum((0, 1, 3)).tolist()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_of_any_size(trunks, dtype):
     """Up to what the type holds; what is not finite goes where it would in ordinary operations."""
@@ -972,6 +996,17 @@ def test_strips_cover_every_row_once(monkeypatch):
             seen[strip.images, strip.rows] += 1
         assert torch.equal(seen, torch.ones_like(seen))
     assert several
+
+
+def test_each_thread_has_rows_and_images_of_its_own(monkeypatch):
+    """A strip holds as many more as there are threads, which share it."""
+    plan = Plan(Arch(channels=scaled(8), head=None), ("relu2_1",))
+    monkeypatch.setattr(strips, "BYTES", 4 * 8 * 64 * 32)  # a strip of 32 rows of 64 pixels, or two images of 16 rows
+    for threads, rows, together in ((1, 32, 2), (2, 64, 4)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        large = next(strips._strips(plan, torch.float32, 1, 256, 64))
+        small = next(strips._strips(plan, torch.float32, 8, 16, 64))
+        assert (large.rows.stop, small.images.stop) == (rows, together)
 
 
 # ── plans ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
