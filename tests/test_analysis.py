@@ -1005,6 +1005,23 @@ def test_latency_is_that_of_one_image():
     assert seen == [(False, 1)] * 4 + [(False, 5)] * 4 + [(True, 5)] * 4
 
 
+def test_memory_is_that_of_one_kind_of_run_and_each_step_has_gradients_of_its_own(monkeypatch):
+    """The peak is forgotten before the batch's forward and before training; a step adds to no other's gradient."""
+    done, before = [], []
+    gauge = SimpleNamespace(reset=lambda: done.append("reset"), read=lambda: done.append("read"))
+    monkeypatch.setattr(measure, "PeakMemory", lambda device: gauge)
+    monkeypatch.setattr(measure, "_seconds", lambda run, *_: (done.append("run"), run(), run(), 1.0)[-1])
+
+    class Net(torch.nn.Linear):
+        def forward(self, x):
+            before.append((self.training, self.weight.grad is None, torch.is_inference_mode_enabled()))
+            return super().forward(x.mean((2, 3)))
+
+    measure_net(lambda: Net(3, 2), 8, 5, torch.device("cpu"), 0.0)
+    assert done == ["run", "reset", "run", "read", "reset", "run", "read"]
+    assert before == [(False, True, True)] * 4 + [(True, True, False)] * 2
+
+
 def test_measured_field_is_as_high_as_it_is_wide(narrow):
     """Not where only the middle column of each kernel is left: then 5 pixels of one column count."""
     middle = torch.tensor([0.0, 1.0, 0.0])
@@ -1049,6 +1066,15 @@ def test_the_machine_is_named_with_its_threads(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self, **_: Path("/nowhere/at/all").open())  # as on other systems
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert measure.machine(device) == f"arm64, 6 threads, torch {torch.__version__}"
+
+
+def test_memory_is_counted_in_units_of_1024_bytes_from_where_it_began(monkeypatch):
+    peaks = iter([1000, 1500])
+    status = "VmPeak:\t 90000 kB\nVmHWM:\t {} kB\nVmRSS:\t 7 kB\n"
+    monkeypatch.setattr(Path, "write_text", lambda *_: None)
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: status.format(next(peaks)))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert PeakMemory(torch.device("cpu")).read() == 500 * 1024
 
 
 def test_memory_that_cannot_be_told_is_none(monkeypatch):
