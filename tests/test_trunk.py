@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -25,7 +26,7 @@ from vggfeat.losses import PerceptualLoss, StyleLoss
 from vggfeat.trunk import Plan, Trunk, bits, direct, layers, operators, plain, run, strips, walk
 from vggfeat.trunk.bits import pack, unpack
 from vggfeat.trunk.filters import Filters, bounds, by_stage
-from vggfeat.trunk.stage import ByRows, GradientAccumulator, kept_of
+from vggfeat.trunk.stage import ByRows, GradientAccumulator, Product, kept_of
 from vggfeat.weights import load
 
 # Table 1 of the paper: channels as multiples of the first block's, M for a pool; "c1" is a 1×1 convolution
@@ -1049,6 +1050,41 @@ def test_a_callers_gradient_is_left_alone_by_one_that_comes_in_rows():
     flow.add(given)
     flow.add(ByRows(lambda part, rows: part + 2, tap))
     assert torch.equal(flow.grad, torch.full_like(given, 3)) and torch.equal(given, torch.ones_like(given))
+
+
+def test_a_product_is_the_gradient_that_it_stands_for():
+    """Of a matrix that is not symmetric, onto a gradient that a caller holds, through a ReLU or not."""
+    tap = images(2, 3, 4, 5).relu()
+    matrix, given = images(3, 3, seed=1), images(2, 3, 4, 5, seed=2)
+    expected = torch.einsum("nchw,cd->ndhw", tap, matrix)
+    torch.testing.assert_close(Product(tap, matrix).whole(), expected)
+    for masked in (False, True):
+        flow, before = GradientAccumulator(), given.clone()
+        flow.add(given)
+        flow.add_product(Product(tap, matrix), masked=masked)
+        torch.testing.assert_close(flow.grad, torch.where((tap > 0) | (not masked), given + expected, 0))
+        assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize(("config", "pooling"), [("D", "max"), ("D", "l2"), ("A-LRN", "max"), ("A-LRN", "l2")])
+def test_what_was_kept_is_freed_before_the_convolution(monkeypatch, config, pooling, keep):
+    """A stage's backward holds none of it when it comes to the gradient through the convolution."""
+    arch = Arch(config, head=None, channels=scaled(5))  # not by strips
+    trunk, plan = Trunk(arch, make_state(arch), ()), Plan(arch, ("conv3_1",), pooling)
+    ready = walk.Walk(trunk.filters(plan, torch.device("cpu"), torch.float64), plan, keep)
+    kept = [of_stage for _, of_stage in ready.forward(images(1, 3, 16, 16))]
+    held = [[weakref.ref(value) for value in of_stage.values()] for of_stage in kept]
+    assert all(held[:-1])
+    through, alive = layers.conv_backward, []
+
+    def conv_backward(*args, **options):
+        alive.append([ref() is not None for refs in held[-1 - len(alive) :] for ref in refs])
+        return through(*args, **options)
+
+    monkeypatch.setattr(layers, "conv_backward", conv_backward)
+    assert ready.backward(lambda name: images(1, 4 * 5, 4, 4), kept, (16, 16)).shape == (1, 3, 16, 16)
+    assert len(alive) == len(plan.stages) and not any(map(any, alive)) and not kept
 
 
 # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
