@@ -1021,6 +1021,19 @@ def test_plan_code_reads_back(arch):
     assert plan.by_depth == ("conv1_1", "relu3_1")
 
 
+def test_which_plans_run_in_strips():
+    """Those that pass the first block, whose bits fill bytes, and no wider than direct convolutions are for."""
+    for width, names, count in (
+        (64, ("relu1_2", "conv2_1"), 2),
+        (64, ("pool1",), 0),
+        (72, ("conv2_1",), 0),
+        (128, ("conv2_1",), 0),
+        (12, ("conv2_1",), 0),
+    ):
+        plan = Plan(Arch("D", head=None, channels=scaled(width)), names)
+        assert (plan.in_strips("cpu"), plan.in_strips("cuda")) == (count, 0)
+
+
 def test_what_is_kept():
     """Of a convolution, of one with a tap before its pool, and of one that only its pool reads."""
     plan = Plan(Arch("D", head=None), ("relu1_2", "relu3_1"))
@@ -1031,6 +1044,16 @@ def test_what_is_kept():
         "values": [("relu",), ("relu", "argmax", "pool"), ("argmax", "pool")],
         "none": [(), (), ()],
     }
+
+
+def test_small_values_have_roots_and_large_negative_ones_count():
+    tiny = torch.full((1, 1, 2, 2), 1e-12)
+    torch.testing.assert_close(layers.plain_pool(tiny, "l2"), tiny[..., :1, :1], rtol=1e-5, atol=0)
+    for value, finite in ((-1e30, True), (1e30, True), (-1e34, False), (1e34, False), (-torch.inf, False)):
+        image = torch.zeros(1, 3, 2, 2)
+        image[0, 1, 1, 0] = value
+        assert layers.stays_finite(image, [(1.0, 0.0)], [torch.inf]) == finite
+    assert layers.stays_finite(image[:0], [(1.0, 0.0)], [torch.inf])  # no image
 
 
 def test_bounds_count_what_biases_add():
@@ -1105,8 +1128,9 @@ def test_shared_trunk_grows_and_forgets():
     state = make_state(arch)
     shallow = {key: value for key, value in state.items() if key.startswith("features.0.")}
     first = Trunk.shared(arch, shallow, ("grow",))
+    held = first.state["features.0.weight"]
     second = Trunk.shared(arch, state, ("grow",))
-    assert first is second
+    assert first is second and second.state["features.0.weight"] is held
     assert first.state.keys() == state.keys()
     key = (arch, "grow")
     assert key in Trunk._live

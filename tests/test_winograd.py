@@ -70,7 +70,7 @@ def test_equals_the_convolution_and_its_gradients(n, c, k, height, width, pad):
 
 @pytest.mark.parametrize("pad", [1, 2])
 def test_of_several_images_in_bands_each_has_borders_of_its_own(monkeypatch, pad):
-    for name, value in (("WORKSPACE", 1), ("LEAST", 40), ("SUMMED", 40)):
+    for name, value in (("BAND", 40), ("SUMMED", 40)):
         monkeypatch.setattr(winograd, name, value)
     x, weight = drawn(3, 8, 83, 90), drawn(8, 8, 3, 3, seed=1)
     exact = F.conv2d(x.double(), weight.double(), padding=pad)
@@ -80,12 +80,34 @@ def test_of_several_images_in_bands_each_has_borders_of_its_own(monkeypatch, pad
     assert error(weight_gradient(x, grad, pad), of_weight) < 1e-5
 
 
+@pytest.mark.parametrize("size", [6, 8])
+def test_a_last_band_of_fewer_images_sums_nothing_of_those_before(monkeypatch, size):
+    """With tiles that hang over the border, so that a band is copied, and with those that fit."""
+    monkeypatch.setattr(winograd, "SUMMED", 8)  # two images of four tiles
+    x, grad = drawn(5, 8, size, size), drawn(5, 8, size, size, seed=1)
+    expected = torch.nn.grad.conv2d_weight(x.double(), (8, 8, 3, 3), grad.double(), padding=1)
+    assert error(weight_gradient(x, grad, 1), expected) < 1e-5
+
+
+def test_tiles_of_a_band_and_memory_that_is_kept(monkeypatch):
+    """For each thread as many; a weight's gradient is summed over more, and laid out as weights are in training."""
+    of, seen = winograd._Bands.of, []
+    monkeypatch.setattr(winograd._Bands, "of", staticmethod(lambda *args: seen.append(args[-1]) or of(*args)))
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        convolve(drawn(1, 8, 6, 6), transformed(drawn(8, 8, 3, 3)), None, 1)
+    assert seen == [128, 384]
+    x = drawn(1, 8, 6, 6)
+    assert weight_gradient(x, x, 1).is_contiguous(memory_format=torch.channels_last) and seen[-1] == 256
+    before = winograd._workspace(2, 1000).data_ptr()
+    assert winograd._workspace(1, 10).data_ptr() == before == winograd._workspace(2, 1000).data_ptr()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("images", "height", "width"), [(1, 200, 37), (3, 21, 18), (1, 16, 16), (1, 130, 300)])
 def test_what_comes_out_may_take_the_place_of_what_goes_in(monkeypatch, images, height, width, dtype):
     """To the same bits, over many bands and over images together; where it does not fit it goes elsewhere."""
-    monkeypatch.setattr(winograd, "WORKSPACE", 1)
-    monkeypatch.setattr(winograd, "LEAST", 40)
+    monkeypatch.setattr(winograd, "BAND", 40)
     x = drawn(images, 64, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
     tiles, bias = transformed(drawn(64, 64, 3, 3, seed=1) / 24), drawn(64, seed=2)
     for options in ({"relu": True}, {"transposed": True}):
@@ -189,6 +211,8 @@ def test_where_it_is_used(monkeypatch):
     for hardware in (True, False):
         monkeypatch.setattr(devices, "multiplies_bfloat16", lambda hardware=hardware: hardware)
         assert is_faster(cpu, torch.bfloat16, *large) != hardware
+    for channels, faster in (((64, 64), False), ((64, 128), True), ((128, 64), True), ((3, 128), False)):
+        assert is_faster(cpu, torch.float32, *channels, 64, 64) == faster
     assert not is_faster(cpu, torch.float32, 3, 64, 64, 64) and not is_faster(cpu, torch.float32, 256, 256, 8, 64)
     before = torch.get_float32_matmul_precision()
     try:  # products of rounded factors were asked for; a convolution's are not meant

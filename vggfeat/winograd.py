@@ -29,10 +29,9 @@ from vggfeat.modes import constant_when_traced, no_autocast
 TILE = 4
 POINT = 2 / 3
 FLIPPED = [5, 3, 4, 1, 2, 0]  # where each of the points 0, p, -p, 1/p, -1/p, ∞ goes when a kernel is flipped
-# a band has as many tiles as fit into so many values of a workspace's buffer for each thread (1 MB), but no fewer than
-# `LEAST`, since every band reads all weights once: with 512 channels that takes 7 MB
-WORKSPACE = 1 << 18
-LEAST = 128
+# tiles of a band for each thread: a buffer of the workspace takes 1 MB with 64 channels and 9 MB with 512, with fewer
+# tiles less, but every band reads all weights once
+BAND = 128
 SUMMED = 256  # tiles of a band for a weight's gradient, since every band reads and writes all of it once
 
 
@@ -248,8 +247,7 @@ def convolve(
     n, h, w, c = images.shape
     k = transformed_weight.shape[2]
     height, width = h + 2 * pad - 2, w + 2 * pad - 2
-    fits = max(LEAST, WORKSPACE // (36 * max(c, k))) * torch.get_num_threads()
-    bands = _Bands.of(n, height, width, fits)
+    bands = _Bands.of(n, height, width, BAND * torch.get_num_threads())
     one, two = _workspace(2, 36 * bands.padded * max(c, k))
     inputs = _Inputs(images, pad, bands, to_points, one, two)
     # each in a buffer that has been read by then: (36,tiles,K) to (6,4,tiles·K) to (4,4,tiles·K)
