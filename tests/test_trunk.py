@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vggfeat import vgg16
 from vggfeat.arch import Arch, scaled
@@ -471,6 +472,50 @@ def test_tap_gradients_of_any_layout_are_used_and_left_alone(trunks, arch, pooli
             torch.testing.assert_close(a, b, msg=lambda text, label=label: f"{label}: {text}")
             for grad, copied in zip(grads, before, strict=True):
                 assert torch.equal(grad, copied), label
+
+
+def test_other_ways_to_a_gradient_inside_autocast(trunks):
+    """Many gradients at once, and second derivatives, are as exact as if they were not inside of it."""
+    trunk, plan = trunks(ARCHS["vgg16"]), Plan(ARCHS["vgg16"], ("relu2_1",))
+    x = images(1, 3, 8, 8, dtype=torch.float32).requires_grad_()
+    (tap,) = run(x, trunk.filters(plan, x.device, x.dtype), plan)
+    (slope,) = torch.autograd.grad(tap.square().sum(), x, create_graph=True)
+    many, some = images(2, *tap.shape, seed=1, dtype=torch.float32), images(*x.shape, seed=2, dtype=torch.float32)
+
+    def derivatives():
+        yield torch.autograd.grad(tap, x, many, is_grads_batched=True, retain_graph=True)[0]
+        yield torch.autograd.grad(slope, x, some, retain_graph=True)[0]
+
+    expected = [*derivatives()]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [*derivatives()]
+    for ours, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_many_gradients_at_once_can_be_differentiated(trunks):
+    trunk, plan = trunks(ARCHS["vgg16"]), Plan(ARCHS["vgg16"], ("relu2_1",), "l2")
+    found = []
+    for ours in (True, False):
+        x = images(1, 3, 8, 8).requires_grad_()
+        if ours:
+            (tap,) = run(x, trunk.filters(plan, x.device, x.dtype), plan)
+        else:
+            (tap,) = reference(x, trunk.state, trunk.arch, plan.names, plan.pooling)
+        many = images(2, *tap.shape, seed=1)
+        (rows,) = torch.autograd.grad(tap, x, many, is_grads_batched=True, create_graph=True)
+        found.append(torch.autograd.grad(rows.square().sum(), x)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=1e-9)
+
+
+def test_the_smallest_image_for_reflection(trunks):
+    """Every 3×3 convolution needs two pixels; one less than that, ordinary padding refuses."""
+    for arch, name in (("vgg16", "conv2_1"), ("vgg16", "pool2"), ("C", "relu3_3")):
+        plan = Plan(ARCHS[arch], (name,), "max", "reflect")
+        trunk, least = trunks(plan.arch), plan.min_size
+        compare(trunk, plan.names, padding="reflect", shape=(1, 3, least, least))
+        with pytest.raises(RuntimeError, match="[Pp]adding"):
+            reference(images(1, 3, least - 1, least - 1), trunk.state, trunk.arch, plan.names, padding="reflect")
 
 
 def test_backward_twice_gives_the_same(trunks):
@@ -1373,6 +1418,7 @@ def test_small_maps_are_convolved_by_reordered_weights(monkeypatch):
     monkeypatch.setattr(layers.winograd, "is_faster", lambda *_: False)
     plan, x = Plan(arch, ("relu3_2",)), images(2, 3, 36, 40, dtype=torch.float32)
     trunk.filters(plan, x.device, x.dtype, size=(160, 160))
+    trunk.filters(plan, x.device, x.dtype)  # of maps of any size
     assert reordered == []
     for _ in range(2):
         filters = trunk.filters(plan, x.device, x.dtype, size=(36, 40))
@@ -1385,6 +1431,33 @@ def test_small_maps_are_convolved_by_reordered_weights(monkeypatch):
     exact = x.double().requires_grad_()
     reference(exact, trunk.state, arch, plan.names)[0].sum().backward()
     assert (leaf.grad.double() - exact.grad).norm() / exact.grad.norm() < 1e-4
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_a_weight_in_another_layout_takes_its_place(monkeypatch):
+    x, weight = images(1, 3, 6, 6, dtype=torch.float32), images(4, 3, 3, 3, seed=1, dtype=torch.float32)
+    monkeypatch.setattr(direct, "_reordered", {weight: 2 * weight})  # to be told apart
+    torch.testing.assert_close(direct.convolve(x, weight, None, 1), F.conv2d(x, 2 * weight, padding=1))
+
+
+@pytest.mark.parametrize("tap", [0, 1, 2])
+def test_flops_are_those_of_ordinary_convolutions(trunks, tap):
+    """Forward, and backward from the first tap and another; of 1×1 convolutions, too."""
+    trunk, counts = trunks(ARCHS["C"]), []
+    plan = Plan(trunk.arch, ("conv1_1", "relu2_1", "relu3_3"))
+    x = images(2, 3, 16, 20)
+    filters = trunk.filters(plan, x.device, x.dtype)
+    for ways in (
+        lambda leaf: run(leaf, filters, plan),
+        lambda leaf: reference(leaf, trunk.state, trunk.arch, plan.names),
+    ):
+        leaf = x.clone().requires_grad_()
+        with FlopCounterMode(display=False) as forward:
+            taps = ways(leaf)
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(taps[0].sum() + taps[tap].sum(), leaf)
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counts[0] == counts[1] and min(counts[0]) > 0
 
 
 def test_threads_share_what_the_first_prepares(monkeypatch):

@@ -303,6 +303,18 @@ def test_weights_that_only_ordinary_operations_need_are_not_copied(features):
     assert len(tiled) == 3 and all(weight.data_ptr() in originals for weight in tiled)
 
 
+def test_a_callers_gradient_of_a_convolution_is_not_overwritten(monkeypatch):
+    """Though the gradient of its input would fit there."""
+    monkeypatch.setattr(winograd, "is_faster", lambda device, dtype, channels, *_: channels == 96)
+    arch = Arch("D", head=None, channels=(96, 8, 8, 8, 8))
+    features = VGGFeatures(["conv1_2"], arch=arch, weights="random")
+    x = drawn(1, 3, 32, 32).sigmoid().requires_grad_()
+    grad = drawn(1, 96, 32, 32, seed=1).contiguous(memory_format=torch.channels_last)
+    before = grad.clone()
+    features(x)["conv1_2"].backward(grad)
+    assert torch.equal(grad, before) and x.grad.abs().max() > 0
+
+
 def test_second_derivatives(features):
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
