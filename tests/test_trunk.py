@@ -518,6 +518,26 @@ def test_the_smallest_image_for_reflection(trunks):
             reference(images(1, 3, least - 1, least - 1), trunk.state, trunk.arch, plan.names, padding="reflect")
 
 
+def test_the_first_convolution_in_bfloat16_is_exact_to_16_bits(trunks):
+    """Before its sum is rounded: neither the images' lower halves are lost, nor the weight's."""
+    trunk = trunks(ARCHS["vgg16"])
+    x = images(1, 3, 8, 8, dtype=torch.float32)
+    weight = trunk.filters(Plan(trunk.arch, ("conv1_1",)), x.device, torch.bfloat16)[0]
+    found = F.conv2d(layers.split_bfloat16(x, weight).double(), weight.double())
+    exact = F.conv2d(x.double(), trunk.state["features.0.weight"].double())
+    assert (found - exact).norm() / exact.norm() < 2**-15
+
+
+def test_a_tap_is_let_go_once_its_gradient_is_known(trunks):
+    trunk = trunks(ARCHS["vgg16"])
+    plan, x = Plan(trunk.arch, ("relu1_1", "relu2_1")), images(1, 3, 16, 16)
+    with torch.no_grad():
+        taps, pullback = walk.Walk(trunk.filters(plan, x.device, x.dtype), plan, "taps").vjp(x)
+        left = []
+        pullback(lambda name, tap: left.append([*taps]) or torch.ones_like(tap))
+    assert left == [["relu1_1"], []]
+
+
 def test_backward_twice_gives_the_same(trunks):
     arch = ARCHS["vgg16"]
     plan = Plan(arch, ("relu1_1", "pool1", "relu2_2"))
