@@ -165,7 +165,7 @@ def test_a_curve_has_what_was_measured_be_it_0_and_nothing_else(tmp_path):
 def plain(run, steps):
     """The same steps in the plainest way: torch's modules and optimizer, no helper of ours but the batches."""
     torch.manual_seed(0)
-    net = components.network(run.config, 3)
+    net = components.build_network(run.config, 3)
     net.load_state_dict(run.net.state_dict())
     for module in net.features:
         if isinstance(module, nn.Conv2d):
@@ -275,8 +275,8 @@ def test_compiled(data, tmp_path, monkeypatch):
 
 def rates(config, steps=10):
     net = vggfeat.vgg11(num_classes=2, width=0.125, head="slim")
-    optimizer = components.optimizer(net, config)
-    scheduler = components.schedule(optimizer, config, steps)
+    optimizer = components.build_optimizer(net, config)
+    scheduler = components.build_schedule(optimizer, config, steps)
     found = []
     for _ in range(config.epochs * steps):
         found.append(optimizer.param_groups[0]["lr"])
@@ -311,19 +311,22 @@ def test_schedules():
 def test_groups_of_parameters():
     net = vggfeat.vgg11(num_classes=2, batch_norm=True, width=0.125, head="slim")
     config = TrainConfig(lr=0.1, features_lr=0.5, weight_decay=1e-3)
-    groups = {(g["lr"], g["weight_decay"]): len(g["params"]) for g in components.optimizer(net, config).param_groups}
+    groups = {
+        (g["lr"], g["weight_decay"]): len(g["params"]) for g in components.build_optimizer(net, config).param_groups
+    }
     assert groups == {(0.05, 1e-3): 8, (0.05, 0.0): 24, (0.1, 1e-3): 1, (0.1, 0.0): 1}
-    groups = components.optimizer(net, TrainConfig(lr=0.1, decay_all=True)).param_groups
+    groups = components.build_optimizer(net, TrainConfig(lr=0.1, decay_all=True)).param_groups
     assert [len(g["params"]) for g in groups] == [34]
     kinds = {
-        kind: type(components.optimizer(net, TrainConfig(optimizer=kind))) for kind in ("sgd", "adam", "adamw", "muon")
+        kind: type(components.build_optimizer(net, TrainConfig(optimizer=kind)))
+        for kind in ("sgd", "adam", "adamw", "muon")
     }
     assert kinds == {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
     for nesterov in (False, True):
-        (group, *_) = components.optimizer(net, TrainConfig(nesterov=nesterov)).param_groups
+        (group, *_) = components.build_optimizer(net, TrainConfig(nesterov=nesterov)).param_groups
         assert (group["nesterov"], group["momentum"]) == (nesterov, 0.9)
     for kind in ("adam", "adamw"):
-        made = components.optimizer(net, TrainConfig(optimizer=kind, momentum=0.8))
+        made = components.build_optimizer(net, TrainConfig(optimizer=kind, momentum=0.8))
         assert made.param_groups[0]["betas"] == (0.8, 0.999)
 
 
@@ -1417,7 +1420,10 @@ def test_fast_takes_shorter_steps_from_weights():
     )  # whether the network is named or not
     assert vggfeat.recipe("fast").lr == vggfeat.recipe("fast", weights="random", arch="vgg16_bn").lr == 0.05
     config = vggfeat.recipe("fast", weights="random", new_head=True)  # of the VGG-16 without batch normalisation
-    assert components.network(config, 10).arch.name == "vgg16" and config.lr == vggfeat.recipe("fast", arch="vgg16").lr
+    assert (
+        components.build_network(config, 10).arch.name == "vgg16"
+        and config.lr == vggfeat.recipe("fast", arch="vgg16").lr
+    )
 
 
 def test_other_peoples_folders_are_left_alone(data, tmp_path):
@@ -1827,17 +1833,17 @@ def test_a_run_without_its_checkpoints_is_not_overwritten(tmp_path, left):
     """Somebody deleted them to save room: what the run came to is still there."""
     facts = {"classes": ["a", "b"], "data": "x"} | TrainConfig().to_dict()
     (tmp_path / "config.json").write_text(json.dumps(facts))
-    folder_module.check(tmp_path, TrainConfig(), resume=False)  # killed before its first checkpoint
+    folder_module.check_folder(tmp_path, TrainConfig(), resume=False)  # killed before its first checkpoint
     (tmp_path / left).write_bytes(b"results")
     with pytest.raises(InputError, match="already exists"):
-        folder_module.check(tmp_path, TrainConfig(), resume=False)
+        folder_module.check_folder(tmp_path, TrainConfig(), resume=False)
     with pytest.raises(InputError, match="has no checkpoint to resume from"):
-        folder_module.check(tmp_path, TrainConfig(), resume=True)
+        folder_module.check_folder(tmp_path, TrainConfig(), resume=True)
 
 
 def test_muon_takes_the_momentum_and_a_warm_up_is_rounded():
     net = vggfeat.vgg11(num_classes=2, batch_norm=True, width=0.125, head="slim")
-    groups = components.optimizer(net, TrainConfig(optimizer="muon", momentum=0.8)).param_groups
+    groups = components.build_optimizer(net, TrainConfig(optimizer="muon", momentum=0.8)).param_groups
     assert {group["momentum"] for group in groups} == {0.8}
     warm = rates(TrainConfig(lr=1.0, epochs=10, schedule="constant", warmup=0.29))  # 2.9 steps
     assert warm[2] < 1 == warm[3]
@@ -1855,7 +1861,7 @@ def test_shares_of_mixed_images_have_their_own_distributions(torchvision):
         mean = {}
         for alpha in (0.05, 20.0):  # Beta(α, α): near 0 or 1, or near ½
             torch.manual_seed(0)
-            mix = components.mixing(TrainConfig(**{option: alpha}), 4)
+            mix = components.build_mixing(TrainConfig(**{option: alpha}), 4)
             shares = torch.stack([mix(images, labels)[1].amax(1).mean() for _ in range(50)])
             mean[alpha] = float(shares.mean())
         assert mean[0.05] > mean[20.0] + 0.03, option
@@ -1884,23 +1890,23 @@ def test_the_scale_of_losses_halves_where_gradients_overflow_and_is_saved():
 def test_muon_computes_in_float32_where_the_network_does_in_float16():
 
     net = vggfeat.vgg11(num_classes=2, width=0.125, head="slim")
-    assert components.optimizer(net, TrainConfig(optimizer="muon", precision="float16")).dtype == torch.float32
+    assert components.build_optimizer(net, TrainConfig(optimizer="muon", precision="float16")).dtype == torch.float32
 
 
 def test_dropout_is_what_the_settings_say():
     """Of a network that begins anew, one with weights, and one that goes on."""
 
     state = vggfeat.vgg11(num_classes=3, width=0.125, head="slim").state_dict()
-    scratch = components.network(TrainConfig(arch="vgg11", width=0.125, dropout=0.2), 3)
+    scratch = components.build_network(TrainConfig(arch="vgg11", width=0.125, dropout=0.2), 3)
     given = TrainConfig(weights=state, dropout=0.2)
-    for net in (scratch, components.network(given, 3), components.network(given, 3, scratch.arch)):
+    for net in (scratch, components.build_network(given, 3), components.build_network(given, 3, scratch.arch)):
         assert {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)} == {0.2}
 
 
 def test_a_new_head_is_drawn_as_the_settings_say():
 
     state = vggfeat.vgg11(num_classes=3, head="slim", width=0.5).state_dict()
-    net = components.network(TrainConfig(weights=state, new_head=True, init="paper"), 1000)
+    net = components.build_network(TrainConfig(weights=state, new_head=True, init="paper"), 1000)
     assert float(net.classifier[-1].weight.detach().std()) == pytest.approx(0.1, rel=0.05)  # section 3.1
     assert torch.equal(net.features[0].weight, state["features.0.weight"])
 
@@ -2056,10 +2062,12 @@ def test_checkpointing_keeps_less_for_the_backward(data, tmp_path):
 def test_a_folder_that_fills_while_images_are_read_is_left_alone(data, tmp_path):
     images, test = vggfeat.load_images(data)
     config, folder = TrainConfig(**TINY), tmp_path / "r"
-    folder_module.check(folder, config, resume=False)
+    folder_module.check_folder(folder, config, resume=False)
     pictures.folder(folder, {"mine.txt": b"mine"})
     with contextlib.ExitStack() as lock, pytest.raises(InputError, match="already exists"):
-        folder_module.begin(folder, config, components.network(config, 3).arch, images, test, False, lock)
+        folder_module.begin_or_resume(
+            folder, config, components.build_network(config, 3).arch, images, test, False, lock
+        )
     assert not (folder / "config.json").exists()
 
 
@@ -2094,10 +2102,13 @@ def test_new_networks_are_those_of_the_settings():
     config = TrainConfig(arch="vgg11", width=0.125, head="paper", init="paper", dropout=0.3)
     state = vggfeat.vgg11(3, head="slim", width=0.125).state_dict()
     with pytest.raises(WeightsError, match="slim head for 3 classes, the run wants a paper head for 3"):
-        components.network(TrainConfig(weights=state, head="paper"), 3)
-    for net in (components.network(config, 3), components.network(TrainConfig(weights=state, init="paper"), 3)):
+        components.build_network(TrainConfig(weights=state, head="paper"), 3)
+    for net in (
+        components.build_network(config, 3),
+        components.build_network(TrainConfig(weights=state, init="paper"), 3),
+    ):
         assert net.init == "paper"
-    assert components.network(config, 3).arch.head == "paper"
+    assert components.build_network(config, 3).arch.head == "paper"
 
 
 def test_biases_before_a_frozen_batch_normalisation_learn():
@@ -2126,6 +2137,6 @@ def test_a_folder_with_settings_of_something_else_is_somebodys(data, tmp_path):
 
 def test_the_layer_that_is_named_is_frozen_too():
     state = vggfeat.vgg11(3, width=0.125, head="slim").state_dict()
-    net = components.network(TrainConfig(weights=state, freeze="conv2_1"), 3)
+    net = components.build_network(TrainConfig(weights=state, freeze="conv2_1"), 3)
     frozen = {name for name, value in net.named_parameters() if not value.requires_grad}
     assert frozen == {f"features.{number}.{kind}" for number in (0, 3) for kind in ("weight", "bias")}

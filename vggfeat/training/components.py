@@ -20,7 +20,7 @@ from vggfeat.training.muon import Muon
 from vggfeat.weights import load, load_weights
 
 
-def network(config: TrainConfig, num_classes: int, resumed: Arch | None = None) -> VGG:
+def build_network(config: TrainConfig, num_classes: int, resumed: Arch | None = None) -> VGG:
     """The network that a configuration begins with; of a run that is resumed its kind alone, without the weights.
 
     Raises:
@@ -66,7 +66,7 @@ def redundant_biases(net: VGG) -> list[Tensor]:
     return biases
 
 
-def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer, with two learning rates; biases and batch normalisation do not decay unless asked for."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, value in net.named_parameters():
@@ -89,7 +89,7 @@ def optimizer(net: VGG, config: TrainConfig) -> torch.optim.Optimizer:
     return kind(parameters, betas=(config.momentum, 0.999), fused=fused, capturable=device.type == "cuda")
 
 
-def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
     """The learning rate schedule, by steps."""
     total, warmup = config.epochs * steps, round(config.warmup * steps)
     if config.schedule == "onecycle":
@@ -119,7 +119,7 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
     return lr_scheduler.SequentialLR(optimizer, [before, main], [warmup])
 
 
-def mixing(config: TrainConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+def build_mixing(config: TrainConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     """Mixup, CutMix (both torchvision's), or one of both for each batch; None for neither.
 
     Raises:

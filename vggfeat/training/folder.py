@@ -58,7 +58,7 @@ class Epoch:
     skipped: int
 
 
-def check(folder: Path, config: TrainConfig, resume: bool, sources: Sequence[Any] = ()) -> None:
+def check_folder(folder: Path, config: TrainConfig, resume: bool, sources: Sequence[Any] = ()) -> None:
     """Make sure that nothing in the folder will be lost: it is as good as empty, or its run is to be resumed.
 
     A run that ended before its first checkpoint leaves nothing to lose.
@@ -131,7 +131,7 @@ def arch_of(folder: Path) -> Arch | None:
         raise InputError(f"{folder / 'config.json'} was changed: its network is {recorded}") from error
 
 
-def begin(
+def begin_or_resume(
     folder: Path,
     config: TrainConfig,
     arch: Arch,
@@ -163,7 +163,7 @@ def begin(
         lock.enter_context(locked(folder))
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-    check(folder, config, resume)  # what was made there meanwhile
+    check_folder(folder, config, resume)  # what was made there meanwhile
     state, damaged = checkpoint.newest(folder / "checkpoints", NEEDED) if resume else (None, [])
     if resume and damaged and state is None:
         raise InputError(f"no checkpoint in {folder} is intact, start another run: {'; '.join(damaged)}")

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vggfeat.cuda_graphs import captured, supports_capture
 from vggfeat.devices import triton_kernels
 from vggfeat.network import VGG
-from vggfeat.training.components import optimizer, redundant_biases
+from vggfeat.training.components import build_optimizer, redundant_biases
 from vggfeat.training.config import TrainConfig
 from vggfeat.training.distributed import World, desynchronise, synchronise
 
@@ -50,7 +50,7 @@ class Learner:
             self.model = Fused(net)
         if world.size > 1:
             self.model = DistributedDataParallel(self.model)
-        self.optimizer = optimizer(net, config)
+        self.optimizer = build_optimizer(net, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.whole_step = self._whole_step
         # kernel by kernel, a step on a GPU takes longer to launch than to run: after a few it is captured, and replayed

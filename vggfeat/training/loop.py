@@ -27,12 +27,12 @@ from vggfeat.modes import with_gradients
 from vggfeat.network import VGG
 from vggfeat.signals import on_termination
 from vggfeat.training.batches import Batch, Batches, scale_for, seeded, split_holdout
-from vggfeat.training.components import mixing, network, schedule
+from vggfeat.training.components import build_mixing, build_network, build_schedule
 from vggfeat.training.config import TrainConfig, Views
 from vggfeat.training.data import ImageSet, load_images
 from vggfeat.training.distributed import World, all_gather_union, all_reduce_sum, process_group, run_on_main
 from vggfeat.training.evaluation import Evaluation, evaluate_network, place_of
-from vggfeat.training.folder import Board, Epoch, arch_of, begin, check, write_log, write_weights
+from vggfeat.training.folder import Board, Epoch, arch_of, begin_or_resume, check_folder, write_log, write_weights
 from vggfeat.training.learner import Learner
 from vggfeat.training.readers import Readers, ScaledImages, reader_errors
 
@@ -130,7 +130,7 @@ def train(
     config, folder = config or TrainConfig(), Path(folder)
     with process_group(config.device) as world, _repeatable(config, world):
         says = announce if announce is not None and world.is_main else _silent
-        run_on_main(lambda: check(folder, config, resume, (data, test)), world)
+        run_on_main(lambda: check_folder(folder, config, resume, (data, test)), world)
         images, test_images = load_images(data, test, resize=config.resize, bad_images=config.bad_images)
         if len(images.classes) < 2:
             raise InputError(f"{images.label} has one class, {images.classes[0]}: there is nothing to tell apart")
@@ -142,7 +142,7 @@ def train(
         run = _Run(config, images, test_images, world, folder, callback if world.is_main else None, says, arch)
         with ExitStack() as lock:
             state, damaged = run_on_main(
-                lambda: begin(folder, config, run.net.arch, images, test_images, resume, lock), world
+                lambda: begin_or_resume(folder, config, run.net.arch, images, test_images, resume, lock), world
             )
             for text in run.summary(damaged):
                 says(text)
@@ -218,7 +218,7 @@ class _Run:
         self.batches = Batches(images, config, self.size, world)
         self.readers = None if test is None else Readers(ScaledImages(test.read), config.workers)
         with torch.device("cpu"):  # drawn there, whatever the default device is, so that a seed means the same network
-            net = network(config, len(images.classes), resumed)
+            net = build_network(config, len(images.classes), resumed)
         self.net = net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net.checkpointing = config.checkpointing
         self.average = get_ema_multi_avg_fn(config.ema)
@@ -236,8 +236,8 @@ class _Run:
                 f"images are tested {scale} pixels high or wide, smaller than size {self.size}: set resize"
             )
         self.views = Views(self.size, (scale,) if scale >= self.size else None)
-        self.scheduler = schedule(self.learner.optimizer, config, self.batches.steps)
-        self.mix = mixing(config, len(images.classes))
+        self.scheduler = build_schedule(self.learner.optimizer, config, self.batches.steps)
+        self.mix = build_mixing(config, len(images.classes))
         self.epoch = self.step = 0  # done so far; steps of the epoch in progress
         self.history: list[Epoch] = []
         wide = torch.float32 if world.device.type == "mps" else torch.float64  # which MPS lacks
