@@ -654,6 +654,11 @@ def test_distances_of_folders_are_those_of_their_pairs(small, tmp_path, call):
     pictures_of_noise(24, 25, 0).save(tmp_path / "b" / "x.png")
     code, _, err = call("distance a b")
     assert code == 2 and "x.png: the images differ in size, 32×24 and 25×24" in err and err.count("\n") == 1
+    assert "25×24: scale or crop one of them first" in err  # of other shapes: no one size would do
+    pictures_of_noise(18, 24, 0).save(tmp_path / "b" / "x.png")
+    for same in ("a b", "a/x.png b/x.png"):
+        assert "the images differ in size, 32×24 and 24×18: --size 24 resizes both\n" in call(f"distance {same}")[2]
+    assert call("distance a b --size 24")[0] == 0
     (tmp_path / "b" / "x.png").write_bytes(b"no image")
     assert f"{Path('b') / 'x.png'}: expected an image" in call("distance a b")[2]
     (tmp_path / "c").mkdir()

@@ -234,7 +234,10 @@ def _two(a: ImageLike, b: ImageLike, size: int | None) -> tuple[Tensor, Tensor]:
     first, second = load_image(a, size), load_image(b, size)
     if first.shape != second.shape:
         (h, w), (k, v) = first.shape[2:], second.shape[2:]
-        raise InputError(f"the images differ in size, {w}×{h} and {v}×{k}: scale or crop one of them first")
+        least = min(max(w, h), max(v, k))
+        alike = size is None and fit(w, h, least) == fit(v, k, least)  # of one shape but for rounding
+        hint = f"size={least} (--size {least}) resizes both" if alike else "scale or crop one of them first"
+        raise InputError(f"the images differ in size, {w}×{h} and {v}×{k}: {hint}")
     return first, second
 
 
