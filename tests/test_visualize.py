@@ -465,6 +465,7 @@ def test_maps_refuse_what_is_not_there(small):
         ({"layer": "relu1_2"}, "has no layer 'relu1_2'"),
         ({"layer": "relu1_1", "order": "weakest"}, "unknown order"),
         ({"layer": "relu1_1", "count": 0}, "count must be a whole number of at least 1"),
+        ({"layer": "relu1_1", "tile": 0}, "tile must be a whole number of at least 1"),
         ({"layer": "relu1_1", "scale": "own"}, "unknown scale"),
         ({"layer": "relu1_1", "channels": []}, "no channel"),
     ):

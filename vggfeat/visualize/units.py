@@ -163,6 +163,7 @@ def maps(
         WeightsError: weights that are unavailable or do not reach the layer.
     """
     check_choice("scale", scale, ("each", "shared"))
+    tile = whole_number("tile", tile)
     loaded = load(weights, arch)
     features = VGGFeatures([layer], weights=loaded)
     features.arch.layer(layer)
