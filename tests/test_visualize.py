@@ -385,7 +385,7 @@ def test_patches_are_large_enough_to_be_seen(small):
 
 def test_titles_say_what_is_shown(small):
     image = noise(32, 48)
-    assert filters("conv2_1", image, count=1, weights=small).title.endswith("of conv2_1, vgg11 (random): 8 x 8 pixels")
+    assert filters("conv2_1", image, count=1, weights=small).title.endswith("of conv2_1, vgg11 (random): 8×8 pixels")
     for options, which in (
         ({"count": 3}, ", the strongest 3 of 8"),
         ({"count": 3, "order": "first"}, ", the first 3 of 8"),

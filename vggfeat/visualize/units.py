@@ -73,7 +73,7 @@ def filters(
         tensors = [load_image(image, size) for image in several]
         shown, tiles = _patch_tiles(loaded, spec, tensors, whole_number("patches", patches), tile, pick)
         field = spec.receptive_field
-        title = f"Maximally activating patches of {layer}, {net}: {field} x {field} pixels"
+        title = f"Maximally activating patches of {layer}, {net}: {field}×{field} pixels"
     elif layer == "conv1_1":
         shown, tiles = _kernel_tiles(loaded.state["features.0.weight"], tile, pick)
         title = f"Filters of {layer}, {net}"
