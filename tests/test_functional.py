@@ -41,6 +41,16 @@ def test_both_ways_to_a_gram_matrix(add, band, monkeypatch):
     assert torch.allclose(VF.gram(features).double(), looped_gram(features), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("convolution", "matmul", "faster"), [(1.0, 1.1, False), (1.0, 3.0, True), (3.0, 1.0, False)])
+def test_two_ways_about_as_fast_are_no_matter_of_chance(convolution, matmul, faster, monkeypatch):
+    """The convolution is taken where it is clearly faster, so that two runs on one machine take the same way."""
+    now = [0.0]
+    monkeypatch.setattr(VF.time, "perf_counter", lambda: now[0])
+    for add, seconds in ((VF._add_by_convolution, convolution), (VF._add_by_matmul, matmul)):
+        monkeypatch.setattr(VF, add.__name__, lambda *_, seconds=seconds: now.append(now.pop() + seconds))
+    assert VF._convolution_is_faster.__wrapped__() is faster
+
+
 def test_gram_where_the_same_bits_are_asked_for(monkeypatch):
     """The way does not go by what was faster in this process."""
     ways = {add: [] for add in (VF._add_by_matmul, VF._add_by_convolution)}

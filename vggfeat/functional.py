@@ -33,6 +33,7 @@ EPS = 1e-10
 CHARBONNIER_EPS = 1e-3
 BAND = 1 << 18  # values of features at a time on a CPU: 1 MB in float32, of which caches hold a few
 GRAM_BAND = 1 << 20  # the same for Gram matrices, which are themselves up to 1 MB
+CLEARLY = 1.5  # how many times as fast one of two ways must be measured to be taken for faster
 TINY = 1e-36  # added under a root whose gradient at 0 would be infinite
 
 
@@ -172,7 +173,7 @@ class _Products(torch.autograd.Function):
                 # without a float32 copy: products of bfloat16 are exact in float32, in which matrix units add them up
                 return torch.bmm(places.mT, places, out_dtype=torch.float32)
         out = features.new_zeros(n, c, c, dtype=upcast(features[:0]).dtype)
-        # which is faster is measured, and another process may measure otherwise
+        # which is faster is measured, and where that is close enough another process may measure otherwise
         tried = not torch.are_deterministic_algorithms_enabled() and _convolution_is_faster()
         add = _add_by_convolution if tried else _add_by_matmul
         rows = max(1, GRAM_BAND // (c * w))
@@ -214,16 +215,20 @@ def _add_by_convolution(total: Tensor, part: Tensor) -> None:
 
 @functools.cache
 def _convolution_is_faster() -> bool:
-    """Whether the convolution is faster here, by trying: processors differ several-fold, either way."""
+    """Whether the convolution is clearly faster here, by trying: processors differ several-fold, either way.
+
+    Where the two are about as fast, chance must not decide: they round differently, and the pictures that two runs of
+    one command end in would differ visibly.
+    """
     total = torch.zeros(64, 64, dtype=torch.float32, device="cpu")
     part = torch.ones(1, 64, 32, 128, dtype=torch.float32, device="cpu").contiguous(memory_format=torch.channels_last)
     times: dict[Any, list[float]] = {_add_by_convolution: [], _add_by_matmul: []}
-    for _ in range(3):  # the first round sets up what both keep
+    for _ in range(5):  # the first round sets up what both keep
         for add, seconds in times.items():
             start = time.perf_counter()
             add(total, part)
             seconds.append(time.perf_counter() - start)
-    return min(times[_add_by_convolution]) < min(times[_add_by_matmul])
+    return CLEARLY * min(times[_add_by_convolution]) < min(times[_add_by_matmul])
 
 
 # ── distances, value by value ─────────────────────────────────────────────────────────────────────────────────────────
