@@ -1099,7 +1099,7 @@ def test_a_class_or_classifier_that_is_not_there(headed, small):
         cam(noise(32, 32), net=headed, weights="nowhere.pth")
     with pytest.raises(vggfeat.InputError, match="std has no effect without net"):
         cam(noise(32, 32), weights=headed.state_dict(), std=(1, 1, 1))
-    with pytest.raises(vggfeat.InputError, match="at least 32 pixels"):
+    with pytest.raises(vggfeat.InputError, match="at least 32 pixels on each side, got 64×16; choose a size of 128"):
         cam(noise(32, 128), net=headed, size=64)
     a, b = cam(noise(64, 64), 1, net=headed), cam(noise(64, 64), 1, weights=headed.state_dict())
     assert torch.allclose(a.map, b.map, atol=1e-5)

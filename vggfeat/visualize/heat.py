@@ -339,8 +339,11 @@ def cam(
     seen, shown = _sizes(size, picture, facts)
     x = load_image(image, seen)
     if min(x.shape[2:]) < MIN_SIDE:
-        got = f"{x.shape[3]}×{x.shape[2]}"
-        raise InputError(f"a classifier needs at least {MIN_SIDE} pixels on each side, got {got}")
+        needed = math.ceil(MIN_SIDE * max(picture.size) / min(picture.size))
+        raise InputError(
+            f"a classifier needs at least {MIN_SIDE} pixels on each side, got {x.shape[3]}×{x.shape[2]}; choose a size "
+            f"of {needed} or more"
+        )
     label = "a network in memory"
     if net is None:
         loaded = load(weights, arch)
