@@ -574,6 +574,15 @@ def test_a_run_goes_on_from_its_checkpoint(vggstyle, folder, monkeypatch, real_s
     assert (code, out) == (2, "") and "one of the files that are read" in one_line(err)
 
 
+def test_a_run_goes_on_from_the_end_of_a_scale(vggstyle, folder, monkeypatch, real_signals):
+    """Which is not told as a step 0."""
+    told_in_third_step(monkeypatch, signal.SIGTERM)  # the first scale has two
+    command = (*PAIR, "--start-size", "20", "--checkpoint", "run.pt")
+    assert vggstyle(*command)[0] == 130
+    code, _, err = vggstyle(*command)
+    assert code == 0 and "resuming after scale 1/2\n" in err and "step 0" not in err
+
+
 def test_the_same_command_with_an_output_goes_on(vggstyle, folder, monkeypatch, real_signals):
     """The picture so far gives way to the finished one."""
     told_in_third_step(monkeypatch, signal.SIGTERM)

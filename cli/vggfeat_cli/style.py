@@ -159,7 +159,8 @@ class _Bar:
         if not self.begun:  # before the wait, not after it
             self.say(f"weights: {step.weights}")
         if not self.begun and (step.scale, step.step) != (1, 1):
-            self.say(f"resuming after step {step.step - 1} of scale {step.scale}/{step.scales}")
+            scale = f"scale {step.scale if step.step > 1 else step.scale - 1}/{step.scales}"
+            self.say(f"resuming after step {step.step - 1} of {scale}" if step.step > 1 else f"resuming after {scale}")
         self.begun = True
         if self.bar.disable and not self.quiet and step.step == 1:
             click.echo(f"scale {step.scale}/{step.scales} {step.width}×{step.height}, {step.steps} steps", err=True)
