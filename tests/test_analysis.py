@@ -58,6 +58,7 @@ SMALL = [
     (Arch("C", batch_norm=True, head="slim", channels=scaled(4)), (64, 64)),
     (Arch("D", channels=scaled(4), num_classes=10), (224, 224)),
     (Arch("E", channels=scaled(3), num_classes=10), (100, 160)),
+    (Arch("A", channels=scaled(3), num_classes=2), (34, 38)),  # whose bits leave bytes half full
 ]
 small = pytest.mark.parametrize(("arch", "size"), SMALL, ids=[f"{a.config}-{h}x{w}" for a, (h, w) in SMALL])
 
@@ -137,6 +138,26 @@ def test_vgg16_memory():
     many = describe("vgg16", batch=10)
     assert many.memory["adam"] - memory["adam"] == 9 * describe("vgg16").saved_bytes
     assert many.memory["adam_fixed"] == memory["adam_fixed"]
+
+
+def test_the_tables_have_the_figures_of_their_names():
+    """Of a batch of VGG-16-BN, in MB and thousands of millions."""
+    found = describe("vgg16_bn", input_size=(64, 288), batch=3)
+    layers, split, memory = found.tables()
+    pools = [row for row in found.layers if row.kind == "pool"]
+    assert layers.title == "vgg16_bn: 1000 classes, one image of 3×64×288, float32"
+    assert f"forward {found.macs * 2 / 1e9:,.2f} G FLOPs" in split.title
+    assert split.rows[-1] == ("all", found.params, 1.0, found.macs, 1.0)
+    expected = {
+        "weights": found.memory["weights"],
+        "  of which int64 max-pool indices": 3 * 8 * sum(row.output_bytes // 4 for row in pools),
+        "frozen trunk saves for backward, 3 images": found.kept_bytes,
+        "training with adam, fixed part": found.memory["adam_fixed"],
+        "training with adam, 3 images": found.memory["adam_fixed"] + found.saved_bytes,
+    }
+    told = dict(memory.rows)
+    assert {name: told[name] for name in expected} == expected and len({*expected.values()}) == 5
+    assert found.to_dict()["input_size"] == [64, 288]
 
 
 def test_vgg16_receptive_fields():
@@ -303,7 +324,7 @@ def test_formats():
     ("words", "message"),
     [
         ({"arch": "vgg15"}, "did you mean vgg1"),
-        ({"arch": "vgg16", "input_size": 31}, "at least 32 pixels"),
+        ({"arch": "vgg16", "input_size": (31, 40)}, "images of 40×31 are too small for pool5: at least 32 pixels"),
         ({"arch": "vgg16", "batch": 0}, "batch must be a whole number of at least 1, got 0"),
         ({"arch": "vgg16", "batch": 2.5}, "batch must be a whole number of at least 1, got 2.5"),
         ({"arch": "vgg16", "num_classes": 0}, "num_classes must be a whole number of at least 1"),
