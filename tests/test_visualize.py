@@ -159,6 +159,11 @@ def test_labels_without_a_font_for_them(monkeypatch):
         sheet_module._font.cache_clear()
 
 
+def test_letters_that_the_usual_font_lacks():
+    pytest.importorskip("matplotlib")  # which brings it
+    assert sheet_module._drawable("猫 née × Łódź…\U0010ffff") == "? née × Łódź…?"
+
+
 @pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".svg", b"<?xml"), (".png", b"\x89PNG")])
 def test_the_ending_chooses_the_format(tmp_path, suffix, start):
     if suffix != ".png":

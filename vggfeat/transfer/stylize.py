@@ -23,7 +23,7 @@ import vggfeat
 from vggfeat import checkpoint as checkpoints
 from vggfeat.cuda_graphs import AsyncScalars, captured_and_checked, lookahead
 from vggfeat.devices import free_memory, lacks_memory, resolve, total_memory, trunk_dtype
-from vggfeat.errors import InputError, RunError, first_line, optional, warn
+from vggfeat.errors import InputError, RunError, WeightsError, first_line, optional, warn
 from vggfeat.features import VGGFeatures
 from vggfeat.files import DAY, check_path, remove_leftovers
 from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
@@ -180,9 +180,14 @@ def stylize(
         _colors()  # now, not when the picture is done
     device = resolve(config.device)
     dtype = trunk_dtype(config.precision, device)
+    layers, weights = (*config.style_layers, *config.content_layers), load(config.weights, config.arch, default="vgg19")
+    try:
+        weights.require(layers)
+    except WeightsError as error:
+        raise WeightsError(f"{error}: choose style_layers and content_layers (--style-layers, …) up to there") from None
     features = VGGFeatures(
-        (*config.style_layers, *config.content_layers),
-        weights=load(config.weights, config.arch, default="vgg19"),
+        layers,
+        weights=weights,
         pooling=config.pooling,
         padding=config.padding,
         precision=config.precision,

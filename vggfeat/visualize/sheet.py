@@ -165,7 +165,8 @@ def _drawable(text: str) -> str:
     """The text in letters that the font has; if need be without accents, or with question marks."""
     font = _font(SMALL)
     if isinstance(font, ImageFont.FreeTypeFont) and font.getname()[0] == "DejaVu Sans":
-        return text
+        none = bytes(font.getmask("\U0010ffff"))  # the box in place of what it lacks
+        return "".join("?" if bytes(font.getmask(each)) == none else each for each in text)
     plain = [each for each in unicodedata.normalize("NFKD", text) if not unicodedata.combining(each)]
     return "".join(each if each.isascii() else "?" for each in plain)
 
