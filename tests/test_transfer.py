@@ -707,7 +707,7 @@ def test_layers_that_are_not_there(config, pair, tmp_path):
     save_file(random_state(until="2_2"), tmp_path / "shallow.safetensors")
     shallow = config(weights=tmp_path / "shallow.safetensors", arch="vgg19")
     with pytest.raises(
-        WeightsError, match=r"do not reach relu3_1.*features\.10\.weight.*(relu2_2|pool2): choose style_layers and"
+        WeightsError, match=r"do not reach relu3_1.*features\.10\.weight.*(relu2_2|pool2); choose style_layers and"
     ):
         stylize(*pair, shallow)
     stylize(*pair, dataclasses.replace(shallow, style_layers=("relu1_1",), content_layers=("conv2_2",), steps=1))

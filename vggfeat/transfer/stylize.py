@@ -184,7 +184,7 @@ def stylize(
     try:
         weights.require(layers)
     except WeightsError as error:
-        raise WeightsError(f"{error}: choose style_layers and content_layers (--style-layers, …) up to there") from None
+        raise WeightsError(f"{error}; choose style_layers and content_layers up to there") from None
     features = VGGFeatures(
         layers,
         weights=weights,
