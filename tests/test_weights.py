@@ -541,6 +541,16 @@ def test_keras_file_without_h5py(tmp_path, monkeypatch):
         W.load(tmp_path / "w.h5")
 
 
+def test_keras_file_with_an_h5py_built_for_another_numpy(tmp_path, monkeypatch):
+    said = "numpy.dtype size changed, may indicate binary incompatibility"  # as of h5py 3.10 with NumPy 2
+    (tmp_path / "h5py.py").write_text(f"raise ValueError({said!r})")
+    (tmp_path / "w.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    monkeypatch.delitem(sys.modules, "h5py", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DependencyError, match=rf"needs h5py: .* \({said}\)"):
+        W.load(tmp_path / "w.h5")
+
+
 # ── damage ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -163,7 +163,7 @@ def optional(module: str, otherwise: str) -> Any:
     """
     try:
         return importlib.import_module(module)
-    except (ImportError, RuntimeError, AttributeError) as error:
+    except (ImportError, RuntimeError, AttributeError, ValueError) as error:  # the last of one built for another NumPy
         raise DependencyError(f"{otherwise} ({first_line(error)})") from error
 
 
