@@ -1622,5 +1622,6 @@ def test_a_checkpoint_of_others_says_nothing_of_how_it_is_tested(tmp_path, state
 
 
 def test_a_name_with_a_zero_byte():
-    with pytest.raises(WeightsUnavailableError, match="null byte"):
+    said = r"embedded null (byte|character in path)"  # in Python's words, the second from 3.13 on
+    with pytest.raises(WeightsUnavailableError, match=rf"^a\0b\.pth cannot be read: (stat: )?{said}$"):
         W.load("a\0b.pth")
