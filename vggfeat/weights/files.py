@@ -40,7 +40,8 @@ def read(path: Path, *, mapped: bool = False) -> Mapping[str, Any]:
         from safetensors.torch import load_file
 
         try:
-            values = load_file(path)
+            with torch.device("cpu"):  # safetensors before 0.6 creates them on the default one
+                values = load_file(path)
             return values if mapped else {key: value.clone() for key, value in values.items()}
         except (SafetensorError, OSError, ValueError) as error:
             hint = "; it seems to be torch's: name it .pth" if magic.startswith(b"PK") else ""
