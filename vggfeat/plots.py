@@ -57,7 +57,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: Path, overwrite: bool) -> Path:
     with written(path, overwrite=overwrite) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # which are boxes then, as anyone can see
+        warnings.filterwarnings("ignore", "Glyph .* missing from (current )?font")  # boxes then, as anyone can see
         figure.savefig(file, format=path.suffix.lower()[1:], dpi=150)
     return path
 
