@@ -1,6 +1,7 @@
 """vggfeat.weights: every source is checked against an independent computation, every failure against what it leaves."""
 
 import contextlib
+import errno
 import hashlib
 import http.server
 import io
@@ -15,6 +16,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +123,15 @@ def test_files_with_a_wrong_suffix(tmp_path, net, state):
 
 
 def test_an_address_is_no_path():
+    with pytest.raises(WeightsUnavailableError, match="^https://a.b/c.pth is an address: download the file"):
+        W.load("https://a.b/c.pth")
+
+
+def test_an_address_is_no_path_where_it_is_no_name_either(monkeypatch):
+    def refuse(path, **options):
+        raise OSError(errno.EINVAL, "The filename, directory name, or volume label syntax is incorrect")  # Windows'
+
+    monkeypatch.setattr(Path, "stat", refuse)
     with pytest.raises(WeightsUnavailableError, match="^https://a.b/c.pth is an address: download the file"):
         W.load("https://a.b/c.pth")
 

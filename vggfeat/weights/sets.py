@@ -348,10 +348,10 @@ def _load_path(text: str, arch: str | Arch | None) -> Weights:
     try:
         path.stat()
     except (OSError, ValueError) as error:  # the second is of a name with a zero byte
+        if "://" in text:  # first, since on Windows that is no name at all
+            raise WeightsUnavailableError(f"{text} is an address: download the file, and give its path") from None
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise WeightsUnavailableError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
-        if "://" in text:
-            raise WeightsUnavailableError(f"{text} is an address: download the file, and give its path") from None
         theirs = text.upper().startswith(("IMAGENET1K", "DEFAULT"))  # what torchvision calls its own
         near = "did you mean imagenet?" if theirs else nearest(text, NAMES)
         hint = "" if path.suffix or len(path.parts) > 1 else f"; or a weight set: {near}"
