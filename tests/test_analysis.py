@@ -25,7 +25,7 @@ from vggfeat_cli import main as vggfeat_command
 import vggfeat
 from vggfeat import DependencyError, InputError, compare, describe, stacked_3x3
 from vggfeat.analysis import ACCURACY, PeakMemory, comparison, effective_field, measure, saved_for_backward
-from vggfeat.analysis.measure import measure_net
+from vggfeat.analysis.measure import Measured, measure_net
 from vggfeat.arch import BLOCKS, Arch, scaled
 from vggfeat.network import VGG
 from vggfeat.trunk import Plan
@@ -409,7 +409,7 @@ def test_compare_torchvision(torchvision):
     assert look() == ours and name == "vgg11_bn"
 
 
-@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "alexnet"])
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "alexnet", "densenet121"])
 def test_what_was_counted_is_what_is_there(torchvision, name):
     assert comparison._counted()[name] == comparison._uncounted(name, 1000, None)[1]()
     small = compare([name], input_size=64).nets[0]  # counted on the spot, with another size and without an accuracy
@@ -436,6 +436,33 @@ def test_auxiliary_heads_do_not_count(torchvision):
     meta = torchvision.models.get_model_weights("googlenet")["IMAGENET1K_V1"].meta
     assert net.params == meta["num_params"]
     assert net.macs / 1e9 == pytest.approx(meta["_ops"], abs=1e-3)
+    with torch.device("meta"):
+        whole = torchvision.models.inception_v3(init_weights=False)
+    aside = sum(value.numel() for value in whole.AuxLogits.parameters())  # which this one's published count includes
+    found = comparison._uncounted("inception_v3", 1000, None)[1]().params
+    assert found == torchvision.models.Inception_V3_Weights.DEFAULT.meta["num_params"] - aside
+
+
+def test_networks_are_measured_as_asked(monkeypatch):
+    asked = []
+
+    def measured(build, *given):
+        asked.append((*given[:2], given[3], torch.is_grad_enabled()))
+        return Measured(0.25, 8.0, None, 2.0, None)
+
+    monkeypatch.setattr(comparison, "measure_net", measured)
+    with torch.no_grad():  # of the caller; training needs gradients
+        found = compare(["vgg11"], input_size=64, measure=True, batch=5, device="cpu", seconds=0.125)
+    assert asked == [(64, 5, 0.125, True)]
+    (table,) = found.tables()
+    assert "measured with 5 images (latency: 1) on " in table.title and "250.0" in table.cells()[0]
+
+    def fails(*given):
+        raise ValueError("something else")
+
+    monkeypatch.setattr(comparison, "measure_net", fails)
+    with pytest.raises(ValueError, match="^something else$"):
+        compare(["vgg11"], measure=True, device="cpu")
 
 
 def test_compare_says_what_is_wrong(torchvision):
