@@ -778,6 +778,29 @@ def test_second_derivatives_of_two_trained_images(make):
     assert torch.autograd.gradcheck(loss, images)
 
 
+@pytest.mark.parametrize("make", [perceptual, style])
+def test_an_image_and_what_is_computed_from_it(make):
+    """The gradient is the same whether it is to be differentiated again or not, and as by ordinary operations."""
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    blur = nn.Conv2d(3, 3, 3, padding=1).double()
+    for images in (
+        lambda x: (x, x.flip(3)),
+        lambda x: (x.flip(3), x),
+        lambda x: (blur(x).sigmoid(), x),
+        lambda x: (x, x * x),
+    ):
+        found = []
+        for criterion in ("mse", VF.CRITERIA["mse"]):
+            loss = make(["relu1_2"], criterion=criterion)
+            found += [torch.autograd.grad(loss(*images(x)), x, create_graph=again)[0] for again in (False, True)]
+            found[-1:] = [found[-1].detach(), torch.autograd.grad(found[-1].square().sum(), x)[0]]
+        (first, again, second), expected = found[:3], found[3:]
+        assert first.abs().max() > 0 and second.abs().max() > 0
+        close(again, first, rtol=1e-9, atol=1e-15)
+        for ours, other in zip((first, again, second), expected, strict=True):
+            close(ours, other, rtol=1e-7, atol=1e-13)
+
+
 def test_images_change_places_only_where_that_makes_no_difference(pair):
     x, y = pair
     unlike = perceptual(["conv2_1"], criterion=lambda ours, theirs: (ours - 2 * theirs) ** 2)

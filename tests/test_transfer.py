@@ -824,6 +824,9 @@ def test_a_classifier_carries_content_and_no_style(config, pair):
     )
     wanted = 2 * (ours - theirs).square().sum() / theirs.square().sum()
     assert float(both.terms(image)["content"]) == pytest.approx(float(wanted), rel=1e-9)
+    state["classifier.1.weight"][0, 0] = math.nan
+    with pytest.raises(WeightsError, match=r"classifier\.1\.weight holds NaN or infinite values$"):  # no layer's fault
+        stylize(*pair, settings)
 
 
 def test_tiles_are_as_large_as_memory_allows(config, pair, monkeypatch):

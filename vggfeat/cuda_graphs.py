@@ -27,6 +27,7 @@ REPLAY_RTOL = 0.01  # relative difference allowed to a replay: kernels that add 
 TIMED = range(3, 6)  # calls of a series that are timed, the first being 1: by then libraries have chosen their kernels
 HOST_BOUND = 1.2  # times the host's time, below which the device's says that it waits for the host
 STREAMS = 32  # that torch has for each device, and hands out in turn
+SPARE = STREAMS // 2  # of those, no branch of a graph takes: they are for graphs to come
 MOST_SERIES = 8  # of calls with other sizes or settings each: that have a graph, or may get one
 MEMORY_SHARE = 0.2  # of what is free, that a graph may keep
 _busy = threading.Lock()  # one capture at a time, and no replay meanwhile: before torch 2.14 that would be an error
@@ -141,17 +142,18 @@ def _warm_up_stream(device: torch.device) -> Stream:
     return torch.cuda.Stream(device)
 
 
-def _unused_stream(device: torch.device) -> Stream | None:
-    """A stream that nothing was warmed up on, and no living graph captured; None where there is none left.
+def _unused_stream(device: torch.device, spare: int = 0) -> Stream | None:
+    """A stream that nothing was warmed up on, and no living graph captured; None where no more than `spare` are left.
 
     cuBLAS's memory for a stream is torch's to free: since 2.12 at the end of any graph that was captured on the stream,
     and before every capture of `torch.compile`'s. A graph that got it from elsewhere would work on what others are
     given then (pytorch/pytorch#193402). Allocated during the capture it stays in the graph's own pool.
     """
-    used: list[Stream | None] = [_warm_up_stream(device), *_branches, *itertools.chain.from_iterable(_streams.values())]
+    living = itertools.chain.from_iterable([*_streams.values()])
+    used: list[Stream | None] = [_warm_up_stream(device), *_branches, *living]
     used.append(getattr(torch.cuda.graph, "default_capture_stream", None))  # of the caller's graphs
-    found = (torch.cuda.Stream(device) for _ in range(STREAMS))
-    return next((stream for stream in found if stream not in used), None)
+    unused = [stream for stream in (torch.cuda.Stream(device) for _ in range(STREAMS)) if stream not in used]
+    return unused[0] if len(unused) > spare else None
 
 
 def capture(step: Step, *inputs: Tensor) -> Step:
@@ -205,7 +207,7 @@ def capture(step: Step, *inputs: Tensor) -> Step:
 def side_by_side(device: torch.device) -> Iterator[Callable[[], AbstractContextManager[object]]]:
     """For parts of a step that do not depend on one another: gives a function that makes a context for each part.
 
-    In a capture they become branches of the graph, which run at the same time, as long as there are streams for them;
+    In a capture they become branches of the graph, which run at the same time, as long as there are streams to spare;
     elsewhere they run in turn.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
@@ -214,7 +216,7 @@ def side_by_side(device: torch.device) -> Iterator[Callable[[], AbstractContextM
     here, asides = torch.cuda.current_stream(device), list[torch.cuda.Stream]()
 
     def part() -> AbstractContextManager[object]:
-        aside = _unused_stream(device)
+        aside = _unused_stream(device, SPARE)
         if aside is None:
             return contextlib.nullcontext()
         aside.wait_stream(here)

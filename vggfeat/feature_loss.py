@@ -485,9 +485,13 @@ class _LossWithGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # a second derivative was asked for
             input, mask, *theirs = ctx.saved_tensors
+            # views, since one image may be computed from the other, whose gradient is none of this function's
+            input = input.view_as(input)
+            if both := ctx.needs_input_grad[1]:
+                theirs = [target.view_as(target) for target in theirs]
             with torch.autocast(input.device.type, **ctx.autocast):
                 losses = ctx.loss._compare_parts(input, ctx.put_together(theirs), mask)
-            images = [input, *theirs] if ctx.needs_input_grad[1] else [input]
+            images = [input, *theirs] if both else [input]
             gradients = [*torch.autograd.grad(losses, images, grad, create_graph=True)]
         else:
             if ctx.gradients is None:

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggfeat.devices import bfloat16_is_fast, triton_kernels
-from vggfeat.modes import exporting, in_forward_mode, is_batched, needs_composite_ops, no_autocast, without_modes
+from vggfeat.modes import (
+    exporting,
+    in_forward_mode,
+    is_batched,
+    needs_composite_ops,
+    no_autocast,
+    values_are_hidden,
+    without_modes,
+)
 
 __all__ = [
     "CRITERIA",
@@ -70,8 +78,8 @@ def _pool_as_products(x: Tensor) -> Tensor:
 
 def _bins(side: int, like: Tensor) -> Tensor:
     """(7,side): row i averages the pixels from ⌊i·side/7⌋ up to ⌈(i+1)·side/7⌉."""
-    # kept, since a GPU waits for what is copied to it, which a graph capture forbids; a compiler makes them constants
-    ready = _made_bins if torch.compiler.is_compiling() else _kept_bins
+    # kept for good, since a GPU waits for what is copied to it, which a graph capture forbids, and graphs read them
+    ready = _made_bins if values_are_hidden() else _kept_bins
     return ready(side, like.dtype, like.device)
 
 

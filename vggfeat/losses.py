@@ -27,8 +27,8 @@ class PerceptualLoss(LayerLoss):
 
     Gradients are computed together with the value, on a CPU for a few images at a time, on a GPU for the whole batch.
     Until `backward` only they and the images are held; compute values for monitoring under `torch.no_grad()`. Where
-    the mask or one target for all images requires a gradient too, for a criterion of your own, under `torch.compile`
-    and `torch.func`, they are computed in the backward.
+    the mask or a target of another shape or type requires a gradient too, for a criterion of your own, under
+    `torch.compile` and `torch.func`, they are computed in the backward.
 
     On a GPU with few small images most of the time would be Python's. Calls that repeat with images of the same sizes
     are therefore captured as a CUDA graph, at the sixth, if the device is found to wait for the host. The graph keeps

@@ -184,6 +184,8 @@ def stylize(
     try:
         weights.require(layers)
     except WeightsError as error:
+        if set(weights.arch.head_names) & set(layers):  # it may be another error, of the classifier
+            raise
         raise WeightsError(f"{error}; choose style_layers and content_layers up to there") from None
     features = VGGFeatures(
         layers,

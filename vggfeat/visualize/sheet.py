@@ -162,7 +162,7 @@ def _lines(title: str, width: int) -> list[str]:
 
 
 def _drawable(text: str) -> str:
-    """The text in letters that the font has; if need be without accents, or with question marks."""
+    """A line of text in letters that the font has; if need be without accents, or with question marks."""
     font = _font(SMALL)
     if isinstance(font, ImageFont.FreeTypeFont) and font.getname()[0] == "DejaVu Sans":
         none = bytes(font.getmask("\U0010ffff"))  # the box in place of what it lacks
