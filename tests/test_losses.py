@@ -49,6 +49,11 @@ NET = small_net()
 STATE = NET.state_dict()
 
 
+def noting_saved(held):
+    """A context in which the list gets what autograd saves."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t)
+
+
 def perceptual(layers=("relu2_2",), **options):
     return vggfeat.PerceptualLoss(layers, **{"weights": STATE, **options})
 
@@ -709,7 +714,7 @@ def test_only_images_and_their_gradient_are_held(pair, make):
     x, y = pair
     held = []
     x.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+    with noting_saved(held):
         make(["relu1_2", "relu3_1"], reduction="none")(x, y)
     # the gradient besides, which the node holds itself
     assert [t.data_ptr() for t in held] == [x.data_ptr(), y.data_ptr()]  # the caller's own
@@ -724,7 +729,7 @@ def test_the_trained_image_may_come_second(pair, make, criterion, masked):
     mask = torch.rand(2, 1, 24, 32) if masked else None
     loss, first, held = make(criterion=criterion, reduction="none"), x.clone().requires_grad_(), []
     x.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+    with noting_saved(held):
         value = loss(y, x, mask)
     assert {t.data_ptr() for t in held if t.ndim == 4 and t.shape[1] == 3} == {x.data_ptr(), y.data_ptr()}
     assert len(held) == 2 + masked and torch.equal(value, loss(first, y, mask))
@@ -744,7 +749,7 @@ def test_two_trained_images_get_their_gradients_with_the_value(pair, make, crite
     mask = torch.rand(2, 1, 24, 32, dtype=torch.float64) if masked else None
     upstream, held, found = torch.tensor([0.5, -3.0], dtype=torch.float64), [], []
     loss = make(criterion=criterion, reduction="none")
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+    with noting_saved(held):
         value = loss(*images, mask)
     assert {t.data_ptr() for t in held if t.shape[1:] == images[0].shape[1:]} == {t.data_ptr() for t in images}
     assert len(held) == 2 + masked

@@ -213,7 +213,7 @@ def side_by_side(device: torch.device) -> Iterator[Callable[[], AbstractContextM
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         yield contextlib.nullcontext
         return
-    here, asides = torch.cuda.current_stream(device), list[torch.cuda.Stream]()
+    here, asides = torch.cuda.current_stream(device), list[Stream]()
 
     def part() -> AbstractContextManager[object]:
         aside = _unused_stream(device, SPARE)

@@ -154,6 +154,11 @@ def fit(width: int, height: int, size: int) -> tuple[int, int]:
     return max(1, (width * size + long // 2) // long), max(1, (height * size + long // 2) // long)
 
 
+def size_for(width: int, height: int, shorter: int) -> int:
+    """The long side, rounded up, that leaves the other at least `shorter` pixels where the aspect is kept."""
+    return math.ceil(shorter * max(width, height) / min(width, height))
+
+
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     """The picture resampled (Lanczos) to `width` x `height` pixels; the same object where it already has that size.
 

@@ -26,7 +26,7 @@ from vggfeat.devices import free_memory, lacks_memory, resolve, total_memory, tr
 from vggfeat.errors import InputError, RunError, WeightsError, first_line, optional, warn
 from vggfeat.features import VGGFeatures
 from vggfeat.files import DAY, check_path, remove_leftovers
-from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, to_pil, to_tensor
+from vggfeat.image import ImageLike, as_picture, fit, open_image, resize, save_image, size_for, to_pil, to_tensor
 from vggfeat.modes import with_gradients
 from vggfeat.settings import changed
 from vggfeat.transfer.config import StyleConfig
@@ -182,20 +182,19 @@ def stylize(
     dtype = trunk_dtype(config.precision, device)
     layers, weights = (*config.style_layers, *config.content_layers), load(config.weights, config.arch, default="vgg19")
     try:
-        weights.require(layers)
+        features = VGGFeatures(
+            layers,
+            weights=weights,
+            pooling=config.pooling,
+            padding=config.padding,
+            precision=config.precision,
+            # signs as bits cost 1 to 3 % of a step in float32, more in bfloat16, whose values take half the memory
+            keep="bits" if dtype == torch.float32 else "values",
+        )
     except WeightsError as error:
         if set(weights.arch.head_names) & set(layers):  # it may be another error, of the classifier
             raise
         raise WeightsError(f"{error}; choose style_layers and content_layers up to there") from None
-    features = VGGFeatures(
-        layers,
-        weights=weights,
-        pooling=config.pooling,
-        padding=config.padding,
-        precision=config.precision,
-        # signs as bits cost 1 to 3 % of a step in float32, more in bfloat16, whose values take half the memory anyway
-        keep="bits" if dtype == torch.float32 else "values",
-    )
     run = _Run(features, config, picture, styles, device, dtype, callback)
     if checkpoint is not None:
         given = (content, *several, *config.init_files)
@@ -405,7 +404,7 @@ class _Run:
     def _style_size(self, picture: Image.Image, width: int, height: int) -> tuple[int, int]:
         """Width and height that a style has beside a picture of that size."""
         # a long thin style must still reach the deepest layer at the coarsest scale
-        least = math.ceil(self.features.plan.min_size * max(picture.size) / min(picture.size))
+        least = size_for(*picture.size, self.features.plan.min_size)
         side = max(least, round(max(width, height) * self.config.style_scale))
         return fit(picture.width, picture.height, side)
 
@@ -608,7 +607,7 @@ def _scales(content: Image.Image, config: StyleConfig, least: int) -> list[tuple
     """Width and height of each scale, coarse to fine, a factor of about 2 apart."""
     full = fit(content.width, content.height, config.size)
     if min(full) < least:
-        needed = math.ceil(least * max(content.size) / min(content.size))
+        needed = size_for(*content.size, least)
         raise InputError(
             f"at size {config.size} the picture is {full[0]}×{full[1]}, too small for the deepest layer, which needs "
             f"{least} pixels on each side; choose a size of {needed} or more, or shallower layers"

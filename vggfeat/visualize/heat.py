@@ -18,7 +18,7 @@ from vggfeat.arch import MIN_SIDE, Arch, layer_names
 from vggfeat.errors import ImageError, InputError, counted, whole_number
 from vggfeat.features import per_channel
 from vggfeat.functional import upcast
-from vggfeat.image import SUFFIXES, ImageLike, as_picture, fit, resize, to_pil
+from vggfeat.image import SUFFIXES, ImageLike, as_picture, fit, resize, size_for, to_pil
 from vggfeat.losses import PerceptualLoss
 from vggfeat.metrics import LPIPS, lpips_weights
 from vggfeat.modes import with_gradients
@@ -339,7 +339,7 @@ def cam(
     seen, shown = _sizes(size, picture, facts)
     x = load_image(image, seen)
     if min(x.shape[2:]) < MIN_SIDE:
-        needed = math.ceil(MIN_SIDE * max(picture.size) / min(picture.size))
+        needed = size_for(*picture.size, MIN_SIDE)
         raise InputError(
             f"a classifier needs at least {MIN_SIDE} pixels on each side, got {x.shape[3]}×{x.shape[2]}; choose a size "
             f"of {needed} or more"

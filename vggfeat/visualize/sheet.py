@@ -165,10 +165,15 @@ def _drawable(text: str) -> str:
     """A line of text in letters that the font has; if need be without accents, or with question marks."""
     font = _font(SMALL)
     if isinstance(font, ImageFont.FreeTypeFont) and font.getname()[0] == "DejaVu Sans":
-        none = bytes(font.getmask("\U0010ffff"))  # the box in place of what it lacks
-        return "".join("?" if bytes(font.getmask(each)) == none else each for each in text)
+        return "".join(each if _is_in_dejavu(each) else "?" for each in text)
     plain = [each for each in unicodedata.normalize("NFKD", text) if not unicodedata.combining(each)]
     return "".join(each if each.isascii() else "?" for each in plain)
+
+
+@functools.cache
+def _is_in_dejavu(letter: str) -> bool:
+    font = _font(SMALL)
+    return bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))  # the box in place of what it lacks
 
 
 def _across(count: int, tall: float) -> int:
